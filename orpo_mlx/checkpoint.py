@@ -1,0 +1,48 @@
+"""Write files whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it over `path`.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; `path` is then as it was.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON atomically, indented, in UTF-8."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def save_adapters(folder: Path, weights: Mapping[str, mx.array], *, step: int | None = None) -> None:
+    """Write `adapters.safetensors`, and with `step` also `0000100_adapters.safetensors`, as mlx-lm names them."""
+    names = ["adapters.safetensors"] if step is None else [f"{step:07d}_adapters.safetensors", "adapters.safetensors"]
+    for name in names:
+        write_atomically(folder / name, lambda temporary: mx.save_safetensors(str(temporary), dict(weights)))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

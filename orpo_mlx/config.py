@@ -1,0 +1,285 @@
+"""Every setting of a training run, declared once: its default, its flag, its help and what values it takes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from orpo_mlx.errors import ConfigError
+from orpo_mlx.lora import FINE_TUNE_TYPES
+from orpo_mlx.methods import METHODS, get_method
+from orpo_mlx.models import DEFAULT_MODEL, DTYPES
+
+OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
+NLL_KINDS = ("completion", "sequence")
+
+DEFAULT_LORA = {"rank": 8, "dropout": 0.0, "scale": 20.0}
+DEFAULT_OPTIMIZER_CONFIG: dict[str, dict[str, Any]] = {
+    "adam": {"bias_correction": True},
+    "adamw": {"bias_correction": True, "weight_decay": 0.0},
+    "muon": {},
+    "sgd": {},
+    "adafactor": {},
+}
+
+
+class _Check:
+    """A predicate on a number and the words for it in an error."""
+
+    def __init__(self, words: str, holds: Callable[[float], bool]) -> None:
+        self.words, self.holds = words, holds
+
+
+_POSITIVE = _Check("greater than 0", lambda value: value > 0)
+_NOT_NEGATIVE = _Check("0 or more", lambda value: value >= 0)
+_ALL_OR_COUNT = _Check("-1 (all) or greater than 0", lambda value: value == -1 or value > 0)
+_ALL_OR_SOME = _Check("-1 (all) or 0 or more", lambda value: value >= -1)
+
+
+def _option(default: Any, help_text: str, kind: type, group: str, **extra: Any) -> Any:
+    metadata = {"help": help_text, "kind": kind, "group": group, **extra}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: {**default}, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of one run. Names, meanings and defaults follow `mlx_lm.lora` where it has them.
+
+    `iters` counts optimiser steps, each on `batch_size * grad_accumulation_steps` pairs.
+    """
+
+    method: str = _option("orpo", "how to learn from the pairs", str, "what", choices=tuple(METHODS))
+    model: str = _option(DEFAULT_MODEL, "Hub id, local folder or .gguf file", str, "what")
+    data: str = _option("data", "folder with {train,valid,test}.jsonl, or one .jsonl file", str, "what")
+    adapter_path: str = _option("adapters", "folder to write adapters, metrics and settings into", str, "what")
+
+    beta: float | None = _option(None, "the method's weight; default: the method's own", float, "loss", check=_POSITIVE)
+    nll: str = _option(
+        "completion",
+        "tokens of the NLL term: the chosen completion's, or prompt and chosen as in TRL",
+        str,
+        "loss",
+        choices=NLL_KINDS,
+    )
+
+    iters: int | None = _option(None, "optimiser steps", int, "training", check=_POSITIVE)
+    epochs: float | None = _option(
+        None, "passes over the train split, instead of --iters; default 1", float, "training", check=_POSITIVE
+    )
+    batch_size: int = _option(4, "pairs per forward", int, "training", check=_POSITIVE)
+    grad_accumulation_steps: int = _option(1, "batches per optimiser step", int, "training", check=_POSITIVE)
+    learning_rate: float = _option(1e-4, "learning rate", float, "training", check=_POSITIVE)
+    lr_schedule: dict[str, Any] | None = _option(None, "mlx-lm's schedule: name, arguments, warmup", dict, "training")
+    optimizer: str = _option("adamw", "optimiser", str, "training", choices=OPTIMIZERS)
+    optimizer_config: dict[str, Any] = _option(
+        DEFAULT_OPTIMIZER_CONFIG, "arguments of each optimiser", dict, "training"
+    )
+    max_seq_length: int = _option(
+        2048, "pairs with more tokens on a side are left out", int, "training", check=_POSITIVE
+    )
+    shuffle: bool = _option(True, "train in file order", bool, "training")
+    seed: int = _option(0, "seed of adapters, order and dropout", int, "training", check=_NOT_NEGATIVE)
+
+    fine_tune_type: str = _option("lora", "what is trained", str, "adapters", choices=FINE_TUNE_TYPES)
+    num_layers: int = _option(-1, "blocks to train, from the last; -1: all", int, "adapters", check=_ALL_OR_COUNT)
+    lora_parameters: dict[str, Any] = _option(DEFAULT_LORA, "rank, scale, dropout, keys", dict, "adapters")
+    resume_adapter_file: str | None = _option(None, "train on from this adapter (mlx-lm or PEFT)", str, "adapters")
+    dtype: str | None = _option(
+        None,
+        "weights' dtype; default: the checkpoint's, float32 on a CPU",
+        str,
+        "adapters",
+        choices=tuple(DTYPES),
+    )
+    grad_checkpoint: bool = _option(False, "recompute each block in the backward pass to save memory", bool, "adapters")
+    trust_remote_code: bool = _option(False, "run Python code that comes with the checkpoint", bool, "adapters")
+
+    steps_per_report: int = _option(10, "steps between reports", int, "reports", check=_POSITIVE)
+    steps_per_eval: int = _option(200, "steps between validations", int, "reports", check=_POSITIVE)
+    val_batches: int = _option(25, "validation batches; -1: all, 0: no validation", int, "reports", check=_ALL_OR_SOME)
+    test_batches: int = _option(500, "test batches; -1: all, 0: no test", int, "reports", check=_ALL_OR_SOME)
+    save_every: int = _option(100, "steps between saves", int, "reports", check=_POSITIVE)
+    samples: int = _option(3, "sample replies before and after training", int, "reports", check=_NOT_NEGATIVE)
+
+    def settings(self) -> dict[str, Any]:
+        """All settings as a plain dictionary."""
+        return dataclasses.asdict(self)
+
+
+_FIELDS = {field.name: field for field in dataclasses.fields(TrainingConfig)}
+_GROUPS = {
+    "what": "what to train on what",
+    "loss": "loss",
+    "training": "training",
+    "adapters": "model and adapters",
+    "reports": "reports and saves",
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence on stderr and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` without the usage text and leave with status 2."""
+        self.exit(2, f"{self.prog}: error: {message.rstrip('.')}; see {self.prog} --help.\n")
+
+
+def build_parser(prog: str = "python -m orpo_mlx.train") -> OneLineParser:
+    """The command line of `train`, one flag per setting that is not a table."""
+    parser = OneLineParser(
+        prog=prog,
+        description="Align a language model with preference pairs (ORPO, DPO and others).",
+        allow_abbrev=False,
+    )
+    groups = {key: parser.add_argument_group(title) for key, title in _GROUPS.items()}
+    groups["what"].add_argument(
+        "-c",
+        "--config",
+        metavar="FILE",
+        help="YAML file with these settings, and lora_parameters and optimizer_config",
+    )
+    for name, field in _FIELDS.items():
+        group, kind = groups[field.metadata["group"]], field.metadata["kind"]
+        flag = f"--{name.replace('_', '-')}"
+        if kind is dict:
+            continue
+        if kind is bool:
+            flag = flag if not field.default else f"--no-{flag[2:]}"
+            group.add_argument(
+                flag,
+                dest=name,
+                action="store_const",
+                const=not field.default,
+                default=argparse.SUPPRESS,
+                help=field.metadata["help"],
+            )
+            continue
+        choices = field.metadata.get("choices")
+        metavar = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X"}.get(kind, "NAME")
+        shown = "" if field.default is None else f" (default: {field.default})"
+        group.add_argument(
+            flag, dest=name, metavar=metavar, default=argparse.SUPPRESS, help=field.metadata["help"] + shown
+        )
+    return parser
+
+
+def resolve(argv: Sequence[str] | None = None, prog: str = "python -m orpo_mlx.train") -> TrainingConfig:
+    """Settings from a command line: flags over the `--config` file over defaults.
+
+    Raises:
+        ConfigError: an unknown key, or a value that cannot be used; names the flag or the file and key.
+    """
+    given = vars(build_parser(prog).parse_args(sys.argv[1:] if argv is None else argv))
+    config_file = given.pop("config", None)
+    values = {} if config_file is None else read_config_file(Path(config_file))
+    for name, value in given.items():
+        values[name] = _coerce(name, value, _flag(name))
+    return make_config(values)
+
+
+def make_config(values: Mapping[str, Any]) -> TrainingConfig:
+    """A `TrainingConfig` from checked values, with the checks that concern several of them.
+
+    Raises:
+        ConfigError: settings that contradict each other, or nested tables with unknown keys.
+    """
+    config = TrainingConfig(**dict(values))
+    if config.iters is not None and config.epochs is not None:
+        raise ConfigError("--iters and --epochs both say how long to train; give one of them.")
+    get_method(config.method)
+    lora = {**DEFAULT_LORA, **config.lora_parameters}
+    _check_table("lora_parameters", lora, {"rank", "scale", "dropout", "keys"})
+    for key, check in (("rank", _POSITIVE), ("scale", _POSITIVE), ("dropout", _NOT_NEGATIVE)):
+        _number(lora[key], int if key == "rank" else float, check, f"lora_parameters.{key}")
+    if lora["dropout"] >= 1:
+        raise ConfigError(f"lora_parameters.dropout: found {lora['dropout']}, expected a number below 1.")
+    _check_table("optimizer_config", config.optimizer_config, set(OPTIMIZERS))
+    optimizers = {
+        key: {**DEFAULT_OPTIMIZER_CONFIG[key], **(config.optimizer_config.get(key) or {})} for key in OPTIMIZERS
+    }
+    return dataclasses.replace(config, lora_parameters=lora, optimizer_config=optimizers)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, checked.
+
+    Raises:
+        ConfigError: it cannot be read, is not a table, or holds an unknown key or a wrong value.
+    """
+    # mlx-lm's loader reads 1e-5 as a number, which PyYAML alone does not.
+    from mlx_lm.lora import yaml_loader
+
+    try:
+        table = yaml.load(path.read_text(encoding="utf-8"), yaml_loader)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config {path}: not valid YAML ({reason}).") from None
+    if not isinstance(table, dict):
+        found = "nothing" if table is None else f"a {type(table).__name__}"
+        raise ConfigError(f"{path}: found {found}, expected a table of settings (key: value).")
+    values = {}
+    for key, value in table.items():
+        if key not in _FIELDS:
+            near = difflib.get_close_matches(str(key), _FIELDS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known keys are {', '.join(_FIELDS)}."
+            raise ConfigError(f"{path}: unknown key {key!r}{hint}")
+        if value is not None:
+            values[key] = _coerce(key, value, f"{path}: {key}")
+    return values
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _coerce(name: str, value: Any, place: str) -> Any:
+    """`value` as the setting's type.
+
+    Raises:
+        ConfigError: it is not of that type or outside its range; names `place`.
+    """
+    metadata = _FIELDS[name].metadata
+    kind: type = metadata["kind"]
+    if kind in (int, float):
+        return _number(value, kind, metadata.get("check"), place)
+    if not isinstance(value, kind):
+        names = {dict: "a table", bool: "true or false", str: "text"}
+        raise ConfigError(f"{place}: found {value!r}, expected {names[kind]}.")
+    choices = metadata.get("choices")
+    if choices and value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ConfigError(f"{place}: found {value!r}, expected one of {', '.join(choices)}{hint}")
+    return value
+
+
+def _number(value: Any, kind: type[int] | type[float], check: _Check | None, place: str) -> int | float:
+    wanted = ("a whole number" if kind is int else "a number") + (f" {check.words}" if check else "")
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number: int | float = kind(value) if isinstance(value, str) or kind is float else value
+        if not isinstance(number, kind) or not math.isfinite(number) or (check and not check.holds(number)):
+            raise ValueError
+    except (ValueError, TypeError, OverflowError):
+        raise ConfigError(f"{place}: found {value!r}, expected {wanted}.") from None
+    return number
+
+
+def _check_table(name: str, table: Mapping[str, Any], known: set[str]) -> None:
+    for key in table:
+        if key not in known:
+            hint = " (mlx-lm's 'scale' is alpha divided by rank)" if key == "alpha" else ""
+            raise ConfigError(f"{name}.{key}: unknown key, expected one of {', '.join(sorted(known))}{hint}.")

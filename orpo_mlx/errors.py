@@ -1,0 +1,23 @@
+"""Errors a user can mend. Each message is one sentence: the place, what was found, what was expected, what to do."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something outside the code is wrong; command-line tools print it on one line and exit with status 2."""
+
+
+class ConfigError(UserError):
+    """A flag or a config key is wrong."""
+
+
+class DataError(UserError):
+    """A data file or one of its rows is wrong; the message begins with `file:line`."""
+
+
+class ModelError(UserError):
+    """A model, tokenizer or adapter cannot be used."""
+
+
+class TrainingError(UserError):
+    """A run cannot go on; the message says what was saved and how to continue."""

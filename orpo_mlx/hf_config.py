@@ -1,0 +1,106 @@
+"""Bring a checkpoint's config.json into the form mlx-lm's model classes read.
+
+transformers 5 nests RoPE settings in `rope_parameters` and saves some settings under new names. mlx-lm 0.32 then falls
+back to defaults in silence for some models (4 nats per token off for qwen2) and refuses others. What is nested in a
+way not known here is refused by name, never guessed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_lm.utils import _get_classes
+
+from orpo_mlx.errors import ModelError
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_ROPE_FIELDS = ("rope_theta", "partial_rotary_factor")
+# mlx-lm's own names for a setting, where they are not Hugging Face's.
+_MLX_NAMES = {"rope_theta": ("rotary_emb_base",), "partial_rotary_factor": ("rotary_pct",)}
+
+
+def normalise_config(config: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """`config` with RoPE settings and renamed keys where mlx-lm's model class looks for them.
+
+    Args:
+        config: a parsed config.json.
+        place: where it came from, for the error.
+
+    Raises:
+        ModelError: an architecture mlx-lm does not have, or RoPE settings nested in an unknown way.
+    """
+    flat = dict(config)
+    if isinstance(config.get("text_config"), dict):
+        text_config = {**config["text_config"]}
+        text_config.setdefault("model_type", config.get("model_type"))
+        flat["text_config"] = _flatten_rope(text_config, set(), place)
+    try:
+        _, args_class = _get_classes(flat)
+    except (ValueError, KeyError):
+        raise ModelError(f"{place}: model_type {config.get('model_type')!r} is not one that mlx-lm knows.") from None
+    accepted = set(inspect.signature(args_class).parameters)
+    return _flatten_rope(_with_old_names(flat, accepted), accepted, place)
+
+
+def _with_old_names(config: dict[str, Any], accepted: set[str]) -> dict[str, Any]:
+    """Settings that transformers saves under another name than mlx-lm's class asks for, by transformers' own table."""
+    renamed = _attribute_map(str(config.get("model_type")))
+    for name in accepted - set(config):
+        for other in (renamed.get(name), *(theirs for theirs, ours in renamed.items() if ours == name)):
+            if other in config:
+                config[name] = config[other]
+    return config
+
+
+def _attribute_map(model_type: str) -> dict[str, str]:
+    auto = importlib.import_module("transformers.models.auto.configuration_auto")
+    try:
+        return dict(auto.CONFIG_MAPPING[model_type].attribute_map)
+    except KeyError:
+        return {}
+
+
+def _flatten_rope(config: dict[str, Any], accepted: set[str], place: str) -> dict[str, Any]:
+    nested = config.get("rope_parameters")
+    if nested is None:
+        return config
+    if not isinstance(nested, dict):
+        raise ModelError(f"{place}: rope_parameters is a {type(nested).__name__}, expected a table.")
+    by_layer_type = {key: value for key, value in nested.items() if isinstance(value, dict)}
+    if "rope_parameters" in accepted and by_layer_type:
+        return config  # The model class reads the nested form itself.
+    if by_layer_type:
+        main = _main_rope(config, by_layer_type, accepted, place)
+    else:
+        main = nested
+    for field in _ROPE_FIELDS:
+        if main.get(field) is not None:
+            for name in (field, *_MLX_NAMES[field]):
+                config[name] = main[field]
+    scaling = {key: value for key, value in main.items() if key not in _ROPE_FIELDS}
+    if scaling.get("rope_type", "default") != "default":
+        # Older mlx-lm classes look for "type", newer ones for "rope_type".
+        config["rope_scaling"] = {"type": scaling["rope_type"], **scaling}
+    return config
+
+
+def _main_rope(
+    config: dict[str, Any], by_layer_type: dict[str, dict[str, Any]], accepted: set[str], place: str
+) -> dict[str, Any]:
+    """The settings that hold for the whole model, from settings per layer type."""
+    used = set(config.get("layer_types") or by_layer_type)
+    distinct = [by_layer_type[key] for key in sorted(used & set(by_layer_type))]
+    if distinct and all(each == distinct[0] for each in distinct):
+        return distinct[0]
+    full, sliding = by_layer_type.get(_FULL), by_layer_type.get(_SLIDING)
+    if full is not None and sliding is not None and "rope_local_base_freq" in accepted:
+        if sliding.get("rope_type", "default") == "default":
+            config["rope_local_base_freq"] = sliding["rope_theta"]
+            return full
+    raise ModelError(
+        f"{place}: rope_parameters is nested by {', '.join(sorted(by_layer_type))} with different settings, "
+        f"which mlx-lm's {config.get('model_type')} cannot express; convert the model with a newer mlx-lm."
+    )

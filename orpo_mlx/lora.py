@@ -1,0 +1,144 @@
+"""Adapters: a thin layer over mlx-lm's tuner. Same layers, same names, same files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from orpo_mlx.errors import ConfigError, ModelError
+
+FINE_TUNE_TYPES = ("lora", "dora", "full")
+_PEFT_PREFIX = "base_model.model."
+_PEFT_LEAVES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b"}
+
+
+def add_adapters(model: nn.Module, fine_tune_type: str, num_layers: int, lora_parameters: Mapping[str, Any]) -> None:
+    """Freeze the model and make the last `num_layers` blocks (-1: all) trainable as `fine_tune_type` says.
+
+    Args:
+        model: an mlx-lm model.
+        fine_tune_type: "lora", "dora" or "full" (the blocks' own weights).
+        num_layers: how many blocks, counted from the last.
+        lora_parameters: mlx-lm's `rank`, `scale`, `dropout` and optional `keys` (module names within a block).
+
+    Raises:
+        ConfigError: more layers than the model has, or keys that match nothing.
+    """
+    blocks = len(model.layers)
+    if num_layers > blocks:
+        raise ConfigError(
+            f"--num-layers {num_layers}: the model has {blocks} layers; give at most that, or -1 for all."
+        )
+    model.freeze()
+    if fine_tune_type == "full":
+        for block in model.layers[-max(num_layers, 0) :]:
+            block.unfreeze()
+    else:
+        linear_to_lora_layers(model, num_layers, dict(lora_parameters), use_dora=fine_tune_type == "dora")
+    if not tree_flatten(model.trainable_parameters()):
+        keys = lora_parameters.get("keys")
+        raise ConfigError(f"lora_parameters.keys: {keys} match no layer of this model, so nothing would be trained.")
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model for the length of a `with` block: each adapted layer is swapped for the layer it wraps.
+
+    The base layers are the very objects that were loaded, so log-probs are the base model's bit for bit. Valid for
+    LoRA and DoRA; full fine-tuning changes the base itself.
+    """
+    adapted = [(name, module) for name, module in model.named_modules() if "lora_a" in module]
+    base = [(name, module["linear"] if "linear" in module else module["embedding"]) for name, module in adapted]
+    model.update_modules(tree_unflatten(base))
+    try:
+        yield
+    finally:
+        model.update_modules(tree_unflatten(adapted))
+
+
+def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
+    """The trainable parameters by their flat names: what an adapter file holds."""
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+def load_adapter_file(model: nn.Module, path: str | Path, scale: float) -> None:
+    """Set the trainable parameters from an adapter file, mlx-lm's or PEFT's (its two matrices per layer, transposed).
+
+    Args:
+        model: a model with adapters added.
+        path: the safetensors file, or the folder that holds `adapters.safetensors` or `adapter_model.safetensors`.
+        scale: this run's LoRA scale; a config beside the file that says another one is an error, since the same
+            matrices under another scale are another model.
+
+    Raises:
+        ModelError: the file is missing or does not fit the model's adapters exactly.
+    """
+    path = _adapter_file(Path(path))
+    _check_scale(path, scale)
+    try:
+        loaded = mx.load(str(path))
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as safetensors ({str(error).splitlines()[0]}).") from None
+    assert isinstance(loaded, dict)
+    weights = dict(_from_peft(name, array) for name, array in loaded.items())
+    own = adapter_weights(model)
+    problems = [f"{name} is not a trainable parameter here" for name in weights if name not in own]
+    problems += [f"{name} is missing" for name in own if name not in weights]
+    problems += [
+        f"{name} has shape {weights[name].shape}, expected {array.shape}"
+        for name, array in own.items()
+        if name in weights and weights[name].shape != array.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ModelError(
+            f"{path}: does not fit this model's adapters: {'; '.join(problems[:3])}{more}; "
+            "check --model, --num-layers and lora_parameters (rank, keys)."
+        )
+    model.load_weights([(name, weights[name].astype(array.dtype)) for name, array in own.items()], strict=False)
+
+
+def _adapter_file(path: Path) -> Path:
+    if path.is_dir():
+        for name in ("adapters.safetensors", "adapter_model.safetensors"):
+            if (path / name).is_file():
+                return path / name
+    if not path.is_file():
+        raise ModelError(f"--resume-adapter-file {path}: no such adapter file.")
+    return path
+
+
+def _check_scale(path: Path, scale: float) -> None:
+    config_file = path.parent / "adapter_config.json"
+    if not config_file.is_file():
+        return
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        if "lora_alpha" in config:
+            rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
+            theirs = config["lora_alpha"] / rank
+        else:
+            theirs = (config.get("lora_parameters") or {}).get("scale", scale)
+        differs = abs(theirs - scale) > 1e-6 * abs(scale)
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        raise ModelError(f"{config_file}: cannot be read as an adapter config of mlx-lm or PEFT.") from None
+    if differs:
+        raise ModelError(
+            f"{config_file}: this adapter was made with LoRA scale {theirs:g}, this run has {scale:g}; "
+            f"set lora_parameters.scale to {theirs:g} in the config file."
+        )
+
+
+def _from_peft(name: str, array: mx.array) -> tuple[str, mx.array]:
+    for theirs, ours in _PEFT_LEAVES.items():
+        if name.startswith(_PEFT_PREFIX) and name.endswith(theirs):
+            return name[len(_PEFT_PREFIX) : -len(theirs)] + ours, array.T
+    return name, array

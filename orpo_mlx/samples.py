@@ -1,0 +1,47 @@
+"""Sample replies, to see with one's own eyes what training changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.nn as nn
+from mlx_lm import generate
+
+from orpo_mlx.tokenization import PairTokenizer
+from orpo_mlx.types import Pair, Text
+
+MAX_TOKENS = 96
+
+
+class Reply(NamedTuple):
+    """A greedy answer to one prompt."""
+
+    prompt: str
+    text: str
+    tokens: int
+
+
+def pick_prompts(pairs: Sequence[Pair], count: int) -> list[Pair]:
+    """`count` pairs spread evenly over `pairs`."""
+    count = min(count, len(pairs))
+    return [pairs[(2 * number + 1) * len(pairs) // (2 * count)] for number in range(count)]
+
+
+def sample_replies(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair]) -> list[Reply]:
+    """Greedy replies of at most 96 tokens to the prompts of `pairs`."""
+    to_ids = PairTokenizer(tokenizer)
+    was_training = model.training
+    model.eval()
+    replies = []
+    for pair in pairs:
+        text = generate(model, tokenizer, list(to_ids.prompt_ids(pair.prompt, pair.place)), max_tokens=MAX_TOKENS)
+        replies.append(
+            Reply(_last_turn(pair.prompt), text.strip(), len(tokenizer.encode(text, add_special_tokens=False)))
+        )
+    model.train(was_training)
+    return replies
+
+
+def _last_turn(prompt: Text) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])

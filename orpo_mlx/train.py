@@ -1,0 +1,283 @@
+"""The training loop, one for every method, and its command line."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+from mlx_lm.tuner.trainer import grad_checkpoint
+from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+from orpo_mlx.batching import TrainingOrder, collate, epoch_order, length_order, sequence_tokens, steps_per_epoch
+from orpo_mlx.checkpoint import save_adapters, save_json
+from orpo_mlx.config import TrainingConfig, resolve
+from orpo_mlx.errors import TrainingError, UserError
+from orpo_mlx.evaluation import evaluate
+from orpo_mlx.logprobs import pair_logps
+from orpo_mlx.lora import adapter_weights
+from orpo_mlx.metrics import MetricMeans, pair_metrics
+from orpo_mlx.prepare import Run, Split, adapter_config, prepare, run_record
+from orpo_mlx.reference import with_reference
+from orpo_mlx.reporting import MetricsFile, Reporter, eval_line, train_line
+from orpo_mlx.samples import Reply, pick_prompts, sample_replies
+from orpo_mlx.types import Batch, Pair, TokenizedPair
+
+PROG = "python -m orpo_mlx.train"
+
+Held = dict[str, dict[str, float]]
+"""Metrics by split."""
+
+
+def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
+    """Train adapters with one method and write them, `metrics.jsonl` and `run.json` into `config.adapter_path`.
+
+    Returns:
+        The held-out metrics after training, by split.
+
+    Raises:
+        UserError: settings, data or model cannot be used, or the run cannot go on.
+    """
+    reporter = reporter or Reporter()
+    maybe_set_recommended_wired_limit()
+    run = prepare(config)
+    _announce(run, reporter)
+    save_json(run.folder / "run.json", run_record(run))
+    save_json(run.folder / "adapter_config.json", adapter_config(run))
+    metrics_file = MetricsFile(run.folder / "metrics.jsonl")
+    try:
+        prompts = _sample_prompts(run, reporter)
+        if run.reference is not None and run.reference.needs_precomputing:
+            reporter.say(
+                "Computing reference log-probs of every pair: the weights that define them are about to change."
+            )
+            run.reference.remember(_groups_of_all_pairs(run))
+        with _checkpointed_layers(run):
+            replies_before = _replies(run, prompts)
+            before = _evaluate_splits(run, reporter, metrics_file, 0, tuple(run.splits))
+            after = _steps(run, reporter, metrics_file)
+        reporter.closing_table(before, after)
+        reporter.replies(replies_before, _replies(run, prompts))
+    finally:
+        metrics_file.close()
+    reporter.say(f"\nAdapters, metrics and settings are in {run.folder}/.")
+    return after
+
+
+def total_steps(config: TrainingConfig, num_pairs: int) -> int:
+    """Optimiser steps of a run: `iters`, or `epochs` (default 1) passes over the train split."""
+    if config.iters is not None:
+        return config.iters
+    per_epoch = steps_per_epoch(num_pairs, config.batch_size * config.grad_accumulation_steps)
+    return max(1, math.ceil((config.epochs or 1) * per_epoch))
+
+
+def _steps(run: Run, reporter: Reporter, metrics_file: MetricsFile) -> Held:
+    """All optimiser steps with their reports, evaluations and saves; the last evaluation's metrics."""
+    config, model = run.config, run.loaded.model
+    pairs = run.splits["train"].pairs
+    total = total_steps(config, len(pairs))
+    window_size = config.batch_size * config.grad_accumulation_steps
+    order = TrainingOrder(pairs, window_size, seed=config.seed, shuffle=config.shuffle)
+    means, pair_tokens, seconds = MetricMeans(), 0, 0.0
+    held: Held = {}
+    mx.reset_peak_memory()
+    model.train()
+    with reporter.bar("training", total, "steps") as advance:
+        for step, indices in enumerate(itertools.islice(order, total), 1):
+            window = [pairs[index] for index in indices]
+            started = time.perf_counter()
+            step_means = optimiser_step(run, window, step)
+            seconds += time.perf_counter() - started
+            means.merge(step_means)
+            pair_tokens += sum(pair.pair_tokens for pair in window)
+            advance(step, _bar_note(step_means.means(), pair_tokens / seconds))
+            if step % config.steps_per_report == 0 or step == total:
+                report = {
+                    **means.means(),
+                    "pair_tokens_per_s": pair_tokens / seconds,
+                    "peak_memory_gib": mx.get_peak_memory() / 2**30,
+                    "learning_rate": float(run.optimizer.learning_rate),
+                }
+                metrics_file.write(step, "train", report)
+                reporter.say(train_line(step, total, report))
+                means, pair_tokens, seconds = MetricMeans(), 0, 0.0
+            if step % config.save_every == 0 or step == total:
+                _save(run, None if step == total else step)
+            if step == total:
+                held = _evaluate_splits(run, reporter, metrics_file, step, tuple(run.splits))
+            elif step % config.steps_per_eval == 0:
+                _evaluate_splits(run, reporter, metrics_file, step, ("valid",))
+    return held
+
+
+def optimiser_step(run: Run, window: Sequence[TokenizedPair], step: int) -> MetricMeans:
+    """One optimiser step on a window of pairs, taken as batches of `batch_size`; returns the window's metrics.
+
+    The loss is the mean over the window's pairs however it is cut: normalisers are known before the first backward.
+
+    Raises:
+        TrainingError: the loss is not finite; nothing has been applied.
+    """
+    model = run.loaded.model
+    means = MetricMeans()
+    gradients: dict[str, Any] = {}
+    for pairs in _cut(window, run.config.batch_size):
+        loss, metrics, batch_gradients = batch_gradient(run, window, pairs)
+        gradients = tree_map(mx.add, gradients, batch_gradients) if gradients else batch_gradients
+        mx.eval(loss, metrics, gradients)
+        means.add(metrics)
+    loss_value = means.means()["loss"]
+    if not math.isfinite(loss_value):
+        places = ", ".join(pair.place for pair in window[:4])
+        raise TrainingError(
+            f"step {step}: the loss is {loss_value} on {places}; the step was not applied and the last save is whole; "
+            "lower --learning-rate, or look at those rows."
+        )
+    run.optimizer.update(model, gradients)
+    mx.eval(model.trainable_parameters(), run.optimizer.state)
+    return means
+
+
+def batch_gradient(
+    run: Run, window: Sequence[TokenizedPair], pairs: Sequence[TokenizedPair]
+) -> tuple[mx.array, dict[str, mx.array], dict[str, Any]]:
+    """One batch's share of its window's loss, the batch's per-pair metrics, and the share's gradients."""
+    batch = collate(pairs)
+    reference = run.reference(pairs, batch) if run.reference else None
+    tokens_per_pair = sequence_tokens(window) / len(window) if run.config.nll == "sequence" else None
+
+    def share(batch: Batch, reference: tuple[mx.array, mx.array] | None) -> tuple[mx.array, dict[str, mx.array]]:
+        logps = with_reference(pair_logps(run.scorer, batch, nll_tokens_per_pair=tokens_per_pair), reference)
+        output = run.loss(logps)
+        return output.losses.sum() / len(window), pair_metrics(logps, output)
+
+    (loss, metrics), gradients = nn.value_and_grad(run.loaded.model, share)(batch, reference)
+    return loss, metrics, gradients
+
+
+def _announce(run: Run, reporter: Reporter) -> None:
+    if run.loaded.note:
+        reporter.say(run.loaded.note)
+    for name, split in run.splits.items():
+        left_out = "".join(f", {count} left out: {reason}" for reason, count in split.dropped.items())
+        reporter.say(f"{name}: {len(split.pairs)} pairs from {split.path}{left_out}")
+    if "valid" not in run.splits:
+        reporter.say("No valid split: training without validation.")
+    if not run.scorer.splits_head:
+        reporter.say("This model's head cannot be told apart from its body: the logits of every position are computed.")
+    if not run.scorer.shares_prompt:
+        reporter.say("This model cannot share a prompt between two completions: each prompt is run twice.")
+    if (run.folder / "adapters.safetensors").exists():
+        reporter.say(f"{run.folder}/ holds an earlier run, which this one overwrites.")
+    parameters = ", ".join(f"{key} {value:g}" for key, value in run.parameters.items())
+    trainable = sum(array.size for array in adapter_weights(run.loaded.model).values())
+    reporter.say(f"Training {trainable:,} parameters with {run.config.method} ({parameters or 'no parameters'}).")
+
+
+def _evaluate_splits(run: Run, reporter: Reporter, metrics_file: MetricsFile, step: int, names: Sequence[str]) -> Held:
+    """Evaluate the held-out splits among `names`."""
+    limits = {"valid": run.config.val_batches, "test": run.config.test_batches}
+    held: Held = {}
+    for name in names:
+        if limits.get(name, 0) == 0 or name not in run.splits:
+            continue
+        pairs = _held_out(run.splits[name], limits[name], run.config.batch_size)
+        with reporter.bar(f"evaluating {name}", len(pairs), "pairs") as advance:
+            held[name] = evaluate(
+                run.scorer, pairs, run.loss, batch_size=run.config.batch_size, nll=run.config.nll,
+                reference=run.reference, progress=advance,
+            )  # fmt: skip
+        metrics_file.write(step, name, held[name])
+        reporter.say(eval_line(step, name, held[name]))
+    return held
+
+
+def _held_out(split: Split, batches: int, batch_size: int) -> list[TokenizedPair]:
+    return split.pairs if batches == -1 else split.pairs[: batches * batch_size]
+
+
+def _save(run: Run, step: int | None) -> None:
+    try:
+        save_adapters(run.folder, adapter_weights(run.loaded.model), step=step)
+    except OSError as error:
+        raise TrainingError(
+            f"{run.folder}: the adapters cannot be saved ({error.strerror}); the last save there is whole."
+        ) from None
+
+
+def _groups_of_all_pairs(run: Run) -> Iterator[list[TokenizedPair]]:
+    """Every pair of every split once, grouped as the first epoch and the evaluations will group them."""
+    config = run.config
+    for name, split in run.splits.items():
+        batches = length_order(split.pairs, config.batch_size)
+        if name == "train":
+            window_size = config.batch_size * config.grad_accumulation_steps
+            windows = epoch_order(split.pairs, window_size, seed=config.seed, epoch=0, shuffle=config.shuffle)
+            batches = [list(cut) for window in windows for cut in _cut(window, config.batch_size)]
+        for indices in batches:
+            yield [split.pairs[index] for index in indices]
+
+
+def _cut(window: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [window[start : start + size] for start in range(0, len(window), size)]
+
+
+def _sample_prompts(run: Run, reporter: Reporter) -> list[Pair]:
+    """Pairs whose prompts are answered before and after training: of the first of test, valid, train that is text."""
+    if run.config.samples == 0:
+        return []
+    split = next(run.splits[name] for name in ("test", "valid", "train") if name in run.splits)
+    pairs = [pair for pair in split.raw if isinstance(pair, Pair)]
+    if not pairs:
+        reporter.say("The rows are token ids: no sample replies.")
+    return pick_prompts(pairs, run.config.samples)
+
+
+def _replies(run: Run, prompts: Sequence[Pair]) -> list[Reply]:
+    return sample_replies(run.loaded.model, run.loaded.tokenizer, prompts) if prompts else []
+
+
+@contextmanager
+def _checkpointed_layers(run: Run) -> Iterator[None]:
+    """Gradient checkpointing for the length of the run; mlx-lm's patches the block's class, so it is put back."""
+    block_class: Any = type(run.loaded.model.layers[0])
+    original = block_class.__call__
+    if run.config.grad_checkpoint:
+        grad_checkpoint(run.loaded.model.layers[0])
+    try:
+        yield
+    finally:
+        block_class.__call__ = original
+
+
+def _bar_note(metrics: dict[str, float], tokens_per_s: float) -> str:
+    return (
+        f"loss {metrics['loss']:.4f}  accuracy {metrics['rewards/accuracies']:.2f}  "
+        f"margin {metrics['rewards/margins']:.4f}  {tokens_per_s:.0f} tokens/s  "
+        f"peak {mx.get_peak_memory() / 2**30:.2f} GiB"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; 0, or 2 with one sentence on stderr."""
+    try:
+        train(resolve(argv, PROG))
+    except UserError as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted; what was saved last in --adapter-path is whole.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

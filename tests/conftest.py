@@ -1,0 +1,175 @@
+"""Small models and data that the tests make themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import orpo_mlx  # noqa: F401  (loads a BLAS before mlx)
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from orpo_mlx.types import TokenizedPair
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ("<|pad|>", "<|start|>", "<|end|>")
+VOCABULARY = 256 + len(SPECIAL_TOKENS)
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
+    "qwen2": {"model_type": "qwen2", "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
+    "gemma2": {
+        "model_type": "gemma2",
+        "rms_norm_eps": 1e-6,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 20.0,
+        "final_logit_softcapping": 10.0,
+    },
+    "phi3": {
+        "model_type": "phi3",
+        "rms_norm_eps": 1e-5,
+        "original_max_position_embeddings": 256,
+        "partial_rotary_factor": 1.0,
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5},
+    "sliding": {
+        "model_type": "llama",
+        "rms_norm_eps": 1e-5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 6,
+    },
+    "mamba": {
+        "model_type": "mamba",
+        "state_size": 8,
+        "conv_kernel": 4,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "time_step_rank": 4,
+    },
+}
+
+
+def make_model(kind: str = "llama", *, seed: int = 0, vocabulary: int = VOCABULARY) -> nn.Module:
+    """A random two-layer model of a kind named in `CONFIGS`."""
+    model_class, args_class = _get_classes(model_config(kind, vocabulary))
+    mx.random.seed(seed)
+    model: nn.Module = model_class(args_class.from_dict(model_config(kind, vocabulary)))
+    # Larger weights than the default initialiser's, so that logits and gradients are far from trivial.
+    model.update_modules({})
+    model.load_weights([(name, 3 * value if value.ndim == 2 else value) for name, value in _flat(model)], strict=False)
+    mx.eval(model.parameters())
+    model.freeze()
+    model.eval()
+    return model
+
+
+def model_config(kind: str, vocabulary: int = VOCABULARY) -> dict[str, Any]:
+    """The config.json of such a model."""
+    common = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 256,
+        "rope_theta": 10000.0,
+        "eos_token_id": 258,
+    }
+    return {**common, **CONFIGS[kind]}
+
+
+def make_pairs(
+    count: int = 6, *, seed: int = 0, vocabulary: int = VOCABULARY, longest: int = 12
+) -> list[TokenizedPair]:
+    """Random pairs of unequal lengths; the first has a one-token prompt, the second a one-token completion."""
+    rng = np.random.default_rng(seed)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(int(token) for token in rng.integers(1, vocabulary, length))
+
+    pairs = []
+    for number in range(count):
+        prompt, chosen, rejected = (int(length) for length in rng.integers(2, longest, 3))
+        pairs.append(
+            TokenizedPair(
+                ids(1 if number == 0 else prompt), ids(1 if number == 1 else chosen), ids(rejected), f"made:{number}"
+            )
+        )
+    return pairs
+
+
+def make_tokenizer() -> Tokenizer:
+    """A byte-level tokenizer without merges: one token per byte, after the special tokens' bytes."""
+    vocabulary = {token: number for number, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
+
+
+def write_model_folder(
+    folder: Path, kind: str = "llama", *, tokenizer: bool = True, template: str = CHAT_TEMPLATE
+) -> Path:
+    """A model folder as mlx-lm reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = make_model(kind)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(_flat(model)))
+    (folder / "config.json").write_text(json.dumps(model_config(kind)))
+    if tokenizer:
+        make_tokenizer().save(str(folder / "tokenizer.json"))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|end|>",
+            "pad_token": "<|pad|>",
+            "chat_template": template,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A JSONL file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_id_rows(path: Path, pairs: list[TokenizedPair]) -> Path:
+    """A JSONL file of token-id rows."""
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return write_rows(path, [{name: list(getattr(pair, name)) for name in names} for pair in pairs])
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with a tokenizer and a chat template."""
+    return write_model_folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference files that lie beside some checkouts; tests that need them are left out elsewhere."""
+    if not SHARED.is_dir():
+        pytest.skip("no ../shared beside this checkout")
+    return SHARED
+
+
+def _flat(model: nn.Module) -> list[tuple[str, mx.array]]:
+    return [(str(name), value) for name, value in dict(tree_flatten(model.parameters())).items()]

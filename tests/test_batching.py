@@ -1,0 +1,91 @@
+"""Order, grouping and padding."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from orpo_mlx.batching import (
+    TrainingOrder,
+    collate,
+    epoch_order,
+    length_order,
+    sequence_tokens,
+    steps_per_epoch,
+)
+from orpo_mlx.types import TokenizedPair
+from tests.conftest import make_pairs
+
+
+def test_collate_pads_prompts_on_the_left_and_completions_on_the_right() -> None:
+    batch = collate([TokenizedPair((1, 2, 3), (4,), (5, 6)), TokenizedPair((7,), (8, 9), (10,))])
+    assert np.array(batch.prompt_ids).tolist() == [[1, 2, 3], [0, 0, 7]]
+    assert np.array(batch.prompt_mask).tolist() == [[True, True, True], [False, False, True]]
+    assert batch.left_padding is not None
+    assert np.array(batch.left_padding).tolist() == [0, 2]
+    assert np.array(batch.chosen_ids)[:, :2].tolist() == [[4, 0], [8, 9]]
+    assert np.array(batch.chosen_mask).sum(axis=1).tolist() == [1, 2]
+    assert np.array(batch.rejected_mask).sum(axis=1).tolist() == [2, 1]
+
+
+def test_equal_prompts_have_no_padding() -> None:
+    assert collate([TokenizedPair((1, 2), (3,), (4,)), TokenizedPair((5, 6), (7, 8), (9,))]).left_padding is None
+
+
+def test_collate_needs_pairs() -> None:
+    with pytest.raises(ValueError, match="at least one pair"):
+        collate([])
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("count", "size"), [(1, 4), (8, 4), (37, 4), (200, 8)])
+def test_every_pair_once_per_epoch(count: int, size: int, shuffle: bool) -> None:
+    pairs = make_pairs(count)
+    batches = epoch_order(pairs, size, seed=3, epoch=2, shuffle=shuffle)
+    assert sorted(itertools.chain(*batches)) == list(range(count))
+    assert len(batches) == steps_per_epoch(count, size)
+    assert all(len(batch) == size for batch in batches[:-1])
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    pairs = make_pairs(50)
+    one = epoch_order(pairs, 4, seed=1, epoch=0)
+    assert one == epoch_order(pairs, 4, seed=1, epoch=0)
+    assert one != epoch_order(pairs, 4, seed=2, epoch=0)
+    assert one != epoch_order(pairs, 4, seed=1, epoch=1)
+    assert epoch_order(pairs, 4, seed=1, epoch=0, shuffle=False)[0] == [0, 1, 2, 3]
+
+
+def test_batches_are_of_like_length() -> None:
+    pairs = make_pairs(256, longest=100)
+
+    def spread(batches: list[list[int]]) -> float:
+        lengths = [[pairs[index].pair_tokens for index in batch] for batch in batches]
+        return float(np.mean([max(group) - min(group) for group in lengths]))
+
+    assert spread(epoch_order(pairs, 4, seed=0, epoch=0)) < 0.3 * spread(
+        epoch_order(pairs, 4, seed=0, epoch=0, shuffle=False)
+    )
+
+
+def test_training_order_continues_from_a_step() -> None:
+    pairs = make_pairs(10)
+    whole = list(itertools.islice(TrainingOrder(pairs, 4, seed=5, shuffle=True), 8))
+    rest = list(itertools.islice(TrainingOrder(pairs, 4, seed=5, shuffle=True, step=5), 3))
+    assert rest == whole[5:]
+    assert sorted(itertools.chain(*whole[:3])) == list(range(10))
+    assert sorted(itertools.chain(*whole[3:6])) == list(range(10))
+
+
+def test_length_order_covers_everything() -> None:
+    pairs = make_pairs(11)
+    batches = length_order(pairs, 4)
+    assert sorted(itertools.chain(*batches)) == list(range(11))
+    lengths = [pairs[index].pair_tokens for index in itertools.chain(*batches)]
+    assert lengths == sorted(lengths)
+
+
+def test_sequence_tokens_counts_predictions_of_prompt_and_chosen() -> None:
+    assert sequence_tokens([TokenizedPair((1, 2, 3), (4, 5), (6,)), TokenizedPair((1,), (2,), (3,))]) == 4 + 1

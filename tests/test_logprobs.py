@@ -1,0 +1,281 @@
+"""Log-probs against a float64 oracle over the model's own logits, one unpadded row at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from orpo_mlx.batching import collate, sequence_tokens
+from orpo_mlx.logprobs import PairScorer, head_logps, head_of, log_sum_exp, pair_logps, token_logps
+from orpo_mlx.lora import add_adapters
+from orpo_mlx.models import load
+from orpo_mlx.types import Batch, TokenizedPair
+from tests import oracle
+from tests.conftest import CONFIGS, make_model, make_pairs
+
+ATTENTION = [kind for kind in CONFIGS if kind != "mamba"]
+SWITCHES: list[dict[str, bool]] = [
+    {},
+    {"share_prompt": False},
+    {"split_head": False},
+    {"share_prompt": False, "split_head": False},
+]
+
+
+def oracle_logps(model: nn.Module, prompt: tuple[int, ...], completion: tuple[int, ...]) -> oracle.Array:
+    """log p of every completion token, from the model's logits on the bare row."""
+    ids = [*prompt, *completion]
+    logits = np.array(model(mx.array([ids])).astype(mx.float32), np.float64)[0]
+    return oracle.token_logps(logits[len(prompt) - 1 : -1], np.array(completion))
+
+
+@pytest.mark.parametrize("vocabulary", [7, 128, 300, 49_152, 151_936])
+@pytest.mark.parametrize("spread", [1.0, 10.0])
+def test_token_logps_are_within_1e5_nats_of_float64(vocabulary: int, spread: float) -> None:
+    rng = np.random.default_rng(vocabulary)
+    logits = (spread * rng.standard_normal((8, vocabulary))).astype(np.float32)
+    targets = rng.integers(0, vocabulary, 8)
+    found = np.array(token_logps(mx.array(logits), mx.array(targets)))
+    np.testing.assert_allclose(found, oracle.token_logps(logits.astype(np.float64), targets), rtol=0, atol=1e-5)
+
+
+def test_one_float32_sum_would_not_be_within_1e5() -> None:
+    # The reason for two levels: this fails the day MLX's own sum no longer drifts, and the blocks can then go.
+    logits = np.random.default_rng(0).standard_normal((8, 151_936)).astype(np.float32)
+    exact = np.log(np.exp(logits.astype(np.float64)).sum(axis=-1))
+    assert np.abs(np.array(mx.logsumexp(mx.array(logits), axis=-1)) - exact).max() > 1e-5
+    peak, rest = log_sum_exp(mx.array(logits))
+    assert np.abs(np.array(peak + rest) - exact).max() < 1e-5
+
+
+def test_logits_of_any_size_stay_finite() -> None:
+    logits = mx.array([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]])
+    np.testing.assert_allclose(np.array(token_logps(logits, mx.array([1, 0]))), [-2e4, -np.log(3)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_logits_are_reduced_in_float32(dtype: mx.Dtype) -> None:
+    logits = mx.array(np.random.default_rng(0).standard_normal((4, 5000))).astype(dtype)
+    targets = mx.array([1, 2, 3, 4])
+    found = token_logps(logits, targets)
+    exact = oracle.token_logps(np.array(logits.astype(mx.float32), np.float64), np.array(targets))
+    assert found.dtype == mx.float32
+    np.testing.assert_allclose(np.array(found), exact, rtol=0, atol=1e-5)
+
+
+def test_token_logps_refuses_shapes_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"\(3,\) do not fit logits of shape \(2, 5\)"):
+        token_logps(mx.zeros((2, 5)), mx.array([0, 1, 2]))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_head_in_chunks_has_the_value_and_gradient_of_the_whole(rows: int) -> None:
+    rng = np.random.default_rng(1)
+    hidden, weight = rng.standard_normal((10, 16)), rng.standard_normal((300, 16))
+    targets, cotangent = rng.integers(0, 300, 10), rng.standard_normal(10)
+    head = lambda states: states @ mx.array(weight.astype(np.float32)).T  # noqa: E731
+
+    def weighted(states: mx.array) -> mx.array:
+        logps = head_logps(head, states, mx.array(targets), chunk_rows=rows)
+        return (logps * mx.array(cotangent.astype(np.float32))).sum()
+
+    value, grad = mx.value_and_grad(weighted)(mx.array(hidden.astype(np.float32)))
+    logits = hidden @ weight.T
+    probs = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probs /= probs.sum(axis=1, keepdims=True)
+    expected = cotangent[:, None] * (weight[targets] - probs @ weight)
+    np.testing.assert_allclose(float(value), (oracle.token_logps(logits, targets) * cotangent).sum(), rtol=1e-5)
+    np.testing.assert_allclose(np.array(grad), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_head_without_gradient_gives_the_same_values() -> None:
+    hidden, weight, targets = mx.random.normal((10, 16)), mx.random.normal((300, 16)), mx.arange(10)
+    head = lambda states: states @ weight.T  # noqa: E731
+    with_gradient = head_logps(head, hidden, targets, chunk_rows=4)
+    without = head_logps(head, hidden, targets, chunk_rows=4, gradient=False)
+    assert mx.array_equal(with_gradient, without).item()
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_head_of_is_the_models_own_head(kind: str) -> None:
+    model = make_model(kind)
+    ids = mx.array([[5, 6, 7, 8]])
+    backbone: Any = model["model"]
+    found = np.array(head_of(model, "model")(backbone(ids)))
+    np.testing.assert_allclose(found, np.array(model(ids)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_token_of_every_pair_matches_the_oracle(kind: str, switches: dict[str, bool]) -> None:
+    model = make_model(kind)
+    pairs = make_pairs(6)
+    tokens = PairScorer(model, **switches)(collate(pairs), with_prompt=True)
+    assert tokens.prompt is not None
+    prompts, chosen, rejected = (np.array(part) for part in tokens)
+    for row, pair in enumerate(pairs):
+        for grid, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
+            np.testing.assert_allclose(
+                grid[row, : len(ids)], oracle_logps(model, pair.prompt_ids, ids), rtol=2e-6, atol=2e-5
+            )
+            assert not grid[row, len(ids) :].any()
+        before = prompts.shape[1] - len(pair.prompt_ids)
+        assert not prompts[row, : before + 1].any()
+        if len(pair.prompt_ids) > 1:
+            expected = oracle_logps(model, pair.prompt_ids[:1], pair.prompt_ids[1:])
+            np.testing.assert_allclose(prompts[row, before + 1 :], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_attention_models_share_the_prompt(kind: str) -> None:
+    scorer = PairScorer(make_model(kind))
+    assert scorer.shares_prompt
+    assert scorer.splits_head
+
+
+def test_a_recurrent_model_does_not_share_the_prompt() -> None:
+    assert not PairScorer(make_model("mamba")).shares_prompt
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_gradients_do_not_depend_on_the_path(kind: str) -> None:
+    batch = collate(make_pairs(4))
+    plain = adapter_gradients(kind, batch, share_prompt=False, split_head=False)
+    for switches in SWITCHES[:3]:
+        for name, gradient in adapter_gradients(kind, batch, **switches).items():
+            scale = np.abs(plain[name]).max()
+            np.testing.assert_allclose(gradient, plain[name], rtol=0, atol=1e-4 * scale, err_msg=f"{name} {switches}")
+
+
+def adapter_gradients(kind: str, batch: Batch, **switches: bool) -> dict[str, oracle.Array]:
+    """Gradients of every adapter for a loss that weighs each side of each pair differently."""
+    model = make_model(kind)
+    mx.random.seed(1)
+    add_adapters(model, "lora", -1, {"rank": 2, "scale": 4.0, "dropout": 0.0})
+    for name, array in dict(tree_flatten(model.trainable_parameters())).items():
+        model.load_weights([(name, mx.random.normal(array.shape) * 0.1)], strict=False)
+    scorer = PairScorer(model, **switches)
+
+    def loss(batch: Batch) -> mx.array:
+        logps = pair_logps(scorer, batch, nll_tokens_per_pair=7.0)
+        weights = mx.arange(1, logps.chosen.size + 1)
+        return (logps.nll * weights).sum() + (logps.rejected * weights).sum() - (logps.chosen**2).sum() / 50
+
+    _, gradients = nn.value_and_grad(model, loss)(batch)
+    found = {name: np.array(value, np.float64) for name, value in dict(tree_flatten(gradients)).items()}
+    assert all(np.abs(value).max() > 0 for value in found.values()), "an adapter without gradient"
+    return found
+
+
+def test_gradient_matches_finite_differences() -> None:
+    model = make_model()
+    add_adapters(model, "lora", -1, {"rank": 2, "scale": 4.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]})
+    scorer, batch = PairScorer(model), collate(make_pairs(3))
+    name = "model.layers.0.self_attn.q_proj.lora_b"
+    start = 0.1 * mx.random.normal(dict(tree_flatten(model.trainable_parameters()))[name].shape)
+    direction = mx.random.normal(start.shape)
+    direction = direction / mx.sqrt((direction**2).sum())
+
+    def loss(batch: Batch) -> mx.array:
+        return pair_logps(scorer, batch).chosen.sum()
+
+    def at(step: float) -> float:
+        model.load_weights([(name, start + step * direction)], strict=False)
+        return float(loss(batch))
+
+    slope = (at(0.02) - at(-0.02)) / 0.04
+    at(0.0)
+    gradient = dict(tree_flatten(nn.value_and_grad(model, loss)(batch)[1]))[name]
+    assert float((gradient * direction).sum()) == pytest.approx(slope, rel=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "mixtral"])
+def test_row_order_padding_and_company_change_nothing(kind: str) -> None:
+    model = make_model(kind)
+    scorer, pairs = PairScorer(model), make_pairs(6)
+    together = np.array(pair_logps(scorer, collate(pairs)).chosen)
+    turned = np.array(pair_logps(scorer, collate(pairs[::-1])).chosen)[::-1]
+    alone = np.concatenate([np.array(pair_logps(scorer, collate([pair])).chosen) for pair in pairs])
+    np.testing.assert_allclose(turned, together, atol=1e-5, rtol=1e-6)
+    np.testing.assert_allclose(alone, together, atol=1e-5, rtol=1e-6)
+
+
+def test_nll_of_completion_and_of_sequence() -> None:
+    model = make_model()
+    pairs = make_pairs(4)
+    scorer, batch = PairScorer(model), collate(pairs)
+    completion = np.array(pair_logps(scorer, batch).nll)
+    per_token = [oracle_logps(model, pair.prompt_ids, pair.chosen_ids) for pair in pairs]
+    np.testing.assert_allclose(completion, [-values.mean() for values in per_token], rtol=1e-5)
+    tokens = sequence_tokens(pairs)
+    sequence = np.array(pair_logps(scorer, batch, nll_tokens_per_pair=tokens / 4).nll)
+    total = sum(
+        oracle_logps(model, pair.prompt_ids[:1], (*pair.prompt_ids[1:], *pair.chosen_ids)).sum() for pair in pairs
+    )
+    assert sequence.mean() == pytest.approx(-total / tokens, rel=1e-5)
+
+
+def test_a_trained_head_gets_its_gradient() -> None:
+    model = make_model("qwen2")
+    model.unfreeze()
+    scorer, batch = PairScorer(model), collate(make_pairs(3))
+    assert scorer.splits_head
+    plain = PairScorer(model, share_prompt=False, split_head=False)
+    gradients = [
+        dict(tree_flatten(nn.value_and_grad(model, lambda batch, s=each: pair_logps(s, batch).chosen.sum())(batch)[1]))
+        for each in (scorer, plain)
+    ]
+    embedding = "model.embed_tokens.weight"
+    assert float(mx.abs(gradients[1][embedding]).max()) > 0
+    for name, value in gradients[1].items():
+        scale = float(mx.abs(value).max())
+        np.testing.assert_allclose(np.array(gradients[0][name]), np.array(value), atol=1e-4 * scale, err_msg=name)
+
+
+def test_a_model_that_hides_its_head_falls_back() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make_model()
+            self.args = self.inner.args
+
+        @property
+        def layers(self) -> Any:
+            return self.inner.layers
+
+        def __call__(self, ids: mx.array, cache: Any = None) -> mx.array:
+            logits: mx.array = self.inner(ids, cache)
+            return logits
+
+    scorer = PairScorer(Wrapped())
+    assert not scorer.splits_head
+    pair = make_pairs(3)[2]
+    found = np.array(scorer(collate([pair])).chosen)[0, : len(pair.chosen_ids)]
+    np.testing.assert_allclose(found, oracle_logps(make_model(), pair.prompt_ids, pair.chosen_ids), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "llama_tied", "phi3", "qwen2", "granite", "qwen3_moe"])
+def test_agrees_with_pytorch(shared: Path, name: str, parity: Callable[[str], nn.Module]) -> None:
+    rows = json.loads((shared / "parity" / name / "reference.json").read_text())
+    scorer = PairScorer(parity(name))
+    pairs = [
+        TokenizedPair(tuple(row["prompt_ids"]), tuple(row["chosen_ids"]), tuple(row["rejected_ids"])) for row in rows
+    ]
+    tokens = scorer(collate(pairs))
+    for number, row in enumerate(rows):
+        for grid, side in ((tokens.chosen, "chosen"), (tokens.rejected, "rejected")):
+            expected = row[f"{side}_token_logps"]
+            np.testing.assert_allclose(np.array(grid)[number, : len(expected)], expected, atol=1e-4)
+
+
+@pytest.fixture
+def parity(shared: Path) -> Callable[[str], nn.Module]:
+    return lambda name: load(str(shared / "parity" / name)).model

@@ -1,0 +1,169 @@
+"""Adapters: off means the base model bit for bit, files are mlx-lm's, PEFT's matrices load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from orpo_mlx.batching import collate
+from orpo_mlx.errors import ConfigError, ModelError
+from orpo_mlx.logprobs import PairScorer, pair_logps
+from orpo_mlx.lora import adapter_weights, adapters_off, add_adapters, load_adapter_file
+from tests.conftest import make_model, make_pairs
+
+LORA: dict[str, Any] = {"rank": 2, "scale": 4.0, "dropout": 0.0}
+
+
+def adapted(kind: str = "llama", fine_tune_type: str = "lora", **lora: Any) -> nn.Module:
+    model = make_model(kind)
+    mx.random.seed(0)
+    add_adapters(model, fine_tune_type, -1, {**LORA, **lora})
+    return model
+
+
+@pytest.mark.parametrize("fine_tune_type", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
+def test_off_is_the_base_model_bit_for_bit_before_and_after_steps(kind: str, fine_tune_type: str) -> None:
+    base = make_model(kind)
+    batch = collate(make_pairs(4))
+    expected = pair_logps(PairScorer(base), batch)
+    model = adapted(kind, fine_tune_type)
+    scorer = PairScorer(model)
+    optimizer = optim.Adam(learning_rate=0.05)
+    for _ in range(4):
+        with adapters_off(model):
+            found = pair_logps(scorer, batch)
+        for one, other in zip(found[:5], expected[:5], strict=True):
+            assert mx.array_equal(one, other).item()
+        _, gradients = nn.value_and_grad(model, lambda b: pair_logps(scorer, b).chosen.sum())(batch)
+        optimizer.update(model, gradients)
+        mx.eval(model.parameters())
+    # It is off only inside the block.
+    assert not mx.allclose(pair_logps(scorer, batch).chosen, expected.chosen, atol=1e-2).item()
+
+
+def test_off_covers_experts() -> None:
+    base, model = make_model("mixtral"), adapted("mixtral")
+    model.load_weights([(name, mx.ones(value.shape)) for name, value in adapter_weights(model).items()], strict=False)
+    ids = mx.array([[3, 4, 5]])
+    assert not mx.allclose(model(ids), base(ids), atol=1e-2).item()
+    with adapters_off(model):
+        assert mx.array_equal(model(ids), base(ids)).item()
+
+
+def test_the_adapters_come_back_after_an_error() -> None:
+    model = adapted()
+    names = set(adapter_weights(model))
+    with pytest.raises(RuntimeError, match="inside"), adapters_off(model):
+        raise RuntimeError("inside")
+    assert set(adapter_weights(model)) == names
+
+
+def test_layers_are_counted_from_the_last() -> None:
+    model = make_model()
+    add_adapters(model, "lora", 1, LORA)
+    assert {name.split(".")[2] for name in adapter_weights(model)} == {"1"}
+
+
+def test_full_trains_the_blocks_own_weights() -> None:
+    model = make_model()
+    add_adapters(model, "full", -1, LORA)
+    names = set(adapter_weights(model))
+    assert "model.layers.0.self_attn.q_proj.weight" in names
+    assert "model.embed_tokens.weight" not in names
+
+
+def test_more_layers_than_there_are_and_keys_that_match_nothing() -> None:
+    with pytest.raises(ConfigError, match="--num-layers 3: the model has 2 layers"):
+        add_adapters(make_model(), "lora", 3, LORA)
+    with pytest.raises(ConfigError, match="match no layer"):
+        add_adapters(make_model(), "lora", -1, {**LORA, "keys": ["nowhere"]})
+
+
+def saved(folder: Path, model: nn.Module, **config: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    mx.save_safetensors(str(folder / "adapters.safetensors"), adapter_weights(model))
+    (folder / "adapter_config.json").write_text(json.dumps(config or {"lora_parameters": LORA}))
+    return folder
+
+
+def randomise(model: nn.Module) -> None:
+    model.load_weights([(name, mx.random.normal(value.shape)) for name, value in adapter_weights(model).items()], strict=False)
+
+
+def test_round_trip_through_a_file(tmp_path: Path) -> None:
+    model, other = adapted(), adapted()
+    randomise(model)
+    load_adapter_file(other, saved(tmp_path / "a", model), 4.0)
+    for name, value in adapter_weights(model).items():
+        assert mx.array_equal(value, adapter_weights(other)[name]).item()
+
+
+def test_peft_matrices_give_pefts_delta(tmp_path: Path) -> None:
+    """PEFT adds (alpha / r) B A x to W x, with A (r, in) and B (out, r)."""
+    model = adapted(keys=["self_attn.q_proj"])
+    rng = np.random.default_rng(0)
+    matrices = {}
+    for layer in (0, 1):
+        prefix = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        matrices[f"{prefix}.lora_A.weight"] = rng.standard_normal((2, 32)).astype(np.float32)
+        matrices[f"{prefix}.lora_B.weight"] = rng.standard_normal((32, 2)).astype(np.float32)
+    mx.save_safetensors(str(tmp_path / "adapter_model.safetensors"), {name: mx.array(value) for name, value in matrices.items()})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "r": 2}))
+    load_adapter_file(model, tmp_path, 4.0)
+    x = rng.standard_normal((1, 32)).astype(np.float32)
+    base = np.array(make_model().model.layers[1].self_attn.q_proj.weight)
+    prefix = "base_model.model.model.layers.1.self_attn.q_proj"
+    delta = 4.0 * matrices[f"{prefix}.lora_B.weight"] @ matrices[f"{prefix}.lora_A.weight"]
+    found = np.array(model.model.layers[1].self_attn.q_proj(mx.array(x)))
+    np.testing.assert_allclose(found, x @ (base + delta).T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "theirs"),
+    [
+        ({"lora_parameters": {**LORA, "scale": 20.0}}, "20"),
+        ({"lora_alpha": 8, "r": 4}, "2"),
+        ({"lora_alpha": 8, "r": 4, "use_rslora": True}, "4"),
+    ],
+)
+def test_another_scale_is_another_model(tmp_path: Path, config: dict[str, Any], theirs: str) -> None:
+    folder = saved(tmp_path / "a", adapted(), **config)
+    with pytest.raises(ModelError, match=rf"made with LoRA scale {theirs}, this run has 3"):
+        load_adapter_file(adapted(), folder, 3.0)
+
+
+def test_files_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such adapter file"):
+        load_adapter_file(adapted(), tmp_path / "nowhere.safetensors", 4.0)
+    with pytest.raises(ModelError, match=r"lora_a has shape \(32, 3\), expected \(32, 2\).*and 25 more"):
+        load_adapter_file(adapted(), saved(tmp_path / "rank", adapted(rank=3)), 4.0)
+    with pytest.raises(ModelError, match="q_proj.lora_a is missing"):
+        load_adapter_file(adapted(), saved(tmp_path / "keys", adapted(keys=["self_attn.v_proj"])), 4.0)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"not safetensors at all")
+    with pytest.raises(ModelError, match="cannot be read as safetensors"):
+        load_adapter_file(adapted(), broken, 4.0)
+
+
+def test_mlx_lm_reads_the_folder(tmp_path: Path) -> None:
+    from mlx_lm.tuner.utils import load_adapters
+
+    model = adapted()
+    randomise(model)
+    config = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": LORA}
+    other = load_adapters(make_model(), str(saved(tmp_path / "a", model, **config)))
+    ids = mx.array([[3, 4, 5]])
+    assert mx.array_equal(other(ids), model(ids)).item()
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    assert all(name.endswith(("lora_a", "lora_b")) for name in dict(tree_flatten(adapted().trainable_parameters())))
