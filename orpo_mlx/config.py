@@ -179,12 +179,31 @@ def resolve(argv: Sequence[str] | None = None, prog: str = "python -m orpo_mlx.t
     Raises:
         ConfigError: an unknown key, or a value that cannot be used; names the flag or the file and key.
     """
-    given = vars(build_parser(prog).parse_args(sys.argv[1:] if argv is None else argv))
+    given = vars(build_parser(prog).parse_args(_joined_numbers(sys.argv[1:] if argv is None else argv)))
     config_file = given.pop("config", None)
     values = {} if config_file is None else read_config_file(Path(config_file))
     for name, value in given.items():
         values[name] = _coerce(name, value, _flag(name))
     return make_config(values)
+
+
+def _joined_numbers(argv: Sequence[str]) -> list[str]:
+    """`--flag -1e-4` as `--flag=-1e-4`: argparse would take the number for a flag and not say what is wrong."""
+    joined: list[str] = []
+    for word in argv:
+        if word.startswith("-") and joined and joined[-1].startswith("--") and _is_number(word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def make_config(values: Mapping[str, Any]) -> TrainingConfig:

@@ -19,11 +19,13 @@ def evaluate(
     batch_size: int,
     nll: str,
     reference: ReferenceLogProbs | None,
+    untrained: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, float]:
     """Mean over all `pairs` of each of `metrics.pair_metrics`, without dropout and without gradient.
 
-    `progress` is called with the number of pairs done after each batch.
+    `untrained` says that no optimiser step has been taken: the policy's log-probs are then the reference's as well, and
+    are not computed twice. `progress` is called with the number of pairs done after each batch.
     """
     model = scorer.model
     was_training = model.training
@@ -34,6 +36,8 @@ def evaluate(
         group = [pairs[index] for index in indices]
         batch = collate(group)
         logps = pair_logps(scorer, batch, nll_tokens_per_pair=tokens_per_pair, gradient=False)
+        if reference and untrained:
+            reference.adopt(group, logps)
         logps = with_reference(logps, reference(group, batch) if reference else None)
         means.add(pair_metrics(logps, loss(logps)))
         progress(means.pairs)

@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 from orpo_mlx.errors import ModelError
 
 _GROUP_SIZE = 32
-_BITS = {"q4": 4, "q8": 8}
 _CONTROL_TOKEN, _USER_TOKEN = 3, 4
 
 _TENSORS = {
@@ -122,11 +121,9 @@ def _weights(path: Path, arrays: dict[str, mx.array], config: dict[str, Any]) ->
 
 
 def _expand(packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-    """Quantised blocks to float16, rounded once: the product and the sum are taken in float32."""
+    """Quantised blocks to the dtype of their scales (float16), as MLX itself expands them when it runs quantised."""
     bits = 32 * packed.shape[-1] // (scales.shape[-1] * _GROUP_SIZE)
-    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    full = mx.dequantize(packed, scales, biases, group_size=_GROUP_SIZE, bits=bits)
-    return full.astype(mx.float16)
+    return mx.dequantize(packed, scales, biases, group_size=_GROUP_SIZE, bits=bits)
 
 
 def _unpermute(weight: mx.array, heads: int) -> mx.array:

@@ -39,10 +39,13 @@ def normalise_config(config: Mapping[str, Any], place: str) -> dict[str, Any]:
         flat["text_config"] = _flatten_rope(text_config, set(), place)
     try:
         _, args_class = _get_classes(flat)
-    except (ValueError, KeyError):
-        raise ModelError(f"{place}: model_type {config.get('model_type')!r} is not one that mlx-lm knows.") from None
-    accepted = set(inspect.signature(args_class).parameters)
-    return _flatten_rope(_with_old_names(flat, accepted), accepted, place)
+    except (ValueError, KeyError, SystemExit):  # One of mlx-lm's modules exits where a package is missing.
+        raise ModelError(f"{place}: model_type {config.get('model_type')!r} is not one that mlx-lm can run.") from None
+    parameters = inspect.signature(args_class).parameters
+    accepted = set(parameters)
+    required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+    flat = _flatten_rope(_with_old_names(flat, accepted), accepted, place)
+    return _with_layer_pattern(_with_implied(flat, required), accepted, place)
 
 
 def _with_old_names(config: dict[str, Any], accepted: set[str]) -> dict[str, Any]:
@@ -53,6 +56,39 @@ def _with_old_names(config: dict[str, Any], accepted: set[str]) -> dict[str, Any
             if other in config:
                 config[name] = config[other]
     return config
+
+
+def _with_implied(config: dict[str, Any], required: set[str]) -> dict[str, Any]:
+    """Settings mlx-lm's class requires and transformers 5 leaves out, because others imply them."""
+    implied = {"rope_scaling": None, "n_ctx": config.get("n_positions")}
+    if "hidden_size" in config and "num_attention_heads" in config:
+        implied["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    return {**{name: value for name, value in implied.items() if name in required}, **config}
+
+
+def _with_layer_pattern(config: dict[str, Any], accepted: set[str], place: str) -> dict[str, Any]:
+    """`sliding_window_pattern` (every n-th layer sees everything) from transformers 5's list of layer types."""
+    types = config.get("layer_types")
+    if not types or "sliding_window_pattern" not in accepted or "layer_types" in accepted:
+        return config
+    pattern = types.index(_FULL) + 1 if _FULL in types else len(types) + 1
+    if types != [_SLIDING if (layer + 1) % pattern else _FULL for layer in range(len(types))]:
+        raise ModelError(f"{place}: layer_types is not a repeating pattern, which is all mlx-lm can express here.")
+    return {**config, "sliding_window_pattern": pattern}
+
+
+def unseen_window(config: Mapping[str, Any]) -> int | None:
+    """The attention window of a model whose mlx-lm class ignores it; None where there is none or it is applied.
+
+    Up to this many tokens the model is exact; beyond, mlx-lm lets every layer attend further than it was trained to.
+    """
+    window = config.get("sliding_window")
+    if not isinstance(window, int) or config.get("use_sliding_window") is False:
+        return None
+    _, args_class = _get_classes(dict(config))
+    accepted = set(inspect.signature(args_class).parameters)
+    applied = "sliding_window" in accepted and ("layer_types" not in accepted or config.get("layer_types"))
+    return None if applied else window
 
 
 def _attribute_map(model_type: str) -> dict[str, str]:
@@ -72,10 +108,7 @@ def _flatten_rope(config: dict[str, Any], accepted: set[str], place: str) -> dic
     by_layer_type = {key: value for key, value in nested.items() if isinstance(value, dict)}
     if "rope_parameters" in accepted and by_layer_type:
         return config  # The model class reads the nested form itself.
-    if by_layer_type:
-        main = _main_rope(config, by_layer_type, accepted, place)
-    else:
-        main = nested
+    main = _main_rope(config, by_layer_type, accepted, place) if by_layer_type else nested
     for field in _ROPE_FIELDS:
         if main.get(field) is not None:
             for name in (field, *_MLX_NAMES[field]):
@@ -96,10 +129,10 @@ def _main_rope(
     if distinct and all(each == distinct[0] for each in distinct):
         return distinct[0]
     full, sliding = by_layer_type.get(_FULL), by_layer_type.get(_SLIDING)
-    if full is not None and sliding is not None and "rope_local_base_freq" in accepted:
-        if sliding.get("rope_type", "default") == "default":
-            config["rope_local_base_freq"] = sliding["rope_theta"]
-            return full
+    two_bases = full is not None and sliding is not None and sliding.get("rope_type", "default") == "default"
+    if two_bases and "rope_local_base_freq" in accepted:
+        config["rope_local_base_freq"] = by_layer_type[_SLIDING]["rope_theta"]
+        return by_layer_type[_FULL]
     raise ModelError(
         f"{place}: rope_parameters is nested by {', '.join(sorted(by_layer_type))} with different settings, "
         f"which mlx-lm's {config.get('model_type')} cannot express; convert the model with a newer mlx-lm."

@@ -156,12 +156,16 @@ class PairScorer:
             (mx.concatenate([prompt[:, -1:], chosen[:, :-1]], axis=1), batch.chosen_ids, batch.chosen_mask),
             (mx.concatenate([prompt[:, -1:], rejected[:, :-1]], axis=1), batch.rejected_ids, batch.rejected_mask),
         ]
-        if with_prompt:
-            predicted = batch.prompt_mask[:, 1:] & batch.prompt_mask[:, :-1]
-            parts.append((prompt[:, :-1], batch.prompt_ids[:, 1:], predicted))
-        grids = self._predict(parts, gradient)
-        prompt_logps = mx.pad(grids[2], [(0, 0), (1, 0)]) if with_prompt else None
-        return TokenLogProbs(prompt_logps, grids[0], grids[1])
+        if not with_prompt:
+            chosen_logps, rejected_logps = self._predict(parts, gradient)
+            return TokenLogProbs(None, chosen_logps, rejected_logps)
+        first = mx.zeros(batch.prompt_ids[:, :1].shape)
+        if batch.prompt_ids.shape[1] == 1:
+            return TokenLogProbs(first, *self._predict(parts, gradient))
+        predicted = batch.prompt_mask[:, 1:] & batch.prompt_mask[:, :-1]
+        parts.append((prompt[:, :-1], batch.prompt_ids[:, 1:], predicted))
+        chosen_logps, rejected_logps, prompt_logps = self._predict(parts, gradient)
+        return TokenLogProbs(mx.concatenate([first, prompt_logps], axis=1), chosen_logps, rejected_logps)
 
     def _predict(self, parts: list[tuple[mx.array, mx.array, mx.array]], gradient: bool) -> list[mx.array]:
         """Log-probs of the masked targets from the states before them, all parts through the head together."""

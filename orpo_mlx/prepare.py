@@ -77,7 +77,8 @@ def prepare(config: TrainingConfig) -> Run:
     add_adapters(loaded.model, config.fine_tune_type, config.num_layers, config.lora_parameters)
     if config.resume_adapter_file is not None:
         load_adapter_file(loaded.model, config.resume_adapter_file, config.lora_parameters["scale"])
-    scorer = PairScorer(loaded.model)
+    # mlx-lm's checkpointing runs a block again in the backward pass, and would write to the prompt's cache twice.
+    scorer = PairScorer(loaded.model, share_prompt=not config.grad_checkpoint)
     fresh = config.fine_tune_type != "full" and config.resume_adapter_file is None
     needs_reference = methods.get_method(config.method).needs_reference
     reference = ReferenceLogProbs(scorer, adapters_are_new=fresh) if needs_reference else None

@@ -60,6 +60,10 @@ class ReferenceLogProbs:
         chosen, rejected = zip(*(self._known[key] for key in keys), strict=True)
         return mx.array(chosen, mx.float32), mx.array(rejected, mx.float32)
 
+    def adopt(self, pairs: Sequence[TokenizedPair], logps: PairLogProbs) -> None:
+        """Keep log-probs of the policy as the reference's: they are the same numbers until the first optimiser step."""
+        self._keep([pair_key(pair) for pair in pairs], logps)
+
     def remember(self, groups: Iterable[Sequence[TokenizedPair]]) -> None:
         """Compute and keep the reference log-probs of all pairs, group by group, with the weights as they are now.
 
@@ -74,8 +78,10 @@ class ReferenceLogProbs:
 
     def _compute(self, keys: Sequence[bytes], batch: Batch, context: AbstractContextManager[None]) -> None:
         with context:
-            logps = pair_logps(self._scorer, batch, gradient=False)
-            chosen, rejected = np.array(logps.chosen), np.array(logps.rejected)
+            self._keep(keys, pair_logps(self._scorer, batch, gradient=False))
+
+    def _keep(self, keys: Sequence[bytes], logps: PairLogProbs) -> None:
+        chosen, rejected = np.array(logps.chosen), np.array(logps.rejected)
         for key, first, second in zip(keys, chosen.tolist(), rejected.tolist(), strict=True):
             self._known[key] = (first, second)
 

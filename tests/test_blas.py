@@ -1,0 +1,46 @@
+"""The BLAS that is loaded before MLX, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Accelerate needs no help")
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
+
+
+@linux
+def test_off_loads_nothing_and_says_nothing() -> None:
+    code = "import orpo_mlx, pathlib; print('openblas' in pathlib.Path('/proc/self/maps').read_text())"
+    done = run(code, ORPO_MLX_BLAS="off")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == "False"
+
+
+@linux
+def test_a_library_that_cannot_be_loaded_names_the_variable() -> None:
+    done = run("import orpo_mlx", ORPO_MLX_BLAS="/nowhere/libblas.so")
+    assert done.returncode != 0
+    assert "ORPO_MLX_BLAS=/nowhere/libblas.so cannot be loaded" in done.stderr
+
+
+@linux
+def test_one_warning_names_the_remedy_where_none_is_found() -> None:
+    code = "import ctypes\ndef fail(*a, **k): raise OSError\nctypes.CDLL = fail\nimport orpo_mlx"
+    done = run(code)
+    assert done.returncode == 0
+    assert done.stderr.count("\n") == 1
+    assert "apt-get install libopenblas0-pthread" in done.stderr
+
+
+@linux
+def test_mlx_imported_first_is_said() -> None:
+    done = run("import mlx.core, orpo_mlx")
+    assert "import orpo_mlx first" in done.stderr

@@ -1,0 +1,118 @@
+"""Settings: flags over file over defaults, and one sentence for each thing that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo_mlx.config import TrainingConfig, make_config, read_config_file, resolve
+from orpo_mlx.errors import ConfigError
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_over_file_over_defaults(tmp_path: Path) -> None:
+    file = write(tmp_path, "batch_size: 2\nlearning_rate: 1e-5\nmethod: dpo\n")
+    config = resolve(["-c", file, "--batch-size", "8"])
+    assert (config.batch_size, config.learning_rate, config.method) == (8, 1e-5, "dpo")
+    assert config.seed == TrainingConfig().seed
+
+
+def test_tables_come_from_the_file_and_keep_the_other_defaults(tmp_path: Path) -> None:
+    file = write(tmp_path, "lora_parameters: {rank: 4}\noptimizer_config: {adamw: {weight_decay: 0.1}}\n")
+    config = resolve(["-c", file])
+    assert config.lora_parameters == {"rank": 4, "dropout": 0.0, "scale": 20.0}
+    assert config.optimizer_config["adamw"] == {"bias_correction": True, "weight_decay": 0.1}
+
+
+def test_every_flag_sets_its_field() -> None:
+    argv, expected = [], {}
+    values: dict[type, Any] = {int: 1, float: 0.5, str: "text"}
+    for field in dataclasses.fields(TrainingConfig):
+        kind, choices = field.metadata["kind"], field.metadata.get("choices")
+        flag = f"--{field.name.replace('_', '-')}"
+        if kind is dict or field.name == "epochs":
+            continue
+        if kind is bool:
+            argv.append(f"--no-{flag[2:]}" if field.default else flag)
+            expected[field.name] = not field.default
+            continue
+        value = choices[-1] if choices else values[kind]
+        argv += [flag, str(value)]
+        expected[field.name] = value
+    config = resolve(argv)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--learning-rate", "-1e-4"], "--learning-rate: found '-1e-4', expected a number greater than 0"),
+        (["--learning-rate", "fast"], "--learning-rate: found 'fast'"),
+        (["--learning-rate", "nan"], "--learning-rate: found 'nan'"),
+        (["--batch-size", "0"], "--batch-size: found '0', expected a whole number greater than 0"),
+        (["--batch-size", "2.5"], "--batch-size: found '2.5'"),
+        (["--num-layers", "-2"], "--num-layers: found '-2', expected a whole number -1 (all) or greater than 0"),
+        (
+            ["--method", "orop"],
+            "--method: found 'orop', expected one of orpo, orpo_style, dpo, sft; did you mean orpo?",
+        ),
+        (["--iters", "5", "--epochs", "1"], "--iters and --epochs both say how long to train"),
+        (["-c", "nowhere.yaml"], "--config nowhere.yaml: cannot be read"),
+    ],
+)
+def test_a_bad_flag(argv: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(argv)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("learning_rte: 1e-5", "unknown key 'learning_rte'; did you mean learning_rate?"),
+        ("batch_size: true", "batch_size: found True, expected a whole number"),
+        ("batch_size: many", "batch_size: found 'many'"),
+        ("shuffle: 1", "shuffle: found 1, expected true or false"),
+        ("model: 7", "model: found 7, expected text"),
+        ("lora_parameters: 8", "lora_parameters: found 8, expected a table"),
+        ("- a\n- b", "found a list, expected a table of settings"),
+        ("", "found nothing, expected a table of settings"),
+        ("a: [1", "not valid YAML"),
+    ],
+)
+def test_a_bad_file_names_the_file_and_key(tmp_path: Path, text: str, expected: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        read_config_file(Path(file))
+    assert file in str(caught.value)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"lora_parameters": {"alpha": 16}}, "lora_parameters.alpha: unknown key.*scale"),
+        ({"lora_parameters": {"rank": 0}}, "lora_parameters.rank: found 0"),
+        ({"lora_parameters": {"dropout": 1.0}}, "lora_parameters.dropout: found 1.0"),
+        ({"optimizer_config": {"adamx": {}}}, "optimizer_config.adamx: unknown key"),
+    ],
+)
+def test_a_bad_table(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        make_config(values)
+
+
+def test_an_unknown_flag_is_one_sentence_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        resolve(["--metod", "orpo"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,45 @@
+"""What the README says exists, and its commands parse."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from orpo_mlx.config import resolve
+from orpo_mlx.methods import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 4
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_names_files_and_flags_that_exist(command: str) -> None:
+    for part in command.split("&&"):
+        words = shlex.split(part)
+        if words[0].startswith("scripts/"):
+            assert (ROOT / words[0]).is_file()
+            assert all(flag in (ROOT / words[0]).read_text() for flag in words[1:])
+        elif words[1:3] == ["-m", "orpo_mlx.train"]:
+            resolve(words[3:])
+        else:
+            assert words[1] == "-m"
+            assert words[2] in ("pytest", "mlx_lm")
+
+
+def test_every_module_is_in_the_table() -> None:
+    for path in (ROOT / "orpo_mlx").glob("[a-z]*.py"):
+        assert f"`{path.name}`" in README or path.name == "errors.py", path.name
+
+
+def test_the_table_of_methods_is_the_registry() -> None:
+    for name, method in METHODS.items():
+        row = f"| `{name}` | {method.equation.replace('|', chr(92) + '|')} | {'yes' if method.needs_reference else 'no'} | {method.source} |"
+        assert row in README

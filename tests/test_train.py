@@ -1,0 +1,294 @@
+"""The loop and its command line, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm import load as mlx_lm_load
+
+from orpo_mlx.config import make_config
+from orpo_mlx.lora import adapter_weights
+from orpo_mlx.methods import METHODS
+from orpo_mlx.prepare import Run, prepare
+from orpo_mlx.reporting import Reporter
+from orpo_mlx.train import batch_gradient, main, optimiser_step, total_steps, train
+from tests.conftest import make_pairs, write_id_rows, write_model_folder, write_rows
+
+SMALL = {"batch_size": 2, "iters": 3, "samples": 0, "steps_per_report": 1, "learning_rate": 1e-3}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for split, seed in (("train", 0), ("valid", 1), ("test", 2)):
+        write_id_rows(tmp_path / "data" / f"{split}.jsonl", make_pairs(6, seed=seed))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, data: Path, model_folder: Path) -> dict[str, Any]:
+    return {**SMALL, "model": str(model_folder), "data": str(data), "adapter_path": str(tmp_path / "adapters")}
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """The settings as a command line."""
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def trainable(run: Run) -> dict[str, Any]:
+    return {name: np.array(value) for name, value in adapter_weights(run.loaded.model).items()}
+
+
+def rows(settings: dict[str, Any], split: str | None = None) -> list[dict[str, Any]]:
+    lines = (Path(settings["adapter_path"]) / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if split in (None, row["split"])]
+
+
+def run_quietly(settings: dict[str, Any]) -> dict[str, dict[str, float]]:
+    from rich.console import Console
+
+    return train(make_config(settings), Reporter(Console(quiet=True)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_its_train_split(settings: dict[str, Any], method: str) -> None:
+    held = run_quietly({**settings, "method": method, "iters": 30, "learning_rate": 1e-2, "shuffle": False})
+    reports = rows(settings, "train")
+    assert [row["step"] for row in reports] == list(range(1, 31))
+    first, last = (np.mean([row["loss"] for row in part]) for part in (reports[:3], reports[-3:]))
+    assert last < first - 0.1
+    if method != "sft":
+        assert np.mean([row["rewards/accuracies"] for row in reports[-3:]]) == 1.0
+    assert set(held) == {"valid", "test"}
+
+
+def test_what_is_written(settings: dict[str, Any]) -> None:
+    run_quietly(settings)
+    folder = Path(settings["adapter_path"])
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json", "adapters.safetensors", "metrics.jsonl", "run.json",
+    ]  # fmt: skip
+    record = json.loads((folder / "run.json").read_text())
+    assert record["settings"]["learning_rate"] == 1e-3
+    assert record["method_parameters"] == {"beta": 0.1}
+    assert record["data"]["train"]["pairs"] == 6
+    assert len(record["data"]["train"]["sha256"]) == 64
+    assert record["versions"]["mlx"] == version("mlx")
+    keys = {
+        "step", "split", "loss", "nll_loss", "log_odds_ratio", "log_odds_chosen", "rewards/chosen", "rewards/rejected",
+        "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+    }  # fmt: skip
+    for row in rows(settings):
+        assert keys <= set(row)
+    assert [row["step"] for row in rows(settings, "valid")] == [0, 3]
+    assert [row["step"] for row in rows(settings, "test")] == [0, 3]
+    for row in rows(settings, "train"):
+        assert row["pair_tokens_per_s"] > 0
+        assert row["peak_memory_gib"] > 0
+        assert row["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_mlx_lm_loads_the_adapters_as_they_are(settings: dict[str, Any]) -> None:
+    run_quietly(settings)
+    model, tokenizer = mlx_lm_load(settings["model"], adapter_path=settings["adapter_path"])[:2]
+    base = mlx_lm_load(settings["model"])[0]
+    ids = mx.array([tokenizer.encode("hello")])
+    assert not mx.allclose(model(ids), base(ids), atol=1e-3).item()
+
+
+@pytest.mark.parametrize("method", ["orpo", "dpo"])
+def test_same_seed_same_losses_bit_for_bit(settings: dict[str, Any], method: str, tmp_path: Path) -> None:
+    losses = []
+    for seed in (0, 0, 1):
+        run_quietly({**settings, "method": method, "seed": seed, "lora_parameters": {"dropout": 0.1}})
+        losses.append([row["loss"] for row in rows(settings)])
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def make_run(settings: dict[str, Any], **changes: Any) -> Run:
+    return prepare(make_config({**settings, **changes}))
+
+
+@pytest.mark.parametrize("nll", ["completion", "sequence"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_accumulation_window_equals_the_big_batch(settings: dict[str, Any], method: str, nll: str) -> None:
+    results = []
+    for size, windows in ((6, 1), (2, 3), (1, 6), (4, 2)):
+        run = make_run(settings, method=method, nll=nll, batch_size=size, grad_accumulation_steps=windows)
+        window = run.splits["train"].pairs
+        total = 0.0
+        gradients: dict[str, Any] = {}
+        for start in range(0, 6, size):
+            loss, _, share = batch_gradient(run, window, window[start : start + size])
+            total += float(loss)
+            for name, value in dict(tree_flatten(share)).items():
+                gradients[name] = gradients.get(name, 0.0) + np.array(value, np.float64)
+        results.append((total, gradients))
+    for total, gradients in results[1:]:
+        assert total == pytest.approx(results[0][0], rel=1e-5)
+        for name, value in gradients.items():
+            expected = results[0][1][name]
+            np.testing.assert_allclose(
+                value, expected, rtol=0, atol=1e-5 * max(1e-3, np.abs(expected).max()), err_msg=name
+            )
+
+
+@pytest.mark.parametrize("start", ["fresh", "warm", "full", "dora"])
+def test_the_first_dpo_loss_is_ln_2(settings: dict[str, Any], start: str, tmp_path: Path) -> None:
+    if start == "warm":
+        run_quietly({**settings, "adapter_path": str(tmp_path / "first"), "learning_rate": 0.1})
+        settings["resume_adapter_file"] = str(tmp_path / "first")
+    fine_tune_type = start if start in ("full", "dora") else "lora"
+    run_quietly({**settings, "method": "dpo", "fine_tune_type": fine_tune_type})
+    assert rows(settings, "train")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows(settings, "valid")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows(settings, "train")[-1]["loss"] != pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_gradient_checkpointing_changes_memory_not_numbers(settings: dict[str, Any]) -> None:
+    losses = []
+    for flag in (False, True, False):
+        run_quietly({**settings, "grad_checkpoint": flag})
+        losses.append([row["loss"] for row in rows(settings)])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert losses[2] == losses[0]
+
+
+def test_training_on_from_an_adapter_starts_where_it_ended(settings: dict[str, Any], tmp_path: Path) -> None:
+    run_quietly({**settings, "adapter_path": str(tmp_path / "first"), "learning_rate": 0.05})
+    end = rows({"adapter_path": str(tmp_path / "first")}, "valid")[-1]["loss"]
+    run_quietly({**settings, "resume_adapter_file": str(tmp_path / "first" / "adapters.safetensors")})
+    assert rows(settings, "valid")[0]["loss"] == pytest.approx(end, rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_is_never_applied(settings: dict[str, Any]) -> None:
+    from orpo_mlx.errors import TrainingError
+
+    run = make_run(settings)
+    window = run.splits["train"].pairs[:2]
+    before = trainable(run)
+    good = run.loss
+    run.loss = lambda logps: good(logps)._replace(losses=logps.chosen * mx.nan)
+    with pytest.raises(TrainingError, match=r"step 7: the loss is nan on .*train.jsonl:1"):
+        optimiser_step(run, window, 7)
+    for name, value in trainable(run).items():
+        assert np.array_equal(value, before[name])
+
+
+def test_steps_of_a_run() -> None:
+    assert total_steps(make_config({"iters": 7}), 100) == 7
+    assert total_steps(make_config({}), 10) == 3
+    assert total_steps(make_config({"epochs": 1.5, "batch_size": 2, "grad_accumulation_steps": 2}), 8) == 3
+
+
+def test_saves_along_the_way_and_a_schedule(settings: dict[str, Any]) -> None:
+    schedule = {"name": "linear_schedule", "arguments": [1e-3, 0.0, 4]}
+    run_quietly({**settings, "iters": 4, "save_every": 2, "steps_per_eval": 2, "lr_schedule": schedule})
+    assert (Path(settings["adapter_path"]) / "0000002_adapters.safetensors").exists()
+    assert [row["step"] for row in rows(settings, "valid")] == [0, 2, 4]
+    rates = [row["learning_rate"] for row in rows(settings, "train")]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > rates[-1]
+
+
+def test_a_file_as_data_trains_without_validation(settings: dict[str, Any], data: Path) -> None:
+    held = run_quietly({**settings, "data": str(data / "train.jsonl")})
+    assert held == {}
+    assert {row["split"] for row in rows(settings)} == {"train"}
+
+
+def test_text_rows_and_sample_replies(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = {"prompt": "Say \x1b[31mred", "chosen": "Yes.", "rejected": "Well, perhaps."}
+    write_rows(tmp_path / "text" / "train.jsonl", [{**text, "prompt": f"{text['prompt']} {n}"} for n in range(4)])
+    argv = flags(settings)
+    assert main([*argv, "--data", str(tmp_path / "text"), "--samples", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("before  [") == out.count("after   [") == 2
+    assert "\x1b" not in out
+    assert "No valid split: training without validation." in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["--data", "nowhere"], "nowhere: no such file or folder"),
+        (["--learning-rate", "-1"], "--learning-rate: found '-1', expected a number greater than 0."),
+        (["--method", "orop"], "did you mean orpo?"),
+        (["--model", "./nowhere"], "--model ./nowhere: no such file or folder"),
+        (["--method", "sft", "--beta", "1"], "--beta: method sft has no such parameter"),
+        (["--resume-adapter-file", "nowhere"], "--resume-adapter-file nowhere: no such adapter file"),
+        (["--num-layers", "9"], "--num-layers 9: the model has 2 layers"),
+        (["--max-seq-length", "2"], "no pair of the train split can be used"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    settings: dict[str, Any], changes: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = flags(settings)
+    assert main([*argv, *changes]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith("python -m orpo_mlx.train: error: ")
+    assert expected in err
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", "has no rows"),
+        ('{"prompt": "a"', "rows.jsonl:7: invalid JSON"),
+        ('{"prompt": "a", "chosen": "b"}', "rows.jsonl:7: the row has no 'rejected'"),
+    ],
+)
+def test_bad_rows_are_named(
+    settings: dict[str, Any], tmp_path: Path, line: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = '{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}\n'
+    (tmp_path / "rows.jsonl").write_text(6 * good + line + "\n" if line else "")
+    argv = flags(settings)
+    assert main([*argv, "--data", str(tmp_path / "rows.jsonl")]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_an_adapter_path_that_is_a_file(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    argv = flags(settings)
+    assert main([*argv, "--adapter-path", str(tmp_path / "file")]) == 2
+    assert "a file; give a folder" in capsys.readouterr().err
+
+
+def test_a_token_outside_the_vocabulary(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt_ids": [1], "chosen_ids": [259], "rejected_ids": [3]}])
+    argv = flags(settings)
+    assert main([*argv, "--data", str(path)]) == 2
+    assert "rows.jsonl:1: token id 259 is outside the model's vocabulary of 259" in capsys.readouterr().err
+
+
+def test_a_model_folder_without_a_tokenizer_trains_on_ids(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "bare", tokenizer=False)
+    assert set(run_quietly({**settings, "model": str(folder)})) == {"valid", "test"}
+
+
+def test_the_module_runs_as_a_program(settings: dict[str, Any]) -> None:
+    argv = flags(settings)
+    done = subprocess.run([sys.executable, "-m", "orpo_mlx.train", *argv], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "Held-out pairs, before and after training" in done.stdout
+    assert "Adapters, metrics and settings are in" in done.stdout
