@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from orpo_mlx.types import Batch, TokenizedPair
+
+Item = TypeVar("Item")
 
 _PAD_MULTIPLE = 8
 _BUCKET_BATCHES = 16
@@ -97,6 +99,11 @@ class TrainingOrder:
             for batch in batches[start:]:
                 self.step += 1
                 yield batch
+
+
+def cut(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """`items` in runs of `size`, the last perhaps shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _chunks(indices: npt.NDArray[Any], size: int) -> list[list[int]]:

@@ -31,10 +31,18 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
 def save_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON atomically, indented, in UTF-8."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
-    write_atomically(path, lambda temporary: _write_text(temporary, text))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def save_adapters(folder: Path, weights: Mapping[str, mx.array], *, step: int | None = None) -> None:
@@ -42,7 +50,3 @@ def save_adapters(folder: Path, weights: Mapping[str, mx.array], *, step: int | 
     names = ["adapters.safetensors"] if step is None else [f"{step:07d}_adapters.safetensors", "adapters.safetensors"]
     for name in names:
         write_atomically(folder / name, lambda temporary: mx.save_safetensors(str(temporary), dict(weights)))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -15,7 +15,8 @@ import yaml
 
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.lora import FINE_TUNE_TYPES
-from orpo_mlx.methods import METHODS, get_method
+from orpo_mlx.methods import PARAMETERS, Recipe, describe
+from orpo_mlx.methods import resolve as resolve_method
 from orpo_mlx.models import DEFAULT_MODEL, DTYPES
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
@@ -58,12 +59,17 @@ class TrainingConfig:
     `iters` counts optimiser steps, each on `batch_size * grad_accumulation_steps` pairs.
     """
 
-    method: str = _option("orpo", "how to learn from the pairs", str, "what", choices=tuple(METHODS))
+    method: str = _option("orpo", "how to learn from the pairs, or a sum such as 'sigmoid + 0.2*sft'", str, "what")
     model: str = _option(DEFAULT_MODEL, "Hub id, local folder or .gguf file", str, "what")
     data: str = _option("data", "folder with {train,valid,test}.jsonl, or one .jsonl file", str, "what")
     adapter_path: str = _option("adapters", "folder to write adapters, metrics and settings into", str, "what")
 
-    beta: float | None = _option(None, "the method's weight; default: the method's own", float, "loss", check=_POSITIVE)
+    beta: float | None = _option(None, "β of the method; default: the method's own, as for those below", float, "loss")
+    label_smoothing: float | None = _option(None, "ε: share of pairs taken to be labelled wrongly", float, "loss")
+    gamma: float | None = _option(None, "γ: target margin of simpo", float, "loss")
+    alpha: float | None = _option(None, "α: weight of the likelihood term of cpo, rrhf, slic", float, "loss")
+    delta: float | None = _option(None, "δ: margin of slic, shift of bco_pair, penalty of dpop", float, "loss")
+    tau: float | None = _option(None, "τ: temperature of discopop's blend", float, "loss")
     nll: str = _option(
         "completion",
         "tokens of the NLL term: the chosen completion's, or prompt and chosen as in TRL",
@@ -134,6 +140,12 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message.rstrip('.')}; see {self.prog} --help.\n")
 
 
+class _ListMethods(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(describe())
+        parser.exit(0)
+
+
 def build_parser(prog: str = "python -m orpo_mlx.train") -> OneLineParser:
     """The command line of `train`, one flag per setting that is not a table."""
     parser = OneLineParser(
@@ -147,6 +159,9 @@ def build_parser(prog: str = "python -m orpo_mlx.train") -> OneLineParser:
         "--config",
         metavar="FILE",
         help="YAML file with these settings, and lora_parameters and optimizer_config",
+    )
+    groups["what"].add_argument(
+        "--list-methods", action=_ListMethods, nargs=0, default=argparse.SUPPRESS, help="print all methods and leave"
     )
     for name, field in _FIELDS.items():
         group, kind = groups[field.metadata["group"]], field.metadata["kind"]
@@ -187,6 +202,15 @@ def resolve(argv: Sequence[str] | None = None, prog: str = "python -m orpo_mlx.t
     return make_config(values)
 
 
+def recipe(config: TrainingConfig) -> Recipe:
+    """The method of a run with its parameters.
+
+    Raises:
+        ConfigError: see `methods.resolve`.
+    """
+    return resolve_method(config.method, {name: getattr(config, name) for name in PARAMETERS})
+
+
 def _joined_numbers(argv: Sequence[str]) -> list[str]:
     """`--flag -1e-4` as `--flag=-1e-4`: argparse would take the number for a flag and not say what is wrong."""
     joined: list[str] = []
@@ -215,7 +239,7 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
     config = TrainingConfig(**dict(values))
     if config.iters is not None and config.epochs is not None:
         raise ConfigError("--iters and --epochs both say how long to train; give one of them.")
-    get_method(config.method)
+    recipe(config)
     lora = {**DEFAULT_LORA, **config.lora_parameters}
     _check_table("lora_parameters", lora, {"rank", "scale", "dropout", "keys"})
     for key, check in (("rank", _POSITIVE), ("scale", _POSITIVE), ("dropout", _NOT_NEGATIVE)):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import mlx.core as mx
+
 from orpo_mlx.batching import collate, length_order, sequence_tokens
-from orpo_mlx.logprobs import PairScorer, pair_logps
+from orpo_mlx.logprobs import PairScorer, join_logps, pair_logps
+from orpo_mlx.methods import BoundLoss
 from orpo_mlx.metrics import MetricMeans, pair_metrics
 from orpo_mlx.reference import ReferenceLogProbs, with_reference
-from orpo_mlx.types import LossOutput, PairLogProbs, TokenizedPair
+from orpo_mlx.types import TokenizedPair
 
 
 def evaluate(
     scorer: PairScorer,
     pairs: Sequence[TokenizedPair],
-    loss: Callable[[PairLogProbs], LossOutput],
+    loss: BoundLoss,
     *,
     batch_size: int,
     nll: str,
@@ -24,22 +27,27 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean over all `pairs` of each of `metrics.pair_metrics`, without dropout and without gradient.
 
-    `untrained` says that no optimiser step has been taken: the policy's log-probs are then the reference's as well, and
-    are not computed twice. `progress` is called with the number of pairs done after each batch.
+    The loss sees the whole split at once, so that no metric depends on `batch_size`. `untrained` says that no
+    optimiser step has been taken: the policy's log-probs are then the reference's as well, and are not computed twice.
+    `progress` is called with the number of pairs done after each batch.
     """
     model = scorer.model
     was_training = model.training
     model.eval()
     tokens_per_pair = sequence_tokens(pairs) / len(pairs) if nll == "sequence" else None
-    means = MetricMeans()
+    parts, done = [], 0
     for indices in length_order(pairs, batch_size):
         group = [pairs[index] for index in indices]
         batch = collate(group)
         logps = pair_logps(scorer, batch, nll_tokens_per_pair=tokens_per_pair, gradient=False)
         if reference and untrained:
             reference.adopt(group, logps)
-        logps = with_reference(logps, reference(group, batch) if reference else None)
-        means.add(pair_metrics(logps, loss(logps)))
-        progress(means.pairs)
+        parts.append(with_reference(logps, reference(group, batch) if reference else None))
+        mx.eval(parts[-1])
+        done += len(group)
+        progress(done)
     model.train(was_training)
+    together = join_logps(parts)
+    means = MetricMeans()
+    means.add(pair_metrics(together, loss(together)))
     return means.means()

@@ -7,7 +7,7 @@ because one long float32 sum drifts; and only positions somebody asked for reach
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -287,6 +287,14 @@ def pair_logps(
     else:
         nll = -(tokens.prompt.sum(axis=1) + chosen) / nll_tokens_per_pair
     return PairLogProbs(chosen, rejected, chosen_tokens, rejected_tokens, nll)
+
+
+def join_logps(parts: Sequence[PairLogProbs]) -> PairLogProbs:
+    """Log-probs of several batches as those of one."""
+    columns: list[Any] = [
+        None if column[0] is None else mx.concatenate(list(column)) for column in zip(*parts, strict=True)
+    ]
+    return PairLogProbs(*columns)
 
 
 def head_of(model: nn.Module, backbone_name: str) -> Head:

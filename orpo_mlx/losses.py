@@ -1,12 +1,9 @@
 """Preference losses: pure functions of `PairLogProbs`. No model, no data, no I/O.
 
 Each returns per-pair losses; the batch's loss is their mean. x is the prompt, y_w the chosen and y_l the rejected
-completion, |y| its number of tokens, π the policy, π_ref the reference, σ the logistic function. All logs are natural
-(nats). Hyper-parameters are keyword-only.
-
-References:
-    Hong, Lee, Thorne. ORPO: Monolithic Preference Optimization without Reference Model. 2024. arXiv:2403.07691
-    Rafailov et al. Direct Preference Optimization. 2023. arXiv:2305.18290
+completion, |y| its number of tokens, π the policy, π_ref the reference, σ the logistic function. With s(y) = log π(y|x)
+summed over completion tokens, m(y) = s(y)/|y|, and h(y) = log π(y|x) - log π_ref(y|x). All logs are natural (nats).
+Hyper-parameters are keyword-only.
 """
 
 from __future__ import annotations
@@ -20,6 +17,8 @@ from orpo_mlx.types import LossOutput, PairLogProbs
 _LN_2 = math.log(2.0)
 # A float32 mean log-prob can round to exactly 0, where the odds are infinite; the largest log-prob told apart from it.
 _LARGEST_LOGP = -1e-20
+_PRINTED_EPSILON = 1e-8
+_LARGEST_EXPONENT = 88.0
 
 
 def log1mexp(x: mx.array) -> mx.array:
@@ -43,7 +42,7 @@ def log_odds(logps: mx.array) -> mx.array:
 def log_sigmoid(x: mx.array) -> mx.array:
     """log σ(x) = -log(1 + e⁻ˣ), finite for every finite x.
 
-    Two branches, each with guarded input: the gradient of `mx.logaddexp` is up to 2 % off where one side is small.
+    Two branches, each with guarded input: the gradient of `mx.logaddexp` is a percent off where one side is small.
     """
     positive = x >= 0
     above = -mx.log1p(mx.exp(-mx.where(positive, x, 0.0)))
@@ -52,7 +51,7 @@ def log_sigmoid(x: mx.array) -> mx.array:
 
 
 def mean_logps(logps: PairLogProbs) -> tuple[mx.array, mx.array]:
-    """(1/|y|) log π(y|x) of both sides: the length-normalised log-prob ORPO's odds are made of."""
+    """m(y_w), m(y_l): the length-normalised log-probs."""
     return logps.chosen / logps.chosen_tokens, logps.rejected / logps.rejected_tokens
 
 
@@ -62,11 +61,43 @@ def log_odds_ratio(logps: PairLogProbs) -> mx.array:
     return log_odds(chosen) - log_odds(rejected)
 
 
+def compute_odds_ratio(logps_chosen: mx.array, logps_rejected: mx.array) -> mx.array:
+    """The course chapter's odds ratio, odds(chosen) / odds(rejected) with odds = P / (1 - P + 1e-8).
+
+    Equal to the printed formula wherever that is finite, and right where P underflows and it is 0/0: it is computed in
+    log space. A ratio beyond e⁸⁸, the end of float32, is given as e⁸⁸.
+
+    Args:
+        logps_chosen: log-probs (nats, <= 0), any shape, float32.
+        logps_rejected: the same shape.
+    """
+    return mx.exp(mx.minimum(_printed_log_odds_ratio(logps_chosen, logps_rejected), _LARGEST_EXPONENT))
+
+
+def odds_ratio_loss(logps_chosen: mx.array, logps_rejected: mx.array, beta: float = 0.5) -> mx.array:
+    """The course chapter's loss, elementwise: -log(r / (1 + r)) + beta (logp_rejected - logp_chosen), r the odds ratio.
+
+    -log(r / (1 + r)) = -log σ(log r), so r itself is never formed: finite in value and gradient for log-probs of any
+    size. Take the mean for a batch.
+
+    Args:
+        logps_chosen: log-probs (nats, <= 0), any shape, float32.
+        logps_rejected: the same shape.
+        beta: weight of the style term.
+    """
+    style = beta * (logps_rejected - logps_chosen)
+    return style - log_sigmoid(_printed_log_odds_ratio(logps_chosen, logps_rejected))
+
+
+def _printed_log_odds_ratio(chosen: mx.array, rejected: mx.array) -> mx.array:
+    ratio = chosen - rejected
+    return ratio - mx.log(-mx.expm1(chosen) + _PRINTED_EPSILON) + mx.log(-mx.expm1(rejected) + _PRINTED_EPSILON)
+
+
 def orpo(logps: PairLogProbs, *, beta: float = 0.1) -> LossOutput:
     """ORPO (Hong et al. 2024, eqs. 6 and 7): L = NLL(y_w) - β log σ(log OR(y_w, y_l)).
 
-    P is the length-normalised probability, exp((1/|y|) log π(y|x)). β is the paper's λ. The implicit reward is
-    β (1/|y|) log π(y|x).
+    P is the length-normalised probability, exp(m(y)). β is the paper's λ. The reward logged is β m(y).
     """
     chosen, rejected = mean_logps(logps)
     losses = logps.nll - beta * log_sigmoid(log_odds_ratio(logps))
@@ -74,7 +105,7 @@ def orpo(logps: PairLogProbs, *, beta: float = 0.1) -> LossOutput:
 
 
 def orpo_style(logps: PairLogProbs, *, beta: float = 0.5) -> LossOutput:
-    """The course chapter's ORPO: L = -log σ(log OR(y_w, y_l)) + β ((1/|y_l|) log π(y_l|x) - (1/|y_w|) log π(y_w|x)).
+    """The course chapter's ORPO: L = -log σ(log OR(y_w, y_l)) + β (m(y_l) - m(y_w)).
 
     Preference term plus style term; no likelihood term. P is length-normalised as in `orpo`. The style term is
     linear and has no minimum, so a long run at a high learning rate drives both sides' probability down.
@@ -84,14 +115,33 @@ def orpo_style(logps: PairLogProbs, *, beta: float = 0.5) -> LossOutput:
     return _output(losses, beta * chosen, beta * rejected, chosen, rejected)
 
 
-def dpo(logps: PairLogProbs, *, beta: float = 0.1) -> LossOutput:
-    """DPO (Rafailov et al. 2023, eq. 7): L = -log σ(β (log π(y_w|x)/π_ref(y_w|x) - log π(y_l|x)/π_ref(y_l|x))).
+def simpo(logps: PairLogProbs, *, beta: float = 2.0, gamma: float = 1.0) -> LossOutput:
+    """SimPO (Meng, Xia, Chen 2024, eq. 6): L = -log σ(β m(y_w) - β m(y_l) - γ)."""
+    chosen, rejected = mean_logps(logps)
+    losses = -log_sigmoid(beta * (chosen - rejected) - gamma)
+    return _output(losses, beta * chosen, beta * rejected, chosen, rejected)
 
-    Log-probs are sums over completion tokens. The implicit reward is β log π(y|x)/π_ref(y|x).
+
+def cpo(logps: PairLogProbs, *, beta: float = 0.1, alpha: float = 1.0) -> LossOutput:
+    """CPO (Xu et al. 2024, eqs. 4 and 5): L = -log σ(β s(y_w) - β s(y_l)) + α NLL(y_w).
+
+    Log-probs are sums in the preference term; the NLL is per token, as in the authors' code.
     """
-    chosen_ratio, rejected_ratio = _log_ratios(logps)
-    losses = -log_sigmoid(beta * (chosen_ratio - rejected_ratio))
-    return _output(losses, beta * chosen_ratio, beta * rejected_ratio, logps.chosen, logps.rejected)
+    losses = -log_sigmoid(beta * (logps.chosen - logps.rejected)) + alpha * logps.nll
+    return _output(losses, beta * logps.chosen, beta * logps.rejected, logps.chosen, logps.rejected)
+
+
+def rrhf(logps: PairLogProbs, *, alpha: float = 1.0) -> LossOutput:
+    """RRHF (Yuan et al. 2023, eqs. 2 to 4) for two responses: L = max(0, m(y_l) - m(y_w)) - α s(y_w)."""
+    chosen, rejected = mean_logps(logps)
+    losses = _positive(rejected - chosen) - alpha * logps.chosen
+    return _output(losses, chosen, rejected, chosen, rejected)
+
+
+def slic(logps: PairLogProbs, *, delta: float = 1.0, alpha: float = 1.0) -> LossOutput:
+    """SLiC-HF (Zhao et al. 2023, eq. 1): L = max(0, δ - s(y_w) + s(y_l)) - α s(y_w), the chosen side as target."""
+    losses = _positive(delta - logps.chosen + logps.rejected) - alpha * logps.chosen
+    return _output(losses, logps.chosen, logps.rejected, logps.chosen, logps.rejected)
 
 
 def sft(logps: PairLogProbs) -> LossOutput:
@@ -100,12 +150,160 @@ def sft(logps: PairLogProbs) -> LossOutput:
     return _output(logps.nll, chosen, rejected, chosen, rejected)
 
 
-def _log_ratios(logps: PairLogProbs) -> tuple[mx.array, mx.array]:
+def dpo(logps: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> LossOutput:
+    """DPO (Rafailov et al. 2023, eq. 7): L = -(1-ε) log σ(z) - ε log σ(-z), z = β(h(y_w) - h(y_l)).
+
+    ε = 0 is the paper's loss; above 0 it is conservative DPO (Mitchell 2023).
+
+    Log-probs are sums over completion tokens. The implicit reward is β h(y).
+    """
+    z = beta * _margin(logps)
+    losses = -(1 - label_smoothing) * log_sigmoid(z) - label_smoothing * log_sigmoid(-z)
+    return _rewarded(logps, losses, beta)
+
+
+def hinge(logps: PairLogProbs, *, beta: float = 0.1) -> LossOutput:
+    """Hinge on the DPO margin (Liu et al. 2023, RSO, table 1): L = max(0, 1 - β (h(y_w) - h(y_l)))."""
+    return _rewarded(logps, _positive(1.0 - beta * _margin(logps)), beta)
+
+
+def ipo(logps: PairLogProbs, *, beta: float = 0.1) -> LossOutput:
+    """IPO (Azar et al. 2023, eq. 17): L = (h(y_w)/|y_w| - h(y_l)/|y_l| - 1/(2β))², β the paper's τ.
+
+    Log-ratios are means over tokens, which is the authors' correction to the sums the paper prints.
+    """
+    chosen, rejected = _log_ratios(logps)
+    margin = chosen / logps.chosen_tokens - rejected / logps.rejected_tokens
+    return _rewarded(logps, (margin - 1 / (2 * beta)) ** 2, beta)
+
+
+def robust(logps: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.1) -> LossOutput:
+    """Robust DPO (Chowdhury et al. 2024, eq. 12): L = (ε log σ(-z) - (1-ε) log σ(z)) / (1 - 2ε), z as in `dpo`."""
+    z = beta * _margin(logps)
+    losses = (label_smoothing * log_sigmoid(-z) - (1 - label_smoothing) * log_sigmoid(z)) / (1 - 2 * label_smoothing)
+    return _rewarded(logps, losses, beta)
+
+
+def exo_pair(logps: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> LossOutput:
+    """EXO for pairs (Ji et al. 2024, eq. 16): L = KL(σ(±z) ‖ (1-ε, ε)), z = β(h(y_w) - h(y_l)).
+
+    = σ(z)(log σ(z) - log(1-ε)) + σ(-z)(log σ(-z) - log ε). ε must be above 0.
+    """
+    z = beta * _margin(logps)
+    up, down = log_sigmoid(z), log_sigmoid(-z)
+    losses = mx.exp(up) * (up - math.log1p(-label_smoothing)) + mx.exp(down) * (down - math.log(label_smoothing))
+    return _rewarded(logps, losses, beta)
+
+
+def nca_pair(logps: PairLogProbs, *, beta: float = 0.1) -> LossOutput:
+    """NCA for pairs (Chen et al. 2024, eq. 11): L = -log σ(β h(y_w)) - ½ log σ(-β h(y_w)) - ½ log σ(-β h(y_l))."""
+    chosen, rejected = (beta * ratio for ratio in _log_ratios(logps))
+    losses = -log_sigmoid(chosen) - 0.5 * log_sigmoid(-chosen) - 0.5 * log_sigmoid(-rejected)
+    return _rewarded(logps, losses, beta)
+
+
+def bco_pair(logps: PairLogProbs, *, beta: float = 0.1, delta: float = 0.0) -> LossOutput:
+    """BCO for pairs (Jung et al. 2024, eq. 6): L = -log σ(β h(y_w) - δ) - log σ(-(β h(y_l) - δ)).
+
+    δ is the paper's reward shift, a constant here (0: none), so that a pair's loss does not depend on its batch.
+    """
+    chosen, rejected = (beta * ratio - delta for ratio in _log_ratios(logps))
+    return _rewarded(logps, -log_sigmoid(chosen) - log_sigmoid(-rejected), beta)
+
+
+def sppo_hard(logps: PairLogProbs, *, beta: float = 0.1) -> LossOutput:
+    """SPPO with hard labels (Wu et al. 2024, eq. 4.7 with P = 1 and 0): L = (h(y_w) - 1/(2β))² + (h(y_l) + 1/(2β))².
+
+    β is the inverse of the paper's η.
+    """
+    chosen, rejected = _log_ratios(logps)
+    return _rewarded(logps, (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2, beta)
+
+
+def aot(logps: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> LossOutput:
+    """AOT, paired (Melnyk et al. 2024, section 3): as DPO, between sorted policy and sorted reference margins.
+
+    z = β (sort(s(y_w) - s(y_l)) - sort(the same under π_ref)), both over the batch: the loss couples its pairs.
+    """
+    reference_chosen, reference_rejected = _reference(logps)
+    # Log-ratios before margins: the sums are large and the differences small, so this order keeps their digits.
+    policy = mx.stop_gradient(mx.argsort(logps.chosen - logps.rejected))
+    reference = mx.argsort(reference_chosen - reference_rejected)
+    chosen = logps.chosen[policy] - reference_chosen[reference]
+    rejected = logps.rejected[policy] - reference_rejected[reference]
+    return _smoothed(logps, beta * (chosen - rejected), beta, label_smoothing)
+
+
+def aot_unpaired(logps: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> LossOutput:
+    """AOT, unpaired (Melnyk et al. 2024, section 3): as DPO, z = β (sort(h(y_w)) - sort(h(y_l))) over the batch."""
+    chosen, rejected = _log_ratios(logps)
+    return _smoothed(logps, beta * (mx.sort(chosen) - mx.sort(rejected)), beta, label_smoothing)
+
+
+def apo_zero(logps: PairLogProbs, *, beta: float = 0.1) -> LossOutput:
+    """APO-zero (D'Oosterlinck et al. 2024, eq. 7): L = 1 - σ(β h(y_w)) + σ(β h(y_l))."""
+    chosen, rejected = (beta * ratio for ratio in _log_ratios(logps))
+    return _rewarded(logps, mx.sigmoid(-chosen) + mx.sigmoid(rejected), beta)
+
+
+def apo_down(logps: PairLogProbs, *, beta: float = 0.1) -> LossOutput:
+    """APO-down (D'Oosterlinck et al. 2024, eq. 8): L = σ(β h(y_w)) + 1 - σ(β (h(y_w) - h(y_l)))."""
+    chosen, rejected = (beta * ratio for ratio in _log_ratios(logps))
+    return _rewarded(logps, mx.sigmoid(chosen) + mx.sigmoid(rejected - chosen), beta)
+
+
+def discopop(logps: PairLogProbs, *, beta: float = 0.05, tau: float = 0.05) -> LossOutput:
+    """DiscoPOP (Lu et al. 2024, eq. 5): L = -(1 - σ(z/τ)) log σ(z) + σ(z/τ) e⁻ᶻ, z = β(h(y_w) - h(y_l)).
+
+    The second term is e^(log σ(z/τ) - z), since σ(z/τ) underflows where e⁻ᶻ overflows; finite for every z while τ < 1.
+    """
+    z = beta * _margin(logps)
+    losses = mx.exp(log_sigmoid(z / tau) - z) - mx.exp(log_sigmoid(-z / tau)) * log_sigmoid(z)
+    return _rewarded(logps, losses, beta)
+
+
+def dpop(logps: PairLogProbs, *, beta: float = 0.1, delta: float = 50.0) -> LossOutput:
+    """DPO-Positive (Pal et al. 2024, eq. 3): L = -log σ(β(h(y_w) - h(y_l) - δ max(0, -h(y_w)))).
+
+    δ is the paper's λ.
+    """
+    chosen, rejected = _log_ratios(logps)
+    losses = -log_sigmoid(beta * (chosen - rejected - delta * _positive(-chosen)))
+    return _rewarded(logps, losses, beta)
+
+
+def _positive(x: mx.array) -> mx.array:
+    """max(0, x) with gradient 0 at 0: there a DPO-Positive run starts, on every pair."""
+    return mx.where(x > 0, x, 0.0)
+
+
+def _reference(logps: PairLogProbs) -> tuple[mx.array, mx.array]:
     if logps.reference_chosen is None or logps.reference_rejected is None:
         raise ValueError(
             "this loss compares with a reference model: reference_chosen and reference_rejected are needed."
         )
-    return logps.chosen - logps.reference_chosen, logps.rejected - logps.reference_rejected
+    return logps.reference_chosen, logps.reference_rejected
+
+
+def _log_ratios(logps: PairLogProbs) -> tuple[mx.array, mx.array]:
+    """h(y_w), h(y_l)."""
+    chosen, rejected = _reference(logps)
+    return logps.chosen - chosen, logps.rejected - rejected
+
+
+def _margin(logps: PairLogProbs) -> mx.array:
+    chosen, rejected = _log_ratios(logps)
+    return chosen - rejected
+
+
+def _smoothed(logps: PairLogProbs, z: mx.array, beta: float, label_smoothing: float) -> LossOutput:
+    return _rewarded(logps, -(1 - label_smoothing) * log_sigmoid(z) - label_smoothing * log_sigmoid(-z), beta)
+
+
+def _rewarded(logps: PairLogProbs, losses: mx.array, beta: float) -> LossOutput:
+    """`losses` with DPO's implicit rewards β h(y)."""
+    chosen, rejected = _log_ratios(logps)
+    return _output(losses, beta * chosen, beta * rejected, logps.chosen, logps.rejected)
 
 
 def _output(losses: mx.array, *logged: mx.array) -> LossOutput:

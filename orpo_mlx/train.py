@@ -11,24 +11,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_map
 from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from orpo_mlx.batching import TrainingOrder, collate, epoch_order, length_order, sequence_tokens, steps_per_epoch
+from orpo_mlx.batching import TrainingOrder, cut, epoch_order, length_order, steps_per_epoch
 from orpo_mlx.checkpoint import save_adapters, save_json
 from orpo_mlx.config import TrainingConfig, resolve
 from orpo_mlx.errors import TrainingError, UserError
 from orpo_mlx.evaluation import evaluate
-from orpo_mlx.logprobs import pair_logps
+from orpo_mlx.gradients import window_gradient
 from orpo_mlx.lora import adapter_weights
-from orpo_mlx.metrics import MetricMeans, pair_metrics
+from orpo_mlx.metrics import MetricMeans
 from orpo_mlx.prepare import Run, Split, adapter_config, prepare, run_record
-from orpo_mlx.reference import with_reference
 from orpo_mlx.reporting import MetricsFile, Reporter, eval_line, train_line
 from orpo_mlx.samples import Reply, pick_prompts, sample_replies
-from orpo_mlx.types import Batch, Pair, TokenizedPair
+from orpo_mlx.types import Pair, TokenizedPair
 
 PROG = "python -m orpo_mlx.train"
 
@@ -121,46 +118,21 @@ def _steps(run: Run, reporter: Reporter, metrics_file: MetricsFile) -> Held:
 def optimiser_step(run: Run, window: Sequence[TokenizedPair], step: int) -> MetricMeans:
     """One optimiser step on a window of pairs, taken as batches of `batch_size`; returns the window's metrics.
 
-    The loss is the mean over the window's pairs however it is cut: normalisers are known before the first backward.
-
     Raises:
         TrainingError: the loss is not finite; nothing has been applied.
     """
     model = run.loaded.model
-    means = MetricMeans()
-    gradients: dict[str, Any] = {}
-    for pairs in _cut(window, run.config.batch_size):
-        loss, metrics, batch_gradients = batch_gradient(run, window, pairs)
-        gradients = tree_map(mx.add, gradients, batch_gradients) if gradients else batch_gradients
-        mx.eval(loss, metrics, gradients)
-        means.add(metrics)
-    loss_value = means.means()["loss"]
-    if not math.isfinite(loss_value):
+    means, gradients = window_gradient(run, window)
+    loss = means.means()["loss"]
+    if not math.isfinite(loss):
         places = ", ".join(pair.place for pair in window[:4])
         raise TrainingError(
-            f"step {step}: the loss is {loss_value} on {places}; the step was not applied and the last save is whole; "
+            f"step {step}: the loss is {loss} on {places}; the step was not applied and the last save is whole; "
             "lower --learning-rate, or look at those rows."
         )
     run.optimizer.update(model, gradients)
     mx.eval(model.trainable_parameters(), run.optimizer.state)
     return means
-
-
-def batch_gradient(
-    run: Run, window: Sequence[TokenizedPair], pairs: Sequence[TokenizedPair]
-) -> tuple[mx.array, dict[str, mx.array], dict[str, Any]]:
-    """One batch's share of its window's loss, the batch's per-pair metrics, and the share's gradients."""
-    batch = collate(pairs)
-    reference = run.reference(pairs, batch) if run.reference else None
-    tokens_per_pair = sequence_tokens(window) / len(window) if run.config.nll == "sequence" else None
-
-    def share(batch: Batch, reference: tuple[mx.array, mx.array] | None) -> tuple[mx.array, dict[str, mx.array]]:
-        logps = with_reference(pair_logps(run.scorer, batch, nll_tokens_per_pair=tokens_per_pair), reference)
-        output = run.loss(logps)
-        return output.losses.sum() / len(window), pair_metrics(logps, output)
-
-    (loss, metrics), gradients = nn.value_and_grad(run.loaded.model, share)(batch, reference)
-    return loss, metrics, gradients
 
 
 def _announce(run: Run, reporter: Reporter) -> None:
@@ -178,7 +150,9 @@ def _announce(run: Run, reporter: Reporter) -> None:
         reporter.say(f"{why} each prompt is run once per completion.")
     if (run.folder / "adapters.safetensors").exists():
         reporter.say(f"{run.folder}/ holds an earlier run, which this one overwrites.")
-    parameters = ", ".join(f"{key} {value:g}" for key, value in run.parameters.items())
+    shown = ((name, key, value) for name, table in run.method.parameters.items() for key, value in table.items())
+    several = len(run.method.parameters) > 1
+    parameters = ", ".join(f"{name + ' ' if several else ''}{key} {value:g}" for name, key, value in shown)
     trainable = sum(array.size for array in adapter_weights(run.loaded.model).values())
     reporter.say(f"Training {trainable:,} parameters with {run.config.method} ({parameters or 'no parameters'}).")
 
@@ -193,7 +167,7 @@ def _evaluate_splits(run: Run, reporter: Reporter, metrics_file: MetricsFile, st
         pairs = _held_out(run.splits[name], limits[name], run.config.batch_size)
         with reporter.bar(f"evaluating {name}", len(pairs), "pairs") as advance:
             held[name] = evaluate(
-                run.scorer, pairs, run.loss, batch_size=run.config.batch_size, nll=run.config.nll,
+                run.scorer, pairs, run.method.loss, batch_size=run.config.batch_size, nll=run.config.nll,
                 reference=run.reference, untrained=step == 0, progress=advance,
             )  # fmt: skip
         metrics_file.write(step, name, held[name])
@@ -222,13 +196,9 @@ def _groups_of_all_pairs(run: Run) -> Iterator[list[TokenizedPair]]:
         if name == "train":
             window_size = config.batch_size * config.grad_accumulation_steps
             windows = epoch_order(split.pairs, window_size, seed=config.seed, epoch=0, shuffle=config.shuffle)
-            batches = [list(cut) for window in windows for cut in _cut(window, config.batch_size)]
+            batches = [list(part) for window in windows for part in cut(window, config.batch_size)]
         for indices in batches:
             yield [split.pairs[index] for index in indices]
-
-
-def _cut(window: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [window[start : start + size] for start in range(0, len(window), size)]
 
 
 def _sample_prompts(run: Run, reporter: Reporter) -> list[Pair]:

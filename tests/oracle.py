@@ -44,19 +44,159 @@ def printed_odds_ratio(chosen: Array, rejected: Array) -> Array:
     return (p_chosen / (1 - p_chosen + 1e-8)) / (p_rejected / (1 - p_rejected + 1e-8))
 
 
-def orpo(c: Array, r: Array, nc: Array, nr: Array, beta: float) -> Array:
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x))."""
+    return np.exp(log_sigmoid(x))
+
+
+def positive(x: Array) -> Array:
+    """max(0, x)."""
+    return np.where(x.real > 0, x, 0.0)
+
+
+def ranked(x: Array) -> Array:
+    """x in ascending order of its real part."""
+    return x[np.argsort(x.real, kind="stable")]
+
+
+def m(x: Columns) -> tuple[Array, Array]:
+    """Length-normalised log-probs."""
+    return x["c"] / x["nc"], x["r"] / x["nr"]
+
+
+def h(x: Columns) -> tuple[Array, Array]:
+    """Log-ratios to the reference."""
+    return x["c"] - x["rc"], x["r"] - x["rr"]
+
+
+def orpo(x: Columns, beta: float) -> Array:
     """Hong et al. 2024, eqs. 6 and 7, NLL over the chosen completion's tokens."""
-    return -c / nc - beta * log_sigmoid(log_odds(c / nc) - log_odds(r / nr))
+    chosen, rejected = m(x)
+    return -chosen - beta * log_sigmoid(log_odds(chosen) - log_odds(rejected))
 
 
-def orpo_style(c: Array, r: Array, nc: Array, nr: Array, beta: float) -> Array:
+def orpo_style(x: Columns, beta: float) -> Array:
     """The chapter: -log(r / (1 + r)) + beta (logp_rejected - logp_chosen), length-normalised."""
-    return -log_sigmoid(log_odds(c / nc) - log_odds(r / nr)) + beta * (r / nr - c / nc)
+    chosen, rejected = m(x)
+    return -log_sigmoid(log_odds(chosen) - log_odds(rejected)) + beta * (rejected - chosen)
 
 
-def dpo(c: Array, r: Array, rc: Array, rr: Array, beta: float) -> Array:
-    """Rafailov et al. 2023, eq. 7."""
-    return -log_sigmoid(beta * ((c - rc) - (r - rr)))
+def simpo(x: Columns, beta: float, gamma: float) -> Array:
+    """Meng et al. 2024, eq. 6."""
+    return -log_sigmoid(beta * x["c"] / x["nc"] - beta * x["r"] / x["nr"] - gamma)
+
+
+def cpo(x: Columns, beta: float, alpha: float) -> Array:
+    """Xu et al. 2024, eqs. 4 and 5, NLL per token."""
+    return -log_sigmoid(beta * x["c"] - beta * x["r"]) - alpha * x["c"] / x["nc"]
+
+
+def rrhf(x: Columns, alpha: float) -> Array:
+    """Yuan et al. 2023, eqs. 2 to 4."""
+    chosen, rejected = m(x)
+    return positive(rejected - chosen) - alpha * x["c"]
+
+
+def slic(x: Columns, delta: float, alpha: float) -> Array:
+    """Zhao et al. 2023, eq. 1."""
+    return positive(delta - x["c"] + x["r"]) - alpha * x["c"]
+
+
+def sft(x: Columns) -> Array:
+    """Mean negative log-likelihood of the chosen side's tokens."""
+    return -x["c"] / x["nc"]
+
+
+def dpo(x: Columns, beta: float, label_smoothing: float) -> Array:
+    """Rafailov et al. 2023, eq. 7, with the label noise of conservative DPO."""
+    chosen, rejected = h(x)
+    z = beta * chosen - beta * rejected
+    return -(1 - label_smoothing) * log_sigmoid(z) - label_smoothing * log_sigmoid(-z)
+
+
+def hinge(x: Columns, beta: float) -> Array:
+    """Liu et al. 2023, table 1."""
+    chosen, rejected = h(x)
+    return positive(1 - beta * (chosen - rejected))
+
+
+def ipo(x: Columns, beta: float) -> Array:
+    """Azar et al. 2023, eq. 17, means over tokens."""
+    chosen, rejected = h(x)
+    return (chosen / x["nc"] - rejected / x["nr"] - 1 / (2 * beta)) ** 2
+
+
+def robust(x: Columns, beta: float, label_smoothing: float) -> Array:
+    """Chowdhury et al. 2024, eq. 12."""
+    plain, flipped = dpo(x, beta, 0.0), dpo({**x, "c": x["r"], "r": x["c"], "rc": x["rr"], "rr": x["rc"]}, beta, 0.0)
+    return ((1 - label_smoothing) * plain - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def exo_pair(x: Columns, beta: float, label_smoothing: float) -> Array:
+    """Ji et al. 2024, eq. 16: KL of the policy's preference from the smoothed label."""
+    chosen, rejected = h(x)
+    z = beta * (chosen - rejected)
+    target = (1 - label_smoothing, label_smoothing)
+    up, down = (sigmoid(side) * (log_sigmoid(side) - np.log(p)) for side, p in zip((z, -z), target, strict=True))
+    losses: Array = up + down
+    return losses
+
+
+def nca_pair(x: Columns, beta: float) -> Array:
+    """Chen et al. 2024, eq. 11, for two responses."""
+    chosen, rejected = h(x)
+    both = log_sigmoid(-beta * chosen) + log_sigmoid(-beta * rejected)
+    return -log_sigmoid(beta * chosen) - both / 2
+
+
+def bco_pair(x: Columns, beta: float, delta: float) -> Array:
+    """Jung et al. 2024, eq. 6."""
+    chosen, rejected = h(x)
+    return -log_sigmoid(beta * chosen - delta) - log_sigmoid(-(beta * rejected - delta))
+
+
+def sppo_hard(x: Columns, beta: float) -> Array:
+    """Wu et al. 2024, eq. 4.7 with P = 1 for the winner and 0 for the loser."""
+    chosen, rejected = h(x)
+    return (chosen - 1 / (2 * beta)) ** 2 + (rejected + 1 / (2 * beta)) ** 2
+
+
+def aot(x: Columns, beta: float, label_smoothing: float) -> Array:
+    """Melnyk et al. 2024, section 3, paired."""
+    z = beta * (ranked(x["c"] - x["r"]) - ranked(x["rc"] - x["rr"]))
+    return -(1 - label_smoothing) * log_sigmoid(z) - label_smoothing * log_sigmoid(-z)
+
+
+def aot_unpaired(x: Columns, beta: float, label_smoothing: float) -> Array:
+    """Melnyk et al. 2024, section 3, unpaired."""
+    chosen, rejected = h(x)
+    z = beta * (ranked(chosen) - ranked(rejected))
+    return -(1 - label_smoothing) * log_sigmoid(z) - label_smoothing * log_sigmoid(-z)
+
+
+def apo_zero(x: Columns, beta: float) -> Array:
+    """D'Oosterlinck et al. 2024, eq. 7."""
+    chosen, rejected = h(x)
+    return sigmoid(-beta * chosen) + sigmoid(beta * rejected)
+
+
+def apo_down(x: Columns, beta: float) -> Array:
+    """D'Oosterlinck et al. 2024, eq. 8."""
+    chosen, rejected = h(x)
+    return sigmoid(beta * chosen) + sigmoid(-beta * (chosen - rejected))
+
+
+def discopop(x: Columns, beta: float, tau: float) -> Array:
+    """Lu et al. 2024, eq. 5; the product of σ(z/τ) and e⁻ᶻ in logs, since each alone leaves float64."""
+    chosen, rejected = h(x)
+    z = beta * (chosen - rejected)
+    return (1 - sigmoid(z / tau)) * -log_sigmoid(z) + np.exp(log_sigmoid(z / tau) - z)
+
+
+def dpop(x: Columns, beta: float, delta: float) -> Array:
+    """Pal et al. 2024, eq. 3."""
+    chosen, rejected = h(x)
+    return -log_sigmoid(beta * (chosen - rejected - delta * positive(-chosen)))
 
 
 def token_logps(logits: Array, ids: npt.NDArray[np.int64]) -> Array:

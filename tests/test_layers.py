@@ -13,7 +13,8 @@ LAYERS = [
     {"data", "tokenization", "batching", "shared_prompt", "losses", "lora", "hf_config", "gguf", "checkpoint"},
     {"logprobs", "metrics", "methods", "models"},
     {"reference", "config", "samples"},
-    {"evaluation", "prepare", "reporting"},
+    {"evaluation", "prepare", "reporting", "chapter", "score"},
+    {"gradients"},
     {"train", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

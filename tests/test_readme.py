@@ -41,5 +41,5 @@ def test_every_module_is_in_the_table() -> None:
 
 def test_the_table_of_methods_is_the_registry() -> None:
     for name, method in METHODS.items():
-        row = f"| `{name}` | {method.equation.replace('|', chr(92) + '|')} | {'yes' if method.needs_reference else 'no'} | {method.source} |"
-        assert row in README
+        equation, reference = method.equation.replace("|", r"\|"), "yes" if method.needs_reference else "no"
+        assert f"| `{name}` | {equation} | {reference} | {method.source} |" in README

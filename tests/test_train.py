@@ -17,11 +17,12 @@ from mlx.utils import tree_flatten
 from mlx_lm import load as mlx_lm_load
 
 from orpo_mlx.config import make_config
+from orpo_mlx.gradients import window_gradient
 from orpo_mlx.lora import adapter_weights
 from orpo_mlx.methods import METHODS
 from orpo_mlx.prepare import Run, prepare
 from orpo_mlx.reporting import Reporter
-from orpo_mlx.train import batch_gradient, main, optimiser_step, total_steps, train
+from orpo_mlx.train import main, optimiser_step, total_steps, train
 from tests.conftest import make_pairs, write_id_rows, write_model_folder, write_rows
 
 SMALL = {"batch_size": 2, "iters": 3, "samples": 0, "steps_per_report": 1, "learning_rate": 1e-3}
@@ -79,7 +80,7 @@ def test_what_is_written(settings: dict[str, Any]) -> None:
     ]  # fmt: skip
     record = json.loads((folder / "run.json").read_text())
     assert record["settings"]["learning_rate"] == 1e-3
-    assert record["method_parameters"] == {"beta": 0.1}
+    assert record["method_parameters"] == {"orpo": {"beta": 0.1}}
     assert record["data"]["train"]["pairs"] == 6
     assert len(record["data"]["train"]["sha256"]) == 64
     assert record["versions"]["mlx"] == version("mlx")
@@ -126,14 +127,9 @@ def test_an_accumulation_window_equals_the_big_batch(settings: dict[str, Any], m
     for size, windows in ((6, 1), (2, 3), (1, 6), (4, 2)):
         run = make_run(settings, method=method, nll=nll, batch_size=size, grad_accumulation_steps=windows)
         window = run.splits["train"].pairs
-        total = 0.0
-        gradients: dict[str, Any] = {}
-        for start in range(0, 6, size):
-            loss, _, share = batch_gradient(run, window, window[start : start + size])
-            total += float(loss)
-            for name, value in dict(tree_flatten(share)).items():
-                gradients[name] = gradients.get(name, 0.0) + np.array(value, np.float64)
-        results.append((total, gradients))
+        means, gradients = window_gradient(run, window)
+        flat = {name: np.array(value, np.float64) for name, value in dict(tree_flatten(gradients)).items()}
+        results.append((means.means()["loss"], flat))
     for total, gradients in results[1:]:
         assert total == pytest.approx(results[0][0], rel=1e-5)
         for name, value in gradients.items():
@@ -177,8 +173,8 @@ def test_a_loss_that_is_not_finite_is_never_applied(settings: dict[str, Any]) ->
     run = make_run(settings)
     window = run.splits["train"].pairs[:2]
     before = trainable(run)
-    good = run.loss
-    run.loss = lambda logps: good(logps)._replace(losses=logps.chosen * mx.nan)
+    good = run.method.loss
+    run.method = run.method._replace(loss=lambda logps: good(logps)._replace(losses=logps.chosen * mx.nan))
     with pytest.raises(TrainingError, match=r"step 7: the loss is nan on .*train.jsonl:1"):
         optimiser_step(run, window, 7)
     for name, value in trainable(run).items():

@@ -1,0 +1,100 @@
+"""The gradient of a window of pairs, whatever the batches it is cut into."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from orpo_mlx.batching import collate, cut, sequence_tokens
+from orpo_mlx.logprobs import join_logps, pair_logps
+from orpo_mlx.metrics import MetricMeans, pair_metrics
+from orpo_mlx.prepare import Run
+from orpo_mlx.reference import with_reference
+from orpo_mlx.types import Batch, PairLogProbs, TokenizedPair
+
+
+class LossSlope(NamedTuple):
+    """A batch's part of the gradient of its window's loss towards log-probs, for losses that couple pairs."""
+
+    chosen: mx.array
+    rejected: mx.array
+    nll: mx.array
+    means: MetricMeans
+    """Metrics of the whole window."""
+
+    def times(self, logps: PairLogProbs) -> mx.array:
+        """A scalar whose gradient is the window loss's, by the chain rule through the log-probs."""
+        return (self.chosen * logps.chosen + self.rejected * logps.rejected + self.nll * logps.nll).sum()
+
+
+def window_gradient(run: Run, window: Sequence[TokenizedPair]) -> tuple[MetricMeans, dict[str, Any]]:
+    """Metrics of a window, and the gradient of its mean loss over pairs, whatever the batches it is cut into.
+
+    Normalisers are known before the first backward, so that accumulating equals one big batch.
+    """
+    cuts = cut(window, run.config.batch_size)
+    slopes = _loss_slopes(run, window, cuts) if run.method.couples_pairs and len(cuts) > 1 else [None] * len(cuts)
+    means = MetricMeans()
+    gradients: dict[str, Any] = {}
+    for pairs, slope in zip(cuts, slopes, strict=True):
+        loss, metrics, share = batch_gradient(run, window, pairs, slope)
+        gradients = tree_map(mx.add, gradients, share) if gradients else share
+        mx.eval(loss, metrics, gradients)
+        means.add(metrics)
+    if slopes[0] is not None:
+        means = slopes[0].means
+    return means, gradients
+
+
+def batch_gradient(
+    run: Run, window: Sequence[TokenizedPair], pairs: Sequence[TokenizedPair], slope: LossSlope | None = None
+) -> tuple[mx.array, dict[str, mx.array], dict[str, Any]]:
+    """One batch's share of its window's loss, the batch's per-pair metrics, and the share's gradients."""
+    batch = collate(pairs)
+    reference = run.reference(pairs, batch) if run.reference else None
+    tokens_per_pair = _nll_tokens_per_pair(run, window)
+
+    def share(batch: Batch, reference: tuple[mx.array, mx.array] | None) -> tuple[mx.array, dict[str, mx.array]]:
+        logps = with_reference(pair_logps(run.scorer, batch, nll_tokens_per_pair=tokens_per_pair), reference)
+        output = run.method.loss(logps)
+        loss = output.losses.sum() / len(window) if slope is None else slope.times(logps)
+        return loss, pair_metrics(logps, output)
+
+    (loss, metrics), gradients = nn.value_and_grad(run.loaded.model, share)(batch, reference)
+    return loss, metrics, gradients
+
+
+def _loss_slopes(
+    run: Run, window: Sequence[TokenizedPair], cuts: Sequence[Sequence[TokenizedPair]]
+) -> list[LossSlope | None]:
+    """Log-probs of the whole window first, then its loss's gradient towards them, cut up again.
+
+    LoRA dropout, where there is any, is drawn anew in the second pass.
+    """
+    parts = []
+    for pairs in cuts:
+        batch = collate(pairs)
+        logps = pair_logps(run.scorer, batch, nll_tokens_per_pair=_nll_tokens_per_pair(run, window), gradient=False)
+        parts.append(with_reference(logps, run.reference(pairs, batch) if run.reference else None))
+        mx.eval(parts[-1])
+    together = join_logps(parts)
+
+    def loss(chosen: mx.array, rejected: mx.array, nll: mx.array) -> mx.array:
+        return run.method.loss(together._replace(chosen=chosen, rejected=rejected, nll=nll)).losses.mean()
+
+    slopes = mx.grad(loss, argnums=(0, 1, 2))(together.chosen, together.rejected, together.nll)
+    means = MetricMeans()
+    means.add(pair_metrics(together, run.method.loss(together)))
+    bounds = np.cumsum([0, *map(len, cuts)]).tolist()
+    chosen, rejected, nll = slopes
+    return [LossSlope(chosen[a:b], rejected[a:b], nll[a:b], means) for a, b in itertools.pairwise(bounds)]
+
+
+def _nll_tokens_per_pair(run: Run, window: Sequence[TokenizedPair]) -> float | None:
+    return sequence_tokens(window) / len(window) if run.config.nll == "sequence" else None
