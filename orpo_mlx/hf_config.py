@@ -91,6 +91,22 @@ def unseen_window(config: Mapping[str, Any]) -> int | None:
     return None if applied else window
 
 
+def rope_note(config: Mapping[str, Any]) -> str | None:
+    """What to know about RoPE settings that mlx-lm runs in another way than transformers; None where there is nothing.
+
+    transformers switches longrope's factors by the length of the row, mlx-lm takes the long ones always.
+    """
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("rope_type", scaling.get("type")) not in ("longrope", "su"):
+        return None
+    if scaling.get("short_factor") == scaling.get("long_factor"):
+        return None
+    return (
+        "mlx-lm runs this model with its long-context RoPE factors at every length; PyTorch takes the short ones for "
+        "rows within the original context, so log-probs differ from PyTorch's there."
+    )
+
+
 def _attribute_map(model_type: str) -> dict[str, str]:
     auto = importlib.import_module("transformers.models.auto.configuration_auto")
     try:

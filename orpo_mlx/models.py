@@ -12,9 +12,10 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
 
+from orpo_mlx.activations import match_activation
 from orpo_mlx.errors import DataError, ModelError
 from orpo_mlx.gguf import load_gguf
-from orpo_mlx.hf_config import normalise_config, unseen_window
+from orpo_mlx.hf_config import normalise_config, rope_note, unseen_window
 from orpo_mlx.types import TokenizedPair
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -34,7 +35,7 @@ class LoadedModel(NamedTuple):
     path: Path
     """The folder or file it was read from."""
     note: str | None
-    """Something the user should know about where it came from."""
+    """Something the user should know about where it came from, or how mlx-lm runs it."""
     exact_tokens: int | None
     """Rows up to this long are exact; longer ones are not, because mlx-lm's class ignores the model's attention window.
     None where there is no such limit."""
@@ -55,6 +56,7 @@ def load(name: str, *, dtype: str | None = None, trust_remote_code: bool = False
     """
     path, note = _locate(name)
     model, tokenizer, config = load_gguf(path) if path.is_file() else _load_folder(path, trust_remote_code)
+    match_activation(model, config)
     if dtype is None and mx.default_device() == mx.Device(mx.cpu):
         dtype = "float32"
     if dtype is not None:
@@ -62,7 +64,8 @@ def load(name: str, *, dtype: str | None = None, trust_remote_code: bool = False
     mx.eval(model.parameters())
     model.freeze()
     model.eval()
-    return LoadedModel(model, tokenizer, config, path, note, unseen_window(config))
+    notes = " ".join(filter(None, (note, rope_note(config)))) or None
+    return LoadedModel(model, tokenizer, config, path, notes, unseen_window(config))
 
 
 def check_vocabulary(loaded: LoadedModel, pairs: Iterable[TokenizedPair]) -> None:

@@ -53,6 +53,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 6,
     },
+    "gemma": {"model_type": "gemma", "rms_norm_eps": 1e-6, "head_dim": 16, "hidden_act": "gelu_pytorch_tanh"},
     "mamba": {
         "model_type": "mamba",
         "state_size": 8,

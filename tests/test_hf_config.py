@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orpo_mlx.errors import ModelError
-from orpo_mlx.hf_config import normalise_config, unseen_window
+from orpo_mlx.hf_config import normalise_config, rope_note, unseen_window
 
 BASE = {
     "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4,
@@ -88,6 +88,14 @@ def test_layers_that_are_no_pattern() -> None:
     layers = ["full_attention", "sliding_attention"]
     with pytest.raises(ModelError, match="not a repeating pattern"):
         normalise_config(config("gemma3_text", layer_types=layers), "c")
+
+
+def test_longrope_is_noted_and_plain_rope_is_not() -> None:
+    scaling = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    assert "log-probs differ from PyTorch's" in str(rope_note(config("phi3", rope_scaling=scaling)))
+    assert rope_note(config("phi3", rope_scaling={**scaling, "long_factor": [1.0]})) is None
+    assert rope_note(config("llama", rope_scaling={"rope_type": "linear", "factor": 2.0})) is None
+    assert rope_note(config("llama")) is None
 
 
 @pytest.mark.parametrize(

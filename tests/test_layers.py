@@ -10,7 +10,18 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
 LAYERS = [
     {"_blas", "errors", "types"},
-    {"data", "tokenization", "batching", "shared_prompt", "losses", "lora", "hf_config", "gguf", "checkpoint"},
+    {
+        "data",
+        "tokenization",
+        "batching",
+        "shared_prompt",
+        "losses",
+        "lora",
+        "hf_config",
+        "activations",
+        "gguf",
+        "checkpoint",
+    },
     {"logprobs", "metrics", "methods", "models"},
     {"reference", "config", "samples"},
     {"evaluation", "prepare", "reporting", "chapter", "score"},
