@@ -124,7 +124,7 @@ def test_every_token_of_every_pair_matches_the_oracle(kind: str, switches: dict[
     for row, pair in enumerate(pairs):
         for grid, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
             np.testing.assert_allclose(
-                grid[row, : len(ids)], oracle_logps(model, pair.prompt_ids, ids), rtol=2e-6, rtol=2e-6, atol=5e-5
+                grid[row, : len(ids)], oracle_logps(model, pair.prompt_ids, ids), rtol=2e-6, atol=5e-5
             )
             assert not grid[row, len(ids) :].any()
         before = prompts.shape[1] - len(pair.prompt_ids)

@@ -139,6 +139,18 @@ def test_defaults_are_among_what_is_tried(name: str) -> None:
     assert METHODS[name].defaults in ORACLES[name]
 
 
+@pytest.mark.parametrize(("name", "parameters"), CASES)
+def test_what_is_logged(name: str, parameters: dict[str, float]) -> None:
+    """Rewards are beta times what the method compares: log-ratios, sums or means; logps are that without the reference."""
+    x = inputs(name)
+    sums, means = (x["c"], x["r"]), oracle.m(x)
+    logps = sums if METHODS[name].needs_reference or name in ("cpo", "slic") else means
+    compared = oracle.h(x) if METHODS[name].needs_reference else logps
+    expected = [*(parameters.get("beta", 1.0) * side for side in compared), *logps]
+    for found, side in zip(METHODS[name].loss(as_logps(x), **parameters)[1:], expected, strict=True):
+        np.testing.assert_allclose(np.array(found), side, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_rewards_are_logged_without_gradient(name: str) -> None:
     logps = as_logps(inputs(name))
