@@ -91,7 +91,8 @@ def _steps(run: Run, reporter: Reporter, metrics_file: MetricsFile) -> Held:
         for step, indices in enumerate(itertools.islice(order, total), 1):
             window = [pairs[index] for index in indices]
             started = time.perf_counter()
-            step_means = optimiser_step(run, window, step)
+            with _saved_if_it_ends_here(run, step):
+                step_means = optimiser_step(run, window, step)
             seconds += time.perf_counter() - started
             means.merge(step_means)
             pair_tokens += sum(pair.pair_tokens for pair in window)
@@ -127,8 +128,8 @@ def optimiser_step(run: Run, window: Sequence[TokenizedPair], step: int) -> Metr
     if not math.isfinite(loss):
         places = ", ".join(pair.place for pair in window[:4])
         raise TrainingError(
-            f"step {step}: the loss is {loss} on {places}; the step was not applied and the last save is whole; "
-            "lower --learning-rate, or look at those rows."
+            f"step {step}: the loss is {loss} on {places}, so the step was not applied: lower --learning-rate, or look "
+            "at those rows"
         )
     run.optimizer.update(model, gradients)
     mx.eval(model.trainable_parameters(), run.optimizer.state)
@@ -177,6 +178,26 @@ def _evaluate_splits(run: Run, reporter: Reporter, metrics_file: MetricsFile, st
 
 def _held_out(split: Split, batches: int, batch_size: int) -> list[TokenizedPair]:
     return split.pairs if batches == -1 else split.pairs[: batches * batch_size]
+
+
+@contextmanager
+def _saved_if_it_ends_here(run: Run, step: int) -> Iterator[None]:
+    """Save the adapters as the steps before left them when this step is interrupted or fails."""
+    before = adapter_weights(run.loaded.model)
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if step == 1:
+            raise
+        run.loaded.model.load_weights(list(before.items()), strict=False)
+        _save(run, None)
+        folder = run.folder
+        saved = f"the adapters of step {step - 1} are in {folder}/, --resume-adapter-file {folder} trains on from them"
+        if isinstance(error, (KeyboardInterrupt, TrainingError)):
+            error.args = (f"{error}; {saved}" if str(error) else saved,)
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TrainingError(f"step {step}: {reason.rstrip('.')}; {saved}.") from error
 
 
 def _save(run: Run, step: int | None) -> None:
@@ -242,10 +263,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         train(resolve(argv, PROG))
     except UserError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
+        print(f"{PROG}: error: {str(error).rstrip('.')}.", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{PROG}: interrupted; what was saved last in --adapter-path is whole.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"{PROG}: interrupted: {str(interrupt) or 'before the second step, nothing was saved'}.", file=sys.stderr)
         return 130
     return 0
 

@@ -141,7 +141,7 @@ def test_defaults_are_among_what_is_tried(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "parameters"), CASES)
 def test_what_is_logged(name: str, parameters: dict[str, float]) -> None:
-    """Rewards are beta times what the method compares: log-ratios, sums or means; logps are that without the reference."""
+    """Rewards: beta times the log-ratios, sums or means a method compares; logps: those, without the reference."""
     x = inputs(name)
     sums, means = (x["c"], x["r"]), oracle.m(x)
     logps = sums if METHODS[name].needs_reference or name in ("cpo", "slic") else means

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -179,6 +180,60 @@ def test_a_loss_that_is_not_finite_is_never_applied(settings: dict[str, Any]) ->
         optimiser_step(run, window, 7)
     for name, value in trainable(run).items():
         assert np.array_equal(value, before[name])
+
+
+def fail_at(step: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the gradient of that step raise."""
+    calls = itertools.count(1)
+
+    def gradient(*args: Any) -> Any:
+        if next(calls) == step:
+            raise error
+        return window_gradient(*args)
+
+    monkeypatch.setattr("orpo_mlx.train.window_gradient", gradient)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "expected"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: the adapters of step 2 are in"),
+        (
+            RuntimeError("[METAL] out\nof memory."),
+            2,
+            "error: step 3: [METAL] out of memory; the adapters of step 2 are in",
+        ),
+    ],
+)
+def test_a_run_that_ends_early_saves_what_it_learned(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    error: BaseException,
+    status: int,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_quietly({**settings, "iters": 2, "adapter_path": str(tmp_path / "two steps")})
+    fail_at(3, error, monkeypatch)
+    assert main([*flags(settings), "--iters", "5"]) == status
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert expected in err
+    assert f"--resume-adapter-file {settings['adapter_path']} trains on from them" in err
+    saved, two_steps = (
+        (Path(folder) / "adapters.safetensors").read_bytes()
+        for folder in (settings["adapter_path"], tmp_path / "two steps")
+    )
+    assert saved == two_steps
+
+
+def test_an_interrupt_in_the_first_step_says_that_nothing_was_saved(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_at(1, KeyboardInterrupt(), monkeypatch)
+    assert main(flags(settings)) == 130
+    assert "nothing was saved" in capsys.readouterr().err
 
 
 def test_steps_of_a_run() -> None:
