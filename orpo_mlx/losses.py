@@ -162,6 +162,13 @@ def dpo(logps: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0)
     return _rewarded(logps, losses, beta)
 
 
+def sigmoid_norm(logps: PairLogProbs, *, beta: float = 0.1) -> LossOutput:
+    """Length-normalised DPO (Lambert et al. 2024, Tülu 3, eq. 5): L = -log σ(β (h(y_w)/|y_w| - h(y_l)/|y_l|))."""
+    chosen, rejected = _log_ratios(logps)
+    losses = -log_sigmoid(beta * (chosen / logps.chosen_tokens - rejected / logps.rejected_tokens))
+    return _rewarded(logps, losses, beta)
+
+
 def hinge(logps: PairLogProbs, *, beta: float = 0.1) -> LossOutput:
     """Hinge on the DPO margin (Liu et al. 2023, RSO, table 1): L = max(0, 1 - β (h(y_w) - h(y_l)))."""
     return _rewarded(logps, _positive(1.0 - beta * _margin(logps)), beta)

@@ -49,6 +49,9 @@ METHODS: dict[str, Method] = {
     "slic": Method(losses.slic, False, "max(0, δ - s_w + s_l) - α s_w", "Zhao et al. 2023, arXiv:2305.10425"),
     "sft": Method(losses.sft, False, "NLL_w", "maximum likelihood"),
     "dpo": Method(losses.dpo, True, f"-(1-ε) log σ(z) - ε log σ(-z), {_Z}", "Rafailov et al. 2023, arXiv:2305.18290"),
+    "sigmoid_norm": Method(
+        losses.sigmoid_norm, True, "-log σ(β(h_w/|y_w| - h_l/|y_l|))", "Lambert et al. 2024, arXiv:2411.15124"
+    ),
     "hinge": Method(losses.hinge, True, f"max(0, 1 - z), {_Z}", "Liu et al. 2023, arXiv:2309.06657"),
     "ipo": Method(losses.ipo, True, "(h_w/|y_w| - h_l/|y_l| - 1/(2β))²", "Azar et al. 2023, arXiv:2310.12036"),
     "robust": Method(

@@ -114,6 +114,12 @@ def dpo(x: Columns, beta: float, label_smoothing: float) -> Array:
     return -(1 - label_smoothing) * log_sigmoid(z) - label_smoothing * log_sigmoid(-z)
 
 
+def sigmoid_norm(x: Columns, beta: float) -> Array:
+    """Lambert et al. 2024, eq. 5."""
+    chosen, rejected = h(x)
+    return -log_sigmoid(beta * chosen / x["nc"] - beta * rejected / x["nr"])
+
+
 def hinge(x: Columns, beta: float) -> Array:
     """Liu et al. 2023, table 1."""
     chosen, rejected = h(x)

@@ -37,6 +37,7 @@ ORACLES: dict[str, list[dict[str, float]]] = {
     "slic": [{"delta": 1.0, "alpha": 1.0}, {"delta": 5.0, "alpha": 0.1}],
     "sft": [{}],
     "dpo": [{"beta": 0.1, "label_smoothing": 0.0}, {"beta": 1.0, "label_smoothing": 0.2}],
+    "sigmoid_norm": [{"beta": 0.1}, {"beta": 5.0}],
     "hinge": [{"beta": 0.1}, {"beta": 1.0}],
     "ipo": [{"beta": 0.1}, {"beta": 1.0}],
     "robust": [{"beta": 0.1, "label_smoothing": 0.1}, {"beta": 1.0, "label_smoothing": 0.3}],
