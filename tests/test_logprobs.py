@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -19,7 +21,7 @@ from orpo_mlx.lora import add_adapters
 from orpo_mlx.models import load
 from orpo_mlx.types import Batch, TokenizedPair
 from tests import oracle
-from tests.conftest import CONFIGS, make_model, make_pairs
+from tests.conftest import CONFIGS, VOCABULARY, make_model, make_pairs
 
 ATTENTION = [kind for kind in CONFIGS if kind != "mamba"]
 SWITCHES: list[dict[str, bool]] = [
@@ -28,6 +30,10 @@ SWITCHES: list[dict[str, bool]] = [
     {"split_head": False},
     {"share_prompt": False, "split_head": False},
 ]
+
+
+PLAIN = PairScorer(make_model(), share_prompt=False, split_head=False)
+SHARED = PairScorer(make_model())
 
 
 def oracle_logps(model: nn.Module, prompt: tuple[int, ...], completion: tuple[int, ...]) -> oracle.Array:
@@ -206,6 +212,40 @@ def test_row_order_padding_and_company_change_nothing(kind: str) -> None:
     alone = np.concatenate([np.array(pair_logps(scorer, collate([pair])).chosen) for pair in pairs])
     np.testing.assert_allclose(turned, together, atol=1e-5, rtol=1e-6)
     np.testing.assert_allclose(alone, together, atol=1e-5, rtol=1e-6)
+
+
+token = st.integers(1, VOCABULARY - 1)
+sides = st.lists(token, min_size=1, max_size=9).map(tuple)
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(st.lists(st.builds(TokenizedPair, sides, sides, sides), min_size=1, max_size=5), st.data())
+def test_shared_is_plain_for_any_pairs_in_any_order(pairs: list[TokenizedPair], data: st.DataObject) -> None:
+    order = data.draw(st.permutations(range(len(pairs))))
+    plain = pair_logps(PLAIN, collate(pairs), nll_tokens_per_pair=3.0)
+    shared = pair_logps(SHARED, collate([pairs[index] for index in order]), nll_tokens_per_pair=3.0)
+    for one, other in zip(plain[:5], shared[:5], strict=True):
+        np.testing.assert_allclose(np.array(other), np.array(one)[list(order)], rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_models_are_reduced_in_float32(dtype: mx.Dtype) -> None:
+    model = make_model()
+    model.set_dtype(dtype)
+    pair = make_pairs(3)[2]
+    expected = oracle_logps(model, pair.prompt_ids, pair.chosen_ids)
+    batch = collate([pair])
+    exact = PairScorer(model, share_prompt=False, split_head=False)(batch).chosen
+    assert exact.dtype == mx.float32
+    # The same logits, so nothing but the reduction could differ: half precision there would be 1e-2 off.
+    np.testing.assert_allclose(np.array(exact)[0, : len(expected)], expected, rtol=0, atol=1e-5)
+    split = PairScorer(model)
+    assert split.shares_prompt
+    assert split.splits_head
+    rounding = 50 * float(mx.finfo(dtype).eps)
+    np.testing.assert_allclose(
+        np.array(split(batch).chosen)[0, : len(expected)], expected, rtol=rounding, atol=rounding
+    )
 
 
 def test_nll_of_completion_and_of_sequence() -> None:
