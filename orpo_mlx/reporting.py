@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from orpo_mlx.samples import Reply
+
+_WIDE = 110
 
 _CLOSING_ROWS = {
     "preference accuracy, mean log-prob": ("accuracies/mean_logps", "{:.1%}"),
@@ -55,14 +57,10 @@ class Reporter:
     @contextmanager
     def bar(self, what: str, total: int, unit: str) -> Iterator[Any]:
         """A progress bar; yields `advance(done, note="")`. Nothing is drawn where output is not a terminal."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
+        columns: list[ProgressColumn] = [MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+        # Where the line is short, the numbers go before the bar and its words.
+        if self.console.width >= _WIDE:
+            columns = [TextColumn("{task.description}"), BarColumn(), TextColumn(unit), *columns]
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(what, total=total, note="")
 
@@ -95,18 +93,23 @@ class Reporter:
 
 def train_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
     """The line of one training report."""
+    numbers = step_numbers(metrics, metrics["pair_tokens_per_s"], metrics["peak_memory_gib"])
+    return f"step {step}/{total}  {numbers}"
+
+
+def step_numbers(metrics: Mapping[str, float], tokens_per_s: float, peak_gib: float) -> str:
+    """Loss, accuracy of the rewards, margin, pair tokens per second and peak memory, in under 60 columns."""
     return (
-        f"step {step}/{total}  loss {metrics['loss']:.4f}  accuracy {metrics['rewards/accuracies']:.2f}  "
-        f"margin {metrics['rewards/margins']:.4f}  {metrics['pair_tokens_per_s']:.0f} tokens/s  "
-        f"peak {metrics['peak_memory_gib']:.2f} GiB"
+        f"loss {metrics['loss']:.4f} accuracy {metrics['rewards/accuracies']:.2f} "
+        f"margin {metrics['rewards/margins']:.3f} {tokens_per_s:.0f} tok/s {peak_gib:.2f} GiB"
     )
 
 
 def eval_line(step: int, split: str, metrics: Mapping[str, float]) -> str:
-    """The line of one evaluation."""
+    """The line of one evaluation: accuracy by mean log-prob, and by the method's reward."""
     return (
         f"step {step}  {split}  loss {metrics['loss']:.4f}  accuracy {metrics['accuracies/mean_logps']:.1%} "
-        f"(mean log-prob)  {metrics['rewards/accuracies']:.1%} (reward)  margin {metrics['rewards/margins']:.4f}"
+        f"(reward {metrics['rewards/accuracies']:.1%})  margin {metrics['rewards/margins']:.4f}"
     )
 
 

@@ -23,7 +23,7 @@ from orpo_mlx.gradients import window_gradient
 from orpo_mlx.lora import adapter_weights
 from orpo_mlx.metrics import MetricMeans
 from orpo_mlx.prepare import Run, Split, adapter_config, prepare, run_record
-from orpo_mlx.reporting import MetricsFile, Reporter, eval_line, train_line
+from orpo_mlx.reporting import MetricsFile, Reporter, eval_line, step_numbers, train_line
 from orpo_mlx.samples import Reply, pick_prompts, sample_replies
 from orpo_mlx.types import Pair, TokenizedPair
 
@@ -96,7 +96,7 @@ def _steps(run: Run, reporter: Reporter, metrics_file: MetricsFile) -> Held:
             seconds += time.perf_counter() - started
             means.merge(step_means)
             pair_tokens += sum(pair.pair_tokens for pair in window)
-            advance(step, _bar_note(step_means.means(), pair_tokens / seconds))
+            advance(step, step_numbers(step_means.means(), pair_tokens / seconds, mx.get_peak_memory() / 2**30))
             if step % config.steps_per_report == 0 or step == total:
                 report = {
                     **means.means(),
@@ -248,14 +248,6 @@ def _checkpointed_layers(run: Run) -> Iterator[None]:
         yield
     finally:
         block_class.__call__ = original
-
-
-def _bar_note(metrics: dict[str, float], tokens_per_s: float) -> str:
-    return (
-        f"loss {metrics['loss']:.4f}  accuracy {metrics['rewards/accuracies']:.2f}  "
-        f"margin {metrics['rewards/margins']:.4f}  {tokens_per_s:.0f} tokens/s  "
-        f"peak {mx.get_peak_memory() / 2**30:.2f} GiB"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
