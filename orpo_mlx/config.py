@@ -9,10 +9,11 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from orpo_mlx.cli import OneLineParser
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.lora import FINE_TUNE_TYPES
 from orpo_mlx.methods import PARAMETERS, Recipe, describe
@@ -132,14 +133,6 @@ _GROUPS = {
 }
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one sentence on stderr and exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print `message` without the usage text and leave with status 2."""
-        self.exit(2, f"{self.prog}: error: {message.rstrip('.')}; see {self.prog} --help.\n")
-
-
 class _ListMethods(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print(describe())
@@ -246,10 +239,18 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
         _number(lora[key], int if key == "rank" else float, check, f"lora_parameters.{key}")
     if lora["dropout"] >= 1:
         raise ConfigError(f"lora_parameters.dropout: found {lora['dropout']}, expected a number below 1.")
+    keys = lora.get("keys")
+    if keys is not None and not (isinstance(keys, list) and keys and all(isinstance(key, str) for key in keys)):
+        raise ConfigError(
+            f"lora_parameters.keys: found {keys!r}, expected a list of module names such as self_attn.q_proj."
+        )
     _check_table("optimizer_config", config.optimizer_config, set(OPTIMIZERS))
-    optimizers = {
-        key: {**DEFAULT_OPTIMIZER_CONFIG[key], **(config.optimizer_config.get(key) or {})} for key in OPTIMIZERS
-    }
+    optimizers = {}
+    for key in OPTIMIZERS:
+        table = config.optimizer_config.get(key) or {}
+        if not isinstance(table, dict):
+            raise ConfigError(f"optimizer_config.{key}: found {table!r}, expected a table.")
+        optimizers[key] = {**DEFAULT_OPTIMIZER_CONFIG[key], **table}
     return dataclasses.replace(config, lora_parameters=lora, optimizer_config=optimizers)
 
 
@@ -322,7 +323,7 @@ def _number(value: Any, kind: type[int] | type[float], check: _Check | None, pla
 
 
 def _check_table(name: str, table: Mapping[str, Any], known: set[str]) -> None:
-    for key in table:
+    for key in map(str, table):
         if key not in known:
             hint = " (mlx-lm's 'scale' is alpha divided by rank)" if key == "alpha" else ""
             raise ConfigError(f"{name}.{key}: unknown key, expected one of {', '.join(sorted(known))}{hint}.")

@@ -134,8 +134,10 @@ def _optimizer(config: TrainingConfig) -> optim.Optimizer:
     if config.lr_schedule is not None:
         try:
             schedule = build_schedule(config.lr_schedule)
+            float(schedule(mx.array(1)))
         except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
-            raise ConfigError(f"lr_schedule: {config.lr_schedule} is not a schedule of mlx-lm ({error}).") from None
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"lr_schedule: {config.lr_schedule} is not a schedule of mlx-lm ({reason}).") from None
     arguments = config.optimizer_config[config.optimizer]
     try:
         return _OPTIMIZERS[config.optimizer](learning_rate=schedule, **arguments)

@@ -15,9 +15,9 @@ from mlx_lm.tuner.utils import load_adapters
 
 from orpo_mlx.batching import collate, length_order
 from orpo_mlx.checkpoint import write_text
-from orpo_mlx.config import OneLineParser
+from orpo_mlx.cli import OneLineParser, exit_status
 from orpo_mlx.data import load_pairs
-from orpo_mlx.errors import ConfigError, DataError, ModelError, UserError
+from orpo_mlx.errors import ConfigError, DataError, ModelError
 from orpo_mlx.logprobs import PairScorer
 from orpo_mlx.models import DEFAULT_MODEL, DTYPES, LoadedModel, check_vocabulary, load
 from orpo_mlx.tokenization import PairTokenizer
@@ -156,13 +156,8 @@ def _add_adapters(loaded: LoadedModel, folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 0, or 2 with one sentence on stderr."""
-    try:
-        _run(argv)
-    except UserError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Command line; the exit status."""
+    return exit_status(PROG, lambda: _run(argv))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from orpo_mlx.batching import TrainingOrder, cut, epoch_order, length_order, steps_per_epoch
 from orpo_mlx.checkpoint import save_adapters, save_json
+from orpo_mlx.cli import exit_status
 from orpo_mlx.config import TrainingConfig, resolve
-from orpo_mlx.errors import TrainingError, UserError
+from orpo_mlx.errors import TrainingError
 from orpo_mlx.evaluation import evaluate
 from orpo_mlx.gradients import window_gradient
 from orpo_mlx.lora import adapter_weights
@@ -251,16 +252,8 @@ def _checkpointed_layers(run: Run) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 0, or 2 with one sentence on stderr."""
-    try:
-        train(resolve(argv, PROG))
-    except UserError as error:
-        print(f"{PROG}: error: {str(error).rstrip('.')}.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"{PROG}: interrupted: {str(interrupt) or 'before the second step, nothing was saved'}.", file=sys.stderr)
-        return 130
-    return 0
+    """Command line; the exit status."""
+    return exit_status(PROG, lambda: train(resolve(argv, PROG)))
 
 
 if __name__ == "__main__":

@@ -117,6 +117,13 @@ def test_a_bad_file_names_the_file_and_key(tmp_path: Path, text: str, expected: 
         ({"lora_parameters": {"alpha": 16}}, "lora_parameters.alpha: unknown key.*scale"),
         ({"lora_parameters": {"rank": 0}}, "lora_parameters.rank: found 0"),
         ({"lora_parameters": {"dropout": 1.0}}, "lora_parameters.dropout: found 1.0"),
+        (
+            {"lora_parameters": {"keys": "q_proj"}},
+            "lora_parameters.keys: found 'q_proj', expected a list of module names",
+        ),
+        ({"lora_parameters": {"keys": []}}, r"lora_parameters.keys: found \[\]"),
+        ({"lora_parameters": {7: 1}}, "lora_parameters.7: unknown key"),
+        ({"optimizer_config": {"adamw": 5}}, "optimizer_config.adamw: found 5, expected a table"),
         ({"optimizer_config": {"adamx": {}}}, "optimizer_config.adamx: unknown key"),
     ],
 )

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
 LAYERS = [
     {"_blas", "errors", "types"},
     {
+        "cli",
         "data",
         "tokenization",
         "batching",

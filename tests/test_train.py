@@ -313,6 +313,26 @@ def test_bad_rows_are_named(
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lr_schedule: {name: no_such}", "is not a schedule of mlx-lm"),
+        ("lr_schedule: {name: cosine_decay, arguments: [fast, 3]}", "is not a schedule of mlx-lm"),
+        ("lr_schedule: {arguments: [1]}", "is not a schedule of mlx-lm"),
+        ("optimizer_config: {adamw: {momentums: 3}}", "optimizer_config.adamw"),
+        ("optimizer: adamx", "did you mean"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_libraries(
+    settings: dict[str, Any], tmp_path: Path, text: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    assert main([*flags(settings), "-c", str(tmp_path / "config.yaml")]) == 2
+    err = capsys.readouterr().err
+    assert expected in err
+    assert err.count("\n") == 1
+
+
 def test_an_adapter_path_that_is_a_file(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,31 @@
+"""What every command line of the package has in common: one sentence on stderr, and the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from orpo_mlx.errors import UserError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence on stderr and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` without the usage text and leave with status 2."""
+        self.exit(2, f"{self.prog}: error: {message.rstrip('.')}; see {self.prog} --help.\n")
+
+
+def exit_status(prog: str, command: Callable[[], object]) -> int:
+    """Run a command: 0, 2 with one sentence on stderr for what a user can mend, 130 where it was interrupted."""
+    try:
+        command()
+    except UserError as error:
+        print(f"{prog}: error: {str(error).rstrip('.')}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"{prog}: interrupted: {str(interrupt) or 'nothing was saved'}.", file=sys.stderr)
+        return 130
+    return 0
