@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,7 +126,14 @@ def _load_folder(path: Path, trust_remote_code: bool) -> tuple[nn.Module, Tokeni
         config = load_config(path)
         if "model_file" not in config:
             config = normalise_config(config, str(path / "config.json"))
-        model, config = load_model(path, lazy=True, model_config=config, trust_remote_code=trust_remote_code)
+        elif not trust_remote_code:
+            code = config["model_file"]
+            raise ModelError(f"{path}: would run its own Python code ({code}); read it, then give --trust-remote-code.")
+        # mlx-lm 0.31 has no such switch: it runs whatever it finds.
+        allow: dict[str, Any] = (
+            {"trust_remote_code": True} if "trust_remote_code" in signature(load_model).parameters else {}
+        )
+        model, config = load_model(path, lazy=True, model_config=config, **allow)
         tokenizer = None
         if any((path / file).is_file() for file in _TOKENIZER_FILES):
             extra = {"trust_remote_code": trust_remote_code}

@@ -12,7 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.tuner.trainer import grad_checkpoint
-from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from orpo_mlx.batching import TrainingOrder, cut, epoch_order, length_order, steps_per_epoch
 from orpo_mlx.checkpoint import save_adapters, save_json
@@ -44,7 +43,7 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
         UserError: settings, data or model cannot be used, or the run cannot go on.
     """
     reporter = reporter or Reporter()
-    maybe_set_recommended_wired_limit()
+    _wire_memory()
     run = prepare(config)
     _announce(run, reporter)
     save_json(run.folder / "run.json", run_record(run))
@@ -135,6 +134,13 @@ def optimiser_step(run: Run, window: Sequence[TokenizedPair], step: int) -> Metr
     run.optimizer.update(model, gradients)
     mx.eval(model.trainable_parameters(), run.optimizer.state)
     return means
+
+
+def _wire_memory() -> None:
+    """Let Metal keep the weights resident up to what the device recommends; other devices report no such size."""
+    size = mx.device_info().get("max_recommended_working_set_size")
+    if size is not None:
+        mx.set_wired_limit(int(size))
 
 
 def _announce(run: Run, reporter: Reporter) -> None:

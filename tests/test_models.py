@@ -78,6 +78,10 @@ def test_files_and_folders_that_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "never_heard_of"}')
     with pytest.raises(ModelError, match="'never_heard_of' is not one that mlx-lm can run"):
         load(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "model_file": "evil.py"}')
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ModelError, match=r"would run its own Python code \(evil.py\)"):
+        load(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="mlx-lm cannot load this model"):
         load(str(tmp_path))

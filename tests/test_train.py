@@ -236,6 +236,17 @@ def test_an_interrupt_in_the_first_step_says_that_nothing_was_saved(
     assert "nothing was saved" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("info", "limits"), [({}, []), ({"max_recommended_working_set_size": 7}, [7])])
+def test_memory_is_wired_only_where_the_device_names_a_size(
+    info: dict[str, int], limits: list[int], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(mx, "set_wired_limit", found.append)
+    run_quietly({**settings, "iters": 1})
+    assert found == limits
+
+
 def test_steps_of_a_run() -> None:
     assert total_steps(make_config({"iters": 7}), 100) == 7
     assert total_steps(make_config({}), 10) == 3
