@@ -214,6 +214,16 @@ def test_row_order_padding_and_company_change_nothing(kind: str) -> None:
     np.testing.assert_allclose(alone, together, atol=1e-5, rtol=1e-6)
 
 
+def test_sums_and_counts_are_each_sides_own() -> None:
+    model, pairs = make_model(), make_pairs(6)
+    logps = pair_logps(PairScorer(model), collate(pairs))
+    assert np.array(logps.chosen_tokens).tolist() == [len(pair.chosen_ids) for pair in pairs]
+    assert np.array(logps.rejected_tokens).tolist() == [len(pair.rejected_ids) for pair in pairs]
+    for found, side in ((logps.chosen, "chosen_ids"), (logps.rejected, "rejected_ids")):
+        expected = [oracle_logps(model, pair.prompt_ids, getattr(pair, side)).sum() for pair in pairs]
+        np.testing.assert_allclose(np.array(found), expected, rtol=1e-5)
+
+
 token = st.integers(1, VOCABULARY - 1)
 sides = st.lists(token, min_size=1, max_size=9).map(tuple)
 
