@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from orpo_mlx.batching import collate, cut, sequence_tokens
 from orpo_mlx.logprobs import join_logps, pair_logps
@@ -68,6 +68,12 @@ def batch_gradient(
 
     (loss, metrics), gradients = nn.value_and_grad(run.loaded.model, share)(batch, reference)
     return loss, metrics, gradients
+
+
+def gradient_norm(gradients: dict[str, Any]) -> mx.array:
+    """Euclidean norm over all trained parameters, in float32; not finite where any entry is not."""
+    squares = [value.astype(mx.float32).square().sum() for value in dict(tree_flatten(gradients)).values()]
+    return mx.sqrt(mx.stack(squares).sum())
 
 
 def _loss_slopes(

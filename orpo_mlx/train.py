@@ -19,7 +19,7 @@ from orpo_mlx.cli import exit_status
 from orpo_mlx.config import TrainingConfig, resolve
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.evaluation import evaluate
-from orpo_mlx.gradients import window_gradient
+from orpo_mlx.gradients import gradient_norm, window_gradient
 from orpo_mlx.lora import adapter_weights
 from orpo_mlx.metrics import MetricMeans
 from orpo_mlx.prepare import Run, Split, adapter_config, prepare, run_record
@@ -60,7 +60,8 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
             replies_before = _replies(run, prompts)
             before = _evaluate_splits(run, reporter, metrics_file, 0, tuple(run.splits))
             after = _steps(run, reporter, metrics_file)
-        reporter.closing_table(before, after)
+        if before:
+            reporter.closing_table(before, after)
         reporter.replies(replies_before, _replies(run, prompts))
     finally:
         metrics_file.close()
@@ -120,16 +121,16 @@ def optimiser_step(run: Run, window: Sequence[TokenizedPair], step: int) -> Metr
     """One optimiser step on a window of pairs, taken as batches of `batch_size`; returns the window's metrics.
 
     Raises:
-        TrainingError: the loss is not finite; nothing has been applied.
+        TrainingError: the loss or the gradient is not finite; nothing has been applied.
     """
     model = run.loaded.model
     means, gradients = window_gradient(run, window)
-    loss = means.means()["loss"]
-    if not math.isfinite(loss):
+    loss, norm = means.means()["loss"], float(gradient_norm(gradients))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         places = ", ".join(pair.place for pair in window[:4])
         raise TrainingError(
-            f"step {step}: the loss is {loss} on {places}, so the step was not applied: lower --learning-rate, or look "
-            "at those rows"
+            f"step {step}: the loss is {loss} and the gradient's norm {norm} on {places}, so the step was not applied: "
+            "lower --learning-rate, or look at those rows"
         )
     run.optimizer.update(model, gradients)
     mx.eval(model.trainable_parameters(), run.optimizer.state)

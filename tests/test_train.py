@@ -18,12 +18,14 @@ from mlx.utils import tree_flatten
 from mlx_lm import load as mlx_lm_load
 
 from orpo_mlx.config import make_config
-from orpo_mlx.gradients import window_gradient
+from orpo_mlx.errors import TrainingError
+from orpo_mlx.gradients import gradient_norm, window_gradient
 from orpo_mlx.lora import adapter_weights
 from orpo_mlx.methods import METHODS
 from orpo_mlx.prepare import Run, prepare
 from orpo_mlx.reporting import Reporter
 from orpo_mlx.train import main, optimiser_step, total_steps, train
+from orpo_mlx.types import LossOutput, PairLogProbs
 from tests.conftest import make_pairs, write_id_rows, write_model_folder, write_rows
 
 SMALL = {"batch_size": 2, "iters": 3, "samples": 0, "steps_per_report": 1, "learning_rate": 1e-3}
@@ -152,10 +154,11 @@ def test_the_first_dpo_loss_is_ln_2(settings: dict[str, Any], start: str, tmp_pa
     assert rows(settings, "train")[-1]["loss"] != pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_gradient_checkpointing_changes_memory_not_numbers(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("method", ["orpo", "dpo"])
+def test_gradient_checkpointing_changes_memory_not_numbers(settings: dict[str, Any], method: str) -> None:
     losses = []
     for flag in (False, True, False):
-        run_quietly({**settings, "grad_checkpoint": flag})
+        run_quietly({**settings, "method": method, "grad_checkpoint": flag})
         losses.append([row["loss"] for row in rows(settings)])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     assert losses[2] == losses[0]
@@ -168,18 +171,31 @@ def test_training_on_from_an_adapter_starts_where_it_ended(settings: dict[str, A
     assert rows(settings, "valid")[0]["loss"] == pytest.approx(end, rel=1e-6)
 
 
-def test_a_loss_that_is_not_finite_is_never_applied(settings: dict[str, Any]) -> None:
-    from orpo_mlx.errors import TrainingError
-
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_is_never_applied(settings: dict[str, Any], where: str) -> None:
     run = make_run(settings)
     window = run.splits["train"].pairs[:2]
     before = trainable(run)
     good = run.method.loss
-    run.method = run.method._replace(loss=lambda logps: good(logps)._replace(losses=logps.chosen * mx.nan))
-    with pytest.raises(TrainingError, match=r"step 7: the loss is nan on .*train.jsonl:1"):
+
+    def spoiled(logps: PairLogProbs) -> LossOutput:
+        # sqrt(0) is 0 and its gradient infinite.
+        term = logps.chosen * mx.nan if where == "loss" else mx.sqrt(logps.chosen - mx.stop_gradient(logps.chosen))
+        output = good(logps)
+        return output._replace(losses=output.losses + term)
+
+    run.method = run.method._replace(loss=spoiled)
+    with pytest.raises(
+        TrainingError, match=r"step 7: the loss is .* and the gradient's norm (nan|inf) on .*train.jsonl:1"
+    ):
         optimiser_step(run, window, 7)
     for name, value in trainable(run).items():
         assert np.array_equal(value, before[name])
+
+
+def test_gradient_norm_is_over_everything() -> None:
+    tree = {"a": {"lora_a": mx.array([3.0, 0.0])}, "b": [mx.array([[4.0]], mx.float16), mx.array(12.0)]}
+    assert float(gradient_norm(tree)) == pytest.approx(13.0)
 
 
 def fail_at(step: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
