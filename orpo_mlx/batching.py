@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from orpo_mlx.types import Batch, TokenizedPair
-
-Item = TypeVar("Item")
 
 _PAD_MULTIPLE = 8
 _BUCKET_BATCHES = 16
@@ -101,9 +99,24 @@ class TrainingOrder:
                 yield batch
 
 
-def cut(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    """`items` in runs of `size`, the last perhaps shorter."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def micro_batches(window: Sequence[TokenizedPair], most_pairs: int, most_tokens: int) -> list[list[TokenizedPair]]:
+    """The pairs of a window, by length, in batches of at most `most_pairs` pairs and `most_tokens` padded tokens.
+
+    A pair that is longer alone is a batch of its own. Tokens are those that are run: prompt + chosen + rejected, each
+    padded to the longest of its batch.
+    """
+    batches: list[list[TokenizedPair]] = []
+    for pair in sorted(window, key=lambda pair: pair.pair_tokens):
+        if batches and len(batches[-1]) < most_pairs and _padded_tokens([*batches[-1], pair]) <= most_tokens:
+            batches[-1].append(pair)
+        else:
+            batches.append([pair])
+    return batches
+
+
+def _padded_tokens(pairs: Sequence[TokenizedPair]) -> int:
+    widths = (max(len(ids) for ids in side) for side in zip(*(pair[:3] for pair in pairs), strict=True))
+    return len(pairs) * sum(widths)
 
 
 def _chunks(indices: npt.NDArray[Any], size: int) -> list[list[int]]:

@@ -83,8 +83,13 @@ class TrainingConfig:
     epochs: float | None = _option(
         None, "passes over the train split, instead of --iters; default 1", float, "training", check=_POSITIVE
     )
-    batch_size: int = _option(4, "pairs per forward", int, "training", check=_POSITIVE)
-    grad_accumulation_steps: int = _option(1, "batches per optimiser step", int, "training", check=_POSITIVE)
+    batch_size: int = _option(4, "pairs per optimiser step", int, "training", check=_POSITIVE)
+    grad_accumulation_steps: int = _option(
+        1, "multiplies --batch-size, as in mlx_lm.lora", int, "training", check=_POSITIVE
+    )
+    micro_batch_tokens: int = _option(
+        2048, "padded tokens run at one time; bounds memory, changes no number", int, "training", check=_POSITIVE
+    )
     learning_rate: float = _option(1e-4, "learning rate", float, "training", check=_POSITIVE)
     lr_schedule: dict[str, Any] | None = _option(None, "mlx-lm's schedule: name, arguments, warmup", dict, "training")
     optimizer: str = _option("adamw", "optimiser", str, "training", choices=OPTIMIZERS)

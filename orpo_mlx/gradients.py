@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from orpo_mlx.batching import collate, cut, sequence_tokens
+from orpo_mlx.batching import collate, micro_batches, sequence_tokens
 from orpo_mlx.logprobs import join_logps, pair_logps
 from orpo_mlx.metrics import MetricMeans, pair_metrics
 from orpo_mlx.prepare import Run
@@ -38,7 +38,7 @@ def window_gradient(run: Run, window: Sequence[TokenizedPair]) -> tuple[MetricMe
 
     Normalisers are known before the first backward, so that accumulating equals one big batch.
     """
-    cuts = cut(window, run.config.batch_size)
+    cuts = micro_batches(window, run.config.batch_size, run.config.micro_batch_tokens)
     slopes = _loss_slopes(run, window, cuts) if run.method.couples_pairs and len(cuts) > 1 else [None] * len(cuts)
     means = MetricMeans()
     gradients: dict[str, Any] = {}

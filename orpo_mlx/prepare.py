@@ -79,7 +79,9 @@ def prepare(config: TrainingConfig) -> Run:
     # mlx-lm's checkpointing runs a block again in the backward pass, and would write to the prompt's cache twice.
     scorer = PairScorer(loaded.model, share_prompt=not config.grad_checkpoint)
     fresh = config.fine_tune_type != "full" and config.resume_adapter_file is None
-    reference = ReferenceLogProbs(scorer, adapters_are_new=fresh) if method.needs_reference else None
+    reference = None
+    if method.needs_reference:
+        reference = ReferenceLogProbs(scorer, adapters_are_new=fresh, with_prompt=config.nll == "sequence")
     return Run(config, folder, splits, loaded, scorer, method, reference, optimizer)
 
 

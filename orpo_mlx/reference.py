@@ -34,11 +34,15 @@ class ReferenceLogProbs:
     Args:
         scorer: the policy.
         adapters_are_new: whether "adapters off" is the model as it was before training.
+        with_prompt: whether the policy's prompt tokens go through the head as well (`nll="sequence"`). The reference's
+            then do too, so that policy and reference are the same sums, bit for bit, where they are the same model:
+            dpop's gradient jumps there.
     """
 
-    def __init__(self, scorer: PairScorer, *, adapters_are_new: bool) -> None:
+    def __init__(self, scorer: PairScorer, *, adapters_are_new: bool, with_prompt: bool = False) -> None:
         self._scorer = scorer
         self._live = adapters_are_new
+        self._nll_tokens_per_pair = 1.0 if with_prompt else None
         self._known: dict[bytes, tuple[float, float]] = {}
 
     @property
@@ -78,7 +82,8 @@ class ReferenceLogProbs:
 
     def _compute(self, keys: Sequence[bytes], batch: Batch, context: AbstractContextManager[None]) -> None:
         with context:
-            self._keep(keys, pair_logps(self._scorer, batch, gradient=False))
+            tokens = self._nll_tokens_per_pair
+            self._keep(keys, pair_logps(self._scorer, batch, nll_tokens_per_pair=tokens, gradient=False))
 
     def _keep(self, keys: Sequence[bytes], logps: PairLogProbs) -> None:
         chosen, rejected = np.array(logps.chosen), np.array(logps.rejected)

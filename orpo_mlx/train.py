@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tuner.trainer import grad_checkpoint
 
-from orpo_mlx.batching import TrainingOrder, cut, epoch_order, length_order, steps_per_epoch
+from orpo_mlx.batching import TrainingOrder, epoch_order, length_order, micro_batches, steps_per_epoch
 from orpo_mlx.checkpoint import save_adapters, save_json
 from orpo_mlx.cli import exit_status
 from orpo_mlx.config import TrainingConfig, resolve
@@ -224,10 +224,13 @@ def _groups_of_all_pairs(run: Run) -> Iterator[list[TokenizedPair]]:
         batches = length_order(split.pairs, config.batch_size)
         if name == "train":
             window_size = config.batch_size * config.grad_accumulation_steps
-            windows = epoch_order(split.pairs, window_size, seed=config.seed, epoch=0, shuffle=config.shuffle)
-            batches = [list(part) for window in windows for part in cut(window, config.batch_size)]
+            batches = epoch_order(split.pairs, window_size, seed=config.seed, epoch=0, shuffle=config.shuffle)
         for indices in batches:
-            yield [split.pairs[index] for index in indices]
+            group = [split.pairs[index] for index in indices]
+            if name == "train":
+                yield from micro_batches(group, config.batch_size, config.micro_batch_tokens)
+            else:
+                yield group
 
 
 def _sample_prompts(run: Run, reporter: Reporter) -> list[Pair]:

@@ -12,6 +12,7 @@ from orpo_mlx.batching import (
     collate,
     epoch_order,
     length_order,
+    micro_batches,
     sequence_tokens,
     steps_per_epoch,
 )
@@ -89,3 +90,19 @@ def test_length_order_covers_everything() -> None:
 
 def test_sequence_tokens_counts_predictions_of_prompt_and_chosen() -> None:
     assert sequence_tokens([TokenizedPair((1, 2, 3), (4, 5), (6,)), TokenizedPair((1,), (2,), (3,))]) == 4 + 1
+
+
+@pytest.mark.parametrize(("most_pairs", "most_tokens"), [(1, 10**9), (4, 60), (10**9, 100), (3, 1), (10**9, 10**9)])
+def test_micro_batches_keep_every_pair_within_both_limits(most_pairs: int, most_tokens: int) -> None:
+    window = make_pairs(20, longest=30)
+    batches = micro_batches(window, most_pairs, most_tokens)
+    assert sorted(itertools.chain(*batches)) == sorted(window)
+    for batch in batches:
+        padded = len(batch) * sum(max(len(pair[side]) for pair in batch) for side in range(3))
+        assert len(batch) <= most_pairs
+        assert padded <= most_tokens or len(batch) == 1
+
+
+def test_micro_batches_are_no_smaller_than_they_must() -> None:
+    pairs = [TokenizedPair((1,) * 10, (2,) * 5, (3,) * 5)] * 7
+    assert [len(batch) for batch in micro_batches(pairs, 100, 60)] == [3, 3, 1]

@@ -71,7 +71,7 @@ def test_every_method_learns_its_train_split(settings: dict[str, Any], method: s
     first, last = (np.mean([row["loss"] for row in part]) for part in (reports[:3], reports[-3:]))
     assert last < first - 0.1
     if method != "sft":
-        assert np.mean([row["rewards/accuracies"] for row in reports[-3:]]) == 1.0
+        assert np.mean([row["rewards/accuracies"] for row in reports[-3:]]) > 0.8
     assert set(held) == {"valid", "test"}
 
 
@@ -127,8 +127,9 @@ def make_run(settings: dict[str, Any], **changes: Any) -> Run:
 @pytest.mark.parametrize("method", METHODS)
 def test_an_accumulation_window_equals_the_big_batch(settings: dict[str, Any], method: str, nll: str) -> None:
     results = []
-    for size, windows in ((6, 1), (2, 3), (1, 6), (4, 2)):
-        run = make_run(settings, method=method, nll=nll, batch_size=size, grad_accumulation_steps=windows)
+    for size, windows, tokens in ((6, 1, 2048), (2, 3, 2048), (1, 6, 2048), (6, 1, 60)):
+        sizes = {"batch_size": size, "grad_accumulation_steps": windows, "micro_batch_tokens": tokens}
+        run = make_run(settings, method=method, nll=nll, **sizes)
         window = run.splits["train"].pairs
         means, gradients = window_gradient(run, window)
         flat = {name: np.array(value, np.float64) for name, value in dict(tree_flatten(gradients)).items()}
