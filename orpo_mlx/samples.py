@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.nn as nn
-from mlx_lm import generate
+from mlx_lm import stream_generate
 
 from orpo_mlx.tokenization import PairTokenizer
 from orpo_mlx.types import Pair, Text
@@ -35,10 +35,10 @@ def sample_replies(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair]) -> l
     model.eval()
     replies = []
     for pair in pairs:
-        text = generate(model, tokenizer, list(to_ids.prompt_ids(pair.prompt, pair.place)), max_tokens=MAX_TOKENS)
-        replies.append(
-            Reply(_last_turn(pair.prompt), text.strip(), len(tokenizer.encode(text, add_special_tokens=False)))
-        )
+        ids = list(to_ids.prompt_ids(pair.prompt, pair.place))
+        parts = list(stream_generate(model, tokenizer, ids, max_tokens=MAX_TOKENS))
+        text = "".join(part.text for part in parts)
+        replies.append(Reply(_last_turn(pair.prompt), text.strip(), parts[-1].generation_tokens if parts else 0))
     model.train(was_training)
     return replies
 

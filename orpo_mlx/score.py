@@ -89,7 +89,8 @@ def _row(sides: dict[str, np.ndarray[Any, Any]], per_token: bool) -> dict[str, A
     return row
 
 
-def _parser() -> OneLineParser:
+def build_parser() -> OneLineParser:
+    """The command line of `score`."""
     parser = OneLineParser(prog=PROG, description="Log-probs of preference pairs under a model, a row each.")
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help="Hub id, local folder or .gguf file (default: %(default)s)"
@@ -107,7 +108,7 @@ def _parser() -> OneLineParser:
 
 
 def _run(argv: Sequence[str] | None) -> None:
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size: found {args.batch_size}, expected a whole number above 0.")
     data, output = Path(args.data), Path(args.output)

@@ -22,6 +22,8 @@ from orpo_mlx.types import TokenizedPair
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
+SMALL = {"batch_size": 2, "iters": 3, "samples": 0, "steps_per_report": 1, "learning_rate": 1e-3}
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -170,6 +172,18 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no ../shared beside this checkout")
     return SHARED
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for split, seed in (("train", 0), ("valid", 1), ("test", 2)):
+        write_id_rows(tmp_path / "data" / f"{split}.jsonl", make_pairs(6, seed=seed))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, data: Path, model_folder: Path) -> dict[str, Any]:
+    return {**SMALL, "model": str(model_folder), "data": str(data), "adapter_path": str(tmp_path / "adapters")}
 
 
 def _flat(model: nn.Module) -> list[tuple[str, mx.array]]:

@@ -10,6 +10,7 @@ import pytest
 
 from orpo_mlx.config import resolve
 from orpo_mlx.methods import METHODS
+from orpo_mlx.score import build_parser as build_score_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,6 +30,8 @@ def test_a_command_names_files_and_flags_that_exist(command: str) -> None:
             assert all(flag in (ROOT / words[0]).read_text() for flag in words[1:])
         elif words[1:3] == ["-m", "orpo_mlx.train"]:
             resolve(words[3:])
+        elif words[1:3] == ["-m", "orpo_mlx.score"]:
+            build_score_parser().parse_args(words[3:])
         else:
             assert words[1] == "-m"
             assert words[2] in ("pytest", "mlx_lm")

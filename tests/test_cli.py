@@ -1,0 +1,41 @@
+"""How a command ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from orpo_mlx.cli import OneLineParser, exit_status
+from orpo_mlx.errors import DataError
+
+
+def raising(error: BaseException) -> int:
+    def command() -> None:
+        raise error
+
+    return exit_status("prog", command)
+
+
+def test_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status("prog", lambda: None) == 0
+    assert raising(DataError("file:3: is odd.")) == 2
+    assert raising(DataError("file:3: is odd")) == 2
+    assert raising(KeyboardInterrupt()) == 130
+    assert raising(KeyboardInterrupt("saved in x")) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "prog: error: file:3: is odd.",
+        "prog: error: file:3: is odd.",
+        "prog: interrupted: nothing was saved.",
+        "prog: interrupted: saved in x.",
+    ]
+
+
+def test_a_defect_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        raising(ZeroDivisionError())
+
+
+def test_a_flag_that_is_unknown_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        OneLineParser(prog="prog").parse_args(["--odd"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "prog: error: unrecognized arguments: --odd; see prog --help.\n"

@@ -1,0 +1,39 @@
+"""The gradient of a window does not depend on the batches it is cut into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from orpo_mlx.gradients import gradient_norm, window_gradient
+from orpo_mlx.methods import METHODS
+from tests.test_train import make_run
+
+
+@pytest.mark.parametrize("nll", ["completion", "sequence"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_accumulation_window_equals_the_big_batch(settings: dict[str, Any], method: str, nll: str) -> None:
+    results = []
+    for size, windows, tokens in ((6, 1, 2048), (2, 3, 2048), (1, 6, 2048), (6, 1, 60)):
+        sizes = {"batch_size": size, "grad_accumulation_steps": windows, "micro_batch_tokens": tokens}
+        run = make_run(settings, method=method, nll=nll, **sizes)
+        window = run.splits["train"].pairs
+        means, gradients = window_gradient(run, window)
+        flat = {name: np.array(value, np.float64) for name, value in dict(tree_flatten(gradients)).items()}
+        results.append((means.means()["loss"], flat))
+    for total, gradients in results[1:]:
+        assert total == pytest.approx(results[0][0], rel=1e-5)
+        for name, value in gradients.items():
+            expected = results[0][1][name]
+            np.testing.assert_allclose(
+                value, expected, rtol=0, atol=1e-5 * max(1e-3, np.abs(expected).max()), err_msg=name
+            )
+
+
+def test_gradient_norm_is_over_everything() -> None:
+    tree = {"a": {"lora_a": mx.array([3.0, 0.0])}, "b": [mx.array([[4.0]], mx.float16), mx.array(12.0)]}
+    assert float(gradient_norm(tree)) == pytest.approx(13.0)
