@@ -88,10 +88,10 @@ def _parse_line(line: bytes, place: str) -> Pair | TokenizedPair:
         row = json.loads(line)
     except UnicodeDecodeError:
         raise DataError(f"{place}: not UTF-8 text; save the file as UTF-8 JSONL.") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        detail = (
-            f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        )
+    except (ValueError, RecursionError) as error:  # A ValueError too is a number of thousands of digits.
+        detail = "nested too deeply" if isinstance(error, RecursionError) else "a number that is too long"
+        if isinstance(error, json.JSONDecodeError):
+            detail = f"{error.msg} at column {error.colno}"
         raise DataError(f"{place}: invalid JSON ({detail}); expected one JSON object per line.") from None
     if not isinstance(row, dict):
         raise DataError(f"{place}: found a JSON {_kind(row)}, expected an object with {_expected()}.")
@@ -124,7 +124,7 @@ def _text(value: Any, name: str, place: str) -> Text:
     if isinstance(value, str):
         if not value.strip():
             raise DataError(f"{place}: {name!r} is empty.")
-        return value
+        return _encodable(value, name, place)
     if not isinstance(value, list):
         raise DataError(f"{place}: {name!r} is a JSON {_kind(value)}, expected a string or a list of messages.")
     if not value:
@@ -136,9 +136,19 @@ def _text(value: Any, name: str, place: str) -> Text:
             if not isinstance(message.get(key), str):
                 found = _kind(message[key]) if key in message else "nothing"
                 raise DataError(f"{place}: {name}[{number}].{key} must be a string, found {found}.")
+            _encodable(message[key], f"{name}[{number}].{key}", place)
     if name != "prompt" and not any(message["content"].strip() for message in value):
         raise DataError(f"{place}: {name!r} is empty.")
     return tuple(value)
+
+
+def _encodable(text: str, name: str, place: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ascii(text[error.start])
+        raise DataError(f"{place}: {name!r} holds half of a surrogate pair ({code}), which is not text.") from None
+    return text
 
 
 def _token_ids(value: Any, name: str, place: str) -> tuple[int, ...]:

@@ -43,9 +43,12 @@ def add_adapters(model: nn.Module, fine_tune_type: str, num_layers: int, lora_pa
             block.unfreeze()
     else:
         linear_to_lora_layers(model, num_layers, dict(lora_parameters), use_dora=fine_tune_type == "dora")
-    if not tree_flatten(model.trainable_parameters()):
-        keys = lora_parameters.get("keys")
-        raise ConfigError(f"lora_parameters.keys: {keys} match no layer of this model, so nothing would be trained.")
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    for key in lora_parameters.get("keys") or () if fine_tune_type != "full" else ():
+        if not any(f".{key}." in f".{name}" for name in trained):
+            raise ConfigError(
+                f"lora_parameters.keys: {key!r} matches no layer of this model; give names within a block."
+            )
 
 
 @contextmanager

@@ -49,6 +49,12 @@ def test_blank_lines_keep_line_numbers(tmp_path: Path) -> None:
     [
         ('{"prompt": "Q", "chosen": ', "invalid JSON"),
         ("[1, 2]", "found a JSON list"),
+        ("[" * 100_000, "invalid JSON"),
+        ('{"prompt_ids": [' + "9" * 5000 + "]}", "a number that is too long"),
+        (
+            '{"prompt": "\\ud800", "chosen": "A", "rejected": "B"}',
+            "'prompt' holds half of a surrogate pair ('\\ud800')",
+        ),
         ("null", "found a JSON null"),
         ('{"prompt": "Q", "chosen": "A"}', "no 'rejected'; found chosen, prompt"),
         ('{"prompt_ids": [1], "chosen_ids": [2]}', "no 'rejected_ids'"),

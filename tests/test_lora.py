@@ -84,8 +84,10 @@ def test_full_trains_the_blocks_own_weights() -> None:
 def test_more_layers_than_there_are_and_keys_that_match_nothing() -> None:
     with pytest.raises(ConfigError, match="--num-layers 3: the model has 2 layers"):
         add_adapters(make_model(), "lora", 3, LORA)
-    with pytest.raises(ConfigError, match="match no layer"):
-        add_adapters(make_model(), "lora", -1, {**LORA, "keys": ["nowhere"]})
+    for keys in (["nowhere"], ["self_attn.q_proj", "nowhere"], ["q_proj"]):
+        with pytest.raises(ConfigError, match=rf"lora_parameters.keys: '{keys[-1]}' matches no layer"):
+            add_adapters(make_model(), "lora", -1, {**LORA, "keys": keys})
+    add_adapters(make_model(), "lora", -1, {**LORA, "keys": ["self_attn.q_proj", "mlp.up_proj"]})
 
 
 def saved(folder: Path, model: nn.Module, **config: Any) -> Path:
