@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Message, Pair, Text, TokenizedPair
@@ -48,26 +48,36 @@ def find_splits(path: str | Path) -> dict[str, Path]:
 
 
 def load_pairs(path: str | Path) -> list[Pair | TokenizedPair]:
-    """Read every row of a JSONL file; blank lines are passed over.
+    """Read every row of a JSONL file, passing over blank lines, or of a `.json` file that holds a list of rows.
 
     A row has `prompt`, `chosen` and `rejected`, each a string or a list of `{"role", "content"}` messages, or
     `prompt_ids`, `chosen_ids` and `rejected_ids`, each a list of token ids.
 
     Raises:
-        DataError: the file cannot be read, holds no row, or a row is not one of these; begins with `file:line`.
+        DataError: the file cannot be read, holds no row, or a row is not one of these; begins with `file:line`,
+            or with file and row for `.json`.
     """
     path = Path(path)
-    pairs: list[Pair | TokenizedPair] = []
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    pairs.append(_parse_line(line, f"{path}:{number}"))
+        rows = _json_rows(path) if path.suffix == ".json" else _jsonl_rows(path)
+        return [_parse_row(row, place) for row, place in rows] or _no_rows(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
-    if not pairs:
-        raise DataError(f"{path}: the file has no rows; expected one JSON object with {_expected()} per line.")
-    return pairs
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[Any, str]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _parse_json(line, f"{path}:{number}"), f"{path}:{number}"
+
+
+def _json_rows(path: Path) -> Iterator[tuple[Any, str]]:
+    rows = _parse_json(path.read_bytes(), str(path))
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: found a JSON {_kind(rows)}, expected a list of rows, or one row per line in .jsonl.")
+    for number, row in enumerate(rows, 1):
+        yield row, f"{path}: row {number}"
 
 
 def file_sha256(path: Path) -> str:
@@ -83,9 +93,13 @@ def _expected() -> str:
     return "prompt, chosen and rejected (or prompt_ids, chosen_ids and rejected_ids)"
 
 
-def _parse_line(line: bytes, place: str) -> Pair | TokenizedPair:
+def _no_rows(path: Path) -> NoReturn:
+    raise DataError(f"{path}: the file has no rows; expected one JSON object with {_expected()} per line.")
+
+
+def _parse_json(text: bytes, place: str) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(text)
     except UnicodeDecodeError:
         raise DataError(f"{place}: not UTF-8 text; save the file as UTF-8 JSONL.") from None
     except (ValueError, RecursionError) as error:  # A ValueError too is a number of thousands of digits.
@@ -93,6 +107,9 @@ def _parse_line(line: bytes, place: str) -> Pair | TokenizedPair:
         if isinstance(error, json.JSONDecodeError):
             detail = f"{error.msg} at column {error.colno}"
         raise DataError(f"{place}: invalid JSON ({detail}); expected one JSON object per line.") from None
+
+
+def _parse_row(row: Any, place: str) -> Pair | TokenizedPair:
     if not isinstance(row, dict):
         raise DataError(f"{place}: found a JSON {_kind(row)}, expected an object with {_expected()}.")
     columns = _ID_COLUMNS if any(name in row for name in _ID_COLUMNS) else _TEXT_COLUMNS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,21 @@ def test_empty_file(tmp_path: Path) -> None:
     path.write_text("\n\n")
     with pytest.raises(DataError, match="has no rows"):
         load_pairs(path)
+
+
+def test_a_json_file_is_a_list_of_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([GOOD, GOOD], indent=1))
+    assert [pair.place for pair in load_pairs(path)] == [f"{path}: row 1", f"{path}: row 2"]
+    for text, expected in [
+        ("{}", "found a JSON object, expected a list of rows"),
+        ("[]", "has no rows"),
+        ("[1]", "rows.json: row 1: found a JSON number"),
+        ("[", "rows.json: invalid JSON"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(DataError, match=expected):
+            load_pairs(path)
 
 
 def test_splits_of_a_folder_and_of_a_file(tmp_path: Path) -> None:
