@@ -42,7 +42,8 @@ def log_odds(logps: mx.array) -> mx.array:
 def log_sigmoid(x: mx.array) -> mx.array:
     """log σ(x) = -log(1 + e⁻ˣ), finite for every finite x.
 
-    Two branches, each with guarded input: the gradient of `mx.logaddexp` is a percent off where one side is small.
+    Two branches, each with guarded input. The gradient of `mx.logaddexp` has an absolute error of 8e-8, which beyond
+    x = 17 is the whole of it, and the log odds multiply it by 1 / (1 - P).
     """
     positive = x >= 0
     above = -mx.log1p(mx.exp(-mx.where(positive, x, 0.0)))
