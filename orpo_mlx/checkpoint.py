@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -16,19 +17,24 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it over `path`.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; `path` is then as it was.
+        OSError: the disk is full or the folder cannot be written; `path` is then as it was, and the error names it.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -49,4 +55,11 @@ def save_adapters(folder: Path, weights: Mapping[str, mx.array], *, step: int | 
     """Write `adapters.safetensors`, and with `step` also `0000100_adapters.safetensors`, as mlx-lm names them."""
     names = ["adapters.safetensors"] if step is None else [f"{step:07d}_adapters.safetensors", "adapters.safetensors"]
     for name in names:
-        write_atomically(folder / name, lambda temporary: mx.save_safetensors(str(temporary), dict(weights)))
+        write_atomically(folder / name, lambda temporary: _save_safetensors(temporary, weights))
+
+
+def _save_safetensors(path: Path, weights: Mapping[str, mx.array]) -> None:
+    try:
+        mx.save_safetensors(str(path), dict(weights))
+    except RuntimeError as error:  # What MLX makes of a full disk.
+        raise OSError(errno.EIO, str(error).rstrip(".")) from error

@@ -25,6 +25,10 @@ def exit_status(prog: str, command: Callable[[], object]) -> int:
     except UserError as error:
         print(f"{prog}: error: {str(error).rstrip('.')}.", file=sys.stderr)
         return 2
+    except OSError as error:  # A full disk, or a folder that cannot be written, wherever a command meets it.
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"{prog}: error: {place}{error.strerror or error}; free space or choose another folder.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as interrupt:
         print(f"{prog}: interrupted: {str(interrupt) or 'nothing was saved'}.", file=sys.stderr)
         return 130

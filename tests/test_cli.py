@@ -29,6 +29,15 @@ def test_ends(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_a_file_that_cannot_be_written_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert raising(OSError(28, "No space left on device", "a/b.json")) == 2
+    assert raising(OSError("odd")) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "prog: error: a/b.json: No space left on device; free space or choose another folder.",
+        "prog: error: odd; free space or choose another folder.",
+    ]
+
+
 def test_a_defect_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
         raising(ZeroDivisionError())
