@@ -9,10 +9,13 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from orpo_mlx.token_store import TokenStore
 from orpo_mlx.types import Batch, TokenizedPair
 
 _PAD_MULTIPLE = 8
 _BUCKET_BATCHES = 16
+# Padded tokens that cost less than running one more batch does.
+_PADDING_WORTH_A_BATCH = 128
 
 
 def collate(pairs: Sequence[TokenizedPair]) -> Batch:
@@ -58,7 +61,7 @@ def epoch_order(
         return _chunks(indices, batch_size)
     generator = np.random.default_rng((seed, epoch))
     generator.shuffle(indices)
-    lengths = np.array([pair.pair_tokens for pair in pairs])
+    lengths = _pair_tokens(pairs)
     batches: list[list[int]] = []
     for run in _chunks(indices, batch_size * _BUCKET_BATCHES):
         by_length = np.array(run)[np.argsort(lengths[run], kind="stable")]
@@ -72,7 +75,7 @@ def epoch_order(
 
 def length_order(pairs: Sequence[TokenizedPair], batch_size: int) -> list[list[int]]:
     """Batches of like length for evaluation, where order does not matter."""
-    return _chunks(np.argsort([pair.pair_tokens for pair in pairs], kind="stable"), batch_size)
+    return _chunks(np.argsort(_pair_tokens(pairs), kind="stable"), batch_size)
 
 
 def steps_per_epoch(num_pairs: int, batch_size: int) -> int:
@@ -100,23 +103,46 @@ class TrainingOrder:
 
 
 def micro_batches(window: Sequence[TokenizedPair], most_pairs: int, most_tokens: int) -> list[list[TokenizedPair]]:
-    """The pairs of a window, by length, in batches of at most `most_pairs` pairs and `most_tokens` padded tokens.
+    """The pairs of a window in batches of at most `most_pairs` pairs and `most_tokens` padded tokens.
 
-    A pair that is longer alone is a batch of its own. Tokens are those that are run: prompt + chosen + rejected, each
-    padded to the longest of its batch.
+    Each pair, by length, joins the batch it pads least, unless that costs more padding than a batch of its own is
+    worth; a pair that is longer than `most_tokens` is always alone. Tokens are those that are run: prompt + chosen +
+    rejected, each padded as `collate` does.
     """
     batches: list[list[TokenizedPair]] = []
     for pair in sorted(window, key=lambda pair: pair.pair_tokens):
-        if batches and len(batches[-1]) < most_pairs and _padded_tokens([*batches[-1], pair]) <= most_tokens:
-            batches[-1].append(pair)
+        alone = padded_tokens([pair])
+        costs = []
+        for number, batch in enumerate(batches):
+            together = padded_tokens([*batch, pair])
+            cost = together - padded_tokens(batch) - alone
+            if len(batch) < most_pairs and together <= most_tokens and cost <= _PADDING_WORTH_A_BATCH:
+                costs.append((cost, number))
+        if costs:
+            batches[min(costs)[1]].append(pair)
         else:
             batches.append([pair])
     return batches
 
 
-def _padded_tokens(pairs: Sequence[TokenizedPair]) -> int:
-    widths = (max(len(ids) for ids in side) for side in zip(*(pair[:3] for pair in pairs), strict=True))
-    return len(pairs) * sum(widths)
+def padded_tokens(pairs: Sequence[TokenizedPair]) -> int:
+    """Tokens that are run for a batch of these pairs, padding included."""
+    prompt, chosen, rejected = (
+        max(len(ids) for ids in side) for side in zip(*(pair[:3] for pair in pairs), strict=True)
+    )
+    return len(pairs) * (prompt + _up(chosen) + _up(rejected))
+
+
+def _up(length: int) -> int:
+    """The width a completion is padded to."""
+    return -(-length // _PAD_MULTIPLE) * _PAD_MULTIPLE
+
+
+def _pair_tokens(pairs: Sequence[TokenizedPair]) -> npt.NDArray[Any]:
+    """2·prompt + chosen + rejected of each pair."""
+    if isinstance(pairs, TokenStore):
+        return np.asarray(pairs.lengths @ np.array([2, 1, 1]))
+    return np.array([pair.pair_tokens for pair in pairs])
 
 
 def _chunks(indices: npt.NDArray[Any], size: int) -> list[list[int]]:
@@ -126,7 +152,7 @@ def _chunks(indices: npt.NDArray[Any], size: int) -> list[list[int]]:
 def _pad(rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """(B, L) ids and mask. Prompts keep the longest row's width: every row padded would cost the unpadded path."""
     longest = max(map(len, rows))
-    width = longest if left else -(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE
+    width = longest if left else _up(longest)
     ids, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), np.bool_)
     for number, row in enumerate(rows):
         columns = slice(width - len(row), width) if left else slice(len(row))

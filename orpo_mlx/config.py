@@ -14,11 +14,14 @@ from typing import Any
 import yaml
 
 from orpo_mlx.cli import OneLineParser
+from orpo_mlx.data import Reading, parse_columns
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.lora import FINE_TUNE_TYPES
 from orpo_mlx.methods import PARAMETERS, Recipe, describe
 from orpo_mlx.methods import resolve as resolve_method
 from orpo_mlx.models import DEFAULT_MODEL, DTYPES
+from orpo_mlx.shapes import PAIRINGS
+from orpo_mlx.tokenization import TRUNCATIONS
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 NLL_KINDS = ("completion", "sequence")
@@ -62,8 +65,23 @@ class TrainingConfig:
 
     method: str = _option("orpo", "how to learn from the pairs, or a sum such as 'sigmoid + 0.2*sft'", str, "what")
     model: str = _option(DEFAULT_MODEL, "Hub id, local folder or .gguf file", str, "what")
-    data: str = _option("data", "folder with {train,valid,test}.jsonl, or one .jsonl file", str, "what")
+    data: str = _option("data", "folder of splits, file, or Hub id owner/name[:config][@revision]", str, "what")
     adapter_path: str = _option("adapters", "folder to write adapters, metrics and settings into", str, "what")
+
+    columns: str | None = _option(None, "columns under other names: prompt=question,rejected=worse", str, "data")
+    min_margin: float | None = _option(None, "leave out pairs whose scores differ by less", float, "data")
+    pair_ratings: str | None = _option(
+        None, "make pairs of rows of rated completions: best and worst, or all", str, "data", choices=PAIRINGS
+    )
+    max_seq_length: int = _option(2048, "tokens of prompt and completion, at most", int, "data", check=_POSITIVE)
+    truncate: str = _option(
+        "drop",
+        "what becomes of longer pairs: left out, or the prompt cut (and, only then, the completions)",
+        str,
+        "data",
+        choices=TRUNCATIONS,
+    )
+    skip_bad_rows: bool = _option(False, "leave out rows that cannot be used, and list them", bool, "data")
 
     beta: float | None = _option(None, "β of the method; default: the method's own, as for those below", float, "loss")
     label_smoothing: float | None = _option(None, "ε: share of pairs taken to be labelled wrongly", float, "loss")
@@ -95,9 +113,6 @@ class TrainingConfig:
     optimizer: str = _option("adamw", "optimiser", str, "training", choices=OPTIMIZERS)
     optimizer_config: dict[str, Any] = _option(
         DEFAULT_OPTIMIZER_CONFIG, "arguments of each optimiser", dict, "training"
-    )
-    max_seq_length: int = _option(
-        2048, "pairs with more tokens on a side are left out", int, "training", check=_POSITIVE
     )
     shuffle: bool = _option(True, "train in file order", bool, "training")
     seed: int = _option(0, "seed of adapters, order and dropout", int, "training", check=_NOT_NEGATIVE)
@@ -131,6 +146,7 @@ class TrainingConfig:
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainingConfig)}
 _GROUPS = {
     "what": "what to train on what",
+    "data": "data",
     "loss": "loss",
     "training": "training",
     "adapters": "model and adapters",
@@ -151,7 +167,7 @@ def build_parser(prog: str = "python -m orpo_mlx.train") -> OneLineParser:
         description="Align a language model with preference pairs (ORPO, DPO and others).",
         allow_abbrev=False,
     )
-    groups = {key: parser.add_argument_group(title) for key, title in _GROUPS.items()}
+    groups = add_settings(parser, tuple(_FIELDS))
     groups["what"].add_argument(
         "-c",
         "--config",
@@ -161,7 +177,15 @@ def build_parser(prog: str = "python -m orpo_mlx.train") -> OneLineParser:
     groups["what"].add_argument(
         "--list-methods", action=_ListMethods, nargs=0, default=argparse.SUPPRESS, help="print all methods and leave"
     )
-    for name, field in _FIELDS.items():
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> dict[str, argparse._ArgumentGroup]:
+    """Give `parser` the flags of the settings `names`, in groups."""
+    used = {_FIELDS[name].metadata["group"] for name in names}
+    groups = {key: parser.add_argument_group(title) for key, title in _GROUPS.items() if key in used}
+    for name in names:
+        field = _FIELDS[name]
         group, kind = groups[field.metadata["group"]], field.metadata["kind"]
         flag = f"--{name.replace('_', '-')}"
         if kind is dict:
@@ -183,7 +207,20 @@ def build_parser(prog: str = "python -m orpo_mlx.train") -> OneLineParser:
         group.add_argument(
             flag, dest=name, metavar=metavar, default=argparse.SUPPRESS, help=field.metadata["help"] + shown
         )
-    return parser
+    return groups
+
+
+def parse_settings(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[dict[str, Any], argparse.Namespace]:
+    """Parse a command line: the settings given, checked, and the parser's other arguments.
+
+    Raises:
+        ConfigError: a value that cannot be used; names the flag.
+    """
+    args = parser.parse_args(_joined_numbers(sys.argv[1:] if argv is None else argv))
+    given = {name: value for name, value in vars(args).items() if name in _FIELDS}
+    return {name: _coerce(name, value, _flag(name)) for name, value in given.items()}, args
 
 
 def resolve(argv: Sequence[str] | None = None, prog: str = "python -m orpo_mlx.train") -> TrainingConfig:
@@ -192,12 +229,9 @@ def resolve(argv: Sequence[str] | None = None, prog: str = "python -m orpo_mlx.t
     Raises:
         ConfigError: an unknown key, or a value that cannot be used; names the flag or the file and key.
     """
-    given = vars(build_parser(prog).parse_args(_joined_numbers(sys.argv[1:] if argv is None else argv)))
-    config_file = given.pop("config", None)
-    values = {} if config_file is None else read_config_file(Path(config_file))
-    for name, value in given.items():
-        values[name] = _coerce(name, value, _flag(name))
-    return make_config(values)
+    given, args = parse_settings(build_parser(prog), argv)
+    values = {} if args.config is None else read_config_file(Path(args.config))
+    return make_config({**values, **given})
 
 
 def recipe(config: TrainingConfig) -> Recipe:
@@ -207,6 +241,16 @@ def recipe(config: TrainingConfig) -> Recipe:
         ConfigError: see `methods.resolve`.
     """
     return resolve_method(config.method, {name: getattr(config, name) for name in PARAMETERS})
+
+
+def data_reading(config: TrainingConfig) -> Reading:
+    """How a run's rows are read.
+
+    Raises:
+        ConfigError: see `data.parse_columns`.
+    """
+    columns = parse_columns(config.columns)
+    return Reading(columns, config.pair_ratings, config.min_margin, config.skip_bad_rows)
 
 
 def _joined_numbers(argv: Sequence[str]) -> list[str]:
@@ -238,6 +282,7 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
     if config.iters is not None and config.epochs is not None:
         raise ConfigError("--iters and --epochs both say how long to train; give one of them.")
     recipe(config)
+    data_reading(config)
     lora = {**DEFAULT_LORA, **config.lora_parameters}
     _check_table("lora_parameters", lora, {"rank", "scale", "dropout", "keys"})
     for key, check in (("rank", _POSITIVE), ("scale", _POSITIVE), ("dropout", _NOT_NEGATIVE)):

@@ -1,181 +1,150 @@
-"""From a file to `Pair`s. Every complaint names the file and the line."""
+"""From a source of rows to `Pair`s. Every complaint carries `file:line`, and every row left out is counted."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from orpo_mlx.errors import DataError
-from orpo_mlx.types import Message, Pair, Text, TokenizedPair
+from orpo_mlx.errors import ConfigError, DataError
+from orpo_mlx.row_report import RowReport
+from orpo_mlx.rows import Row
+from orpo_mlx.shapes import ReadRow, read_row
+from orpo_mlx.sources import FileSource, Source
+from orpo_mlx.turns import is_empty
+from orpo_mlx.types import Pair, TokenizedPair
 
-SPLITS = ("train", "valid", "test")
-_TEXT_COLUMNS = ("prompt", "chosen", "rejected")
-_ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How rows are read."""
+
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Column names by the names this package knows, such as {"prompt": "question"}."""
+    pair_ratings: str | None = None
+    """How a row of rated completions becomes pairs, one of `shapes.PAIRINGS`."""
+    min_margin: float | None = None
+    """Leave out pairs whose scores differ by less."""
+    skip_bad_rows: bool = False
+    """Leave out and count rows that cannot be used, instead of stopping at the first."""
 
 
-def find_splits(path: str | Path) -> dict[str, Path]:
-    """Map split names to files.
+class PairsOfRow(NamedTuple):
+    """The pairs one row gave, at least one."""
 
-    A file is the train split alone. In a folder, a split is `train.jsonl`, `valid.jsonl` or `test.jsonl`, or the one
-    file with that infix (`anything.train.jsonl`).
+    place: str
+    pairs: list[Pair | TokenizedPair]
+
+
+def read_pairs(source: Source, reading: Reading, report: RowReport) -> Iterator[PairsOfRow]:
+    """The pairs of every row, in order; what is left out goes into `report`.
 
     Raises:
-        DataError: nothing there, no train split, or two files for one split.
+        DataError: the file cannot be read, has no row, or (without `skip_bad_rows`) a row cannot be used.
     """
-    path = Path(path)
-    if path.is_file():
-        return {"train": path}
-    if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder; --data takes a folder with train.jsonl, or a .jsonl file.")
-    splits: dict[str, Path] = {}
-    for split in SPLITS:
-        exact = path / f"{split}.jsonl"
-        found = [exact] if exact.is_file() else sorted(path.glob(f"*.{split}.jsonl"))
-        if len(found) > 1:
-            names = ", ".join(file.name for file in found)
+    for row in source.rows():
+        report.rows_read += 1
+        try:
+            read = _read(row, reading)
+            reason, pairs = _usable(read.pairs, reading.min_margin)
+        except DataError as error:
+            if not reading.skip_bad_rows:
+                raise with_remedy(error) from None
+            report.drop("bad_row", row.place, error)
+            continue
+        report.shapes[read.shape] += 1
+        if not pairs:
+            report.drop(reason, row.place)
+            continue
+        report.pairs_left_out += len(read.pairs) - len(pairs)
+        if read.note is not None:
+            report.note(read.note, row.place)
+        yield PairsOfRow(row.place, pairs)
+    if not report.rows_read:
+        _no_rows(source.name)
+
+
+def load_pairs(path: str | Path, reading: Reading | None = None) -> list[Pair | TokenizedPair]:
+    """All pairs of a file, in order; a row without one is an error.
+
+    Raises:
+        DataError: the file or a row cannot be used.
+    """
+    reading, report = reading or Reading(), RowReport()
+    pairs: list[Pair | TokenizedPair] = []
+    for row in FileSource([Path(path)]).rows():
+        reason, usable = _usable(_read(row, reading).pairs, reading.min_margin)
+        if not usable:
+            raise DataError(f"{row.place}: {report.words(reason)}.")
+        pairs += usable
+    return pairs or _no_rows(str(path))
+
+
+def parse_columns(text: str | None) -> dict[str, str]:
+    """`prompt=question,rejected=worse` as a mapping.
+
+    Raises:
+        ConfigError: it is not a list of NAME=COLUMN.
+    """
+    columns: dict[str, str] = {}
+    for part in filter(None, (text or "").split(",")):
+        name, equals, column = (piece.strip() for piece in part.partition("="))
+        if not (name and equals and column) or name in columns:
+            raise ConfigError(f"--columns: found {part!r}, expected NAME=COLUMN once for each name, joined by commas.")
+        columns[name] = column
+    return columns
+
+
+def _read(row: Row, reading: Reading) -> ReadRow:
+    if isinstance(row.value, DataError):
+        raise row.value
+    return read_row(_renamed(row, reading.columns), row.place, pair_ratings=reading.pair_ratings)
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Any:
+    if not columns or not isinstance(row.value, dict):
+        return row.value
+    for name, column in columns.items():
+        if column not in row.value:
+            found = ", ".join(sorted(map(str, row.value))[:8]) or "no columns"
+            raise DataError(f"{row.place}: --columns {name}={column}: no such column, found {found}.")
+    # A column that gives its name to another is out of the way, whatever it held.
+    taken = set(columns) | set(columns.values())
+    rest = {name: value for name, value in row.value.items() if name not in taken}
+    return {**rest, **{name: row.value[column] for name, column in columns.items()}}
+
+
+def _usable(pairs: list[Pair | TokenizedPair], min_margin: float | None) -> tuple[str, list[Pair | TokenizedPair]]:
+    """The pairs that can be used, and why the first that cannot be is left out."""
+    reasons = [_unusable(pair, min_margin) for pair in pairs]
+    first = next(filter(None, reasons), "equal_ratings")
+    return first, [pair for pair, reason in zip(pairs, reasons, strict=True) if reason is None]
+
+
+def _unusable(pair: Pair | TokenizedPair, min_margin: float | None) -> str | None:
+    if min_margin is not None:
+        margin = pair.margin if isinstance(pair, Pair) else None
+        if margin is None:
             raise DataError(
-                f"{path}: {len(found)} files for the {split} split ({names}); keep one, or name it {split}.jsonl."
+                f"{pair.place}: --min-margin {min_margin:g} needs scores such as score_chosen and score_rejected; "
+                "the row has none."
             )
-        if found:
-            splits[split] = found[0]
-    if "train" not in splits:
-        present = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
-        raise DataError(f"{path}: no train.jsonl (or *.train.jsonl) in this folder, found {present}.")
-    return splits
+        if margin < min_margin:
+            return "low_margin"
+    if isinstance(pair, TokenizedPair):
+        if not pair.prompt_ids:
+            return "empty_prompt"
+        return None if pair.chosen_ids and pair.rejected_ids else "empty_side"
+    if is_empty(pair.prompt):
+        return "empty_prompt"
+    return "empty_side" if is_empty(pair.chosen) or is_empty(pair.rejected) else None
 
 
-def load_pairs(path: str | Path) -> list[Pair | TokenizedPair]:
-    """Read every row of a JSONL file, passing over blank lines, or of a `.json` file that holds a list of rows.
-
-    A row has `prompt`, `chosen` and `rejected`, each a string or a list of `{"role", "content"}` messages, or
-    `prompt_ids`, `chosen_ids` and `rejected_ids`, each a list of token ids.
-
-    Raises:
-        DataError: the file cannot be read, holds no row, or a row is not one of these; begins with `file:line`,
-            or with file and row for `.json`.
-    """
-    path = Path(path)
-    try:
-        rows = _json_rows(path) if path.suffix == ".json" else _jsonl_rows(path)
-        return [_parse_row(row, place) for row, place in rows] or _no_rows(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
+def with_remedy(error: DataError) -> DataError:
+    """The error of a row that stops a run, with the way to go on without it."""
+    return DataError(f"{str(error).rstrip('.')}; --skip-bad-rows leaves such rows out and lists them.")
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[Any, str]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _parse_json(line, f"{path}:{number}"), f"{path}:{number}"
-
-
-def _json_rows(path: Path) -> Iterator[tuple[Any, str]]:
-    rows = _parse_json(path.read_bytes(), str(path))
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: found a JSON {_kind(rows)}, expected a list of rows, or one row per line in .jsonl.")
-    for number, row in enumerate(rows, 1):
-        yield row, f"{path}: row {number}"
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _expected() -> str:
-    return "prompt, chosen and rejected (or prompt_ids, chosen_ids and rejected_ids)"
-
-
-def _no_rows(path: Path) -> NoReturn:
-    raise DataError(f"{path}: the file has no rows; expected one JSON object with {_expected()} per line.")
-
-
-def _parse_json(text: bytes, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except UnicodeDecodeError:
-        raise DataError(f"{place}: not UTF-8 text; save the file as UTF-8 JSONL.") from None
-    except (ValueError, RecursionError) as error:  # A ValueError too is a number of thousands of digits.
-        detail = "nested too deeply" if isinstance(error, RecursionError) else "a number that is too long"
-        if isinstance(error, json.JSONDecodeError):
-            detail = f"{error.msg} at column {error.colno}"
-        raise DataError(f"{place}: invalid JSON ({detail}); expected one JSON object per line.") from None
-
-
-def _parse_row(row: Any, place: str) -> Pair | TokenizedPair:
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: found a JSON {_kind(row)}, expected an object with {_expected()}.")
-    columns = _ID_COLUMNS if any(name in row for name in _ID_COLUMNS) else _TEXT_COLUMNS
-    missing = [name for name in columns if name not in row]
-    if missing:
-        found = ", ".join(sorted(map(str, row))[:8]) or "no keys"
-        raise DataError(
-            f"{place}: the row has no {' and no '.join(map(repr, missing))}; found {found}, expected {_expected()}."
-        )
-    if columns is _ID_COLUMNS:
-        prompt, chosen, rejected = (_token_ids(row[name], name, place) for name in columns)
-        return TokenizedPair(prompt, chosen, rejected, place)
-    return _pair(row, place)
-
-
-def _pair(row: Mapping[str, Any], place: str) -> Pair:
-    prompt, chosen, rejected = (_text(row[name], name, place) for name in _TEXT_COLUMNS)
-    if not any(isinstance(text, tuple) for text in (prompt, chosen, rejected)):
-        return Pair(prompt, chosen, rejected, place)
-    # One side in messages makes the pair a conversation: a bare string is then one turn of it.
-    return Pair(_turns(prompt, "user"), _turns(chosen, "assistant"), _turns(rejected, "assistant"), place)
-
-
-def _turns(text: Text, role: str) -> tuple[Message, ...]:
-    return ({"role": role, "content": text},) if isinstance(text, str) else text
-
-
-def _text(value: Any, name: str, place: str) -> Text:
-    if isinstance(value, str):
-        if not value.strip():
-            raise DataError(f"{place}: {name!r} is empty.")
-        return _encodable(value, name, place)
-    if not isinstance(value, list):
-        raise DataError(f"{place}: {name!r} is a JSON {_kind(value)}, expected a string or a list of messages.")
-    if not value:
-        raise DataError(f"{place}: {name!r} is an empty list, expected at least one message.")
-    for number, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise DataError(f"{place}: {name}[{number}] is a JSON {_kind(message)}, expected a message object.")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                found = _kind(message[key]) if key in message else "nothing"
-                raise DataError(f"{place}: {name}[{number}].{key} must be a string, found {found}.")
-            _encodable(message[key], f"{name}[{number}].{key}", place)
-    if name != "prompt" and not any(message["content"].strip() for message in value):
-        raise DataError(f"{place}: {name!r} is empty.")
-    return tuple(value)
-
-
-def _encodable(text: str, name: str, place: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ascii(text[error.start])
-        raise DataError(f"{place}: {name!r} holds half of a surrogate pair ({code}), which is not text.") from None
-    return text
-
-
-def _token_ids(value: Any, name: str, place: str) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(item) is int and 0 <= item < 2**31 for item in value):
-        raise DataError(f"{place}: {name!r} must be a list of token ids (whole numbers from 0).")
-    if not value:
-        raise DataError(f"{place}: {name!r} is an empty list, expected at least one token id.")
-    return tuple(value)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")
+def _no_rows(name: str) -> NoReturn:
+    raise DataError(f"{name}:1: the file has no rows; expected prompt, chosen and rejected in each.")

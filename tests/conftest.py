@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,14 @@ def write_id_rows(path: Path, pairs: list[TokenizedPair]) -> Path:
     """A JSONL file of token-id rows."""
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     return write_rows(path, [{name: list(getattr(pair, name)) for name in names} for pair in pairs])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test writes to the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ORPO_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

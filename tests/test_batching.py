@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ from orpo_mlx.batching import (
     epoch_order,
     length_order,
     micro_batches,
+    padded_tokens,
     sequence_tokens,
     steps_per_epoch,
 )
+from orpo_mlx.row_report import RowReport
+from orpo_mlx.token_store import StoreWriter
 from orpo_mlx.types import TokenizedPair
 from tests.conftest import make_pairs
 
@@ -104,5 +108,30 @@ def test_micro_batches_keep_every_pair_within_both_limits(most_pairs: int, most_
 
 
 def test_micro_batches_are_no_smaller_than_they_must() -> None:
+    # 10 + 8 + 8 tokens each: completions are padded to a multiple of 8.
     pairs = [TokenizedPair((1,) * 10, (2,) * 5, (3,) * 5)] * 7
-    assert [len(batch) for batch in micro_batches(pairs, 100, 60)] == [3, 3, 1]
+    assert [len(batch) for batch in micro_batches(pairs, 100, 80)] == [3, 3, 1]
+    assert [len(batch) for batch in micro_batches(pairs, 2, 80)] == [2, 2, 2, 1]
+
+
+def test_a_pair_joins_the_batch_it_pads_least_or_none() -> None:
+    long_prompt = [TokenizedPair((1,) * 400, (2,) * 8, (3,) * 8)] * 2
+    long_answer = [TokenizedPair((1,) * 8, (2,) * 400, (3,) * 400)] * 2
+    window = [long_prompt[0], long_answer[0], long_prompt[1], long_answer[1]]
+    assert micro_batches(window, 4, 10_000) == [long_prompt, long_answer]
+
+
+def test_what_is_counted_as_padded_is_what_collate_makes() -> None:
+    for seed in range(20):
+        pairs = make_pairs(5, seed=seed, longest=40)
+        batch = collate(pairs)
+        assert padded_tokens(pairs) == sum(ids.size for ids in (batch.prompt_ids, batch.chosen_ids, batch.rejected_ids))
+
+
+def test_orders_of_a_store_are_those_of_its_pairs(tmp_path: Path) -> None:
+    pairs = [pair._replace(place=f"f:{number}") for number, pair in enumerate(make_pairs(80, longest=60))]
+    with StoreWriter(tmp_path / "store") as writer:
+        writer.extend(pairs)
+        store = writer.close(RowReport())
+    assert epoch_order(store, 4, seed=1, epoch=2) == epoch_order(pairs, 4, seed=1, epoch=2)
+    assert length_order(store, 4) == length_order(pairs, 4)

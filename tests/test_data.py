@@ -1,18 +1,27 @@
-"""Reading rows: every accepted shape, and one sentence with file and line for every other."""
+"""From rows to pairs: what is taken, what is left out with a count, and one sentence for every bad row."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from orpo_mlx.data import file_sha256, find_splits, load_pairs
-from orpo_mlx.errors import DataError
+from orpo_mlx.data import Reading, load_pairs, parse_columns, read_pairs
+from orpo_mlx.errors import ConfigError, DataError
+from orpo_mlx.row_report import RowReport
+from orpo_mlx.sources import FileSource
 from orpo_mlx.types import Pair, TokenizedPair
 from tests.conftest import write_rows
 
 GOOD = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+
+
+def read(path: Path, **options: Any) -> tuple[list[Pair | TokenizedPair], RowReport]:
+    report = RowReport()
+    rows = list(read_pairs(FileSource([path]), Reading(**options), report))
+    assert report.rows_read == len(rows) + sum(report.dropped.values())
+    return [pair for row in rows for pair in row.pairs], report
 
 
 def test_strings_messages_and_ids(tmp_path: Path) -> None:
@@ -39,112 +48,93 @@ def test_a_bare_string_beside_messages_becomes_a_turn(tmp_path: Path) -> None:
     assert pair.rejected == ({"role": "assistant", "content": "B"},)
 
 
-def test_blank_lines_keep_line_numbers(tmp_path: Path) -> None:
+BAD_LINES = [
+    ('{"prompt": "Q", "chosen": ', "invalid JSON"),
+    ("[1, 2]", "found a JSON list"),
+    ("[" * 100_000, "invalid JSON"),
+    ('{"prompt_ids": [' + "9" * 5000 + "]}", "a number that is too long"),
+    ('{"prompt": "\\ud800", "chosen": "A", "rejected": "B"}', "'prompt' holds half of a surrogate pair ('\\ud800')"),
+    ("null", "found a JSON null"),
+    ('{"prompt": "Q", "chosen": "A"}', "no 'rejected'; found chosen, prompt"),
+    ('{"prompt_ids": [1], "chosen_ids": [2]}', "no 'rejected_ids'"),
+    ('{"prompt": "Q", "chosen": null, "rejected": "B"}', "'chosen' is a JSON null"),
+    ('{"prompt": null, "chosen": "A", "rejected": "B"}', "'prompt' is a JSON null"),
+    ('{"prompt": "Q", "chosen": 3, "rejected": "B"}', "'chosen' is a JSON number"),
+    ('{"prompt": [], "chosen": "A", "rejected": "B"}', "'prompt' is an empty list"),
+    ('{"prompt": [{"role": "user"}], "chosen": "A", "rejected": "B"}', "prompt[0].content must be a string"),
+    ('{"prompt": [{"role": 1, "content": ""}], "chosen": "A", "rejected": "B"}', "prompt[0].role must be a string"),
+    ('{"prompt": ["x"], "chosen": "A", "rejected": "B"}', "prompt[0] is a JSON string"),
+    ('{"prompt_ids": [1.5], "chosen_ids": [2], "rejected_ids": [3]}', "'prompt_ids' must be a list of token ids"),
+    ('{"prompt_ids": [true], "chosen_ids": [2], "rejected_ids": [3]}', "'prompt_ids' must be a list of token ids"),
+    ('{"prompt_ids": [-1], "chosen_ids": [2], "rejected_ids": [3]}', "'prompt_ids' must be a list of token ids"),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), BAD_LINES)
+def test_a_bad_row_is_named_by_file_and_line_or_left_out_and_listed(tmp_path: Path, line: str, expected: str) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('\n{"prompt": "Q", "chosen": "A", "rejected": "B"}\n\n')
-    assert [pair.place for pair in load_pairs(path)] == [f"{path}:2"]
+    good = '{"prompt": "Q", "chosen": "A", "rejected": "B"}'
+    path.write_text(f"{good}\n{line}\n{good}\n")
+    for attempt in (load_pairs, read):
+        with pytest.raises(DataError) as caught:
+            attempt(path)
+        message = str(caught.value)
+        assert message.startswith(f"{path}:2: ")
+        assert expected in message
+        assert "\n" not in message
+    pairs, report = read(path, skip_bad_rows=True)
+    assert [pair.place for pair in pairs] == [f"{path}:1", f"{path}:3"]
+    assert report.dropped == {"bad_row": 1}
+    assert report.places == {"bad_row": [f"{path}:2"]}
+    assert expected in report.left_out[0]
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
+    ("row", "reason"),
     [
-        ('{"prompt": "Q", "chosen": ', "invalid JSON"),
-        ("[1, 2]", "found a JSON list"),
-        ("[" * 100_000, "invalid JSON"),
-        ('{"prompt_ids": [' + "9" * 5000 + "]}", "a number that is too long"),
-        (
-            '{"prompt": "\\ud800", "chosen": "A", "rejected": "B"}',
-            "'prompt' holds half of a surrogate pair ('\\ud800')",
-        ),
-        ("null", "found a JSON null"),
-        ('{"prompt": "Q", "chosen": "A"}', "no 'rejected'; found chosen, prompt"),
-        ('{"prompt_ids": [1], "chosen_ids": [2]}', "no 'rejected_ids'"),
-        ('{"prompt": "Q", "chosen": null, "rejected": "B"}', "'chosen' is a JSON null"),
-        ('{"prompt": "Q", "chosen": 3, "rejected": "B"}', "'chosen' is a JSON number"),
-        ('{"prompt": "Q", "chosen": " ", "rejected": "B"}', "'chosen' is empty"),
-        ('{"prompt": [], "chosen": "A", "rejected": "B"}', "'prompt' is an empty list"),
-        ('{"prompt": [{"role": "user"}], "chosen": "A", "rejected": "B"}', "prompt[0].content must be a string"),
-        ('{"prompt": [{"role": 1, "content": ""}], "chosen": "A", "rejected": "B"}', "prompt[0].role must be a string"),
-        ('{"prompt": ["x"], "chosen": "A", "rejected": "B"}', "prompt[0] is a JSON string"),
-        ('{"prompt_ids": [1.5], "chosen_ids": [2], "rejected_ids": [3]}', "'prompt_ids' must be a list of token ids"),
-        ('{"prompt_ids": [true], "chosen_ids": [2], "rejected_ids": [3]}', "'prompt_ids' must be a list of token ids"),
-        ('{"prompt_ids": [-1], "chosen_ids": [2], "rejected_ids": [3]}', "'prompt_ids' must be a list of token ids"),
-        ('{"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [3]}', "'chosen_ids' is an empty list"),
+        ({**GOOD, "chosen": " \n"}, "empty_side"),
+        ({**GOOD, "rejected": [{"role": "assistant", "content": ""}]}, "empty_side"),
+        ({**GOOD, "prompt": ""}, "empty_prompt"),
+        ({"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [3]}, "empty_side"),
+        ({"prompt_ids": [], "chosen_ids": [2], "rejected_ids": [3]}, "empty_prompt"),
     ],
 )
-def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, expected: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "Q", "chosen": "A", "rejected": "B"}\n' + line + "\n")
-    with pytest.raises(DataError) as caught:
-        load_pairs(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}:2: ")
-    assert expected in message
-    assert "\n" not in message
-
-
-def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"prompt": "\xff\xfe"}\n')
-    with pytest.raises(DataError, match=r"rows.jsonl:1: not UTF-8"):
+def test_empty_rows_are_left_out_with_a_count(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [GOOD, row])
+    pairs, report = read(path)
+    assert len(pairs) == 1
+    assert report.dropped == {reason: 1}
+    with pytest.raises(DataError, match=r"rows.jsonl:2: .* is empty"):
         load_pairs(path)
 
 
-def test_empty_file(tmp_path: Path) -> None:
+def test_a_margin_leaves_out_what_is_too_close(tmp_path: Path) -> None:
+    rows = [{**GOOD, "score_chosen": high, "score_rejected": low} for high, low in [(5, 4), (3.5, 3), (2, 4)]]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    pairs, report = read(path, min_margin=1.0)
+    assert [pair.place for pair in pairs] == [f"{path}:1"]
+    assert report.dropped == {"low_margin": 2}
+    assert len(read(path)[0]) == 3
+    with pytest.raises(DataError, match=r"rows.jsonl:1: --min-margin 1 needs scores"):
+        read(write_rows(path, [GOOD]), min_margin=1.0)
+
+
+def test_columns_under_other_names(tmp_path: Path) -> None:
+    rows = [{"q": "Q", "chosen": "worse", "good": "A", "bad": "B"}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    columns = parse_columns("prompt=q, chosen=good,rejected=bad")
+    assert read(path, columns=columns)[0] == [Pair("Q", "A", "B", f"{path}:1")]
+    with pytest.raises(DataError, match=r"rows.jsonl:1: --columns prompt=x: no such column, found bad, chosen"):
+        read(path, columns={"prompt": "x"})
+    for text in ("prompt", "prompt=", "=q", "prompt=a,prompt=b"):
+        with pytest.raises(ConfigError, match="--columns: found"):
+            parse_columns(text)
+    assert parse_columns(None) == {}
+
+
+def test_a_file_without_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n\n")
-    with pytest.raises(DataError, match="has no rows"):
-        load_pairs(path)
-
-
-def test_a_json_file_is_a_list_of_rows(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps([GOOD, GOOD], indent=1))
-    assert [pair.place for pair in load_pairs(path)] == [f"{path}: row 1", f"{path}: row 2"]
-    for text, expected in [
-        ("{}", "found a JSON object, expected a list of rows"),
-        ("[]", "has no rows"),
-        ("[1]", "rows.json: row 1: found a JSON number"),
-        ("[", "rows.json: invalid JSON"),
-    ]:
-        path.write_text(text)
-        with pytest.raises(DataError, match=expected):
-            load_pairs(path)
-
-
-def test_splits_of_a_folder_and_of_a_file(tmp_path: Path) -> None:
-    train = write_rows(tmp_path / "train.jsonl", [GOOD])
-    valid = write_rows(tmp_path / "real.valid.jsonl", [GOOD])
-    assert find_splits(tmp_path) == {"train": train, "valid": valid}
-    assert find_splits(valid) == {"train": valid}
-
-
-def test_an_exact_name_wins_over_an_infix(tmp_path: Path) -> None:
-    write_rows(tmp_path / "old.train.jsonl", [GOOD])
-    exact = write_rows(tmp_path / "train.jsonl", [GOOD])
-    assert find_splits(tmp_path)["train"] == exact
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        ([], "no train.jsonl"),
-        (["a.train.jsonl", "b.train.jsonl"], "2 files for the train split"),
-        (["x.json"], "found x.json"),
-    ],
-)
-def test_a_folder_without_one_train_split(tmp_path: Path, names: list[str], expected: str) -> None:
-    for name in names:
-        (tmp_path / name).write_text("{}")
-    with pytest.raises(DataError, match=expected):
-        find_splits(tmp_path)
-
-
-def test_a_missing_path(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file or folder"):
-        find_splits(tmp_path / "nowhere")
-
-
-def test_hash_is_of_the_bytes(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"abc")
-    assert file_sha256(tmp_path / "file").startswith("ba7816bf8f01cfea414140de5dae2223")
+    for attempt in (load_pairs, read):
+        with pytest.raises(DataError, match=r"rows.jsonl:1: the file has no rows"):
+            attempt(path)

@@ -10,10 +10,11 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
 LAYERS = [
     {"_blas", "errors", "types"},
+    {"turns", "rows", "row_report"},
+    {"shapes", "sources", "token_store", "tokenization"},
     {
         "cli",
         "data",
-        "tokenization",
         "batching",
         "shared_prompt",
         "losses",
@@ -23,10 +24,10 @@ LAYERS = [
         "gguf",
         "checkpoint",
     },
-    {"logprobs", "metrics", "methods", "models"},
+    {"logprobs", "metrics", "methods", "models", "splits"},
     {"reference", "config", "samples"},
-    {"evaluation", "prepare", "reporting", "chapter", "score"},
-    {"gradients"},
+    {"evaluation", "prepare", "reporting", "chapter", "score", "inspection"},
+    {"gradients", "inspect"},
     {"train", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

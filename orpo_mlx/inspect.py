@@ -1,0 +1,77 @@
+"""Look at a data set before training on it: what was recognised, what is left out, how long, how lopsided."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from orpo_mlx.checkpoint import write_text
+from orpo_mlx.cli import OneLineParser, exit_status
+from orpo_mlx.config import add_settings, data_reading, make_config, parse_settings
+from orpo_mlx.errors import ConfigError
+from orpo_mlx.inspection import as_text, draw_lengths, inspect_splits
+from orpo_mlx.models import find
+from orpo_mlx.prepare import data_lengths
+from orpo_mlx.sources import find_splits
+from orpo_mlx.splits import tokenized_split
+
+PROG = "python -m orpo_mlx.inspect"
+
+_SETTINGS = (
+    *("model", "trust_remote_code", "data", "columns", "min_margin", "pair_ratings", "max_seq_length", "truncate"),
+    *("skip_bad_rows", "batch_size", "micro_batch_tokens", "seed"),
+)
+
+
+def build_parser() -> OneLineParser:
+    """The command line of `inspect`; settings are those of `train`."""
+    parser = OneLineParser(
+        prog=PROG, description="Look at preference pairs as training would take them.", allow_abbrev=False
+    )
+    add_settings(parser, _SETTINGS)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write the figures as JSON, to FILE or instead of the text"
+    )
+    output.add_argument("--png", metavar="FILE", help="draw histograms of lengths into FILE")
+    return parser
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    given, args = parse_settings(build_parser(), argv)
+    for flag, name in (("--json", args.json), ("--png", args.png)):
+        if name not in (None, "-") and (not Path(name).parent.is_dir() or Path(name).is_dir()):
+            raise ConfigError(f"{flag} {name}: cannot be written there; give a file in a folder that exists.")
+    config = make_config(given)
+    sources = find_splits(config.data)
+    head = find(config.model, trust_remote_code=config.trust_remote_code)
+    lengths = data_lengths(config, head.exact_tokens)
+    splits = {
+        name: tokenized_split(source, data_reading(config), head.tokenizer, lengths) for name, source in sources.items()
+    }
+    figures = inspect_splits(
+        splits,
+        head.tokenizer,
+        batch_size=config.batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
+        seed=config.seed,
+    )
+    table = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
+    if head.note:
+        print(head.note, file=sys.stderr)
+    print(table if args.json == "-" else as_text(figures), end="")
+    if args.json not in (None, "-"):
+        write_text(Path(args.json), table)
+    if args.png is not None:
+        draw_lengths(splits, config.max_seq_length, Path(args.png))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status."""
+    return exit_status(PROG, lambda: _run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""What became of the rows of a split: counted, so that none is lost quietly."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+from orpo_mlx.errors import DataError
+
+REASONS = {
+    "bad_row": "not a usable row",
+    "empty_prompt": "the prompt is empty",
+    "empty_side": "a side is empty",
+    "equal_sides": "chosen and rejected are the same tokens",
+    "low_margin": "scores closer than --min-margin",
+    "equal_ratings": "no two completions with different ratings",
+    "too_long": "longer than",
+    "no_completion_left": "no completion token left",
+}
+"""Why a row can be left out, by its key in JSON."""
+
+_PLACES = 10
+_LISTED = 10_000
+
+
+@dataclasses.dataclass
+class RowReport:
+    """Counts over one split, and where the first of each kind stand."""
+
+    limit: str = ""
+    """Words for the length that `too_long` is about."""
+    rows_read: int = 0
+    rows_kept: int = 0
+    """Rows that gave at least one pair."""
+    pairs_left_out: int = 0
+    """Pairs left out of rows that gave others, where a row holds several."""
+    shapes: Counter[str] = dataclasses.field(default_factory=Counter)
+    dropped: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Rows left out, by a key of `REASONS`."""
+    notes: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Rows that were taken, with something to know about how."""
+    places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """The first ten places of each reason and note."""
+    left_out: list[str] = dataclasses.field(default_factory=list)
+    """A line for each row left out, up to 10,000."""
+
+    def drop(self, reason: str, place: str, error: DataError | None = None) -> None:
+        """Count a row that is left out."""
+        self.dropped[reason] += 1
+        self._remember(reason, place)
+        if len(self.left_out) < _LISTED:
+            self.left_out.append(str(error) if error else f"{place}: {self.words(reason)}.")
+
+    def note(self, words: str, place: str) -> None:
+        """Count a row that is taken in a way worth knowing."""
+        self.notes[words] += 1
+        self._remember(words, place)
+
+    def words(self, reason: str) -> str:
+        """A reason in words."""
+        return f"{REASONS[reason]} {self.limit}" if reason == "too_long" else REASONS[reason]
+
+    def summary(self) -> str:
+        """What was left out and noted, for one line of a report; empty where there is nothing to say."""
+        left_out = [f"{count} left out: {self.words(reason)}" for reason, count in self.dropped.items()]
+        noted = [f"{count} {words}" for words, count in self.notes.items()]
+        return "".join(f", {words}" for words in left_out + noted)
+
+    @property
+    def shape(self) -> str:
+        """The name of the rows' shape; several are joined with "+"."""
+        return " + ".join(self.shapes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain JSON."""
+        return dict(vars(self))
+
+    @classmethod
+    def from_json(cls, table: dict[str, Any]) -> RowReport:
+        """The report `to_json` wrote."""
+        counters = {name: Counter(table[name]) for name in ("shapes", "dropped", "notes")}
+        return cls(**{**table, **counters})
+
+    def _remember(self, key: str, place: str) -> None:
+        places = self.places.setdefault(key, [])
+        if len(places) < _PLACES:
+            places.append(place)

@@ -1,0 +1,299 @@
+"""Every shape that data sets come in gives the same pairs. The samples are written after the data sets' own columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from orpo_mlx.errors import DataError
+from orpo_mlx.shapes import PROMPT_ELSEWHERE, SHAPES, read_row
+from orpo_mlx.turns import as_turns
+from orpo_mlx.types import Message, Pair, TokenizedPair
+
+Row = dict[str, Any]
+
+# Question, chosen, rejected: accents, digits, line ends, code, and answers that begin alike.
+SINGLE = [
+    ("Who painted Guernica?", "Pablo Picasso painted it.", "Pablo Neruda did."),
+    ("Wie heißt die Hauptstadt?\nKurz.", "Wien.", "Das kommt darauf an: 1, 2 oder 3?"),
+    ("Print 1 in Python", "```python\nprint(1)\n```", "print 1"),
+    ("2 + 2 = ?", "4", "5"),
+    ("Say hi", "Hi!", "Hi?"),
+]
+HISTORY = ("Hello", "Hi, what is it?")
+
+
+def said(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def turns(question: str, *, history: bool = False, system: str = "") -> list[Message]:
+    first = [said("system", system)] if system else []
+    earlier = [said("user", HISTORY[0]), said("assistant", HISTORY[1])] if history else []
+    return [*first, *earlier, said("user", question)]
+
+
+def sharegpt(messages: list[Message]) -> list[Row]:
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": names[turn["role"]], "value": turn["content"]} for turn in messages]
+
+
+def dialogue(messages: list[Message]) -> str:
+    names = {"user": "Human", "assistant": "Assistant"}
+    return "".join(f"\n\n{names[turn['role']]}: {turn['content']}" for turn in messages)
+
+
+def strings(question: str, chosen: str, rejected: str) -> Row:
+    return {"prompt": question, "chosen": chosen, "rejected": rejected}
+
+
+def messages(question: str, chosen: str, rejected: str, **which: Any) -> Row:
+    sides = {"chosen": [said("assistant", chosen)], "rejected": [said("assistant", rejected)]}
+    return {"prompt": turns(question, **which), **sides}
+
+
+def whole(question: str, chosen: str, rejected: str, **which: Any) -> Row:
+    start = turns(question, **which)
+    return {"chosen": [*start, said("assistant", chosen)], "rejected": [*start, said("assistant", rejected)]}
+
+
+def ultrafeedback(question: str, chosen: str, rejected: str) -> Row:
+    row = whole(question, chosen, rejected)
+    scores = {"score_chosen": 8.5, "score_rejected": 6.0}
+    return {"prompt": question, "prompt_id": "0a1b", **row, "messages": row["chosen"], **scores}
+
+
+def hh_rlhf(question: str, chosen: str, rejected: str) -> Row:
+    return {side: dialogue(value) for side, value in whole(question, chosen, rejected, history=True).items()}
+
+
+def hh_prompt(question: str, chosen: str, rejected: str) -> Row:
+    start = dialogue(turns(question, history=True))
+    return {"prompt": f"{start}\n\nAssistant:", "chosen": f" {chosen}".strip(), "rejected": rejected}
+
+
+def orca(question: str, chosen: str, rejected: str) -> Row:
+    return {"system": "Be brief.", "question": question, "chosen": chosen, "rejected": rejected}
+
+
+def llama_factory(question: str, chosen: str, rejected: str) -> Row:
+    start = sharegpt(turns(question, history=True))
+    (good,), (bad,) = (sharegpt([said("assistant", text)]) for text in (chosen, rejected))
+    return {"conversations": start, "chosen": good, "rejected": bad}
+
+
+def openai_ranking(question: str, chosen: str, rejected: str) -> Row:
+    start = turns(question, history=True)
+    return {"messages": start, "chosen": said("assistant", chosen), "rejected": said("assistant", rejected)}
+
+
+def alpaca(question: str, chosen: str, rejected: str) -> Row:
+    instruction, _, rest = question.partition("\n")
+    return {"instruction": instruction, "input": rest, "chosen": chosen, "rejected": rejected}
+
+
+def alpaca_history(question: str, chosen: str, rejected: str) -> Row:
+    return {**alpaca(question, chosen, rejected), "history": [list(HISTORY)]}
+
+
+def capybara(question: str, chosen: str, rejected: str) -> Row:
+    row = whole(question, chosen, rejected, history=True)
+    return {"source": "Dove", **row, "rating_chosen": 5, "rating_rejected": 2, "chosen_model": "m"}
+
+
+def text_parts(question: str, chosen: str, rejected: str) -> Row:
+    row = messages(question, chosen, rejected)
+    return {name: [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in value]
+            for name, value in row.items()}  # fmt: skip
+
+
+CASES: list[tuple[str, Callable[[str, str, str], Row], dict[str, Any]]] = [
+    ("strings, explicit prompt", strings, {}),
+    ("conversational, explicit prompt", messages, {}),
+    ("conversational, explicit prompt", text_parts, {}),
+    ("conversational, implicit prompt", whole, {}),
+    ("conversations beside a prompt (ultrafeedback_binarized)", ultrafeedback, {}),
+    ("dialogue strings (hh-rlhf)", hh_rlhf, {"history": True}),
+    ("dialogue prompt (hh-rlhf)", hh_prompt, {"history": True}),
+    ("question with system (orca_dpo_pairs)", orca, {"system": "Be brief."}),
+    ("conversations with from and value (ShareGPT)", llama_factory, {"history": True}),
+    ("messages and two answers", openai_ranking, {"history": True}),
+    ("instruction and input (Alpaca)", alpaca, {}),
+    ("instruction and input (Alpaca)", alpaca_history, {"history": True}),
+    ("conversational, implicit prompt", capybara, {"history": True}),
+]
+
+
+def as_conversation(pair: Pair | TokenizedPair) -> tuple[Any, ...]:
+    assert isinstance(pair, Pair)
+    return as_turns(pair.prompt, "user"), as_turns(pair.chosen, "assistant"), as_turns(pair.rejected, "assistant")
+
+
+@pytest.mark.parametrize(("name", "make", "which"), CASES, ids=[case[1].__name__ for case in CASES])
+def test_every_shape_gives_the_same_pairs(name: str, make: Callable[..., Row], which: dict[str, Any]) -> None:
+    for question, chosen, rejected in SINGLE:
+        # Through JSON, since that is how rows arrive.
+        read = read_row(json.loads(json.dumps(make(question, chosen, rejected))), "f:1")
+        assert read.shape == name
+        assert read.note is None
+        (pair,) = read.pairs
+        expected = (turns(question, **which), [said("assistant", chosen)], [said("assistant", rejected)])
+        assert as_conversation(pair) == tuple(map(tuple, expected))
+        assert pair.place == "f:1"
+
+
+def test_the_table_above_has_every_shape() -> None:
+    assert {shape.name for shape in SHAPES} - {case[0] for case in CASES} == {"strings, implicit prompt"}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("The sky is blue.", "The sky is green.", "The sky is"),
+        ("The sky is blue.", "The sky is bluish.", "The sky is"),
+        ("Count: 1, 2, 3", "Count: 1, 2, 4", "Count: 1, 2,"),
+        ("Q: one\nA: yes", "Q: one\nA: yesterday", "Q: one\nA:"),
+        ("He said no", "He said no way", "He said no"),
+    ],
+)
+def test_two_strings_share_whole_words_only(chosen: str, rejected: str, prompt: str) -> None:
+    read = read_row({"chosen": chosen, "rejected": rejected}, "f:1")
+    assert read.shape == "strings, implicit prompt"
+    assert read.pairs == [Pair(prompt, chosen[len(prompt) :], rejected[len(prompt) :], "f:1")]
+
+
+@pytest.mark.parametrize(
+    ("names", "margin"),
+    [
+        (("score_chosen", "score_rejected"), 2.5),
+        (("chosen_score", "rejected_score"), 2.5),
+        (("chosen-rating", "rejected-rating"), 2.5),
+        (("chosen_rating", "rejected_rating"), 2.5),
+        (("rating_chosen", "rating_rejected"), 2.5),
+        (("better", "worse"), None),
+    ],
+)
+def test_scores_become_a_margin(names: tuple[str, str], margin: float | None) -> None:
+    for high, low in [(8.5, 6), ("8.5", "6.0")]:
+        row = {**strings("Q", "A", "B"), names[0]: high, names[1]: low}
+        (pair,) = read_row(row, "f:1").pairs
+        assert isinstance(pair, Pair)
+        assert pair.margin == margin
+
+
+RATED: list[Row] = [
+    {"prompt": "Q", "completions": ["b", "a", "c"], "scores": [2, 3, 1]},
+    {"instruction": "Q", "completions": [{"response": t, "score": s} for t, s in [("c", 1), ("a", 3), ("b", 2)]]},
+    {"prompt": "Q", "responses": [{"text": t, "rating": s} for t, s in [("b", "2"), ("c", "1"), ("a", "3")]]},
+    {"prompt": "Q", "answers": [{"answer": t, "rank": r} for t, r in [("a", 1.0), ("b", 2.0), ("c", 3.0)]]},
+    {"question": "Q", "generations": ["a", "b", "c"], "ranks": [1, 2, 3]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", RATED)
+def test_rated_completions_become_pairs_on_request(row: Row) -> None:
+    best_worst = read_row(row, "f:1", pair_ratings="best_worst")
+    assert best_worst.shape == "rated completions"
+    assert best_worst.pairs == [Pair("Q", "a", "c", "f:1", margin=2.0)]
+    every = read_row(row, "f:1", pair_ratings="all").pairs
+    assert [(pair[1], pair[2]) for pair in every] == [("a", "b"), ("a", "c"), ("b", "c")]
+    with pytest.raises(DataError, match=r"f:1: the row holds a list of rated completions.*--pair-ratings best_worst"):
+        read_row(row, "f:1")
+
+
+def test_equal_ratings_give_no_pair() -> None:
+    row = {"prompt": "Q", "completions": ["a", "b"], "scores": [1, 1]}
+    assert read_row(row, "f:1", pair_ratings="all").pairs == []
+
+
+@pytest.mark.parametrize("names", [("prompt_ids", "chosen_ids", "rejected_ids"),
+                                   ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")])  # fmt: skip
+def test_token_ids(names: tuple[str, str, str]) -> None:
+    for sides in ([1, 2], [3], [4, 5]), ([0], [0], [1]), ([9] * 50, [7], [8]), ([1], [2, 3], [3]), ([5], [6], [7, 8]):
+        read = read_row(dict(zip(names, sides, strict=True)), "f:1")
+        assert read.shape == "token ids"
+        assert read.pairs == [TokenizedPair(tuple(sides[0]), tuple(sides[1]), tuple(sides[2]), "f:1")]
+
+
+def test_tools_and_template_arguments_travel_along() -> None:
+    tool = {"type": "function", "function": {"name": "f", "strict": None, "parameters": {"a": None, "b": [1]}}}
+    cleaned = {"type": "function", "function": {"name": "f", "parameters": {"b": [1]}}}
+    for tools in ([tool], json.dumps([tool])):
+        row = {**messages("Q", "A", "B"), "tools": tools, "chat_template_kwargs": {"enable_thinking": False}}
+        (pair,) = read_row(row, "f:1").pairs
+        assert isinstance(pair, Pair)
+        assert pair.tools == (cleaned,)
+        assert pair.template_kwargs == {"enable_thinking": False}
+    call = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]
+    (pair,) = read_row({**messages("Q", "A", "B"), "chosen": call, "tools": None}, "f:1").pairs
+    assert isinstance(pair, Pair)
+    assert pair.chosen == ({**call[0], "content": ""},)
+    assert pair.tools == ()
+
+
+def test_a_function_call_in_sharegpt() -> None:
+    start = [{"from": "human", "value": "Q"}, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+             {"from": "observation", "value": "42"}]  # fmt: skip
+    row = {"conversations": start, "chosen": {"from": "gpt", "value": "A"}, "rejected": {"from": "gpt", "value": "B"}}
+    (pair,) = read_row(row, "f:1").pairs
+    assert isinstance(pair, Pair)
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    assert pair.prompt[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert pair.prompt[2] == {"role": "tool", "content": "42"}
+
+
+def test_a_prompt_that_is_not_in_its_conversation_is_noted() -> None:
+    row = {**ultrafeedback("Q", "A", "B"), "prompt": "something else"}
+    read = read_row(row, "f:1")
+    assert read.note == PROMPT_ELSEWHERE
+    assert as_conversation(read.pairs[0])[0] == (said("user", "Q"),)
+
+
+def test_sides_that_are_the_same_conversation_keep_an_answer() -> None:
+    (pair,) = read_row(whole("Q", "A", "A"), "f:1").pairs
+    assert as_conversation(pair) == ((said("user", "Q"),), (said("assistant", "A"),), (said("assistant", "A"),))
+
+
+def test_a_side_that_stops_early_is_empty() -> None:
+    start = turns("Q", history=True)
+    (pair,) = read_row({"chosen": start, "rejected": [*start, said("assistant", "B")]}, "f:1").pairs
+    assert as_conversation(pair) == (tuple(start), (), (said("assistant", "B"),))
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"chosen": "Yes", "rejected": "No"}, "chosen and rejected do not begin with the same words"),
+        ({"chosen": "蓝天白云", "rejected": "蓝天黑云"}, "chosen and rejected do not begin with the same words"),
+        ({"chosen": [*turns("Q"), said("assistant", "A")], "rejected": [*turns("R"), said("assistant", "B")]},
+         "chosen and rejected share no first turn"),
+        ({"chosen": [*turns("Q"), said("user", "A")], "rejected": [*turns("Q"), said("assistant", "B")]},
+         "chosen[1], the first turn that differs, is of role 'user', expected the assistant's"),
+        ({"prompt": "Q", "chosen": turns("A"), "rejected": "B"}, "'chosen' begins with a turn of the user"),
+        ({**strings("Q", "A", "B"), "tools": "x"}, "'tools' is text but not JSON"),
+        ({**strings("Q", "A", "B"), "tools": [1]}, "'tools' must be a list of tool descriptions"),
+        ({**strings("Q", "A", "B"), "chat_template_kwargs": [1]}, "'chat_template_kwargs' must be an object"),
+        ({**strings("Q", "A", "B"), "score_chosen": "x", "score_rejected": 1}, "'score_chosen' must be a number"),
+        ({**strings("Q", "A", "B"), "score_chosen": True, "score_rejected": 1}, "'score_chosen' must be a number"),
+        ({**strings("Q", "A", "B"), "score_chosen": float("nan"), "score_rejected": 1}, "is not a number (NaN)"),
+        ({"instruction": "Q", "history": ["x"], "chosen": "A", "rejected": "B"}, "'history' must be a list of"),
+        ({"conversations": [{"from": "human"}], "chosen": "A", "rejected": "B"}, "must have 'from' and 'value'"),
+        ({"conversations": [{"from": "function_call", "value": "{"}], "chosen": "A", "rejected": "B"},
+         "is a function call, but its value is not JSON"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "A", "rejected": "B"},
+         "prompt[0].content[0] is of type 'image'; only text"),
+        ({"completions": ["a", "b"], "scores": [1, 2]}, "the row has rated completions but no prompt"),
+        ({"prompt": "Q", "completions": ["a"], "scores": [1]}, "at least two completions"),
+        ({"prompt": "Q", "completions": ["a", "b"], "scores": [1]}, "needs a list of as many scores"),
+        ({"prompt": "Q", "completions": [{"x": 1}, {"x": 2}]}, "completions[0] has x; expected a text"),
+        ({"prompt": "Q", "good": "A", "bad": "B"}, "--columns chosen=NAME gives a column another name"),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_used(row: Row, expected: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_row(row, "f:1", pair_ratings="all")
+    assert str(caught.value).startswith("f:1: ")
+    assert expected in str(caught.value)

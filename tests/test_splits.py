@@ -1,0 +1,163 @@
+"""Tokens of a split: counted, remembered by content, and never stale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_lm.utils import load_tokenizer
+
+from orpo_mlx import splits as module
+from orpo_mlx.data import Reading
+from orpo_mlx.errors import DataError
+from orpo_mlx.sources import FileSource
+from orpo_mlx.splits import COMPLETION_CUT, PROMPT_CUT, SYSTEM_FOLDED, Lengths, Split, cache_folder, tokenized_split
+from orpo_mlx.token_store import TokenStore
+from orpo_mlx.tokenization import PairTokenizer
+from orpo_mlx.types import Pair
+from tests.conftest import CHAT_TEMPLATE, write_model_folder, write_rows
+
+GOOD = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+RATED = {"prompt": "Q", "completions": ["a", "b", "c", "c"], "scores": [3, 2, 1, 1]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder: Path) -> Any:
+    return load_tokenizer(model_folder)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORPO_MLX_CACHE", str(tmp_path / "cache"))
+
+
+def split_of(path: Path, tokenizer: Any, lengths: Lengths = Lengths(200), **reading: Any) -> Split:  # noqa: B008
+    return tokenized_split(FileSource([path]), Reading(**reading), tokenizer, lengths)
+
+
+def test_every_row_is_kept_or_counted(tmp_path: Path, tokenizer: Any) -> None:
+    rows: list[Any] = [
+        GOOD,
+        {**GOOD, "chosen": ""},
+        {**GOOD, "chosen": "B"},
+        {**GOOD, "prompt": "Q" * 300},
+        {"prompt": 3},
+        RATED,
+        {**RATED, "scores": [1, 1, 1, 1]},
+        {**GOOD, "prompt": "R"},
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    split = split_of(path, tokenizer, pair_ratings="all", skip_bad_rows=True)
+    report = split.report
+    assert report.rows_read == 8
+    assert report.rows_kept == 3
+    assert report.dropped == {"empty_side": 1, "equal_sides": 1, "too_long": 1, "bad_row": 1, "equal_ratings": 1}
+    assert report.places["too_long"] == [f"{path}:4"]
+    assert [pair.place for pair in split.pairs] == [f"{path}:{line}" for line in (1, 6, 6, 6, 6, 6, 8)]
+    to_ids = PairTokenizer(tokenizer)
+    assert split.pairs[0] == to_ids(Pair("Q", "A", "B", f"{path}:1"))
+    assert split.pairs[2] == to_ids(Pair("Q", "a", "c", f"{path}:6"))
+    assert [pair.prompt for pair in split.raw()][-1] == "R"
+    assert "1 left out: longer than --max-seq-length 200" in report.summary()
+    assert len(report.left_out) == 5
+
+
+def test_a_bad_row_ends_it_and_leaves_no_files(tmp_path: Path, tokenizer: Any) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [GOOD, {"prompt": 3}])
+    with pytest.raises(DataError, match=r"rows.jsonl:2: .*; --skip-bad-rows leaves such rows out and lists them"):
+        split_of(path, tokenizer)
+    assert list((cache_folder() / "tokens").iterdir()) == []
+
+
+def test_a_row_the_template_refuses(tmp_path: Path) -> None:
+    refuse = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('never') }}{% endif %}"
+    tokenizer = load_tokenizer(write_model_folder(tmp_path / "model", template=refuse + CHAT_TEMPLATE))
+    path = write_rows(tmp_path / "rows.jsonl", [GOOD, {**GOOD, "prompt": "no"}])
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the chat template refused .*--skip-bad-rows"):
+        split_of(path, tokenizer)
+    split = split_of(path, tokenizer, skip_bad_rows=True)
+    assert split.report.dropped == {"bad_row": 1}
+    assert "never" in split.report.left_out[0]
+
+
+def test_what_is_cut_is_counted(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [GOOD, {**GOOD, "prompt": "Q" * 50}, {**GOOD, "chosen": "A" * 80}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    split = split_of(path, tokenizer, Lengths(40, "keep_end"))
+    assert split.report.rows_kept == 3
+    assert split.report.notes == {PROMPT_CUT: 2, COMPLETION_CUT: 1}
+    assert split.report.places[COMPLETION_CUT] == [f"{path}:3"]
+    for pair in split.pairs:
+        assert len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= 40
+
+
+def test_a_folded_system_text_is_noted(tmp_path: Path) -> None:
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT_TEMPLATE
+    tokenizer = load_tokenizer(write_model_folder(tmp_path / "model", template=template))
+    path = write_rows(tmp_path / "rows.jsonl", [GOOD, {**GOOD, "system": "S"}])
+    assert split_of(path, tokenizer).report.notes == {SYSTEM_FOLDED: 1}
+
+
+def test_tokens_are_remembered_by_content(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [GOOD, {**GOOD, "chosen": ""}])
+    first = split_of(path, tokenizer)
+    asked: list[Path] = []
+    write = module._write
+
+    def counted(*arguments: Any) -> TokenStore:
+        asked.append(path)
+        return write(*arguments)
+
+    monkeypatch.setattr(module, "_write", counted)
+    again = split_of(path, tokenizer)
+    assert not asked
+    assert list(again.pairs) == list(first.pairs)
+    assert again.report == first.report
+    other = load_tokenizer(write_model_folder(tmp_path / "model", template="x" + CHAT_TEMPLATE))
+    for number, make in enumerate(
+        (
+            lambda: split_of(path, other),
+            lambda: split_of(path, tokenizer, Lengths(201)),
+            lambda: split_of(path, tokenizer, Lengths(200, "keep_end")),
+            lambda: split_of(path, tokenizer, columns={"prompt": "prompt"}),
+            lambda: split_of(write_rows(path, [{**GOOD, "prompt": "R"}]), tokenizer),
+        ),
+        1,
+    ):
+        make()
+        assert len(asked) == number
+
+
+def test_damaged_tokens_are_made_again(tmp_path: Path, tokenizer: Any) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [GOOD])
+    first = list(split_of(path, tokenizer).pairs)
+    (folder,) = (cache_folder() / "tokens").iterdir()
+    (folder / "tokens.i32").write_bytes(b"\0" * 40)
+    assert list(split_of(path, tokenizer).pairs) == first
+    assert [entry.name for entry in (cache_folder() / "tokens").iterdir()] == [folder.name]
+
+
+def test_without_a_folder_to_remember_in_it_still_works(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ORPO_MLX_CACHE", str(tmp_path / "file"))
+    assert len(split_of(write_rows(tmp_path / "rows.jsonl", [GOOD]), tokenizer).pairs) == 1
+
+
+def test_nothing_left_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{**GOOD, "chosen": "B"}])
+    expected = r"rows.jsonl: no pair can be used \(1 chosen and rejected are the same tokens\)"
+    with pytest.raises(DataError, match=expected):
+        split_of(path, tokenizer)
+
+
+def test_where_things_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORPO_MLX_CACHE", "/given")
+    assert cache_folder() == Path("/given")
+    monkeypatch.delenv("ORPO_MLX_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert cache_folder() == Path("/xdg/orpo_mlx")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "orpo_mlx"
