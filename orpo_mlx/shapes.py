@@ -25,7 +25,10 @@ _ID_COLUMNS = (
     ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"),
 )
 _SIDES = ("chosen", "rejected")
-_SCORES = ("score_{}", "{}_score", "rating_{}", "{}_rating", "{}-rating", "{}_avg_rating", "{}_reward", "reward_{}")
+_SCORES = [
+    (pattern.format("chosen"), pattern.format("rejected"))
+    for pattern in ("score_{}", "{}_score", "rating_{}", "{}_rating", "{}-rating", "{}_avg_rating", "{}_reward")
+]
 _LISTS = ("completions", "responses", "answers", "generations")
 _LIST_SCORES = ("scores", "ratings", "rewards", "ranks")
 _ENTRY_TEXT = ("response", "completion", "content", "text", "answer", "generation")
@@ -293,9 +296,8 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _margin(row: Mapping[str, Any], place: str) -> float | None:
-    for pattern in _SCORES:
-        names = [pattern.format(side) for side in _SIDES]
-        if all(row.get(name) is not None for name in names):
+    for names in _SCORES:
+        if row.get(names[0]) is not None and row.get(names[1]) is not None:
             chosen, rejected = (_score(row[name], name, place) for name in names)
             return chosen - rejected
     return None

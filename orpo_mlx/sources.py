@@ -22,6 +22,7 @@ _SHARD = re.compile(r"^(?P<stem>.*?)-\d{5}-of-\d{5}$")
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
 # What `datasets` writes beside the rows.
 _NOT_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")
+_COMMIT = re.compile(r"^[0-9a-f]{7,40}$")
 # Data sets with several kinds of rows name the split with preferences so.
 _HUB_SUFFIXES = ("", "_prefs", "_preferences")
 
@@ -158,6 +159,7 @@ def _hub_splits(data: str, name: str, config: str | None, revision: str | None) 
         raise DataError(
             f"--data {data}: no such file or folder, and not to be had from the Hub as a data set ({reason})."
         ) from None
+    _check_revision(data, revision, found)
     splits: dict[str, Source] = {}
     for split, names in SPLIT_NAMES.items():
         candidates = [name + suffix for suffix in _HUB_SUFFIXES for name in names]
@@ -170,6 +172,18 @@ def _hub_splits(data: str, name: str, config: str | None, revision: str | None) 
     if "train" not in splits:
         raise DataError(f"--data {data}: no train split, found {', '.join(map(str, found))}.")
     return splits
+
+
+def _check_revision(data: str, revision: str | None, found: Any) -> None:
+    """Offline, `datasets` takes the newest version in its cache, whichever was asked for."""
+    if revision is None or not _COMMIT.match(revision):
+        return
+    files = [entry["filename"] for split in found.values() for entry in split.cache_files]
+    if not any(part.startswith(revision) for file in files for part in Path(file).parts):
+        raise DataError(
+            f"--data {data}: commit {revision} is not in the cache of data sets, which holds another; connect to the "
+            "Hub, or leave out the revision."
+        )
 
 
 def _sha256(paths: Iterable[Path]) -> str:

@@ -45,7 +45,7 @@ def test_every_flag_sets_its_field() -> None:
             argv.append(f"--no-{flag[2:]}" if field.default else flag)
             expected[field.name] = not field.default
             continue
-        value = choices[-1] if choices else values[kind]
+        value = choices[-1] if choices else "prompt=text" if field.name == "columns" else values[kind]
         argv += [flag, str(value)]
         expected[field.name] = value
     config = resolve(argv)

@@ -147,3 +147,14 @@ def test_the_hub_without_such_a_data_set_or_split(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(datasets, "load_dataset", missing)
     with pytest.raises(DataError, match=r"not to be had from the Hub as a data set \(Dataset .* exist on the Hub\)"):
         find_splits("owner/name")
+
+
+def test_another_commit_than_was_asked_for_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = datasets.Dataset.from_json(
+        str(write_rows(tmp_path / "rows.jsonl", [GOOD])), cache_dir=str(tmp_path / "0123456789abcdef")
+    )
+    found = datasets.DatasetDict({"train": table})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
+    assert list(find_splits("owner/name@0123456")) == ["train"]
+    with pytest.raises(DataError, match="commit fedcba9 is not in the cache of data sets"):
+        find_splits("owner/name@fedcba9")

@@ -269,7 +269,7 @@ def test_text_rows_and_sample_replies(
         (["--method", "sft", "--beta", "1"], "--beta: method sft has no such parameter"),
         (["--resume-adapter-file", "nowhere"], "--resume-adapter-file nowhere: no such adapter file"),
         (["--num-layers", "9"], "--num-layers 9: the model has 2 layers"),
-        (["--max-seq-length", "2"], "no pair of the train split can be used"),
+        (["--max-seq-length", "2"], "no pair can be used (6 longer than --max-seq-length 2)"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(
