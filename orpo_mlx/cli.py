@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from orpo_mlx.errors import UserError
+from orpo_mlx.errors import UserError, printable
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -23,7 +23,7 @@ def exit_status(prog: str, command: Callable[[], object]) -> int:
     try:
         command()
     except UserError as error:
-        print(f"{prog}: error: {str(error).rstrip('.')}.", file=sys.stderr)
+        print(f"{prog}: error: {printable(str(error)).rstrip('.')}.", file=sys.stderr)
         return 2
     except OSError as error:  # A full disk, or a folder that cannot be written, wherever a command meets it.
         place = f"{error.filename}: " if error.filename else ""

@@ -21,3 +21,8 @@ class ModelError(UserError):
 
 class TrainingError(UserError):
     """A run cannot go on; the message says what was saved and how to continue."""
+
+
+def printable(text: str) -> str:
+    """`text` with control characters spelled out, so that data cannot move a terminal's cursor."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

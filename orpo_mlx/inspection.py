@@ -194,6 +194,7 @@ def draw_lengths(splits: Mapping[str, Split], max_seq_length: int, path: Path) -
             panel.axvline(float(np.median(lengths)), color="black", linewidth=1, linestyle="--")
             panel.set_title(f"{name}: {side}, median {np.median(lengths):.0f}", fontsize=10)
             panel.set_xscale("log")
+            panel.xaxis.set_major_formatter("{x:g}")
         row[0].set_ylabel("pairs")
     for panel in panels[-1]:
         panel.set_xlabel("tokens")

@@ -71,7 +71,7 @@ def read_row(row: Any, place: str, *, pair_ratings: str | None = None) -> ReadRo
         found = ", ".join(sorted(map(str, row))[:8]) or "no keys"
         raise DataError(
             f"{place}: the row has no {' and no '.join(map(repr, missing))}; found {found}, expected {_expected()}; "
-            "--columns chosen=NAME gives a column another name."
+            f"--columns {missing[0]}=NAME says which column it is."
         )
     shape = next(shape for shape in SHAPES if shape.fits(row))
     prompt, chosen, rejected = shape.read(row, place)

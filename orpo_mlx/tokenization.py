@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from orpo_mlx.errors import DataError
+from orpo_mlx.errors import DataError, printable
 from orpo_mlx.turns import as_turns
 from orpo_mlx.types import Message, Pair, Text, TokenizedPair
 
@@ -295,7 +295,7 @@ def show_tokens(ids: Sequence[int], tokenizer: Any | None, *, most: int = 600) -
     text = " ".join(map(str, ids)) if tokenizer is None else str(tokenizer.decode(list(ids))).replace("\n", "↵")
     if len(text) > most:
         text = f"{text[: most // 2]} [...] {text[-most // 2 :]}"
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return printable(text)
 
 
 def _backend(tokenizer: Any | None) -> Any | None:

@@ -48,3 +48,11 @@ def test_a_flag_that_is_unknown_is_one_line(capsys: pytest.CaptureFixture[str]) 
         OneLineParser(prog="prog").parse_args(["--odd"])
     assert caught.value.code == 2
     assert capsys.readouterr().err == "prog: error: unrecognized arguments: --odd; see prog --help.\n"
+
+
+def test_control_characters_in_a_message_are_spelled_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise DataError("f:1: found \x1b[2Jkey\n")
+
+    assert exit_status("prog", command) == 2
+    assert capsys.readouterr().err == "prog: error: f:1: found \\x1b[2Jkey\\n.\n"

@@ -289,7 +289,7 @@ def test_a_side_that_stops_early_is_empty() -> None:
         ({"prompt": "Q", "completions": ["a"], "scores": [1]}, "at least two completions"),
         ({"prompt": "Q", "completions": ["a", "b"], "scores": [1]}, "needs a list of as many scores"),
         ({"prompt": "Q", "completions": [{"x": 1}, {"x": 2}]}, "completions[0] has x; expected a text"),
-        ({"prompt": "Q", "good": "A", "bad": "B"}, "--columns chosen=NAME gives a column another name"),
+        ({"prompt": "Q", "good": "A", "bad": "B"}, "--columns chosen=NAME says which column it is"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_used(row: Row, expected: str) -> None:
