@@ -99,6 +99,9 @@ class TrainingConfig:
     max_seq_length: int = _option(
         2048, "pairs with more tokens on a side are left out", int, "training", check=_POSITIVE
     )
+    precompute_reference: bool = _option(
+        False, "compute the reference log-probs of all pairs before the first step", bool, "training"
+    )
     shuffle: bool = _option(True, "train in file order", bool, "training")
     seed: int = _option(0, "seed of adapters, order and dropout", int, "training", check=_NOT_NEGATIVE)
 
@@ -237,7 +240,8 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
     config = TrainingConfig(**dict(values))
     if config.iters is not None and config.epochs is not None:
         raise ConfigError("--iters and --epochs both say how long to train; give one of them.")
-    recipe(config)
+    if not recipe(config).needs_reference and config.precompute_reference:
+        raise ConfigError(f"--precompute-reference: method {config.method} compares with no reference; leave it out.")
     lora = {**DEFAULT_LORA, **config.lora_parameters}
     _check_table("lora_parameters", lora, {"rank", "scale", "dropout", "keys"})
     for key, check in (("rank", _POSITIVE), ("scale", _POSITIVE), ("dropout", _NOT_NEGATIVE)):

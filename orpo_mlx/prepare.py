@@ -22,6 +22,7 @@ from orpo_mlx.lora import adapter_weights, add_adapters, load_adapter_file
 from orpo_mlx.methods import Recipe
 from orpo_mlx.models import LoadedModel, check_vocabulary, load
 from orpo_mlx.reference import ReferenceLogProbs
+from orpo_mlx.reference_table import cache_folder
 from orpo_mlx.tokenization import tokenize_pairs
 from orpo_mlx.types import Pair, TokenizedPair
 
@@ -82,6 +83,9 @@ def prepare(config: TrainingConfig) -> Run:
     reference = None
     if method.needs_reference:
         reference = ReferenceLogProbs(scorer, adapters_are_new=fresh, with_prompt=config.nll == "sequence")
+        cache = cache_folder()
+        if cache is not None:
+            reference.keep_in(cache / "reference", loaded.config)
     return Run(config, folder, splits, loaded, scorer, method, reference, optimizer)
 
 

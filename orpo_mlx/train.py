@@ -23,6 +23,7 @@ from orpo_mlx.gradients import gradient_norm, window_gradient
 from orpo_mlx.lora import adapter_weights
 from orpo_mlx.metrics import MetricMeans
 from orpo_mlx.prepare import Run, Split, adapter_config, prepare, run_record
+from orpo_mlx.reference_table import ReferenceTable
 from orpo_mlx.reporting import MetricsFile, Reporter, eval_line, step_numbers, train_line
 from orpo_mlx.samples import Reply, pick_prompts, sample_replies
 from orpo_mlx.types import Pair, TokenizedPair
@@ -51,11 +52,7 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
     metrics_file = MetricsFile(run.folder / "metrics.jsonl")
     try:
         prompts = _sample_prompts(run, reporter)
-        if run.reference is not None and run.reference.needs_precomputing:
-            reporter.say(
-                "Computing reference log-probs of every pair: the weights that define them are about to change."
-            )
-            run.reference.remember(_groups_of_all_pairs(run))
+        _precompute_reference(run, reporter)
         with _checkpointed_layers(run):
             replies_before = _replies(run, prompts)
             before = _evaluate_splits(run, reporter, metrics_file, 0, tuple(run.splits))
@@ -65,6 +62,7 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
         reporter.replies(replies_before, _replies(run, prompts))
     finally:
         metrics_file.close()
+        _save_reference(run, reporter)
     reporter.say(f"\nAdapters, metrics and settings are in {run.folder}/.")
     return after
 
@@ -110,6 +108,7 @@ def _steps(run: Run, reporter: Reporter, metrics_file: MetricsFile) -> Held:
                 means, pair_tokens, seconds = MetricMeans(), 0, 0.0
             if step % config.save_every == 0 or step == total:
                 _save(run, None if step == total else step)
+                _save_reference(run, reporter, sparingly=True)
             if step == total:
                 held = _evaluate_splits(run, reporter, metrics_file, step, tuple(run.splits))
             elif step % config.steps_per_eval == 0:
@@ -157,6 +156,10 @@ def _announce(run: Run, reporter: Reporter) -> None:
     if not run.scorer.shares_prompt:
         why = "With --grad-checkpoint" if run.config.grad_checkpoint else "This model cannot share a prompt:"
         reporter.say(f"{why} each prompt is run once per completion.")
+    if run.reference is not None:
+        _pass_on_notes(run.reference.table, reporter)
+        if len(run.reference.table):
+            reporter.say(f"Reference log-probs of {len(run.reference.table)} pairs are known from earlier runs.")
     if (run.folder / "adapters.safetensors").exists():
         reporter.say(f"{run.folder}/ holds an earlier run, which this one overwrites.")
     shown = ((name, key, value) for name, table in run.method.parameters.items() for key, value in table.items())
@@ -168,11 +171,9 @@ def _announce(run: Run, reporter: Reporter) -> None:
 
 def _evaluate_splits(run: Run, reporter: Reporter, metrics_file: MetricsFile, step: int, names: Sequence[str]) -> Held:
     """Evaluate the held-out splits among `names`."""
-    limits = {"valid": run.config.val_batches, "test": run.config.test_batches}
+    limits = _held_out_batches(run)
     held: Held = {}
-    for name in names:
-        if limits.get(name, 0) == 0 or name not in run.splits:
-            continue
+    for name in (name for name in names if name in limits):
         pairs = _held_out(run.splits[name], limits[name], run.config.batch_size)
         with reporter.bar(f"evaluating {name}", len(pairs), "pairs") as advance:
             held[name] = evaluate(
@@ -217,20 +218,49 @@ def _save(run: Run, step: int | None) -> None:
         ) from None
 
 
-def _groups_of_all_pairs(run: Run) -> Iterator[list[TokenizedPair]]:
-    """Every pair of every split once, grouped as the first epoch and the evaluations will group them."""
-    config = run.config
-    for name, split in run.splits.items():
-        batches = length_order(split.pairs, config.batch_size)
-        if name == "train":
-            window_size = config.batch_size * config.grad_accumulation_steps
-            batches = epoch_order(split.pairs, window_size, seed=config.seed, epoch=0, shuffle=config.shuffle)
-        for indices in batches:
-            group = [split.pairs[index] for index in indices]
-            if name == "train":
-                yield from micro_batches(group, config.batch_size, config.micro_batch_tokens)
-            else:
-                yield group
+def _precompute_reference(run: Run, reporter: Reporter) -> None:
+    """Reference log-probs of all pairs to come, where the settings or the kind of reference ask for that."""
+    reference = run.reference
+    if reference is None or not (run.config.precompute_reference or reference.needs_precomputing):
+        return
+    if reference.needs_precomputing:
+        reporter.say("Computing reference log-probs first: the weights that define them are about to change.")
+    groups = _groups_to_come(run)
+    with reporter.bar("reference log-probs", sum(map(len, groups)), "pairs") as advance:
+        reference.remember(groups, advance)
+    _save_reference(run, reporter)
+
+
+def _save_reference(run: Run, reporter: Reporter, *, sparingly: bool = False) -> None:
+    if run.reference is not None:
+        run.reference.table.save(sparingly=sparingly)
+        _pass_on_notes(run.reference.table, reporter)
+
+
+def _pass_on_notes(table: ReferenceTable, reporter: Reporter) -> None:
+    for note in table.notes:
+        reporter.say(note)
+    table.notes.clear()
+
+
+def _groups_to_come(run: Run) -> list[list[TokenizedPair]]:
+    """Every pair this run will meet, grouped as the first epoch and the evaluations will group them."""
+    config, pairs = run.config, run.splits["train"].pairs
+    window_size = config.batch_size * config.grad_accumulation_steps
+    windows = epoch_order(pairs, window_size, seed=config.seed, epoch=0, shuffle=config.shuffle)
+    groups: list[list[TokenizedPair]] = []
+    for indices in windows[: total_steps(config, len(pairs))]:
+        groups += micro_batches([pairs[index] for index in indices], config.batch_size, config.micro_batch_tokens)
+    for name, batches in _held_out_batches(run).items():
+        held_out = _held_out(run.splits[name], batches, config.batch_size)
+        groups += [[held_out[index] for index in indices] for indices in length_order(held_out, config.batch_size)]
+    return groups
+
+
+def _held_out_batches(run: Run) -> dict[str, int]:
+    """Batches of each held-out split that is evaluated; -1 means all."""
+    limits = {"valid": run.config.val_batches, "test": run.config.test_batches}
+    return {name: limit for name, limit in limits.items() if limit != 0 and name in run.splits}
 
 
 def _sample_prompts(run: Run, reporter: Reporter) -> list[Pair]:

@@ -160,6 +160,13 @@ def write_id_rows(path: Path, pairs: list[TokenizedPair]) -> Path:
     return write_rows(path, [{name: list(getattr(pair, name)) for name in names} for pair in pairs])
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test keeps its reference log-probs in a folder of its own, never in the user's."""
+    monkeypatch.setenv("ORPO_MLX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama with a tokenizer and a chat template."""

@@ -23,7 +23,7 @@ LAYERS = [
         "gguf",
         "checkpoint",
     },
-    {"logprobs", "metrics", "methods", "models"},
+    {"logprobs", "metrics", "methods", "models", "reference_table"},
     {"reference", "config", "samples"},
     {"evaluation", "prepare", "reporting", "chapter", "score"},
     {"gradients"},
