@@ -44,7 +44,7 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
         UserError: settings, data or model cannot be used, or the run cannot go on.
     """
     reporter = reporter or Reporter()
-    _wire_memory()
+    wire_memory()
     run = prepare(config)
     _announce(run, reporter)
     save_json(run.folder / "run.json", run_record(run))
@@ -53,7 +53,7 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
     try:
         prompts = _sample_prompts(run, reporter)
         _precompute_reference(run, reporter)
-        with _checkpointed_layers(run):
+        with checkpointed_layers(run):
             replies_before = _replies(run, prompts)
             before = _evaluate_splits(run, reporter, metrics_file, 0, tuple(run.splits))
             after = _steps(run, reporter, metrics_file)
@@ -136,7 +136,7 @@ def optimiser_step(run: Run, window: Sequence[TokenizedPair], step: int) -> Metr
     return means
 
 
-def _wire_memory() -> None:
+def wire_memory() -> None:
     """Let Metal keep the weights resident up to what the device recommends; other devices report no such size."""
     size = mx.device_info().get("max_recommended_working_set_size")
     if size is not None:
@@ -279,7 +279,7 @@ def _replies(run: Run, prompts: Sequence[Pair]) -> list[Reply]:
 
 
 @contextmanager
-def _checkpointed_layers(run: Run) -> Iterator[None]:
+def checkpointed_layers(run: Run) -> Iterator[None]:
     """Gradient checkpointing for the length of the run; mlx-lm's patches the block's class, so it is put back."""
     block_class: Any = type(run.loaded.model.layers[0])
     original = block_class.__call__

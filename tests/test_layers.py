@@ -22,12 +22,14 @@ LAYERS = [
         "activations",
         "gguf",
         "checkpoint",
+        "footprint",
     },
     {"logprobs", "metrics", "methods", "models", "reference_table"},
     {"reference", "config", "samples"},
     {"evaluation", "prepare", "reporting", "chapter", "score"},
     {"gradients"},
     {"train", "__init__"},
+    {"memory_benchmark"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
