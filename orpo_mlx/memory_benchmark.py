@@ -126,7 +126,7 @@ def compare(methods: Sequence[str], arguments: Sequence[str], json_file: Path | 
         "versions": versions(),
         "methods": [],
     }
-    commands = {method: [*_DEFAULTS, *arguments, *_FIXED, "--method", method] for method in methods}
+    commands = {method: _command(method, arguments) for method in methods}
     configs = {method: resolve(command, PROG) for method, command in commands.items()}
     find_splits(next(iter(configs.values())).data)
     for method, command in commands.items():
@@ -196,7 +196,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(PROG, lambda: _run(argv))
 
 
-def _run(argv: Sequence[str] | None) -> None:
+def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None]:
+    """Methods, the flags for all of them, and the file to write.
+
+    Raises:
+        ConfigError: flags that cannot be used.
+    """
     parser = OneLineParser(
         prog=PROG,
         description=f"{(__doc__ or '').strip()} Rows are taken in file order.",
@@ -209,9 +214,19 @@ def _run(argv: Sequence[str] | None) -> None:
     methods = [name.strip() for name in own.methods.split(",")]
     if any(word.split("=")[0] == "--method" for word in arguments):
         raise ConfigError("--method: this command measures several; give --methods orpo,dpo.")
+    for method in methods:
+        resolve(_command(method, arguments), PROG)
     if own.json is not None and (own.json.is_dir() or not own.json.parent.is_dir()):
         raise ConfigError(f"--json {own.json}: cannot be written there; give a file in a folder that exists.")
-    record = compare(methods, arguments, own.json)
+    return methods, arguments, own.json
+
+
+def _command(method: str, arguments: Sequence[str]) -> list[str]:
+    return [*_DEFAULTS, *arguments, *_FIXED, "--method", method]
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    record = compare(*parse(argv))
     print(table(record["methods"]))
     died = [f"{row['method']} ({row['error']})" for row in record["methods"] if "error" in row]
     if died:
