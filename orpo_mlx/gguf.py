@@ -48,11 +48,7 @@ def load_gguf(path: Path) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     Raises:
         ModelError: the file cannot be read, is of another architecture, or its tokenizer is of a kind not known here.
     """
-    try:
-        loaded: Any = mx.load(str(path), format="gguf", return_metadata=True)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as GGUF ({str(error).splitlines()[0]}).") from None
-    arrays, metadata = loaded
+    arrays, metadata = _read(path)
     config = _config(path, metadata, arrays)
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
@@ -62,6 +58,27 @@ def load_gguf(path: Path) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     except ValueError as error:
         raise ModelError(f"{path}: its tensors do not fit a llama model ({str(error).splitlines()[0]}).") from None
     return model, _tokenizer(path, metadata), config
+
+
+def gguf_config(path: Path) -> tuple[dict[str, Any], mx.Dtype]:
+    """The config of a llama-family GGUF file, and the dtype its weights are expanded to.
+
+    Raises:
+        ModelError: see `load_gguf`.
+    """
+    arrays, metadata = _read(path)
+    stem = "blk.0.ffn_up."
+    weight = arrays.get(f"{stem}scales", arrays.get(f"{stem}weight"))
+    return _config(path, metadata, arrays), mx.float32 if weight is None else weight.dtype
+
+
+def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    try:
+        loaded: Any = mx.load(str(path), format="gguf", return_metadata=True)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as GGUF ({str(error).splitlines()[0]}).") from None
+    arrays, metadata = loaded
+    return arrays, metadata
 
 
 def _config(path: Path, metadata: dict[str, Any], arrays: dict[str, mx.array]) -> dict[str, Any]:

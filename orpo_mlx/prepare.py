@@ -65,8 +65,7 @@ def prepare(config: TrainingConfig) -> Run:
     Raises:
         UserError: the first thing that is wrong.
     """
-    method = recipe(config)
-    optimizer = _optimizer(config)
+    _optimizer(config)
     splits = {name: Split(path, load_pairs(path)) for name, path in find_splits(config.data).items()}
     folder = _output_folder(config.adapter_path)
     mx.random.seed(config.seed)
@@ -74,19 +73,29 @@ def prepare(config: TrainingConfig) -> Run:
     for name, split in splits.items():
         split.pairs, split.dropped = tokenize_pairs(split.raw, loaded.tokenizer, **_length_limit(config, loaded))
         _check_split(name, split, loaded)
+    run = assemble(config, folder, splits, loaded)
+    cache = cache_folder()
+    if run.reference is not None and cache is not None:
+        run.reference.keep_in(cache / "reference", loaded.config)
+    return run
+
+
+def assemble(config: TrainingConfig, folder: Path, splits: dict[str, Split], loaded: LoadedModel) -> Run:
+    """A run from its settings and a model: adapters, scorer, reference, optimiser.
+
+    Raises:
+        UserError: the settings do not fit the model or the libraries.
+    """
     add_adapters(loaded.model, config.fine_tune_type, config.num_layers, config.lora_parameters)
     if config.resume_adapter_file is not None:
         load_adapter_file(loaded.model, config.resume_adapter_file, config.lora_parameters["scale"])
     # mlx-lm's checkpointing runs a block again in the backward pass, and would write to the prompt's cache twice.
     scorer = PairScorer(loaded.model, share_prompt=not config.grad_checkpoint)
     fresh = config.fine_tune_type != "full" and config.resume_adapter_file is None
-    reference = None
+    method, reference = recipe(config), None
     if method.needs_reference:
         reference = ReferenceLogProbs(scorer, adapters_are_new=fresh, with_prompt=config.nll == "sequence")
-        cache = cache_folder()
-        if cache is not None:
-            reference.keep_in(cache / "reference", loaded.config)
-    return Run(config, folder, splits, loaded, scorer, method, reference, optimizer)
+    return Run(config, folder, splits, loaded, scorer, method, reference, _optimizer(config))
 
 
 def run_record(run: Run) -> dict[str, Any]:

@@ -25,11 +25,12 @@ LAYERS = [
         "footprint",
     },
     {"logprobs", "metrics", "methods", "models", "reference_table"},
-    {"reference", "config", "samples"},
+    {"reference", "config", "samples", "blueprint"},
     {"evaluation", "prepare", "reporting", "chapter", "score"},
     {"gradients"},
     {"train", "__init__"},
-    {"memory_benchmark"},
+    {"memory_benchmark", "memory"},
+    {"fit"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
