@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from math import prod
+from math import lcm, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from orpo_mlx.hf_config import normalise_config
 from orpo_mlx.models import loaded_dtype, locate
 
 _LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+_PERIOD_KEYS = ("sliding_window_pattern", "full_attention_interval")
 _HEADER_DTYPES = {"F64": mx.float32, "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
@@ -28,6 +29,8 @@ class Blueprint(NamedTuple):
 
     config: dict[str, Any]
     layers: int
+    period: int
+    """Layers come in a pattern that repeats after so many."""
     dtype: mx.Dtype
     """Of floating-point weights once loaded."""
     quantised: frozenset[str]
@@ -46,7 +49,8 @@ def read_blueprint(name: str, *, dtype: str | None = None) -> Blueprint:
         quantised: frozenset[str] = frozenset()
     else:
         config, (checkpoint_dtype, quantised) = _folder_config(path), _headers(path)
-    return Blueprint(config, _layer_count(path, config), loaded_dtype(dtype) or checkpoint_dtype, quantised)
+    layers = _layer_count(path, config)
+    return Blueprint(config, layers, layer_period(config, layers), loaded_dtype(dtype) or checkpoint_dtype, quantised)
 
 
 def build(blueprint: Blueprint, layers: int) -> nn.Module:
@@ -121,6 +125,19 @@ def _layer_count(path: Path, config: Mapping[str, Any]) -> int:
             if isinstance(table.get(key), int):
                 return int(table[key])
     raise ModelError(f"{path}: its config does not say how many layers it has (one of {', '.join(_LAYER_KEYS)}).")
+
+
+def layer_period(config: Mapping[str, Any], layers: int) -> int:
+    """After how many layers the pattern of layers repeats, 1 where all are alike: from lists with an entry for each."""
+    periods = [1]
+    for key, value in config.items():
+        if key in _PERIOD_KEYS and isinstance(value, int):
+            periods.append(value)
+        elif key == "text_config":
+            periods.append(layer_period(value, layers))
+        elif isinstance(value, list) and len(value) == layers:
+            periods.append(next(size for size in range(1, layers + 1) if value[size:] == value[: layers - size]))
+    return min(lcm(*periods), layers)
 
 
 def _with_layers(config: Mapping[str, Any], total: int, layers: int) -> dict[str, Any]:

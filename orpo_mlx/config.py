@@ -117,6 +117,7 @@ class TrainingConfig:
         choices=tuple(DTYPES),
     )
     grad_checkpoint: bool = _option(False, "recompute each block in the backward pass to save memory", bool, "adapters")
+    memory_check: bool = _option(True, "train without predicting the peak of memory first", bool, "adapters")
     trust_remote_code: bool = _option(False, "run Python code that comes with the checkpoint", bool, "adapters")
 
     steps_per_report: int = _option(10, "steps between reports", int, "reports", check=_POSITIVE)

@@ -23,11 +23,11 @@ from orpo_mlx.config import TrainingConfig
 from orpo_mlx.lora import adapter_weights
 from orpo_mlx.models import LoadedModel
 from orpo_mlx.prepare import assemble
-from orpo_mlx.train import checkpointed_layers, optimiser_step
+from orpo_mlx.step import checkpointed_layers, optimiser_step
 from orpo_mlx.types import TokenizedPair
 
 _GIB = 2**30
-_DEPTHS = (2, 4)
+_FEWEST_LAYERS = 2
 TOLERANCE = 0.1
 """How far, relative to it, a peak may be from its prediction."""
 
@@ -70,12 +70,15 @@ def predict(config: TrainingConfig, blueprint: Blueprint, window: Sequence[Token
     """
     total = blueprint.layers
     trained = total if config.num_layers == -1 else min(config.num_layers, total)
-    if trained <= _DEPTHS[-1]:
-        found, slope = _probe(config, blueprint, trained, window), Probe(0, 0, 0, 0)
+    shallow = _FEWEST_LAYERS * -(-blueprint.period // _FEWEST_LAYERS)
+    deep = 2 * shallow
+    if trained <= deep:
+        depth = max(trained, min(shallow, total))
+        found, slope = _probe(config, blueprint, depth, trained, window), Probe(0, 0, 0, 0)
     else:
-        small, large = (_probe(config, blueprint, depth, window) for depth in _DEPTHS)
-        slope = Probe(*((b - a) // (_DEPTHS[1] - _DEPTHS[0]) for a, b in zip(small, large, strict=True)))
-        found = Probe(*(b + (trained - _DEPTHS[1]) * step for b, step in zip(large, slope, strict=True)))
+        small, large = (_probe(config, blueprint, depth, depth, window) for depth in (shallow, deep))
+        slope = Probe(*((b - a) // (deep - shallow) for a, b in zip(small, large, strict=True)))
+        found = Probe(*(b + (trained - deep) * step for b, step in zip(large, slope, strict=True)))
     mx.clear_cache()
     activations = min(trained * slope.work, found.work)
     parts = (found.adapters, found.optimiser, activations, found.work - activations, max(found.reference, 0))
@@ -116,14 +119,16 @@ def device_working_set() -> float | None:
     return None if size is None else int(size) / _GIB
 
 
-def _probe(config: TrainingConfig, blueprint: Blueprint, depth: int, window: Sequence[TokenizedPair]) -> Probe:
-    """One step on a model of `depth` layers, all of them trained."""
+def _probe(
+    config: TrainingConfig, blueprint: Blueprint, depth: int, trained: int, window: Sequence[TokenizedPair]
+) -> Probe:
+    """One step on a model of `depth` layers, of which the last `trained` learn."""
     mx.clear_cache()
     before = mx.get_active_memory()
     model = build(blueprint, depth)
     mx.eval(model.parameters())
     loaded = LoadedModel(model, None, blueprint.config, Path(), None, None)
-    run = assemble(dataclasses.replace(config, num_layers=-1, resume_adapter_file=None), Path(), {}, loaded)
+    run = assemble(dataclasses.replace(config, num_layers=trained, resume_adapter_file=None), Path(), {}, loaded)
     run.optimizer.init(model.trainable_parameters())
     mx.eval(model.parameters(), run.optimizer.state)
     model.train()
@@ -139,8 +144,8 @@ def _probe(config: TrainingConfig, blueprint: Blueprint, depth: int, window: Seq
         mx.reset_peak_memory()
         optimiser_step(run, pairs, 1)
         peak = mx.get_peak_memory()
-    trained = sum(array.nbytes for array in adapter_weights(model).values())
+    learning = sum(array.nbytes for array in adapter_weights(model).values())
     weights = weight_bytes(model)
     state = sum(array.nbytes for array in dict(tree_flatten(run.optimizer.state)).values())
-    adapters = 0 if config.fine_tune_type == "full" else trained
+    adapters = 0 if config.fine_tune_type == "full" else learning
     return Probe(adapters, state, peak - before - weights - state, max(reference_peak - peak, 0))

@@ -28,13 +28,14 @@ from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.footprint import process_footprint
 from orpo_mlx.prepare import Run, prepare, versions
 from orpo_mlx.reference_table import ReferenceTable
-from orpo_mlx.train import checkpointed_layers, optimiser_step, wire_memory
+from orpo_mlx.step import checkpointed_layers, optimiser_step
+from orpo_mlx.train import wire_memory
 from orpo_mlx.types import TokenizedPair
 
 PROG = "python scripts/compare_memory.py"
 _GIB = 2**30
 _DEFAULTS = ("--iters", "3")
-_FIXED = ("--no-shuffle",)
+_FIXED = ("--no-shuffle", "--no-memory-check")
 
 Windows = Sequence[Sequence[TokenizedPair]]
 

@@ -8,24 +8,24 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import mlx.core as mx
-from mlx_lm.tuner.trainer import grad_checkpoint
 
 from orpo_mlx.batching import TrainingOrder, epoch_order, length_order, micro_batches, steps_per_epoch
+from orpo_mlx.blueprint import read_blueprint
 from orpo_mlx.checkpoint import save_adapters, save_json
 from orpo_mlx.cli import exit_status
 from orpo_mlx.config import TrainingConfig, resolve
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.evaluation import evaluate
-from orpo_mlx.gradients import gradient_norm, window_gradient
 from orpo_mlx.lora import adapter_weights
+from orpo_mlx.memory import TOLERANCE, Prediction, device_working_set, heaviest_window, predict
 from orpo_mlx.metrics import MetricMeans
 from orpo_mlx.prepare import Run, Split, adapter_config, prepare, run_record
 from orpo_mlx.reference_table import ReferenceTable
 from orpo_mlx.reporting import MetricsFile, Reporter, eval_line, step_numbers, train_line
 from orpo_mlx.samples import Reply, pick_prompts, sample_replies
+from orpo_mlx.step import checkpointed_layers, optimiser_step
 from orpo_mlx.types import Pair, TokenizedPair
 
 PROG = "python -m orpo_mlx.train"
@@ -47,6 +47,8 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
     wire_memory()
     run = prepare(config)
     _announce(run, reporter)
+    if config.memory_check:
+        _check_memory(run, reporter)
     save_json(run.folder / "run.json", run_record(run))
     save_json(run.folder / "adapter_config.json", adapter_config(run))
     metrics_file = MetricsFile(run.folder / "metrics.jsonl")
@@ -116,26 +118,6 @@ def _steps(run: Run, reporter: Reporter, metrics_file: MetricsFile) -> Held:
     return held
 
 
-def optimiser_step(run: Run, window: Sequence[TokenizedPair], step: int) -> MetricMeans:
-    """One optimiser step on a window of pairs, taken as batches of `batch_size`; returns the window's metrics.
-
-    Raises:
-        TrainingError: the loss or the gradient is not finite; nothing has been applied.
-    """
-    model = run.loaded.model
-    means, gradients = window_gradient(run, window)
-    loss, norm = means.means()["loss"], float(gradient_norm(gradients))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        places = ", ".join(pair.place for pair in window[:4])
-        raise TrainingError(
-            f"step {step}: the loss is {loss} and the gradient's norm {norm} on {places}, so the step was not applied: "
-            "lower --learning-rate, or look at those rows"
-        )
-    run.optimizer.update(model, gradients)
-    mx.eval(model.trainable_parameters(), run.optimizer.state)
-    return means
-
-
 def wire_memory() -> None:
     """Let Metal keep the weights resident up to what the device recommends; other devices report no such size."""
     size = mx.device_info().get("max_recommended_working_set_size")
@@ -167,6 +149,34 @@ def _announce(run: Run, reporter: Reporter) -> None:
     parameters = ", ".join(f"{name + ' ' if several else ''}{key} {value:g}" for name, key, value in shown)
     trainable = sum(array.size for array in adapter_weights(run.loaded.model).values())
     reporter.say(f"Training {trainable:,} parameters with {run.config.method} ({parameters or 'no parameters'}).")
+
+
+def _check_memory(run: Run, reporter: Reporter) -> None:
+    """Say what a step's peak will be, and end the run where the device would not hold it.
+
+    Raises:
+        TrainingError: the prediction is beyond what the device recommends by more than predictions are off.
+    """
+    window = heaviest_window(run.config, run.splits["train"].pairs)
+    prediction = predict(run.config, read_blueprint(str(run.loaded.path), dtype=run.config.dtype), window)
+    # What the prediction drew must not change what the run draws.
+    mx.random.seed(run.config.seed)
+    reporter.say(memory_line(prediction))
+    limit = device_working_set()
+    if limit is None or prediction.peak <= limit:
+        return
+    sentence = f"a step is predicted to take {prediction.peak:.2f} GiB, this device recommends {limit:.2f} GiB at most"
+    if prediction.peak > (1 + TOLERANCE) * limit:
+        remedy = "python -m orpo_mlx.fit with the same flags and --memory shows what would fit"
+        raise TrainingError(f"{sentence}; {remedy}, and --no-memory-check tries it all the same")
+    reporter.say(f"Warning: {sentence}.")
+
+
+def memory_line(prediction: Prediction) -> str:
+    """A prediction in one line, largest part first."""
+    parts = sorted(prediction._asdict().items(), key=lambda part: -part[1])
+    shown = ", ".join(f"{name} {size:.2f}" for name, size in parts if size >= 0.005)
+    return f"Predicted peak {prediction.peak:.2f} GiB ({shown})."
 
 
 def _evaluate_splits(run: Run, reporter: Reporter, metrics_file: MetricsFile, step: int, names: Sequence[str]) -> Held:
@@ -276,19 +286,6 @@ def _sample_prompts(run: Run, reporter: Reporter) -> list[Pair]:
 
 def _replies(run: Run, prompts: Sequence[Pair]) -> list[Reply]:
     return sample_replies(run.loaded.model, run.loaded.tokenizer, prompts) if prompts else []
-
-
-@contextmanager
-def checkpointed_layers(run: Run) -> Iterator[None]:
-    """Gradient checkpointing for the length of the run; mlx-lm's patches the block's class, so it is put back."""
-    block_class: Any = type(run.loaded.model.layers[0])
-    original = block_class.__call__
-    if run.config.grad_checkpoint:
-        grad_checkpoint(run.loaded.model.layers[0])
-    try:
-        yield
-    finally:
-        block_class.__call__ = original
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from orpo_mlx.types import TokenizedPair
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
-SMALL = {"batch_size": 2, "iters": 3, "samples": 0, "steps_per_report": 1, "learning_rate": 1e-3}
+SMALL = {"batch_size": 2, "iters": 3, "samples": 0, "steps_per_report": 1, "learning_rate": 1e-3, "memory_check": False}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"

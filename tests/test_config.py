@@ -48,7 +48,7 @@ def test_every_flag_sets_its_field() -> None:
         value = choices[-1] if choices else values[kind]
         argv += [flag, str(value)]
         expected[field.name] = value
-    config = resolve(argv)
+    config = resolve([*argv, "--method", "dpo"])
     assert {name: getattr(config, name) for name in expected} == expected
 
 

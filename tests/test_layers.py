@@ -28,9 +28,10 @@ LAYERS = [
     {"reference", "config", "samples", "blueprint"},
     {"evaluation", "prepare", "reporting", "chapter", "score"},
     {"gradients"},
-    {"train", "__init__"},
-    {"memory_benchmark", "memory"},
-    {"fit"},
+    {"step"},
+    {"memory"},
+    {"fit", "train", "__init__"},
+    {"memory_benchmark"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -22,18 +23,21 @@ from orpo_mlx.config import make_config
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.gradients import window_gradient
 from orpo_mlx.lora import adapter_weights
+from orpo_mlx.memory import Prediction
 from orpo_mlx.methods import METHODS
 from orpo_mlx.prepare import Run, prepare
 from orpo_mlx.reference import ReferenceLogProbs
 from orpo_mlx.reporting import Reporter
-from orpo_mlx.train import main, optimiser_step, total_steps, train
+from orpo_mlx.step import optimiser_step
+from orpo_mlx.train import main, total_steps, train
 from orpo_mlx.types import Batch, LossOutput, PairLogProbs, TokenizedPair
 from tests.conftest import write_model_folder, write_rows
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
     """The settings as a command line."""
-    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return ["--no-memory-check" if word == "--memory-check" else word for word in words if word != "False"]
 
 
 def trainable(run: Run) -> dict[str, Any]:
@@ -171,7 +175,7 @@ def fail_at(step: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) ->
             raise error
         return window_gradient(*args)
 
-    monkeypatch.setattr("orpo_mlx.train.window_gradient", gradient)
+    monkeypatch.setattr("orpo_mlx.step.window_gradient", gradient)
 
 
 @pytest.mark.parametrize(
@@ -440,3 +444,37 @@ def test_nothing_is_kept_where_the_cache_is_off(
     monkeypatch.setenv("ORPO_MLX_CACHE", "off")
     run_quietly({**settings, "method": "dpo"})
     assert not own_cache.exists()
+
+
+def test_the_prediction_comes_first_and_changes_no_number(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings["lora_parameters"] = {"dropout": 0.1}
+    run_quietly(settings)
+    first = [row["loss"] for row in rows(settings)]
+    train(make_config({**settings, "memory_check": True}))
+    assert [row["loss"] for row in rows(settings)] == first
+    assert re.search(r"^Predicted peak 0\.0\d GiB", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(2.0, "Predicted"), (0.95, "Warning: a step is"), (0.5, "refused")])
+def test_a_run_beyond_the_device_is_warned_of_or_refused(
+    settings: dict[str, Any],
+    share: float,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    peak = Prediction(1.0, 0.5, 0.25, 0.125, 0.125, 0.0)
+    monkeypatch.setattr("orpo_mlx.train.predict", lambda *_: peak)
+    monkeypatch.setattr("orpo_mlx.train.device_working_set", lambda: share * peak.peak)
+    argv = [word for word in flags(settings) if word != "--no-memory-check"]
+    assert main(argv) == (2 if expected == "refused" else 0)
+    out, err = capsys.readouterr()
+    if expected == "refused":
+        assert "a step is predicted to take 2.00 GiB, this device recommends 1.00 GiB at most; python -m" in err
+        assert main([*argv, "--no-memory-check"]) == 0
+    else:
+        assert expected in out
+        assert ("Warning" in out) == (expected != "Predicted")
+        assert "Predicted peak 2.00 GiB (weights 1.00, adapters 0.50, optimiser 0.25" in out
