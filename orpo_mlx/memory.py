@@ -69,11 +69,12 @@ def predict(config: TrainingConfig, blueprint: Blueprint, window: Sequence[Token
         UserError: the model cannot be built, or the settings do not fit it.
     """
     total = blueprint.layers
-    trained = total if config.num_layers == -1 else min(config.num_layers, total)
+    trained = total if config.num_layers == -1 else config.num_layers
     shallow = _FEWEST_LAYERS * -(-blueprint.period // _FEWEST_LAYERS)
     deep = 2 * shallow
-    if trained <= deep:
-        depth = max(trained, min(shallow, total))
+    if trained <= deep or trained > total:
+        # More than there are is for the probe to refuse, as the run would.
+        depth = min(max(trained, shallow), total)
         found, slope = _probe(config, blueprint, depth, trained, window), Probe(0, 0, 0, 0)
     else:
         small, large = (_probe(config, blueprint, depth, depth, window) for depth in (shallow, deep))

@@ -49,6 +49,8 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
     _announce(run, reporter)
     if config.memory_check:
         _check_memory(run, reporter)
+    # The prediction draws random numbers; the run's own, of dropout, must not depend on it.
+    mx.random.seed(config.seed)
     save_json(run.folder / "run.json", run_record(run))
     save_json(run.folder / "adapter_config.json", adapter_config(run))
     metrics_file = MetricsFile(run.folder / "metrics.jsonl")
@@ -159,8 +161,6 @@ def _check_memory(run: Run, reporter: Reporter) -> None:
     """
     window = heaviest_window(run.config, run.splits["train"].pairs)
     prediction = predict(run.config, read_blueprint(str(run.loaded.path), dtype=run.config.dtype), window)
-    # What the prediction drew must not change what the run draws.
-    mx.random.seed(run.config.seed)
     reporter.say(memory_line(prediction))
     limit = device_working_set()
     if limit is None or prediction.peak <= limit:
@@ -176,7 +176,7 @@ def memory_line(prediction: Prediction) -> str:
     """A prediction in one line, largest part first."""
     parts = sorted(prediction._asdict().items(), key=lambda part: -part[1])
     shown = ", ".join(f"{name} {size:.2f}" for name, size in parts if size >= 0.005)
-    return f"Predicted peak {prediction.peak:.2f} GiB ({shown})."
+    return f"Predicted peak {prediction.peak:.2f} GiB{f' ({shown})' if shown else ''}."
 
 
 def _evaluate_splits(run: Run, reporter: Reporter, metrics_file: MetricsFile, step: int, names: Sequence[str]) -> Held:

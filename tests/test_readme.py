@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from orpo_mlx.config import resolve
+from orpo_mlx.fit import parse as parse_fit
 from orpo_mlx.memory_benchmark import parse as parse_benchmark
 from orpo_mlx.methods import METHODS
 from orpo_mlx.score import build_parser as build_score_parser
@@ -33,6 +34,8 @@ def test_a_command_names_files_and_flags_that_exist(command: str) -> None:
             parse_benchmark(words[2:])
         elif words[1:3] == ["-m", "orpo_mlx.train"]:
             resolve(words[3:])
+        elif words[1:3] == ["-m", "orpo_mlx.fit"]:
+            parse_fit(words[3:])
         elif words[1:3] == ["-m", "orpo_mlx.score"]:
             build_score_parser().parse_args(words[3:])
         else:
