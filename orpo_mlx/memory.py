@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from orpo_mlx.batching import micro_batches
 from orpo_mlx.blueprint import Blueprint, build, weight_bytes
 from orpo_mlx.config import TrainingConfig
+from orpo_mlx.errors import ModelError
 from orpo_mlx.lora import adapter_weights
 from orpo_mlx.models import LoadedModel
 from orpo_mlx.prepare import assemble
@@ -81,7 +82,7 @@ def predict(config: TrainingConfig, blueprint: Blueprint, window: Sequence[Token
         slope = Probe(*((b - a) // (deep - shallow) for a, b in zip(small, large, strict=True)))
         found = Probe(*(b + (trained - deep) * step for b, step in zip(large, slope, strict=True)))
     mx.clear_cache()
-    activations = min(trained * slope.work, found.work)
+    activations = max(0, min(trained * slope.work, found.work))
     parts = (found.adapters, found.optimiser, activations, found.work - activations, max(found.reference, 0))
     return Prediction(weight_bytes(build(blueprint, total)) / _GIB, *(part / _GIB for part in parts))
 
@@ -124,6 +125,16 @@ def _probe(
     config: TrainingConfig, blueprint: Blueprint, depth: int, trained: int, window: Sequence[TokenizedPair]
 ) -> Probe:
     """One step on a model of `depth` layers, of which the last `trained` learn."""
+    try:
+        return _measured_step(config, blueprint, depth, trained, window)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ModelError(f"a model like this one with {depth} layers cannot be run ({reason}).") from error
+
+
+def _measured_step(
+    config: TrainingConfig, blueprint: Blueprint, depth: int, trained: int, window: Sequence[TokenizedPair]
+) -> Probe:
     mx.clear_cache()
     before = mx.get_active_memory()
     model = build(blueprint, depth)

@@ -16,7 +16,7 @@ from orpo_mlx.blueprint import read_blueprint
 from orpo_mlx.checkpoint import save_adapters, save_json
 from orpo_mlx.cli import exit_status
 from orpo_mlx.config import TrainingConfig, resolve
-from orpo_mlx.errors import TrainingError
+from orpo_mlx.errors import TrainingError, UserError
 from orpo_mlx.evaluation import evaluate
 from orpo_mlx.lora import adapter_weights
 from orpo_mlx.memory import TOLERANCE, Prediction, device_working_set, heaviest_window, predict
@@ -160,7 +160,11 @@ def _check_memory(run: Run, reporter: Reporter) -> None:
         TrainingError: the prediction is beyond what the device recommends by more than predictions are off.
     """
     window = heaviest_window(run.config, run.splits["train"].pairs)
-    prediction = predict(run.config, read_blueprint(str(run.loaded.path), dtype=run.config.dtype), window)
+    try:
+        prediction = predict(run.config, read_blueprint(str(run.loaded.path), dtype=run.config.dtype), window)
+    except UserError as error:
+        reporter.say(f"The peak of memory cannot be predicted: {error}")
+        return
     reporter.say(memory_line(prediction))
     limit = device_working_set()
     if limit is None or prediction.peak <= limit:

@@ -478,3 +478,15 @@ def test_a_run_beyond_the_device_is_warned_of_or_refused(
         assert expected in out
         assert ("Warning" in out) == (expected != "Predicted")
         assert "Predicted peak 2.00 GiB (weights 1.00, adapters 0.50, optimiser 0.25" in out
+
+
+def test_a_run_whose_peak_cannot_be_predicted_goes_on(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(*_: Any) -> None:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr("orpo_mlx.memory.build", build)
+    assert main([word for word in flags(settings) if word != "--no-memory-check"]) == 0
+    expected = "The peak of memory cannot be predicted: a model like this one with 2 layers cannot be run (list index"
+    assert expected in capsys.readouterr().out
