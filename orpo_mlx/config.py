@@ -114,6 +114,9 @@ class TrainingConfig:
     optimizer_config: dict[str, Any] = _option(
         DEFAULT_OPTIMIZER_CONFIG, "arguments of each optimiser", dict, "training"
     )
+    precompute_reference: bool = _option(
+        False, "compute the reference log-probs of all pairs before the first step", bool, "training"
+    )
     shuffle: bool = _option(True, "train in file order", bool, "training")
     seed: int = _option(0, "seed of adapters, order and dropout", int, "training", check=_NOT_NEGATIVE)
 
@@ -129,6 +132,7 @@ class TrainingConfig:
         choices=tuple(DTYPES),
     )
     grad_checkpoint: bool = _option(False, "recompute each block in the backward pass to save memory", bool, "adapters")
+    memory_check: bool = _option(True, "train without predicting the peak of memory first", bool, "adapters")
     trust_remote_code: bool = _option(False, "run Python code that comes with the checkpoint", bool, "adapters")
 
     steps_per_report: int = _option(10, "steps between reports", int, "reports", check=_POSITIVE)
@@ -281,7 +285,8 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
     config = TrainingConfig(**dict(values))
     if config.iters is not None and config.epochs is not None:
         raise ConfigError("--iters and --epochs both say how long to train; give one of them.")
-    recipe(config)
+    if not recipe(config).needs_reference and config.precompute_reference:
+        raise ConfigError(f"--precompute-reference: method {config.method} compares with no reference; leave it out.")
     data_reading(config)
     lora = {**DEFAULT_LORA, **config.lora_parameters}
     _check_table("lora_parameters", lora, {"rank", "scale", "dropout", "keys"})

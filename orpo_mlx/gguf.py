@@ -70,6 +70,18 @@ def read_gguf_head(path: Path) -> tuple[TokenizerWrapper, dict[str, Any]]:
     return _tokenizer(path, metadata), _config(path, metadata, arrays)
 
 
+def gguf_config(path: Path) -> tuple[dict[str, Any], mx.Dtype]:
+    """The config of a llama-family GGUF file, and the dtype its weights are expanded to.
+
+    Raises:
+        ModelError: see `load_gguf`.
+    """
+    arrays, metadata = _read(path)
+    stem = "blk.0.ffn_up."
+    weight = arrays.get(f"{stem}scales", arrays.get(f"{stem}weight"))
+    return _config(path, metadata, arrays), mx.float32 if weight is None else weight.dtype
+
+
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
     try:
         loaded: Any = mx.load(str(path), format="gguf", return_metadata=True)

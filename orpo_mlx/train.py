@@ -8,24 +8,25 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import mlx.core as mx
-from mlx_lm.tuner.trainer import grad_checkpoint
 
 from orpo_mlx.batching import TrainingOrder, epoch_order, length_order, micro_batches, steps_per_epoch
+from orpo_mlx.blueprint import read_blueprint
 from orpo_mlx.checkpoint import save_adapters, save_json, write_text
 from orpo_mlx.cli import exit_status
 from orpo_mlx.config import TrainingConfig, resolve
-from orpo_mlx.errors import TrainingError
+from orpo_mlx.errors import TrainingError, UserError
 from orpo_mlx.evaluation import evaluate
-from orpo_mlx.gradients import gradient_norm, window_gradient
 from orpo_mlx.lora import adapter_weights
+from orpo_mlx.memory import TOLERANCE, Prediction, device_working_set, heaviest_window, predict
 from orpo_mlx.metrics import MetricMeans
 from orpo_mlx.prepare import Run, adapter_config, prepare, run_record
+from orpo_mlx.reference_table import ReferenceTable
 from orpo_mlx.reporting import MetricsFile, Reporter, eval_line, step_numbers, train_line
 from orpo_mlx.samples import Reply, pick_prompts, sample_replies
 from orpo_mlx.splits import Split
+from orpo_mlx.step import checkpointed_layers, optimiser_step
 from orpo_mlx.types import Pair, TokenizedPair
 
 PROG = "python -m orpo_mlx.train"
@@ -46,20 +47,20 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
         UserError: settings, data or model cannot be used, or the run cannot go on.
     """
     reporter = reporter or Reporter()
-    _wire_memory()
+    wire_memory()
     run = prepare(config)
     _announce(run, reporter)
+    if config.memory_check:
+        _check_memory(run, reporter)
+    # The prediction draws random numbers; the run's own, of dropout, must not depend on it.
+    mx.random.seed(config.seed)
     save_json(run.folder / "run.json", run_record(run))
     save_json(run.folder / "adapter_config.json", adapter_config(run))
     metrics_file = MetricsFile(run.folder / "metrics.jsonl")
     try:
         prompts = _sample_prompts(run, reporter)
-        if run.reference is not None and run.reference.needs_precomputing:
-            reporter.say(
-                "Computing reference log-probs of every pair: the weights that define them are about to change."
-            )
-            run.reference.remember(_groups_of_all_pairs(run))
-        with _checkpointed_layers(run):
+        _precompute_reference(run, reporter)
+        with checkpointed_layers(run):
             replies_before = _replies(run, prompts)
             before = _evaluate_splits(run, reporter, metrics_file, 0, tuple(run.splits))
             after = _steps(run, reporter, metrics_file)
@@ -68,6 +69,7 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
         reporter.replies(replies_before, _replies(run, prompts))
     finally:
         metrics_file.close()
+        _save_reference(run, reporter)
     reporter.say(f"\nAdapters, metrics and settings are in {run.folder}/.")
     return after
 
@@ -113,6 +115,7 @@ def _steps(run: Run, reporter: Reporter, metrics_file: MetricsFile) -> Held:
                 means, pair_tokens, seconds = MetricMeans(), 0, 0.0
             if step % config.save_every == 0 or step == total:
                 _save(run, None if step == total else step)
+                _save_reference(run, reporter, sparingly=True)
             if step == total:
                 held = _evaluate_splits(run, reporter, metrics_file, step, tuple(run.splits))
             elif step % config.steps_per_eval == 0:
@@ -120,27 +123,7 @@ def _steps(run: Run, reporter: Reporter, metrics_file: MetricsFile) -> Held:
     return held
 
 
-def optimiser_step(run: Run, window: Sequence[TokenizedPair], step: int) -> MetricMeans:
-    """One optimiser step on a window of pairs, taken as batches of `batch_size`; returns the window's metrics.
-
-    Raises:
-        TrainingError: the loss or the gradient is not finite; nothing has been applied.
-    """
-    model = run.loaded.model
-    means, gradients = window_gradient(run, window)
-    loss, norm = means.means()["loss"], float(gradient_norm(gradients))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        places = ", ".join(pair.place for pair in window[:4])
-        raise TrainingError(
-            f"step {step}: the loss is {loss} and the gradient's norm {norm} on {places}, so the step was not applied: "
-            "lower --learning-rate, or look at those rows"
-        )
-    run.optimizer.update(model, gradients)
-    mx.eval(model.trainable_parameters(), run.optimizer.state)
-    return means
-
-
-def _wire_memory() -> None:
+def wire_memory() -> None:
     """Let Metal keep the weights resident up to what the device recommends; other devices report no such size."""
     size = mx.device_info().get("max_recommended_working_set_size")
     if size is not None:
@@ -164,6 +147,10 @@ def _announce(run: Run, reporter: Reporter) -> None:
     if not run.scorer.shares_prompt:
         why = "With --grad-checkpoint" if run.config.grad_checkpoint else "This model cannot share a prompt:"
         reporter.say(f"{why} each prompt is run once per completion.")
+    if run.reference is not None:
+        _pass_on_notes(run.reference.table, reporter)
+        if len(run.reference.table):
+            reporter.say(f"Reference log-probs of {len(run.reference.table)} pairs are known from earlier runs.")
     if (run.folder / "adapters.safetensors").exists():
         reporter.say(f"{run.folder}/ holds an earlier run, which this one overwrites.")
     shown = ((name, key, value) for name, table in run.method.parameters.items() for key, value in table.items())
@@ -173,13 +160,41 @@ def _announce(run: Run, reporter: Reporter) -> None:
     reporter.say(f"Training {trainable:,} parameters with {run.config.method} ({parameters or 'no parameters'}).")
 
 
+def _check_memory(run: Run, reporter: Reporter) -> None:
+    """Say what a step's peak will be, and end the run where the device would not hold it.
+
+    Raises:
+        TrainingError: the prediction is beyond what the device recommends by more than predictions are off.
+    """
+    window = heaviest_window(run.config, run.splits["train"].pairs)
+    try:
+        prediction = predict(run.config, read_blueprint(str(run.loaded.path), dtype=run.config.dtype), window)
+    except UserError as error:
+        reporter.say(f"The peak of memory cannot be predicted: {error}")
+        return
+    reporter.say(memory_line(prediction))
+    limit = device_working_set()
+    if limit is None or prediction.peak <= limit:
+        return
+    sentence = f"a step is predicted to take {prediction.peak:.2f} GiB, this device recommends {limit:.2f} GiB at most"
+    if prediction.peak > (1 + TOLERANCE) * limit:
+        remedy = "python -m orpo_mlx.fit with the same flags and --memory shows what would fit"
+        raise TrainingError(f"{sentence}; {remedy}, and --no-memory-check tries it all the same")
+    reporter.say(f"Warning: {sentence}.")
+
+
+def memory_line(prediction: Prediction) -> str:
+    """A prediction in one line, largest part first."""
+    parts = sorted(prediction._asdict().items(), key=lambda part: -part[1])
+    shown = ", ".join(f"{name} {size:.2f}" for name, size in parts if size >= 0.005)
+    return f"Predicted peak {prediction.peak:.2f} GiB{f' ({shown})' if shown else ''}."
+
+
 def _evaluate_splits(run: Run, reporter: Reporter, metrics_file: MetricsFile, step: int, names: Sequence[str]) -> Held:
     """Evaluate the held-out splits among `names`."""
-    limits = {"valid": run.config.val_batches, "test": run.config.test_batches}
+    limits = _held_out_batches(run)
     held: Held = {}
-    for name in names:
-        if limits.get(name, 0) == 0 or name not in run.splits:
-            continue
+    for name in (name for name in names if name in limits):
         pairs = _held_out(run.splits[name], limits[name], run.config.batch_size)
         with reporter.bar(f"evaluating {name}", len(pairs), "pairs") as advance:
             held[name] = evaluate(
@@ -224,20 +239,49 @@ def _save(run: Run, step: int | None) -> None:
         ) from None
 
 
-def _groups_of_all_pairs(run: Run) -> Iterator[list[TokenizedPair]]:
-    """Every pair of every split once, grouped as the first epoch and the evaluations will group them."""
-    config = run.config
-    for name, split in run.splits.items():
-        batches = length_order(split.pairs, config.batch_size)
-        if name == "train":
-            window_size = config.batch_size * config.grad_accumulation_steps
-            batches = epoch_order(split.pairs, window_size, seed=config.seed, epoch=0, shuffle=config.shuffle)
-        for indices in batches:
-            group = [split.pairs[index] for index in indices]
-            if name == "train":
-                yield from micro_batches(group, config.batch_size, config.micro_batch_tokens)
-            else:
-                yield group
+def _precompute_reference(run: Run, reporter: Reporter) -> None:
+    """Reference log-probs of all pairs to come, where the settings or the kind of reference ask for that."""
+    reference = run.reference
+    if reference is None or not (run.config.precompute_reference or reference.needs_precomputing):
+        return
+    if reference.needs_precomputing:
+        reporter.say("Computing reference log-probs first: the weights that define them are about to change.")
+    groups = _groups_to_come(run)
+    with reporter.bar("reference log-probs", sum(map(len, groups)), "pairs") as advance:
+        reference.remember(groups, advance)
+    _save_reference(run, reporter)
+
+
+def _save_reference(run: Run, reporter: Reporter, *, sparingly: bool = False) -> None:
+    if run.reference is not None:
+        run.reference.table.save(sparingly=sparingly)
+        _pass_on_notes(run.reference.table, reporter)
+
+
+def _pass_on_notes(table: ReferenceTable, reporter: Reporter) -> None:
+    for note in table.notes:
+        reporter.say(note)
+    table.notes.clear()
+
+
+def _groups_to_come(run: Run) -> list[list[TokenizedPair]]:
+    """Every pair this run will meet, grouped as the first epoch and the evaluations will group them."""
+    config, pairs = run.config, run.splits["train"].pairs
+    window_size = config.batch_size * config.grad_accumulation_steps
+    windows = epoch_order(pairs, window_size, seed=config.seed, epoch=0, shuffle=config.shuffle)
+    groups: list[list[TokenizedPair]] = []
+    for indices in windows[: total_steps(config, len(pairs))]:
+        groups += micro_batches([pairs[index] for index in indices], config.batch_size, config.micro_batch_tokens)
+    for name, batches in _held_out_batches(run).items():
+        held_out = _held_out(run.splits[name], batches, config.batch_size)
+        groups += [[held_out[index] for index in indices] for indices in length_order(held_out, config.batch_size)]
+    return groups
+
+
+def _held_out_batches(run: Run) -> dict[str, int]:
+    """Batches of each held-out split that is evaluated; -1 means all."""
+    limits = {"valid": run.config.val_batches, "test": run.config.test_batches}
+    return {name: limit for name, limit in limits.items() if limit != 0 and name in run.splits}
 
 
 def _sample_prompts(run: Run, reporter: Reporter) -> list[Pair]:
@@ -253,19 +297,6 @@ def _sample_prompts(run: Run, reporter: Reporter) -> list[Pair]:
 
 def _replies(run: Run, prompts: Sequence[Pair]) -> list[Reply]:
     return sample_replies(run.loaded.model, run.loaded.tokenizer, prompts) if prompts else []
-
-
-@contextmanager
-def _checkpointed_layers(run: Run) -> Iterator[None]:
-    """Gradient checkpointing for the length of the run; mlx-lm's patches the block's class, so it is put back."""
-    block_class: Any = type(run.loaded.model.layers[0])
-    original = block_class.__call__
-    if run.config.grad_checkpoint:
-        grad_checkpoint(run.loaded.model.layers[0])
-    try:
-        yield
-    finally:
-        block_class.__call__ = original
 
 
 def main(argv: Sequence[str] | None = None) -> int:

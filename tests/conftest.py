@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from orpo_mlx.types import TokenizedPair
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
-SMALL = {"batch_size": 2, "iters": 3, "samples": 0, "steps_per_report": 1, "learning_rate": 1e-3}
+SMALL = {"batch_size": 2, "iters": 3, "samples": 0, "steps_per_report": 1, "learning_rate": 1e-3, "memory_check": False}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -161,12 +160,11 @@ def write_id_rows(path: Path, pairs: list[TokenizedPair]) -> Path:
     return write_rows(path, [{name: list(getattr(pair, name)) for name in names} for pair in pairs])
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test writes to the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ORPO_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test keeps its reference log-probs in a folder of its own, never in the user's."""
+    monkeypatch.setenv("ORPO_MLX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")

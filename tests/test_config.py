@@ -34,7 +34,8 @@ def test_tables_come_from_the_file_and_keep_the_other_defaults(tmp_path: Path) -
 
 
 def test_every_flag_sets_its_field() -> None:
-    argv, expected = [], {}
+    argv: list[str] = []
+    expected: dict[str, Any] = {}
     values: dict[type, Any] = {int: 1, float: 0.5, str: "text"}
     for field in dataclasses.fields(TrainingConfig):
         kind, choices = field.metadata["kind"], field.metadata.get("choices")
@@ -48,7 +49,7 @@ def test_every_flag_sets_its_field() -> None:
         value = choices[-1] if choices else "prompt=text" if field.name == "columns" else values[kind]
         argv += [flag, str(value)]
         expected[field.name] = value
-    config = resolve(argv)
+    config = resolve([*argv, "--method", "dpo"])
     assert {name: getattr(config, name) for name in expected} == expected
 
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
 LAYERS = [
     {"_blas", "errors", "types"},
-    {"turns", "rows", "row_report"},
+    {"turns", "rows", "row_report", "cache"},
     {"shapes", "sources", "token_store", "tokenization"},
     {
         "cli",
@@ -23,12 +23,16 @@ LAYERS = [
         "activations",
         "gguf",
         "checkpoint",
+        "footprint",
     },
-    {"logprobs", "metrics", "methods", "models", "splits"},
-    {"reference", "config", "samples"},
+    {"logprobs", "metrics", "methods", "models", "splits", "reference_table"},
+    {"reference", "config", "samples", "blueprint"},
     {"evaluation", "prepare", "reporting", "chapter", "score", "inspection"},
     {"gradients", "inspect"},
-    {"train", "__init__"},
+    {"step"},
+    {"memory"},
+    {"fit", "train", "__init__"},
+    {"memory_benchmark"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

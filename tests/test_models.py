@@ -39,7 +39,7 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
 def test_the_default_falls_back_to_the_installed_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(models, "_download", unreachable)
     monkeypatch.setattr(models, "offline_gguf", lambda: tmp_path / "model.gguf")
-    path, note = models._locate(DEFAULT_MODEL)
+    path, note = models.locate(DEFAULT_MODEL)
     assert path == tmp_path / "model.gguf"
     assert note is not None
     assert "cannot be reached" in note

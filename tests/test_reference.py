@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 
 from orpo_mlx.batching import collate
-from orpo_mlx.logprobs import PairScorer, pair_logps
+from orpo_mlx.logprobs import PairScorer, TokenLogProbs, pair_logps
 from orpo_mlx.lora import adapter_weights, add_adapters
 from orpo_mlx.reference import ReferenceLogProbs, pair_key, with_reference
-from orpo_mlx.types import TokenizedPair
+from orpo_mlx.types import Batch, TokenizedPair
 from tests.conftest import make_model, make_pairs
 
 
@@ -60,6 +62,77 @@ def test_a_warm_start_keeps_the_model_it_started_from(fine_tune_type: str) -> No
     chosen, _ = reference(pairs, batch)
     assert mx.array_equal(chosen, start.chosen).item()
     assert not mx.allclose(chosen, pair_logps(scorer, batch).chosen, atol=1e-3).item()
+
+
+@pytest.mark.parametrize("fine_tune_type", ["lora", "dora", "full"])
+def test_what_is_on_disk_is_what_is_computed_bit_for_bit(
+    fine_tune_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = [make_pairs(3), make_pairs(2, seed=1)]
+    live = fine_tune_type != "full"
+
+    def reference() -> ReferenceLogProbs:
+        made = ReferenceLogProbs(PairScorer(adapted(fine_tune_type)), adapters_are_new=live)
+        made.keep_in(tmp_path, {"rope_theta": 1e4})
+        return made
+
+    first = reference()
+    first.remember(groups)
+    first.table.save()
+    computed = [first(group, collate(group)) for group in groups]
+    again = reference()
+    assert len(again.table) == 5
+    monkeypatch.setattr(PairScorer, "__call__", None)
+    again.remember(groups)
+    for group, expected in zip(groups, computed, strict=True):
+        found = again(group, collate(group))
+        assert all(mx.array_equal(one, other).item() for one, other in zip(found, expected, strict=True))
+
+
+def test_only_the_missing_pairs_of_a_batch_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = make_pairs(4)
+    scorer = PairScorer(adapted())
+    base = pair_logps(PairScorer(make_model()), collate(pairs))
+    reference = ReferenceLogProbs(scorer, adapters_are_new=True)
+    reference.table.add(pair_key(pairs[1]), -1.5, -2.5)
+    sizes = []
+    call = PairScorer.__call__
+
+    def counted(self: PairScorer, batch: Batch, **keywords: bool) -> TokenLogProbs:
+        sizes.append(len(batch.chosen_ids))
+        return call(self, batch, **keywords)
+
+    monkeypatch.setattr(PairScorer, "__call__", counted)
+    chosen, rejected = reference(pairs, collate(pairs))
+    assert sizes == [3]
+    assert (chosen[1].item(), rejected[1].item()) == (-1.5, -2.5)
+    np.testing.assert_allclose(np.delete(np.array(chosen), 1), np.delete(np.array(base.chosen), 1), rtol=1e-5)
+    np.testing.assert_allclose(np.delete(np.array(rejected), 1), np.delete(np.array(base.rejected), 1), rtol=1e-5)
+
+
+def file_of(model: nn.Module, folder: Path, *, config: float = 1e4, live: bool = True, prompt: bool = False) -> str:
+    """The name of the file a reference is kept in."""
+    reference = ReferenceLogProbs(PairScorer(model), adapters_are_new=live, with_prompt=prompt)
+    reference.keep_in(folder, {"rope_theta": config})
+    reference.remember([make_pairs(1)])
+    before = set(folder.glob("*"))
+    reference.table.save()
+    new = set(folder.glob("*")) - before
+    return new.pop().name if new else "known"
+
+
+def test_another_reference_is_another_file(tmp_path: Path) -> None:
+    disturbed = adapted()
+    assert file_of(disturbed, tmp_path) != "known"
+    disturb(disturbed)
+    assert file_of(disturbed, tmp_path) == "known"  # The adapters are off in a reference whose adapters are new.
+    assert file_of(disturbed, tmp_path, live=False) != "known"
+    assert file_of(adapted(), tmp_path, prompt=True) != "known"
+    assert file_of(adapted(), tmp_path, config=2e4) != "known"
+    other = adapted()
+    weight = other.layers[0].mlp.down_proj.linear.weight
+    other.layers[0].mlp.down_proj.linear.weight = weight + 1e-6 * (mx.arange(weight.size).reshape(weight.shape) == 5)
+    assert file_of(other, tmp_path) != "known"
 
 
 def test_a_pair_that_can_no_longer_be_computed_is_an_error() -> None:

@@ -12,7 +12,7 @@ from orpo_mlx import splits as module
 from orpo_mlx.data import Reading
 from orpo_mlx.errors import DataError
 from orpo_mlx.sources import FileSource
-from orpo_mlx.splits import COMPLETION_CUT, PROMPT_CUT, SYSTEM_FOLDED, Lengths, Split, cache_folder, tokenized_split
+from orpo_mlx.splits import COMPLETION_CUT, PROMPT_CUT, SYSTEM_FOLDED, Lengths, Split, tokenized_split
 from orpo_mlx.token_store import TokenStore
 from orpo_mlx.tokenization import PairTokenizer
 from orpo_mlx.types import Pair
@@ -25,11 +25,6 @@ RATED = {"prompt": "Q", "completions": ["a", "b", "c", "c"], "scores": [3, 2, 1,
 @pytest.fixture(scope="module")
 def tokenizer(model_folder: Path) -> Any:
     return load_tokenizer(model_folder)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ORPO_MLX_CACHE", str(tmp_path / "cache"))
 
 
 def split_of(path: Path, tokenizer: Any, lengths: Lengths = Lengths(200), **reading: Any) -> Split:  # noqa: B008
@@ -63,11 +58,11 @@ def test_every_row_is_kept_or_counted(tmp_path: Path, tokenizer: Any) -> None:
     assert len(report.left_out) == 5
 
 
-def test_a_bad_row_ends_it_and_leaves_no_files(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_bad_row_ends_it_and_leaves_no_files(tmp_path: Path, own_cache: Path, tokenizer: Any) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [GOOD, {"prompt": 3}])
     with pytest.raises(DataError, match=r"rows.jsonl:2: .*; --skip-bad-rows leaves such rows out and lists them"):
         split_of(path, tokenizer)
-    assert list((cache_folder() / "tokens").iterdir()) == []
+    assert list((own_cache / "tokens").iterdir()) == []
 
 
 def test_a_row_the_template_refuses(tmp_path: Path) -> None:
@@ -129,21 +124,22 @@ def test_tokens_are_remembered_by_content(tmp_path: Path, tokenizer: Any, monkey
         assert len(asked) == number
 
 
-def test_damaged_tokens_are_made_again(tmp_path: Path, tokenizer: Any) -> None:
+def test_damaged_tokens_are_made_again(tmp_path: Path, own_cache: Path, tokenizer: Any) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [GOOD])
     first = list(split_of(path, tokenizer).pairs)
-    (folder,) = (cache_folder() / "tokens").iterdir()
+    (folder,) = (own_cache / "tokens").iterdir()
     (folder / "tokens.i32").write_bytes(b"\0" * 40)
     assert list(split_of(path, tokenizer).pairs) == first
-    assert [entry.name for entry in (cache_folder() / "tokens").iterdir()] == [folder.name]
+    assert [entry.name for entry in (own_cache / "tokens").iterdir()] == [folder.name]
 
 
 def test_without_a_folder_to_remember_in_it_still_works(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("ORPO_MLX_CACHE", str(tmp_path / "file"))
-    assert len(split_of(write_rows(tmp_path / "rows.jsonl", [GOOD]), tokenizer).pairs) == 1
+    for value in (str(tmp_path / "file"), "off"):
+        monkeypatch.setenv("ORPO_MLX_CACHE", value)
+        assert len(split_of(write_rows(tmp_path / "rows.jsonl", [GOOD]), tokenizer).pairs) == 1
 
 
 def test_nothing_left_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
@@ -151,13 +147,3 @@ def test_nothing_left_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
     expected = r"rows.jsonl: no pair can be used \(1 chosen and rejected are the same tokens\)"
     with pytest.raises(DataError, match=expected):
         split_of(path, tokenizer)
-
-
-def test_where_things_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ORPO_MLX_CACHE", "/given")
-    assert cache_folder() == Path("/given")
-    monkeypatch.delenv("ORPO_MLX_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert cache_folder() == Path("/xdg/orpo_mlx")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "orpo_mlx"

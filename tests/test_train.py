@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,17 +23,21 @@ from orpo_mlx.config import make_config
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.gradients import window_gradient
 from orpo_mlx.lora import adapter_weights
+from orpo_mlx.memory import Prediction
 from orpo_mlx.methods import METHODS
 from orpo_mlx.prepare import Run, prepare
+from orpo_mlx.reference import ReferenceLogProbs
 from orpo_mlx.reporting import Reporter
-from orpo_mlx.train import main, optimiser_step, total_steps, train
-from orpo_mlx.types import LossOutput, PairLogProbs
+from orpo_mlx.step import optimiser_step
+from orpo_mlx.train import main, total_steps, train
+from orpo_mlx.types import Batch, LossOutput, PairLogProbs, TokenizedPair
 from tests.conftest import write_model_folder, write_rows
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
     """The settings as a command line."""
-    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return ["--no-memory-check" if word == "--memory-check" else word for word in words if word != "False"]
 
 
 def trainable(run: Run) -> dict[str, Any]:
@@ -168,7 +175,7 @@ def fail_at(step: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) ->
             raise error
         return window_gradient(*args)
 
-    monkeypatch.setattr("orpo_mlx.train.window_gradient", gradient)
+    monkeypatch.setattr("orpo_mlx.step.window_gradient", gradient)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +275,7 @@ def test_text_rows_and_sample_replies(
         (["--model", "./nowhere"], "--model ./nowhere: no such file or folder"),
         (["--method", "sft", "--beta", "1"], "--beta: method sft has no such parameter"),
         (["--resume-adapter-file", "nowhere"], "--resume-adapter-file nowhere: no such adapter file"),
+        (["--precompute-reference"], "--precompute-reference: method orpo compares with no reference"),
         (["--num-layers", "9"], "--num-layers 9: the model has 2 layers"),
         (["--max-seq-length", "2"], "no pair can be used (6 longer than --max-seq-length 2)"),
     ],
@@ -351,3 +359,134 @@ def test_the_module_runs_as_a_program(settings: dict[str, Any]) -> None:
     assert done.stderr == ""
     assert "Held-out pairs, before and after training" in done.stdout
     assert "Adapters, metrics and settings are in" in done.stdout
+
+
+def count_reference_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of pairs of every reference forward, as they come."""
+    passes: list[int] = []
+    compute = ReferenceLogProbs._compute
+
+    def counted(self: ReferenceLogProbs, pairs: Sequence[TokenizedPair], batch: Batch) -> None:
+        passes.append(len(pairs))
+        compute(self, pairs, batch)
+
+    monkeypatch.setattr(ReferenceLogProbs, "_compute", counted)
+    return passes
+
+
+@pytest.mark.parametrize("start", ["fresh", "warm", "full"])
+def test_a_reference_is_computed_once_for_all_epochs_and_runs(
+    settings: dict[str, Any], start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if start == "warm":
+        run_quietly({**settings, "adapter_path": str(tmp_path / "first")})
+        settings["resume_adapter_file"] = str(tmp_path / "first")
+    settings |= {"method": "dpo", "iters": 7, "fine_tune_type": "full" if start == "full" else "lora"}
+    passes = count_reference_passes(monkeypatch)
+    run_quietly(settings)
+    # The held-out pairs are met before the first step, where the policy is the reference.
+    assert sum(passes) == (6 if start == "fresh" else 18)
+    first = rows(settings)
+    passes.clear()
+    run_quietly({**settings, "adapter_path": str(tmp_path / "second")})
+    assert passes == []
+    numbers = [
+        [{**row, "pair_tokens_per_s": 0, "peak_memory_gib": 0} for row in table]
+        for table in (first, rows({"adapter_path": str(tmp_path / "second")}))
+    ]
+    assert numbers[0] == numbers[1]
+    run_quietly({**settings, "seed": 1, "beta": 0.5})
+    assert sum(passes) == 0
+
+
+def test_precomputing_takes_the_pairs_to_come_and_changes_no_number(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, own_cache: Path
+) -> None:
+    settings |= {"method": "dpo", "iters": 2, "val_batches": 1, "test_batches": 0}
+    run_quietly(settings)
+    first = [row["loss"] for row in rows(settings)]
+    shutil.rmtree(own_cache)
+    passes = count_reference_passes(monkeypatch)
+    run_quietly({**settings, "precompute_reference": True})
+    assert passes == [2, 2, 2]
+    assert [row["loss"] for row in rows(settings)] == first
+
+
+def test_a_run_that_ends_early_keeps_its_reference(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings |= {"method": "dpo", "val_batches": 0, "test_batches": 0}
+    with monkeypatch.context() as patch:
+        fail_at(3, KeyboardInterrupt(), patch)
+        assert main(flags(settings)) == 130
+    passes = count_reference_passes(monkeypatch)
+    assert main(flags(settings)) == 0
+    assert sum(passes) == 2
+    assert "Reference log-probs of 4 pairs are known from earlier runs." in capsys.readouterr().out
+
+
+def test_a_damaged_reference_is_computed_again(
+    settings: dict[str, Any], own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings["method"] = "dpo"
+    run_quietly(settings)
+    first = [row["loss"] for row in rows(settings)]
+    (file,) = (own_cache / "reference").iterdir()
+    file.write_bytes(file.read_bytes()[:-30])
+    assert main(flags(settings)) == 0
+    assert f"{file} is damaged" in capsys.readouterr().out
+    assert [row["loss"] for row in rows(settings)] == first
+
+
+def test_nothing_is_kept_where_the_cache_is_off(
+    settings: dict[str, Any], own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORPO_MLX_CACHE", "off")
+    run_quietly({**settings, "method": "dpo"})
+    assert not own_cache.exists()
+
+
+def test_the_prediction_comes_first_and_changes_no_number(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings["lora_parameters"] = {"dropout": 0.1}
+    run_quietly(settings)
+    first = [row["loss"] for row in rows(settings)]
+    train(make_config({**settings, "memory_check": True}))
+    assert [row["loss"] for row in rows(settings)] == first
+    assert re.search(r"^Predicted peak 0\.0\d GiB", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(2.0, "Predicted"), (0.95, "Warning: a step is"), (0.5, "refused")])
+def test_a_run_beyond_the_device_is_warned_of_or_refused(
+    settings: dict[str, Any],
+    share: float,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    peak = Prediction(1.0, 0.5, 0.25, 0.125, 0.125, 0.0)
+    monkeypatch.setattr("orpo_mlx.train.predict", lambda *_: peak)
+    monkeypatch.setattr("orpo_mlx.train.device_working_set", lambda: share * peak.peak)
+    argv = [word for word in flags(settings) if word != "--no-memory-check"]
+    assert main(argv) == (2 if expected == "refused" else 0)
+    out, err = capsys.readouterr()
+    if expected == "refused":
+        assert "a step is predicted to take 2.00 GiB, this device recommends 1.00 GiB at most; python -m" in err
+        assert main([*argv, "--no-memory-check"]) == 0
+    else:
+        assert expected in out
+        assert ("Warning" in out) == (expected != "Predicted")
+        assert "Predicted peak 2.00 GiB (weights 1.00, adapters 0.50, optimiser 0.25" in out
+
+
+def test_a_run_whose_peak_cannot_be_predicted_goes_on(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(*_: Any) -> None:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr("orpo_mlx.memory.build", build)
+    assert main([word for word in flags(settings) if word != "--no-memory-check"]) == 0
+    expected = "The peak of memory cannot be predicted: a model like this one with 2 layers cannot be run (list index"
+    assert expected in capsys.readouterr().out

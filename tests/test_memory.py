@@ -1,0 +1,137 @@
+"""Predicted peaks against measured ones, on models of a few layers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from orpo_mlx.blueprint import read_blueprint
+from orpo_mlx.config import make_config
+from orpo_mlx.memory import (
+    TOLERANCE,
+    Prediction,
+    device_working_set,
+    heaviest_window,
+    made_window,
+    predict,
+    recommended_working_set,
+)  # fmt: skip
+from orpo_mlx.models import load
+from orpo_mlx.prepare import assemble
+from orpo_mlx.step import checkpointed_layers, optimiser_step
+from orpo_mlx.types import TokenizedPair
+from tests.conftest import make_pairs, model_config
+
+LAYERS = 9
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def deep_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with more layers than are probed, and large enough for arrays to matter beside small change."""
+    sizes = {"num_hidden_layers": LAYERS, "hidden_size": 64, "intermediate_size": 160}
+    folder = tmp_path_factory.mktemp("deep") / request.param
+    return write_deep(folder, request.param, sizes)
+
+
+def write_deep(folder: Path, kind: str, sizes: dict[str, Any]) -> Path:
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import _get_classes
+
+    config = {**model_config(kind), **sizes}
+    model_class, args_class = _get_classes(config)
+    folder.mkdir()
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), dict(tree_flatten(model_class(args_class.from_dict(config)).parameters()))
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def measured(folder: Path, settings: dict[str, Any], window: list[TokenizedPair]) -> float:
+    """The peak of a second step, whose optimiser has its state."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    loaded = load(str(folder))
+    run = assemble(make_config(settings), Path(), {}, loaded)
+    loaded.model.train()
+    with checkpointed_layers(run):
+        for step in (1, 2):
+            mx.reset_peak_memory()
+            optimiser_step(run, window, step)
+    return (mx.get_peak_memory() - before) / 2**30
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 2, "max_seq_length": 96},
+        {"batch_size": 1, "max_seq_length": 192, "method": "dpo"},
+        {"batch_size": 4, "max_seq_length": 64, "micro_batch_tokens": 200, "method": "dpo"},
+        {"batch_size": 1, "max_seq_length": 128, "fine_tune_type": "full"},
+        {"batch_size": 1, "max_seq_length": 128, "num_layers": 5, "optimizer": "sgd"},
+        {"batch_size": 1, "max_seq_length": 128, "num_layers": 2},
+    ],
+)
+def test_a_prediction_is_what_is_measured(deep_model: Path, settings: dict[str, Any]) -> None:
+    blueprint = read_blueprint(str(deep_model))
+    window = made_window(make_config(settings), settings["max_seq_length"] // 2, 200)
+    prediction = predict(make_config(settings), blueprint, window)
+    assert prediction.peak == pytest.approx(measured(deep_model, settings, window), rel=TOLERANCE)
+    assert all(part >= 0 for part in prediction)
+
+
+def test_the_parts_are_counted(deep_model: Path) -> None:
+    blueprint = read_blueprint(str(deep_model))
+    settings = {"lora_parameters": {"rank": 4}, "batch_size": 1, "max_seq_length": 16}
+    prediction = predict(make_config(settings), blueprint, make_pairs(1))
+    loaded = load(str(deep_model))
+    run = assemble(make_config(settings), Path(), {}, loaded)
+    assert prediction.weights * 2**30 == (deep_model / "model.safetensors").stat().st_size - header_bytes(deep_model)
+    adapters = sum(value.nbytes for value in weights_of(run).values())
+    assert prediction.adapters * 2**30 == adapters
+    # Adam's two moments, and two scalars.
+    assert prediction.optimiser * 2**30 == pytest.approx(2 * adapters, abs=32)
+
+
+def header_bytes(folder: Path) -> int:
+    return 8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+
+
+def weights_of(run: Any) -> dict[str, mx.array]:
+    from orpo_mlx.lora import adapter_weights
+
+    return adapter_weights(run.loaded.model)
+
+
+def test_the_heaviest_pairs_of_a_split() -> None:
+    pairs = [TokenizedPair((1,) * a, (2,) * b, (3,) * c) for a, b, c in [(9, 1, 1), (1, 5, 5), (2, 3, 3), (4, 4, 4)]]
+    config = make_config({"batch_size": 1, "grad_accumulation_steps": 2})
+    assert heaviest_window(config, pairs) == [pairs[3], pairs[1]]
+
+
+def test_made_pairs() -> None:
+    window = made_window(make_config({"batch_size": 3, "max_seq_length": 10}), 4, 7)
+    assert [tuple(map(len, pair[:3])) for pair in window] == [(4, 6, 6)] * 3
+    assert all(0 <= token < 7 for pair in window for side in pair[:3] for token in side)
+
+
+def test_what_metal_recommends() -> None:
+    # As reported for Macs of 16 and 64 GiB.
+    assert recommended_working_set(16) * 1024 == pytest.approx(10922.67, abs=0.01)
+    assert recommended_working_set(64) * 1024 == 49152
+
+
+@pytest.mark.parametrize(("info", "expected"), [({}, None), ({"max_recommended_working_set_size": 3 << 30}, 3.0)])
+def test_what_this_device_recommends(
+    info: dict[str, int], expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    assert device_working_set() == expected
+
+
+def test_a_peak_is_the_sum_of_its_parts() -> None:
+    assert Prediction(1.0, 2.0, 3.0, 4.0, 5.0, 6.0).peak == 21.0
