@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx_lm.tuner.utils import build_schedule
 
@@ -21,7 +23,9 @@ from orpo_mlx.logprobs import PairScorer
 from orpo_mlx.lora import adapter_weights, add_adapters, load_adapter_file
 from orpo_mlx.methods import Recipe
 from orpo_mlx.models import LoadedModel, check_vocabulary, load
+from orpo_mlx.modes import MODES, choose_memory
 from orpo_mlx.reference import ReferenceLogProbs
+from orpo_mlx.segments import ValueAndGrad, find_walk, whole_value_and_grad
 from orpo_mlx.tokenization import tokenize_pairs
 from orpo_mlx.types import Pair, TokenizedPair
 
@@ -56,6 +60,17 @@ class Run:
     method: Recipe
     reference: ReferenceLogProbs | None
     optimizer: optim.Optimizer
+    memory: Memory
+
+
+class Memory(NamedTuple):
+    """How a run spends memory."""
+
+    mode: str
+    """One of `MODES`."""
+    value_and_grad: ValueAndGrad
+    notes: tuple[str, ...] = ()
+    """What the user should know about it."""
 
 
 def prepare(config: TrainingConfig) -> Run:
@@ -76,13 +91,47 @@ def prepare(config: TrainingConfig) -> Run:
     add_adapters(loaded.model, config.fine_tune_type, config.num_layers, config.lora_parameters)
     if config.resume_adapter_file is not None:
         load_adapter_file(loaded.model, config.resume_adapter_file, config.lora_parameters["scale"])
-    # mlx-lm's checkpointing runs a block again in the backward pass, and would write to the prompt's cache twice.
-    scorer = PairScorer(loaded.model, share_prompt=not config.grad_checkpoint)
+    scorer, memory = spend_memory(config, loaded.model, splits["train"].pairs)
     fresh = config.fine_tune_type != "full" and config.resume_adapter_file is None
     reference = None
     if method.needs_reference:
         reference = ReferenceLogProbs(scorer, adapters_are_new=fresh, with_prompt=config.nll == "sequence")
-    return Run(config, folder, splits, loaded, scorer, method, reference, optimizer)
+    return Run(config, folder, splits, loaded, scorer, method, reference, optimizer, memory)
+
+
+def spend_memory(config: TrainingConfig, model: nn.Module, pairs: Sequence[TokenizedPair]) -> tuple[PairScorer, Memory]:
+    """The policy's scorer, and how its gradients are taken, as the settings and the model allow."""
+    longest = max((len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs), default=0)
+    name = config.memory
+    if name == "auto":
+        name = "fast" if config.plain_head else choose_memory(model, max(longest, config.micro_batch_tokens))
+    mode = MODES[name]
+    scorer = PairScorer(
+        model,
+        share_prompt=mode.share_prompt and config.share_prompt,
+        split_head=mode.split_head and not config.plain_head,
+        lean=mode.lean,
+    )
+    walk = None
+    if mode.kept_layers < 1:
+        kept = int(mode.kept_layers * len(model.layers))
+        walk = find_walk(scorer, segment_layers=config.segment_layers or 1, kept_layers=kept)
+    value_and_grad = walk.value_and_grad if walk else partial(whole_value_and_grad, scorer)
+    missing = {
+        "This model's head cannot be told apart from its body: the logits of every position are computed.": (
+            mode.split_head and not config.plain_head and not scorer.splits_head
+        ),
+        "This model cannot share a prompt: each prompt is run once per completion.": (
+            mode.share_prompt and config.share_prompt and not scorer.shares_prompt
+        ),
+        "This model's layers do not agree with this package's attention: they run as mlx-lm wrote them.": (
+            mode.lean and not scorer.lean
+        ),
+        f"This model's layers cannot be run in segments: instead of --memory {name} it takes fast.": mode.kept_layers
+        < 1
+        and walk is None,
+    }
+    return scorer, Memory(name, value_and_grad, tuple(note for note, holds in missing.items() if holds))
 
 
 def run_record(run: Run) -> dict[str, Any]:
@@ -92,6 +141,7 @@ def run_record(run: Run) -> dict[str, Any]:
         "method_parameters": run.method.parameters,
         "model_path": str(run.loaded.path),
         "model_note": run.loaded.note,
+        "memory": run.memory.mode,
         "trainable_parameters": sum(array.size for array in adapter_weights(run.loaded.model).values()),
         "data": {name: _split_record(split) for name, split in run.splits.items()},
         "versions": versions(),

@@ -8,11 +8,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import mlx.core as mx
-from mlx_lm.tuner.trainer import grad_checkpoint
 
+from orpo_mlx.allocator import settle
 from orpo_mlx.batching import TrainingOrder, epoch_order, length_order, micro_batches, steps_per_epoch
 from orpo_mlx.checkpoint import save_adapters, save_json
 from orpo_mlx.cli import exit_status
@@ -43,7 +42,7 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
         UserError: settings, data or model cannot be used, or the run cannot go on.
     """
     reporter = reporter or Reporter()
-    _wire_memory()
+    settle()
     run = prepare(config)
     _announce(run, reporter)
     save_json(run.folder / "run.json", run_record(run))
@@ -56,10 +55,9 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
                 "Computing reference log-probs of every pair: the weights that define them are about to change."
             )
             run.reference.remember(_groups_of_all_pairs(run))
-        with _checkpointed_layers(run):
-            replies_before = _replies(run, prompts)
-            before = _evaluate_splits(run, reporter, metrics_file, 0, tuple(run.splits))
-            after = _steps(run, reporter, metrics_file)
+        replies_before = _replies(run, prompts)
+        before = _evaluate_splits(run, reporter, metrics_file, 0, tuple(run.splits))
+        after = _steps(run, reporter, metrics_file)
         if before:
             reporter.closing_table(before, after)
         reporter.replies(replies_before, _replies(run, prompts))
@@ -137,13 +135,6 @@ def optimiser_step(run: Run, window: Sequence[TokenizedPair], step: int) -> Metr
     return means
 
 
-def _wire_memory() -> None:
-    """Let Metal keep the weights resident up to what the device recommends; other devices report no such size."""
-    size = mx.device_info().get("max_recommended_working_set_size")
-    if size is not None:
-        mx.set_wired_limit(int(size))
-
-
 def _announce(run: Run, reporter: Reporter) -> None:
     if run.loaded.note:
         reporter.say(run.loaded.note)
@@ -152,18 +143,18 @@ def _announce(run: Run, reporter: Reporter) -> None:
         reporter.say(f"{name}: {len(split.pairs)} pairs from {split.path}{left_out}")
     if "valid" not in run.splits:
         reporter.say("No valid split: training without validation.")
-    if not run.scorer.splits_head:
-        reporter.say("This model's head cannot be told apart from its body: the logits of every position are computed.")
-    if not run.scorer.shares_prompt:
-        why = "With --grad-checkpoint" if run.config.grad_checkpoint else "This model cannot share a prompt:"
-        reporter.say(f"{why} each prompt is run once per completion.")
+    for note in run.memory.notes:
+        reporter.say(note)
     if (run.folder / "adapters.safetensors").exists():
         reporter.say(f"{run.folder}/ holds an earlier run, which this one overwrites.")
     shown = ((name, key, value) for name, table in run.method.parameters.items() for key, value in table.items())
     several = len(run.method.parameters) > 1
     parameters = ", ".join(f"{name + ' ' if several else ''}{key} {value:g}" for name, key, value in shown)
     trainable = sum(array.size for array in adapter_weights(run.loaded.model).values())
-    reporter.say(f"Training {trainable:,} parameters with {run.config.method} ({parameters or 'no parameters'}).")
+    reporter.say(
+        f"Training {trainable:,} parameters with {run.config.method} ({parameters or 'no parameters'}), "
+        f"--memory {run.memory.mode}."
+    )
 
 
 def _evaluate_splits(run: Run, reporter: Reporter, metrics_file: MetricsFile, step: int, names: Sequence[str]) -> Held:
@@ -246,19 +237,6 @@ def _sample_prompts(run: Run, reporter: Reporter) -> list[Pair]:
 
 def _replies(run: Run, prompts: Sequence[Pair]) -> list[Reply]:
     return sample_replies(run.loaded.model, run.loaded.tokenizer, prompts) if prompts else []
-
-
-@contextmanager
-def _checkpointed_layers(run: Run) -> Iterator[None]:
-    """Gradient checkpointing for the length of the run; mlx-lm's patches the block's class, so it is put back."""
-    block_class: Any = type(run.loaded.model.layers[0])
-    original = block_class.__call__
-    if run.config.grad_checkpoint:
-        grad_checkpoint(run.loaded.model.layers[0])
-    try:
-        yield
-    finally:
-        block_class.__call__ = original
 
 
 def main(argv: Sequence[str] | None = None) -> int:

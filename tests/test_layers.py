@@ -9,8 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
 LAYERS = [
-    {"_blas", "errors", "types"},
+    {"_blas", "allocator", "errors", "exponential", "types"},
     {
+        "attention",
+        "modes",
         "cli",
         "data",
         "tokenization",
@@ -23,8 +25,9 @@ LAYERS = [
         "gguf",
         "checkpoint",
     },
-    {"logprobs", "metrics", "methods", "models"},
-    {"reference", "config", "samples"},
+    {"head", "lean", "metrics", "methods", "models"},
+    {"logprobs", "config", "samples"},
+    {"reference", "segments"},
     {"evaluation", "prepare", "reporting", "chapter", "score"},
     {"gradients"},
     {"train", "__init__"},
