@@ -138,11 +138,16 @@ def _up(length: int) -> int:
     return -(-length // _PAD_MULTIPLE) * _PAD_MULTIPLE
 
 
+def side_lengths(pairs: Sequence[TokenizedPair]) -> npt.NDArray[np.int64]:
+    """(N, 3): tokens of prompt, chosen and rejected of each pair."""
+    if isinstance(pairs, TokenStore):
+        return pairs.lengths
+    return np.array([[len(side) for side in pair[:3]] for pair in pairs], np.int64).reshape(-1, 3)
+
+
 def _pair_tokens(pairs: Sequence[TokenizedPair]) -> npt.NDArray[Any]:
     """2·prompt + chosen + rejected of each pair."""
-    if isinstance(pairs, TokenStore):
-        return np.asarray(pairs.lengths @ np.array([2, 1, 1]))
-    return np.array([pair.pair_tokens for pair in pairs])
+    return np.asarray(side_lengths(pairs) @ np.array([2, 1, 1]))
 
 
 def _chunks(indices: npt.NDArray[Any], size: int) -> list[list[int]]:

@@ -20,6 +20,7 @@ from orpo_mlx.lora import FINE_TUNE_TYPES
 from orpo_mlx.methods import PARAMETERS, Recipe, describe
 from orpo_mlx.methods import resolve as resolve_method
 from orpo_mlx.models import DEFAULT_MODEL, DTYPES
+from orpo_mlx.modes import MODES
 from orpo_mlx.shapes import PAIRINGS
 from orpo_mlx.tokenization import TRUNCATIONS
 
@@ -106,7 +107,7 @@ class TrainingConfig:
         1, "multiplies --batch-size, as in mlx_lm.lora", int, "training", check=_POSITIVE
     )
     micro_batch_tokens: int = _option(
-        2048, "padded tokens run at one time; bounds memory, changes no number", int, "training", check=_POSITIVE
+        1024, "padded tokens run at one time; bounds memory, changes no number", int, "training", check=_POSITIVE
     )
     learning_rate: float = _option(1e-4, "learning rate", float, "training", check=_POSITIVE)
     lr_schedule: dict[str, Any] | None = _option(None, "mlx-lm's schedule: name, arguments, warmup", dict, "training")
@@ -131,9 +132,28 @@ class TrainingConfig:
         "adapters",
         choices=tuple(DTYPES),
     )
-    grad_checkpoint: bool = _option(False, "recompute each block in the backward pass to save memory", bool, "adapters")
     memory_check: bool = _option(True, "train without predicting the peak of memory first", bool, "adapters")
     trust_remote_code: bool = _option(False, "run Python code that comes with the checkpoint", bool, "adapters")
+
+    memory: str = _option(
+        "auto",
+        "; ".join(
+            ["auto: the fastest that should fit this machine", *(f"{name}: {m.help}" for name, m in MODES.items())]
+        ),
+        str,
+        "memory",
+        choices=("auto", *MODES),
+    )
+    segment_layers: int | None = _option(
+        None,
+        "layers run and freed together with --memory thrift or balanced; default 1",
+        int,
+        "memory",
+        check=_POSITIVE,
+    )
+    grad_checkpoint: bool = _option(False, "mlx_lm.lora's name for --memory thrift", bool, "memory")
+    share_prompt: bool = _option(True, "run each prompt once per completion, for comparison", bool, "memory")
+    plain_head: bool = _option(False, "compute the logits of every position, for comparison", bool, "memory")
 
     steps_per_report: int = _option(10, "steps between reports", int, "reports", check=_POSITIVE)
     steps_per_eval: int = _option(200, "steps between validations", int, "reports", check=_POSITIVE)
@@ -154,6 +174,7 @@ _GROUPS = {
     "loss": "loss",
     "training": "training",
     "adapters": "model and adapters",
+    "memory": "memory; changes no number but time and size",
     "reports": "reports and saves",
 }
 
@@ -288,6 +309,7 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
     if not recipe(config).needs_reference and config.precompute_reference:
         raise ConfigError(f"--precompute-reference: method {config.method} compares with no reference; leave it out.")
     data_reading(config)
+    config = dataclasses.replace(config, memory=_memory_mode(config))
     lora = {**DEFAULT_LORA, **config.lora_parameters}
     _check_table("lora_parameters", lora, {"rank", "scale", "dropout", "keys"})
     for key, check in (("rank", _POSITIVE), ("scale", _POSITIVE), ("dropout", _NOT_NEGATIVE)):
@@ -307,6 +329,29 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
             raise ConfigError(f"optimizer_config.{key}: found {table!r}, expected a table.")
         optimizers[key] = {**DEFAULT_OPTIMIZER_CONFIG[key], **table}
     return dataclasses.replace(config, lora_parameters=lora, optimizer_config=optimizers)
+
+
+def _memory_mode(config: TrainingConfig) -> str:
+    """`config.memory` with `grad_checkpoint` taken into account.
+
+    Raises:
+        ConfigError: flags that contradict it, or would do nothing.
+    """
+    mode = config.memory
+    if config.grad_checkpoint:
+        if mode not in ("auto", "thrift"):
+            raise ConfigError(
+                f"--grad-checkpoint means --memory thrift, and --memory {mode} is given; give one of them."
+            )
+        mode = "thrift"
+    in_segments = mode in MODES and MODES[mode].kept_layers < 1
+    if config.segment_layers is not None and not in_segments:
+        raise ConfigError(f"--segment-layers: --memory {mode} runs no segments; add --memory thrift or balanced.")
+    if config.plain_head and in_segments:
+        raise ConfigError(f"--plain-head: --memory {mode} needs the head apart from the layers; use --memory fast.")
+    if mode == "plain" and (config.plain_head or not config.share_prompt):
+        raise ConfigError("--memory plain sets --no-share-prompt and --plain-head itself; leave them out.")
+    return mode
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from orpo_mlx.cli import OneLineParser, exit_status
 from orpo_mlx.config import TrainingConfig, resolve
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.memory import Prediction, made_window, predict, recommended_working_set
+from orpo_mlx.modes import MODES
 
 PROG = "python -m orpo_mlx.fit"
+_ORDER = ("plain", "auto", "fast", "balanced", "thrift")
 _MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
 
 
@@ -44,13 +46,16 @@ def remedies(config: TrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
     """Flags that lower the peak, each beside the ones before, what costs least first."""
     changes: list[tuple[str, dict[str, Any]]] = [
         ("--micro-batch-tokens 1", {"micro_batch_tokens": 1}),
-        ("--grad-checkpoint", {"grad_checkpoint": True}),
+        ("--memory balanced", {"memory": "balanced"}),
+        ("--memory thrift", {"memory": "thrift"}),
     ]
     shorter = [config.max_seq_length // 2**power for power in (1, 2, 3)]
     changes += [(f"--max-seq-length {length}", {"max_seq_length": length}) for length in shorter if length >= 64]
     flags: dict[str, str] = {}
     for flag, change in changes:
         if all(getattr(config, name) == value for name, value in change.items()):
+            continue
+        if "memory" in change and _ORDER.index(change["memory"]) <= _ORDER.index(config.memory):
             continue
         config = dataclasses.replace(config, **change)
         flags[flag.split()[0]] = flag
@@ -70,9 +75,12 @@ def parse(argv: Sequence[str] | None) -> tuple[TrainingConfig, float | None, int
         allow_abbrev=False,
     )
     parser.add_argument("--memory", metavar="GIB", help="memory of the Mac (default: say which Macs it fits)")
+    parser.add_argument(
+        "--mode", metavar="MODE", choices=tuple(MODES), help=f"train's --memory: {', '.join(MODES)} (default: fast)"
+    )
     parser.add_argument("--prompt-tokens", metavar="N", help="of the tokens of a pair's side (default: half of them)")
     own, arguments = parser.parse_known_args(argv)
-    config = resolve(arguments, PROG)
+    config = resolve([*arguments, *(("--memory", own.mode) if own.mode else ())], PROG)
     memory = None if own.memory is None else _above_0("--memory", own.memory, float)
     prompt = None if own.prompt_tokens is None else int(_above_0("--prompt-tokens", own.prompt_tokens, int))
     if config.max_seq_length < 2 or (prompt is not None and prompt >= config.max_seq_length):

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_unflatten
 
 from orpo_mlx.batching import collate, micro_batches, sequence_tokens
-from orpo_mlx.logprobs import join_logps, pair_logps
+from orpo_mlx.logprobs import States, join_logps, pair_logps
 from orpo_mlx.metrics import MetricMeans, pair_metrics
 from orpo_mlx.prepare import Run
 from orpo_mlx.reference import with_reference
-from orpo_mlx.types import Batch, PairLogProbs, TokenizedPair
+from orpo_mlx.segments import Gradients
+from orpo_mlx.types import PairLogProbs, TokenizedPair
 
 
 class LossSlope(NamedTuple):
@@ -41,32 +41,36 @@ def window_gradient(run: Run, window: Sequence[TokenizedPair]) -> tuple[MetricMe
     cuts = micro_batches(window, run.config.batch_size, run.config.micro_batch_tokens)
     slopes = _loss_slopes(run, window, cuts) if run.method.couples_pairs and len(cuts) > 1 else [None] * len(cuts)
     means = MetricMeans()
-    gradients: dict[str, Any] = {}
+    gradients: Gradients = {}
     for pairs, slope in zip(cuts, slopes, strict=True):
         loss, metrics, share = batch_gradient(run, window, pairs, slope)
-        gradients = tree_map(mx.add, gradients, share) if gradients else share
+        for name in list(share):
+            # One at a time: two whole gradients need not exist at once.
+            gradient = share.pop(name)
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
         mx.eval(loss, metrics, gradients)
         means.add(metrics)
     if slopes[0] is not None:
         means = slopes[0].means
-    return means, gradients
+    return means, tree_unflatten(list(gradients.items()))
 
 
 def batch_gradient(
     run: Run, window: Sequence[TokenizedPair], pairs: Sequence[TokenizedPair], slope: LossSlope | None = None
-) -> tuple[mx.array, dict[str, mx.array], dict[str, Any]]:
-    """One batch's share of its window's loss, the batch's per-pair metrics, and the share's gradients."""
+) -> tuple[mx.array, dict[str, mx.array], Gradients]:
+    """One batch's share of its window's loss, the batch's per-pair metrics, and the share's gradients by flat name."""
     batch = collate(pairs)
     reference = run.reference(pairs, batch) if run.reference else None
     tokens_per_pair = _nll_tokens_per_pair(run, window)
 
-    def share(batch: Batch, reference: tuple[mx.array, mx.array] | None) -> tuple[mx.array, dict[str, mx.array]]:
-        logps = with_reference(pair_logps(run.scorer, batch, nll_tokens_per_pair=tokens_per_pair), reference)
+    def share(states: States) -> tuple[mx.array, dict[str, mx.array]]:
+        policy = pair_logps(run.scorer, batch, nll_tokens_per_pair=tokens_per_pair, states=states)
+        logps = with_reference(policy, reference)
         output = run.method.loss(logps)
         loss = output.losses.sum() / len(window) if slope is None else slope.times(logps)
         return loss, pair_metrics(logps, output)
 
-    (loss, metrics), gradients = nn.value_and_grad(run.loaded.model, share)(batch, reference)
+    (loss, metrics), gradients = run.memory.value_and_grad(batch, share)
     return loss, metrics, gradients
 
 

@@ -67,6 +67,17 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
         model.update_modules(tree_unflatten(adapted))
 
 
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for the length of a `with` block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
     """The trainable parameters by their flat names: what an adapter file holds."""
     return dict(tree_flatten(model.trainable_parameters()))

@@ -2,14 +2,16 @@
 
 A step's peak grows by the same amount with every layer. So one real step is run, with all that this package does in
 it, on two shallow models of the same widths with made-up weights, and the line through their peaks gives the peak at
-full depth; bytes of weights are counted from the architecture. It costs about as much as a fifth of one step and needs
-no table of what each architecture, setting and device keeps.
+full depth; bytes of weights are counted from the architecture. It costs about as much as one step of a small model, much
+less than one of a deep model, and needs no table of what each architecture, setting and device keeps.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from fractions import Fraction
+from math import lcm
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +19,16 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from orpo_mlx.batching import micro_batches
+from orpo_mlx.allocator import working_set_bytes
+from orpo_mlx.batching import micro_batches, side_lengths
 from orpo_mlx.blueprint import Blueprint, build, weight_bytes
 from orpo_mlx.config import TrainingConfig
 from orpo_mlx.errors import ModelError
 from orpo_mlx.lora import adapter_weights
 from orpo_mlx.models import LoadedModel
+from orpo_mlx.modes import MODES
 from orpo_mlx.prepare import assemble
-from orpo_mlx.step import checkpointed_layers, optimiser_step
+from orpo_mlx.step import optimiser_step
 from orpo_mlx.types import TokenizedPair
 
 _GIB = 2**30
@@ -66,12 +70,19 @@ class Probe(NamedTuple):
 def predict(config: TrainingConfig, blueprint: Blueprint, window: Sequence[TokenizedPair]) -> Prediction:
     """The peak of MLX's memory in a step on the heaviest micro-batches of `window`. Draws random numbers.
 
+    `config.memory` "auto" is taken as "fast".
+
     Raises:
         UserError: the model cannot be built, or the settings do not fit it.
     """
+    if config.memory == "auto":
+        config = dataclasses.replace(config, memory="fast")
     total = blueprint.layers
     trained = total if config.num_layers == -1 else config.num_layers
-    shallow = _FEWEST_LAYERS * -(-blueprint.period // _FEWEST_LAYERS)
+    # Depths at which the pattern of layers, the segments and the share of kept layers come out even.
+    kept_share = Fraction(MODES[config.memory].kept_layers).limit_denominator(10)
+    even = lcm(blueprint.period, config.segment_layers or 1, kept_share.denominator)
+    shallow = even * -(-_FEWEST_LAYERS // even)
     deep = 2 * shallow
     if trained <= deep or trained > total:
         # More than there are is for the probe to refuse, as the run would.
@@ -89,8 +100,9 @@ def predict(config: TrainingConfig, blueprint: Blueprint, window: Sequence[Token
 
 def heaviest_window(config: TrainingConfig, pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
     """The longest pairs of a split, as many as an optimiser step takes."""
-    tokens_run = [sum(map(len, pair[:3])) for pair in pairs]
-    longest = np.argsort(tokens_run, kind="stable")[::-1][: config.batch_size * config.grad_accumulation_steps]
+    longest = np.argsort(side_lengths(pairs).sum(axis=1), kind="stable")[::-1][
+        : config.batch_size * config.grad_accumulation_steps
+    ]
     return [pairs[index] for index in longest.tolist()]
 
 
@@ -117,8 +129,8 @@ def recommended_working_set(memory_gib: float) -> float:
 
 def device_working_set() -> float | None:
     """GiB this device recommends, or None where it does not say."""
-    size = mx.device_info().get("max_recommended_working_set_size")
-    return None if size is None else int(size) / _GIB
+    size = working_set_bytes()
+    return None if size is None else size / _GIB
 
 
 def _probe(
@@ -148,14 +160,13 @@ def _measured_step(
     # Two of them, where there are two: the first one's gradient is held while the second is computed.
     pairs = [pair for cut in cuts[-2:] for pair in cut]
     reference_peak = 0
-    with checkpointed_layers(run):
-        if run.reference is not None:
-            mx.reset_peak_memory()
-            run.reference.remember(cuts[-1:])
-            reference_peak = mx.get_peak_memory()
+    if run.reference is not None:
         mx.reset_peak_memory()
-        optimiser_step(run, pairs, 1)
-        peak = mx.get_peak_memory()
+        run.reference.remember(cuts[-1:])
+        reference_peak = mx.get_peak_memory()
+    mx.reset_peak_memory()
+    optimiser_step(run, pairs, 1)
+    peak = mx.get_peak_memory()
     learning = sum(array.nbytes for array in adapter_weights(model).values())
     weights = weight_bytes(model)
     state = sum(array.nbytes for array in dict(tree_flatten(run.optimizer.state)).values())

@@ -19,6 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from orpo_mlx.allocator import settle
 from orpo_mlx.batching import TrainingOrder, micro_batches
 from orpo_mlx.checkpoint import save_json
 from orpo_mlx.cli import OneLineParser, exit_status
@@ -28,8 +29,7 @@ from orpo_mlx.footprint import process_footprint
 from orpo_mlx.prepare import Run, prepare, versions
 from orpo_mlx.reference_table import ReferenceTable
 from orpo_mlx.sources import find_splits
-from orpo_mlx.step import checkpointed_layers, optimiser_step
-from orpo_mlx.train import wire_memory
+from orpo_mlx.step import optimiser_step
 from orpo_mlx.types import TokenizedPair
 
 PROG = "python scripts/compare_memory.py"
@@ -49,7 +49,7 @@ def measure(config: TrainingConfig) -> dict[str, Any]:
     `reference_s`, the median per step of what the first epoch adds (0 without a reference); `pair_tokens_per_s`;
     `loss`, its mean in the pass that warms up, whose first step is that of the model as it was loaded.
     """
-    wire_memory()
+    settle()
     run = prepare(config)
     pairs = run.splits["train"].pairs
     window_size = config.batch_size * config.grad_accumulation_steps
@@ -57,10 +57,9 @@ def measure(config: TrainingConfig) -> dict[str, Any]:
     windows = [[pairs[index] for index in indices] for indices in itertools.islice(order, config.iters)]
     run.optimizer.init(run.loaded.model.trainable_parameters())
     run.loaded.model.train()
-    with checkpointed_layers(run):
-        references_s, reference_peak = _reference_seconds(run, windows)
-        losses = [optimiser_step(run, window, step).means()["loss"] for step, window in enumerate(windows, 1)]
-        steps_s, step_peak = _timed(lambda window: optimiser_step(run, window, 0), windows)
+    references_s, reference_peak = _reference_seconds(run, windows)
+    losses = [optimiser_step(run, window, step).means()["loss"] for step, window in enumerate(windows, 1)]
+    steps_s, step_peak = _timed(lambda window: optimiser_step(run, window, 0), windows)
     footprint = process_footprint()
     return {
         "peak_memory_gib": max(reference_peak, step_peak),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx_lm.tuner.utils import build_schedule
 
@@ -20,7 +22,9 @@ from orpo_mlx.logprobs import PairScorer
 from orpo_mlx.lora import adapter_weights, add_adapters, load_adapter_file
 from orpo_mlx.methods import Recipe
 from orpo_mlx.models import LoadedModel, check_vocabulary, find, load
+from orpo_mlx.modes import MODES, choose_memory
 from orpo_mlx.reference import ReferenceLogProbs
+from orpo_mlx.segments import ValueAndGrad, find_walk, whole_value_and_grad
 from orpo_mlx.sources import find_splits
 from orpo_mlx.splits import Lengths, Split, tokenized_split
 
@@ -45,6 +49,17 @@ class Run:
     method: Recipe
     reference: ReferenceLogProbs | None
     optimizer: optim.Optimizer
+    memory: Memory
+
+
+class Memory(NamedTuple):
+    """How a run spends memory."""
+
+    mode: str
+    """One of `MODES`."""
+    value_and_grad: ValueAndGrad
+    notes: tuple[str, ...] = ()
+    """What the user should know about it."""
 
 
 def prepare(config: TrainingConfig) -> Run:
@@ -80,13 +95,53 @@ def assemble(config: TrainingConfig, folder: Path, splits: dict[str, Split], loa
     add_adapters(loaded.model, config.fine_tune_type, config.num_layers, config.lora_parameters)
     if config.resume_adapter_file is not None:
         load_adapter_file(loaded.model, config.resume_adapter_file, config.lora_parameters["scale"])
-    # mlx-lm's checkpointing runs a block again in the backward pass, and would write to the prompt's cache twice.
-    scorer = PairScorer(loaded.model, share_prompt=not config.grad_checkpoint)
+    if config.memory == "auto":
+        config = dataclasses.replace(config, memory=_automatic_mode(config, loaded.model, splits["train"]))
+    scorer, memory = spend_memory(config, loaded.model)
     fresh = config.fine_tune_type != "full" and config.resume_adapter_file is None
     method, reference = recipe(config), None
     if method.needs_reference:
         reference = ReferenceLogProbs(scorer, adapters_are_new=fresh, with_prompt=config.nll == "sequence")
-    return Run(config, folder, splits, loaded, scorer, method, reference, _optimizer(config))
+    return Run(config, folder, splits, loaded, scorer, method, reference, _optimizer(config), memory)
+
+
+def _automatic_mode(config: TrainingConfig, model: nn.Module, split: Split) -> str:
+    """The fastest mode that should hold the longest pair, or a micro-batch."""
+    if config.plain_head:
+        return "fast"
+    return choose_memory(model, max(int(split.pairs.lengths.sum(axis=1).max()), config.micro_batch_tokens))
+
+
+def spend_memory(config: TrainingConfig, model: nn.Module) -> tuple[PairScorer, Memory]:
+    """The policy's scorer, and how its gradients are taken, as the settings and the model allow."""
+    name = config.memory
+    mode = MODES[name]
+    scorer = PairScorer(
+        model,
+        share_prompt=mode.share_prompt and config.share_prompt,
+        split_head=mode.split_head and not config.plain_head,
+        lean=mode.lean,
+    )
+    walk = None
+    if mode.kept_layers < 1:
+        kept = int(mode.kept_layers * len(model.layers))
+        walk = find_walk(scorer, segment_layers=config.segment_layers or 1, kept_layers=kept)
+    value_and_grad = walk.value_and_grad if walk else partial(whole_value_and_grad, scorer)
+    missing = {
+        "This model's head cannot be told apart from its body: the logits of every position are computed.": (
+            mode.split_head and not config.plain_head and not scorer.splits_head
+        ),
+        "This model cannot share a prompt: each prompt is run once per completion.": (
+            mode.share_prompt and config.share_prompt and not scorer.shares_prompt
+        ),
+        "This model's layers do not agree with this package's attention: they run as mlx-lm wrote them.": (
+            mode.lean and not scorer.lean
+        ),
+        f"This model's layers cannot be run in segments: instead of --memory {name} it takes fast.": mode.kept_layers
+        < 1
+        and walk is None,
+    }
+    return scorer, Memory(name, value_and_grad, tuple(note for note, holds in missing.items() if holds))
 
 
 def run_record(run: Run) -> dict[str, Any]:
@@ -96,6 +151,7 @@ def run_record(run: Run) -> dict[str, Any]:
         "method_parameters": run.method.parameters,
         "model_path": str(run.loaded.path),
         "model_note": run.loaded.note,
+        "memory": run.memory.mode,
         "trainable_parameters": sum(array.size for array in adapter_weights(run.loaded.model).values()),
         "data": {name: _split_record(split) for name, split in run.splits.items()},
         "versions": versions(),

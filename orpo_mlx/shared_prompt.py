@@ -20,10 +20,11 @@ class PrefixCache:
 
     Args:
         left_padding: (B,) padded columns of each row, or None where there are none.
+        length: P, columns of the prompts.
     """
 
-    def __init__(self, left_padding: mx.array | None) -> None:
-        self.left_padding = left_padding
+    def __init__(self, left_padding: mx.array | None, length: int) -> None:
+        self.left_padding, self.length = left_padding, length
         self.offset: int | mx.array = 0 if left_padding is None else -left_padding
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
@@ -46,11 +47,9 @@ class CompletionCache:
     """One layer's view of a completion: the prompt's keys and values before its own. The prefix is left as it is."""
 
     def __init__(self, prefix: PrefixCache) -> None:
-        assert prefix.keys is not None
         self._prefix = prefix
-        self._length = prefix.keys.shape[2]
         self.left_padding = prefix.left_padding
-        self.offset = prefix.offset + self._length
+        self.offset = prefix.offset + prefix.length
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Prompt and completion keys and values, joined."""
@@ -60,7 +59,7 @@ class CompletionCache:
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """Causal mask of the completion over prompt and completion."""
-        return _mask(length, self._length, self.left_padding, return_array, window_size)
+        return _mask(length, self._prefix.length, self.left_padding, return_array, window_size)
 
 
 def takes_prefix_caches(model: Any) -> bool:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import mlx.core as mx
-from mlx_lm.tuner.trainer import grad_checkpoint
 
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.gradients import gradient_norm, window_gradient
@@ -35,16 +32,3 @@ def optimiser_step(run: Run, window: Sequence[TokenizedPair], step: int) -> Metr
     run.optimizer.update(model, gradients)
     mx.eval(model.trainable_parameters(), run.optimizer.state)
     return means
-
-
-@contextmanager
-def checkpointed_layers(run: Run) -> Iterator[None]:
-    """Gradient checkpointing for the length of the run; mlx-lm's patches the block's class, so it is put back."""
-    block_class: Any = type(run.loaded.model.layers[0])
-    original = block_class.__call__
-    if run.config.grad_checkpoint:
-        grad_checkpoint(run.loaded.model.layers[0])
-    try:
-        yield
-    finally:
-        block_class.__call__ = original

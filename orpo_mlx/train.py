@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
+from orpo_mlx.allocator import settle
 from orpo_mlx.batching import TrainingOrder, epoch_order, length_order, micro_batches, steps_per_epoch
 from orpo_mlx.blueprint import read_blueprint
 from orpo_mlx.checkpoint import save_adapters, save_json, write_text
@@ -26,7 +27,7 @@ from orpo_mlx.reference_table import ReferenceTable
 from orpo_mlx.reporting import MetricsFile, Reporter, eval_line, step_numbers, train_line
 from orpo_mlx.samples import Reply, pick_prompts, sample_replies
 from orpo_mlx.splits import Split
-from orpo_mlx.step import checkpointed_layers, optimiser_step
+from orpo_mlx.step import optimiser_step
 from orpo_mlx.types import Pair, TokenizedPair
 
 PROG = "python -m orpo_mlx.train"
@@ -47,7 +48,7 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
         UserError: settings, data or model cannot be used, or the run cannot go on.
     """
     reporter = reporter or Reporter()
-    wire_memory()
+    settle()
     run = prepare(config)
     _announce(run, reporter)
     if config.memory_check:
@@ -60,10 +61,9 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
     try:
         prompts = _sample_prompts(run, reporter)
         _precompute_reference(run, reporter)
-        with checkpointed_layers(run):
-            replies_before = _replies(run, prompts)
-            before = _evaluate_splits(run, reporter, metrics_file, 0, tuple(run.splits))
-            after = _steps(run, reporter, metrics_file)
+        replies_before = _replies(run, prompts)
+        before = _evaluate_splits(run, reporter, metrics_file, 0, tuple(run.splits))
+        after = _steps(run, reporter, metrics_file)
         if before:
             reporter.closing_table(before, after)
         reporter.replies(replies_before, _replies(run, prompts))
@@ -123,13 +123,6 @@ def _steps(run: Run, reporter: Reporter, metrics_file: MetricsFile) -> Held:
     return held
 
 
-def wire_memory() -> None:
-    """Let Metal keep the weights resident up to what the device recommends; other devices report no such size."""
-    size = mx.device_info().get("max_recommended_working_set_size")
-    if size is not None:
-        mx.set_wired_limit(int(size))
-
-
 def _announce(run: Run, reporter: Reporter) -> None:
     if run.loaded.note:
         reporter.say(run.loaded.note)
@@ -142,11 +135,8 @@ def _announce(run: Run, reporter: Reporter) -> None:
         reporter.say(f"The rows left out are listed in {run.folder}/left_out.txt.")
     if "valid" not in run.splits:
         reporter.say("No valid split: training without validation.")
-    if not run.scorer.splits_head:
-        reporter.say("This model's head cannot be told apart from its body: the logits of every position are computed.")
-    if not run.scorer.shares_prompt:
-        why = "With --grad-checkpoint" if run.config.grad_checkpoint else "This model cannot share a prompt:"
-        reporter.say(f"{why} each prompt is run once per completion.")
+    for note in run.memory.notes:
+        reporter.say(note)
     if run.reference is not None:
         _pass_on_notes(run.reference.table, reporter)
         if len(run.reference.table):
@@ -157,7 +147,10 @@ def _announce(run: Run, reporter: Reporter) -> None:
     several = len(run.method.parameters) > 1
     parameters = ", ".join(f"{name + ' ' if several else ''}{key} {value:g}" for name, key, value in shown)
     trainable = sum(array.size for array in adapter_weights(run.loaded.model).values())
-    reporter.say(f"Training {trainable:,} parameters with {run.config.method} ({parameters or 'no parameters'}).")
+    reporter.say(
+        f"Training {trainable:,} parameters with {run.config.method} ({parameters or 'no parameters'}), "
+        f"--memory {run.memory.mode}."
+    )
 
 
 def _check_memory(run: Run, reporter: Reporter) -> None:

@@ -81,6 +81,16 @@ def make_model(kind: str = "llama", *, seed: int = 0, vocabulary: int = VOCABULA
     return model
 
 
+def quantise(model: nn.Module) -> None:
+    """Four bits where the width allows it."""
+    nn.quantize(
+        model,
+        group_size=32,
+        bits=4,
+        class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % 32 == 0,
+    )
+
+
 def model_config(kind: str, vocabulary: int = VOCABULARY) -> dict[str, Any]:
     """The config.json of such a model."""
     common = {

@@ -40,7 +40,8 @@ def test_every_flag_sets_its_field() -> None:
     for field in dataclasses.fields(TrainingConfig):
         kind, choices = field.metadata["kind"], field.metadata.get("choices")
         flag = f"--{field.name.replace('_', '-')}"
-        if kind is dict or field.name in ("epochs", "method", *PARAMETERS):
+        # Flags that are tried one by one below: they contradict others.
+        if kind is dict or field.metadata["group"] == "memory" or field.name in ("epochs", "method", *PARAMETERS):
             continue
         if kind is bool:
             argv.append(f"--no-{flag[2:]}" if field.default else flag)
@@ -51,6 +52,39 @@ def test_every_flag_sets_its_field() -> None:
         expected[field.name] = value
     config = resolve([*argv, "--method", "dpo"])
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        ([], "memory", "auto"),
+        (["--memory", "plain"], "memory", "plain"),
+        (["--grad-checkpoint"], "memory", "thrift"),
+        (["--grad-checkpoint", "--memory", "thrift"], "memory", "thrift"),
+        (["--grad-checkpoint", "--segment-layers", "3"], "segment_layers", 3),
+        (["--memory", "fast", "--plain-head"], "plain_head", True),
+        (["--memory", "thrift", "--no-share-prompt"], "share_prompt", False),
+    ],
+)
+def test_memory_flags(argv: list[str], name: str, value: Any) -> None:
+    assert getattr(resolve(argv), name) == value
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--grad-checkpoint", "--memory", "fast"], "--grad-checkpoint means --memory thrift"),
+        (["--segment-layers", "2"], "--segment-layers: --memory auto runs no segments"),
+        (["--segment-layers", "2", "--memory", "fast"], "--segment-layers: --memory fast runs no segments"),
+        (["--plain-head", "--memory", "thrift"], "--plain-head: --memory thrift needs the head"),
+        (["--plain-head", "--memory", "plain"], "--memory plain sets"),
+        (["--no-share-prompt", "--memory", "plain"], "--memory plain sets"),
+        (["--memory", "thirft"], "did you mean thrift"),
+    ],
+)
+def test_memory_flags_that_contradict_each_other(argv: list[str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        resolve(argv)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
 LAYERS = [
-    {"_blas", "errors", "types"},
+    {"_blas", "allocator", "errors", "exponential", "types"},
     {"turns", "rows", "row_report", "cache"},
     {"shapes", "sources", "token_store", "tokenization"},
     {
+        "attention",
+        "modes",
         "cli",
         "data",
         "batching",
@@ -25,8 +27,9 @@ LAYERS = [
         "checkpoint",
         "footprint",
     },
-    {"logprobs", "metrics", "methods", "models", "splits", "reference_table"},
-    {"reference", "config", "samples", "blueprint"},
+    {"head", "lean", "metrics", "methods", "models", "splits", "reference_table"},
+    {"logprobs", "config", "samples", "blueprint"},
+    {"reference", "segments"},
     {"evaluation", "prepare", "reporting", "chapter", "score", "inspection"},
     {"gradients", "inspect"},
     {"step"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -98,7 +99,7 @@ def test_only_the_missing_pairs_of_a_batch_are_computed(monkeypatch: pytest.Monk
     sizes = []
     call = PairScorer.__call__
 
-    def counted(self: PairScorer, batch: Batch, **keywords: bool) -> TokenLogProbs:
+    def counted(self: PairScorer, batch: Batch, **keywords: Any) -> TokenLogProbs:
         sizes.append(len(batch.chosen_ids))
         return call(self, batch, **keywords)
 

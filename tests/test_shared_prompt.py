@@ -27,7 +27,7 @@ def brute_mask(prompt: int, length: int, padding: list[int], window: int | None)
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("padding", [[0, 2], [1, 0]])
 def test_masks_against_brute_force(padding: list[int], window: int | None) -> None:
-    prefix = PrefixCache(mx.array(padding))
+    prefix = PrefixCache(mx.array(padding), 4)
     assert np.array_equal(np.array(prefix.make_mask(4, window_size=window)), brute_mask(0, 4, padding, window))
     prefix.update_and_fetch(mx.zeros((2, 1, 4, 2)), mx.zeros((2, 1, 4, 2)))
     completion = prefix.extend()
@@ -35,7 +35,7 @@ def test_masks_against_brute_force(padding: list[int], window: int | None) -> No
 
 
 def test_without_padding_the_mask_is_the_fast_kind_until_a_window_bites() -> None:
-    prefix = PrefixCache(None)
+    prefix = PrefixCache(None, 4)
     assert prefix.make_mask(4) == "causal"
     assert prefix.make_mask(1) is None
     assert prefix.make_mask(4, window_size=4) == "causal"
@@ -44,7 +44,7 @@ def test_without_padding_the_mask_is_the_fast_kind_until_a_window_bites() -> Non
 
 
 def test_offsets_are_positions_and_completions_do_not_see_each_other() -> None:
-    prefix = PrefixCache(mx.array([0, 2]))
+    prefix = PrefixCache(mx.array([0, 2]), 4)
     assert np.array(prefix.offset).tolist() == [0, -2]
     keys = mx.random.normal((2, 1, 4, 2))
     prefix.update_and_fetch(keys, keys)
@@ -57,7 +57,7 @@ def test_offsets_are_positions_and_completions_do_not_see_each_other() -> None:
 
 def test_gradients_flow_from_a_completion_into_the_prompt() -> None:
     def loss(keys: mx.array) -> mx.array:
-        prefix = PrefixCache(None)
+        prefix = PrefixCache(None, 3)
         prefix.update_and_fetch(keys, 2 * keys)
         total = mx.array(0.0)
         for _ in range(2):

@@ -227,6 +227,7 @@ def test_memory_is_wired_only_where_the_device_names_a_size(
     found: list[int] = []
     monkeypatch.setattr(mx, "device_info", lambda: info)
     monkeypatch.setattr(mx, "set_wired_limit", found.append)
+    monkeypatch.setattr(mx, "set_cache_limit", lambda _: None)
     run_quietly({**settings, "iters": 1})
     assert found == limits
 

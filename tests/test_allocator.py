@@ -1,0 +1,27 @@
+"""Process-wide memory settings, with stand-ins for what a Mac has."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from orpo_mlx.allocator import settle, working_set_bytes
+
+
+@pytest.mark.parametrize(("info", "limits"), [({}, []), ({"max_recommended_working_set_size": 1000}, [1000, 100])])
+def test_limits_are_set_only_where_the_device_names_a_size(
+    info: dict[str, int], limits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(mx, "set_wired_limit", found.append)
+    monkeypatch.setattr(mx, "set_cache_limit", found.append)
+    settle()
+    assert found == limits
+    assert working_set_bytes() == (limits[0] if limits else None)
+
+
+def test_settling_twice_is_settling_once() -> None:
+    settle()
+    settle()
+    assert float(mx.ones((1000, 1000)).sum()) == 1e6
