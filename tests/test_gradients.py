@@ -34,6 +34,24 @@ def test_an_accumulation_window_equals_the_big_batch(settings: dict[str, Any], m
             )
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_modes_change_no_number(settings: dict[str, Any], method: str) -> None:
+    results = []
+    for memory in ("plain", "fast", "balanced", "thrift"):
+        run = make_run(settings, method=method, memory=memory, nll="sequence", batch_size=6)
+        assert not run.memory.notes
+        means, gradients = window_gradient(run, run.splits["train"].pairs)
+        results.append((means.means()["loss"], dict(tree_flatten(gradients))))
+    for loss, gradients in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        assert gradients.keys() == results[0][1].keys()
+        for name, expected in results[0][1].items():
+            scale = max(1e-3, float(mx.abs(expected).max()))
+            np.testing.assert_allclose(
+                np.array(gradients[name]), np.array(expected), rtol=0, atol=1e-4 * scale, err_msg=name
+            )
+
+
 def test_gradient_norm_is_over_everything() -> None:
     tree = {"a": {"lora_a": mx.array([3.0, 0.0])}, "b": [mx.array([[4.0]], mx.float16), mx.array(12.0)]}
     assert float(gradient_norm(tree)) == pytest.approx(13.0)
