@@ -2,8 +2,8 @@
 
 A step's peak grows by the same amount with every layer. So one real step is run, with all that this package does in
 it, on two shallow models of the same widths with made-up weights, and the line through their peaks gives the peak at
-full depth; bytes of weights are counted from the architecture. It costs about as much as one step of a small model, much
-less than one of a deep model, and needs no table of what each architecture, setting and device keeps.
+full depth; bytes of weights are counted from the architecture. It needs no table of what
+each architecture, setting and device keeps; it costs about as much as one step of a model of a dozen layers.
 """
 
 from __future__ import annotations

@@ -37,11 +37,14 @@ def test_nothing_is_loaded(arguments: list[str], monkeypatch: pytest.MonkeyPatch
     assert main(arguments) == 0
 
 
-def stand_in(peaks: dict[tuple[int, bool, int], float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peaks by --micro-batch-tokens, --grad-checkpoint and --max-seq-length."""
+_TOKENS = TrainingConfig().micro_batch_tokens
+
+
+def stand_in(peaks: dict[tuple[int, str, int], float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaks by --micro-batch-tokens, --memory and --max-seq-length."""
 
     def peak(config: TrainingConfig, *_: Any) -> Prediction:
-        key = (config.micro_batch_tokens, config.grad_checkpoint, config.max_seq_length)
+        key = (config.micro_batch_tokens, config.memory, config.max_seq_length)
         return Prediction(peaks[key], 0, 0, 0, 0, 0)
 
     monkeypatch.setattr("orpo_mlx.fit.predicted", peak)
@@ -51,21 +54,24 @@ def test_what_would_make_it_fit(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments[3] = "512"
-    peaks = {(2048, False, 512): 20.0, (1, False, 512): 15.0, (1, True, 512): 12.0, (1, True, 256): 10.0}
-    stand_in({**peaks, (1, True, 128): 0.0, (1, True, 64): 0.0}, monkeypatch)
+    peaks = {(_TOKENS, "auto", 512): 20.0, (1, "auto", 512): 15.0, (1, "balanced", 512): 13.0}
+    peaks |= {(1, "thrift", 512): 12.0, (1, "thrift", 256): 10.0}
+    stand_in({**peaks, (1, "thrift", 128): 0.0, (1, "thrift", 64): 0.0}, monkeypatch)
     assert main([*arguments, "--memory", "16"]) == 0
-    assert capsys.readouterr().out.splitlines()[-4:] == [
+    assert capsys.readouterr().out.splitlines()[-5:] == [
         "A Mac with 16 GiB recommends a working set of 10.67 GiB: it does not fit.",
         "  with --micro-batch-tokens 1: 15.00 GiB",
-        "  with --micro-batch-tokens 1 --grad-checkpoint: 12.00 GiB",
-        "  with --micro-batch-tokens 1 --grad-checkpoint --max-seq-length 256: 10.00 GiB, which fits",
+        "  with --micro-batch-tokens 1 --memory balanced: 13.00 GiB",
+        "  with --micro-batch-tokens 1 --memory thrift: 12.00 GiB",
+        "  with --micro-batch-tokens 1 --memory thrift --max-seq-length 256: 10.00 GiB, which fits",
     ]
 
 
 def test_nothing_makes_it_fit(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stand_in({(2048, False, 64): 9.0, (1, False, 64): 8.0, (1, True, 64): 7.0}, monkeypatch)
+    peaks = {(_TOKENS, "auto", 64): 9.0, (1, "auto", 64): 8.0, (1, "balanced", 64): 7.5, (1, "thrift", 64): 7.0}
+    stand_in(peaks, monkeypatch)
     assert main([*arguments, "--memory", "8"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("No flag makes it fit")
 
