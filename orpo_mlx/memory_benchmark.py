@@ -105,17 +105,20 @@ def _timed(work: Callable[[Sequence[TokenizedPair]], object], windows: Windows) 
     return seconds, mx.get_peak_memory() / _GIB
 
 
-def compare(methods: Sequence[str], arguments: Sequence[str], json_file: Path | None = None) -> dict[str, Any]:
-    """Measure each method in a fresh process; what is known so far is in `json_file` after each.
+def compare(
+    methods: Sequence[str], arguments: Sequence[str], json_file: Path | None = None, modes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Measure each method (in each mode) in a fresh process; what is known so far is in `json_file` after each.
 
     Args:
         methods: as `--method` takes them.
         arguments: flags of `orpo_mlx.train`, for all of them.
         json_file: where to write the record.
+        modes: values of `--memory` to measure every method with; none: as `arguments` say.
 
     Returns:
-        `methods`: for each a dictionary with `method`, its `settings`, and the keys of `measure`, or `error` in their
-        place where its process died; `versions`, `machine` and `date`.
+        `methods`: for each a dictionary with `method`, `memory` (the mode), all `settings`, and the keys of `measure`,
+        or `error` in their place where its process died; `versions`, `machine` and `date`.
 
     Raises:
         ConfigError: the settings cannot be used.
@@ -126,12 +129,13 @@ def compare(methods: Sequence[str], arguments: Sequence[str], json_file: Path | 
         "versions": versions(),
         "methods": [],
     }
-    commands = {method: _command(method, arguments) for method in methods}
-    configs = {method: resolve(command, PROG) for method, command in commands.items()}
-    find_splits(next(iter(configs.values())).data)
-    for method, command in commands.items():
-        print(f"Measuring {method} ...", file=sys.stderr, flush=True)
-        record["methods"].append({"method": method, "settings": configs[method].settings(), **_in_a_process(command)})
+    commands = [_command(method, [*arguments, *mode]) for method in methods for mode in _mode_flags(modes)]
+    configs = [resolve(command, PROG) for command in commands]
+    find_splits(configs[0].data)
+    for config, command in zip(configs, commands, strict=True):
+        print(f"Measuring {config.method} with --memory {config.memory} ...", file=sys.stderr, flush=True)
+        settings = {"method": config.method, "memory": config.memory, "settings": config.settings()}
+        record["methods"].append({**settings, **_in_a_process(command)})
         if json_file is not None:
             save_json(json_file, record)
     return record
@@ -142,16 +146,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     measured = [row for row in rows if "error" not in row]
     base = next((row for row in measured if row["method"] == "orpo"), measured[0] if measured else None)
     memory = ("peak_memory_gib", "active_memory_gib", "cache_memory_gib", "footprint_gib")
-    lines = [["method", *(f"{name.removesuffix('_gib').replace('_memory', '')} GiB" for name in memory)]]
+    lines = [["method", "--memory", *(f"{name.removesuffix('_gib').replace('_memory', '')} GiB" for name in memory)]]
     lines[0] += ["step s", "first epoch step s", "pair tokens/s", "loss"]
     for row in rows:
         if base is None or "error" in row:
-            lines.append([row["method"], row["error"], *["" for _ in lines[0][2:]]])
+            lines.append([row["method"], row["memory"], row["error"], *["" for _ in lines[0][3:]]])
             continue
         cells = [_with_ratio(row[name], base[name]) for name in memory]
         cells.append(_with_ratio(row["step_s_median"], base["step_s_median"]))
         cells.append(_with_ratio(row["step_s_median"] + row["reference_s"], base["step_s_median"]))
-        lines.append([row["method"], *cells, f"{row['pair_tokens_per_s']:.0f}", f"{row['loss']:.4f}"])
+        lines.append([row["method"], row["memory"], *cells, f"{row['pair_tokens_per_s']:.0f}", f"{row['loss']:.4f}"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     shown = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
@@ -196,8 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(PROG, lambda: _run(argv))
 
 
-def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None]:
-    """Methods, the flags for all of them, and the file to write.
+def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None, list[str]]:
+    """Methods, the flags for all of them, the file to write, and the memory modes.
 
     Raises:
         ConfigError: flags that cannot be used.
@@ -209,20 +213,28 @@ def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None
         allow_abbrev=False,
     )
     parser.add_argument("--methods", default="orpo,dpo", help="names with commas between (default: %(default)s)")
+    parser.add_argument("--modes", default="", help="values of --memory to measure each method with: plain,fast,...")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there")
     own, arguments = parser.parse_known_args(argv)
     methods = [name.strip() for name in own.methods.split(",")]
     if any(word.split("=")[0] == "--method" for word in arguments):
         raise ConfigError("--method: this command measures several; give --methods orpo,dpo.")
-    for method in methods:
-        resolve(_command(method, arguments), PROG)
+    modes = [name.strip() for name in own.modes.split(",")] if own.modes else []
+    if modes and any(word.split("=")[0] == "--memory" for word in arguments):
+        raise ConfigError("--memory: several modes are measured; leave out --memory or --modes.")
+    for method, mode in itertools.product(methods, _mode_flags(modes)):
+        resolve(_command(method, [*arguments, *mode]), PROG)
     if own.json is not None and (own.json.is_dir() or not own.json.parent.is_dir()):
         raise ConfigError(f"--json {own.json}: cannot be written there; give a file in a folder that exists.")
-    return methods, arguments, own.json
+    return methods, arguments, own.json, modes
 
 
 def _command(method: str, arguments: Sequence[str]) -> list[str]:
     return [*_DEFAULTS, *arguments, *_FIXED, "--method", method]
+
+
+def _mode_flags(modes: Sequence[str]) -> list[tuple[str, ...]]:
+    return [("--memory", mode) for mode in modes] or [()]
 
 
 def _run(argv: Sequence[str] | None) -> None:

@@ -62,19 +62,19 @@ def test_the_script(arguments: list[str], tmp_path: Path) -> None:
 
 
 def row(method: str, peak: float) -> dict[str, Any]:
-    return {"method": method, **dict.fromkeys(KEYS, 1.0), "peak_memory_gib": peak}
+    return {"method": method, "memory": "fast", **dict.fromkeys(KEYS, 1.0), "peak_memory_gib": peak}
 
 
 def test_ratios_are_to_orpo_or_else_to_the_first() -> None:
     def peaks(*rows: dict[str, Any]) -> list[str]:
-        return [line.split("|")[2].strip() for line in table(rows).splitlines()[2:]]
+        return [line.split("|")[3].strip() for line in table(rows).splitlines()[2:]]
 
     assert peaks(row("dpo", 3.0), row("orpo", 2.0)) == ["3.00 (1.50x)", "2.00 (1.00x)"]
     assert peaks(row("dpo", 3.0), row("sft", 1.5)) == ["3.00 (1.00x)", "1.50 (0.50x)"]
-    assert peaks({"method": "orpo", "error": "killed by SIGKILL"}, row("dpo", 3.0)) == [
+    assert peaks({"method": "orpo", "memory": "fast", "error": "killed by SIGKILL"}, row("dpo", 3.0)) == [
         "killed by SIGKILL", "3.00 (1.00x)",
     ]  # fmt: skip
-    assert peaks({"method": "orpo", "error": "killed by SIGKILL"}) == ["killed by SIGKILL"]
+    assert peaks({"method": "orpo", "memory": "fast", "error": "killed by SIGKILL"}) == ["killed by SIGKILL"]
 
 
 def test_a_process_that_dies_is_named_and_the_rest_go_on(
@@ -106,6 +106,8 @@ def test_a_process_that_dies_is_named_and_the_rest_go_on(
         (["--method", "orpo"], "--method: this command measures several"),
         (["--method=orpo"], "--method: this command measures several"),
         (["--iters", "0"], "--iters: found '0'"),
+        (["--modes", "fast,slow"], "--memory: found 'slow', expected one of auto, fast, balanced, thrift, plain"),
+        (["--modes", "fast", "--memory", "thrift"], "--memory: several modes are measured"),
         (["--data", "nowhere"], "nowhere: no such file or folder"),
         (["--odd", "1"], "unrecognized arguments: --odd"),
         (["--json", "no/where.json"], "--json no/where.json: cannot be written there"),
@@ -139,3 +141,11 @@ def test_every_flag_of_train_holds_for_every_method(arguments: list[str], monkey
         assert (settings["grad_checkpoint"], settings["seed"], settings["iters"]) == (True, 7, 3)
         assert settings["shuffle"] is False
         assert {"--grad-checkpoint", "--seed", "--iters", "--no-shuffle"} <= set(words)
+
+
+def test_each_method_in_each_mode(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_benchmark, "_in_a_process", lambda _: {})
+    rows = compare(["orpo", "dpo"], arguments, modes=["plain", "thrift"])["methods"]
+    assert [(row["method"], row["memory"]) for row in rows] == [
+        ("orpo", "plain"), ("orpo", "thrift"), ("dpo", "plain"), ("dpo", "thrift"),
+    ]  # fmt: skip
