@@ -120,8 +120,7 @@ def _run(argv: Sequence[str] | None) -> None:
         raise ConfigError(f"--output {output}: cannot be written there; give a file in a folder that exists.")
     raw = load_pairs(data, Reading(parse_columns(args.columns)))
     head = find(args.model, trust_remote_code=args.trust_remote_code)
-    to_ids = PairTokenizer(head.tokenizer)
-    pairs = [to_ids(pair) for pair in raw]
+    pairs = list(PairTokenizer(head.tokenizer).each(raw))
     loaded = load(head, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     if loaded.note:
         print(loaded.note)

@@ -90,10 +90,18 @@ class PairTokenizer:
             DataError: text without a tokenizer, a conversation without a chat template, a template that fails or
                 renders the prompt differently once the answer follows, or an empty prompt.
         """
-        (outcome,) = self.batches([pair])
-        if isinstance(outcome, DataError):
-            raise outcome
-        return outcome
+        return next(self.each([pair]))
+
+    def each(self, pairs: Iterable[Pair | TokenizedPair]) -> Iterator[TokenizedPair]:
+        """Token ids of each pair.
+
+        Raises:
+            DataError: the first pair that has none, see `__call__`.
+        """
+        for outcome in self.batches(pairs):
+            if isinstance(outcome, DataError):
+                raise outcome
+            yield outcome
 
     def batches(self, pairs: Iterable[Pair | TokenizedPair]) -> Iterator[Outcome]:
         """Token ids of each pair, or why it has none; texts are rendered while others are encoded."""

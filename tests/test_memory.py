@@ -73,6 +73,10 @@ def measured(folder: Path, settings: dict[str, Any], window: list[TokenizedPair]
         {"batch_size": 1, "max_seq_length": 128, "fine_tune_type": "full"},
         {"batch_size": 1, "max_seq_length": 128, "num_layers": 5, "optimizer": "sgd"},
         {"batch_size": 1, "max_seq_length": 128, "num_layers": 2},
+        {"batch_size": 2, "max_seq_length": 96, "memory": "plain"},
+        {"batch_size": 2, "max_seq_length": 128, "memory": "balanced", "method": "dpo"},
+        {"batch_size": 2, "max_seq_length": 128, "memory": "thrift"},
+        {"batch_size": 1, "max_seq_length": 128, "memory": "thrift", "segment_layers": 2},
     ],
 )
 def test_a_prediction_is_what_is_measured(deep_model: Path, settings: dict[str, Any]) -> None:

@@ -1,0 +1,49 @@
+"""The documents name what the code has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mlx_lm.utils import load_tokenizer
+
+from orpo_mlx.data import Reading
+from orpo_mlx.inspection import inspect_splits
+from orpo_mlx.modes import MODES
+from orpo_mlx.row_report import REASONS
+from orpo_mlx.rows import READERS
+from orpo_mlx.shapes import PAIRINGS, SHAPES
+from orpo_mlx.sources import SPLIT_NAMES, FileSource
+from orpo_mlx.splits import Lengths, tokenized_split
+from orpo_mlx.tokenization import TRUNCATIONS
+from tests.conftest import write_rows
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+DATA = (DOCS / "data.md").read_text(encoding="utf-8")
+
+
+def test_every_shape_has_a_row() -> None:
+    for shape in SHAPES:
+        assert f"| {shape.name} |" in DATA, shape.name
+
+
+@pytest.mark.parametrize("names", [REASONS, TRUNCATIONS, PAIRINGS, READERS, *SPLIT_NAMES.values()])
+def test_every_name_is_there(names: tuple[str, ...]) -> None:
+    for name in names:
+        assert name in DATA, name
+
+
+def test_every_key_of_inspect_is_there(tmp_path: Path, model_folder: Path) -> None:
+    tokenizer = load_tokenizer(model_folder)
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Q", "chosen": "A", "rejected": "B"}])
+    split = tokenized_split(FileSource([path]), Reading(), tokenizer, Lengths(100))
+    figures = inspect_splits({"train": split}, tokenizer, batch_size=1, micro_batch_tokens=64, seed=0)
+    for table in (figures, figures["splits"]["train"], figures["splits"]["train"]["length_bias"]):
+        for key in table:
+            assert f"`{key}`" in DATA, key
+
+
+def test_every_memory_mode_is_there() -> None:
+    text = (DOCS / "memory.md").read_text(encoding="utf-8")
+    for mode in (*MODES, "auto"):
+        assert f"`{mode}`" in text or f"| {mode} |" in text, mode
