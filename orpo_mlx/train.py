@@ -130,9 +130,11 @@ def _announce(run: Run, reporter: Reporter) -> None:
         report = split.report
         reporter.say(f"{name}: {len(split.pairs)} pairs from {split.source.name} ({report.shape}){report.summary()}")
     lines = [line for split in run.splits.values() for line in split.report.left_out]
+    listing = run.folder / "left_out.txt"
+    listing.unlink(missing_ok=True)
     if lines:
-        write_text(run.folder / "left_out.txt", "\n".join(lines) + "\n")
-        reporter.say(f"The rows left out are listed in {run.folder}/left_out.txt.")
+        write_text(listing, "\n".join(lines) + "\n")
+        reporter.say(f"The rows left out are listed in {listing}.")
     if "valid" not in run.splits:
         reporter.say("No valid split: training without validation.")
     for note in run.memory.notes:

@@ -31,7 +31,7 @@ from orpo_mlx.reporting import Reporter
 from orpo_mlx.step import optimiser_step
 from orpo_mlx.train import main, total_steps, train
 from orpo_mlx.types import Batch, LossOutput, PairLogProbs, TokenizedPair
-from tests.conftest import write_model_folder, write_rows
+from tests.conftest import make_pairs, write_id_rows, write_model_folder, write_rows
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -491,3 +491,26 @@ def test_a_run_whose_peak_cannot_be_predicted_goes_on(
     assert main([word for word in flags(settings) if word != "--no-memory-check"]) == 0
     expected = "The peak of memory cannot be predicted: a model like this one with 2 layers cannot be run (list index"
     assert expected in capsys.readouterr().out
+
+
+def test_bad_rows_are_left_out_and_listed(
+    settings: dict[str, Any], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = data / "train.jsonl"
+    path.write_text(path.read_text() + '{"prompt": \n{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [2]}\n')
+    assert main(flags(settings)) == 2
+    assert f"{path}:7: invalid JSON" in capsys.readouterr().err
+    assert main([*flags(settings), "--skip-bad-rows"]) == 0
+    out = capsys.readouterr().out
+    assert "train: 6 pairs from" in out
+    assert "1 left out: not a usable row, 1 left out: chosen and rejected are the same tokens" in out
+    folder = Path(settings["adapter_path"])
+    first, second = (folder / "left_out.txt").read_text().splitlines()
+    assert first.startswith(f"{path}:7: invalid JSON")
+    assert second == f"{path}:8: chosen and rejected are the same tokens."
+    record = json.loads((folder / "run.json").read_text())["data"]["train"]
+    assert (record["rows"], record["pairs"], record["shape"]) == (8, 6, "token ids")
+    assert record["left_out"] == {"bad_row": 1, "equal_sides": 1}
+    write_id_rows(path, make_pairs(6))
+    assert main(flags(settings)) == 0
+    assert not (folder / "left_out.txt").exists()
