@@ -23,7 +23,8 @@ def exit_status(prog: str, command: Callable[[], object]) -> int:
     try:
         command()
     except UserError as error:
-        print(f"{prog}: error: {printable(str(error)).rstrip('.')}.", file=sys.stderr)
+        message = printable(str(error)).rstrip(".")
+        print(f"{prog}: error: {message}{'' if message.endswith('?') else '.'}", file=sys.stderr)
         return 2
     except OSError as error:  # A full disk, or a folder that cannot be written, wherever a command meets it.
         place = f"{error.filename}: " if error.filename else ""

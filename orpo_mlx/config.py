@@ -70,7 +70,9 @@ class TrainingConfig:
     adapter_path: str = _option("adapters", "folder to write adapters, metrics and settings into", str, "what")
 
     columns: str | None = _option(None, "columns under other names: prompt=question,rejected=worse", str, "data")
-    min_margin: float | None = _option(None, "leave out pairs whose scores differ by less", float, "data")
+    min_margin: float | None = _option(
+        None, "least score of chosen above rejected; pairs below are left out", float, "data", check=_NOT_NEGATIVE
+    )
     pair_ratings: str | None = _option(
         None, "make pairs of rows of rated completions: best and worst, or all", str, "data", choices=PAIRINGS
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -10,10 +11,12 @@ from typing import Any, NamedTuple, NoReturn
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.row_report import RowReport
 from orpo_mlx.rows import Row
-from orpo_mlx.shapes import ReadRow, read_row
+from orpo_mlx.shapes import COLUMNS, ReadRow, read_row
 from orpo_mlx.sources import FileSource, Source
 from orpo_mlx.turns import is_empty
 from orpo_mlx.types import Pair, TokenizedPair
+
+SCORED_WRONGLY = "whose scores put the rejected side first"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Reading:
     pair_ratings: str | None = None
     """How a row of rated completions becomes pairs, one of `shapes.PAIRINGS`."""
     min_margin: float | None = None
-    """Leave out pairs whose scores differ by less."""
+    """Leave out pairs whose chosen side scores less than this above the rejected one."""
     skip_bad_rows: bool = False
     """Leave out and count rows that cannot be used, instead of stopping at the first."""
 
@@ -60,6 +63,8 @@ def read_pairs(source: Source, reading: Reading, report: RowReport) -> Iterator[
         report.pairs_left_out += len(read.pairs) - len(pairs)
         if read.note is not None:
             report.note(read.note, row.place)
+        if any(isinstance(pair, Pair) and (pair.margin or 0) < 0 for pair in pairs):
+            report.note(SCORED_WRONGLY, row.place)
         yield PairsOfRow(row.place, pairs)
     if not report.rows_read:
         _no_rows(source.name)
@@ -92,6 +97,10 @@ def parse_columns(text: str | None) -> dict[str, str]:
         name, equals, column = (piece.strip() for piece in part.partition("="))
         if not (name and equals and column) or name in columns:
             raise ConfigError(f"--columns: found {part!r}, expected NAME=COLUMN once for each name, joined by commas.")
+        if name not in COLUMNS:
+            near = difflib.get_close_matches(name, COLUMNS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COLUMNS)}."
+            raise ConfigError(f"--columns: {name!r} is not a name that rows are read by; {hint}")
         columns[name] = column
     return columns
 
@@ -128,7 +137,7 @@ def _unusable(pair: Pair | TokenizedPair, min_margin: float | None) -> str | Non
         if margin is None:
             raise DataError(
                 f"{pair.place}: --min-margin {min_margin:g} needs scores such as score_chosen and score_rejected; "
-                "the row has none."
+                "the row does not have both."
             )
         if margin < min_margin:
             return "low_margin"

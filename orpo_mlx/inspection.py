@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orpo_mlx.batching import epoch_order, micro_batches, padded_tokens
+from orpo_mlx.errors import printable
 from orpo_mlx.splits import Split
 from orpo_mlx.token_store import TokenStore
 from orpo_mlx.tokenization import show_tokens
@@ -64,6 +65,7 @@ def _split_figures(
         "rows_kept": report.rows_kept,
         "rows_dropped": dict(report.dropped),
         "dropped_places": {reason: report.places[reason] for reason in report.dropped},
+        "left_out": report.left_out[:10],
         "notes": dict(report.notes),
         "note_places": {words: report.places[words] for words in report.notes},
         "pairs": len(store),
@@ -152,11 +154,13 @@ def _split_lines(table: Mapping[str, Any], batch_size: int) -> list[str]:
         f"rows: {table['rows_read']} read, {table['rows_kept']} kept, {table['pairs']} pairs",
     ]
     if len(table["shapes"]) > 1:
-        lines.append("shapes: " + ", ".join(f"{count} {shape}" for shape, count in table["shapes"].items()))
+        lines.append("shapes: " + "; ".join(f"{count} {shape}" for shape, count in table["shapes"].items()))
     for reason, count in table["rows_dropped"].items():
-        lines.append(f"left out: {count} {reason} ({', '.join(table['dropped_places'][reason])})")
+        lines.append(f"left out: {count} {reason} ({_places(table['dropped_places'][reason], count)})")
+    if table["rows_dropped"].get("bad_row"):
+        lines += [f"  {printable(line)}" for line in table["left_out"]]
     for words, count in table["notes"].items():
-        lines.append(f"taken: {count} {words} ({', '.join(table['note_places'][words])})")
+        lines.append(f"taken: {count} {words} ({_places(table['note_places'][words], count)})")
     lines.append(f"{'tokens':10}" + "".join(f"{name:>9}" for name in (*QUANTILES, "mean")))
     for side, values in table["lengths"].items():
         lines.append(f"{side:10}" + "".join(f"{value:9.0f}" for value in values.values()))
@@ -175,6 +179,10 @@ def _split_lines(table: Mapping[str, Any], batch_size: int) -> list[str]:
         lines.append(f"prompt    {example['prompt']}")
         lines += [f"{side:9} ⟦{example[side]}⟧" for side in SIDES[1:]]
     return lines
+
+
+def _places(places: list[str], count: int) -> str:
+    return ", ".join(places) + (", ..." if count > len(places) else "")
 
 
 def draw_lengths(splits: Mapping[str, Split], max_seq_length: int, path: Path) -> None:

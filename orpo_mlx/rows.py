@@ -123,6 +123,8 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         line = 1
         try:
             header = next(reader, [])
+            if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), None)):
+                raise DataError(f"{path}:1: the columns are separated by {mark!r}, expected commas.")
             while True:
                 line = reader.line_num + 1
                 cells = next(reader, None)
@@ -214,7 +216,7 @@ def _parse_json(text: bytes, place: str) -> Any:
 
 def _json_reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
     return "nested too deeply" if isinstance(error, RecursionError) else "a number that is too long"
 
 

@@ -97,7 +97,7 @@ def build_parser() -> OneLineParser:
         "--model", default=DEFAULT_MODEL, help="Hub id, local folder or .gguf file (default: %(default)s)"
     )
     parser.add_argument("--adapter-path", help="folder of adapters to score with")
-    parser.add_argument("--data", required=True, metavar="FILE", help="file of pairs, of any kind that train takes")
+    parser.add_argument("--data", required=True, metavar="FILE", help="file of any kind that train takes, a pair a row")
     parser.add_argument("--columns", help="columns under other names: prompt=question,rejected=worse")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSONL file to write")
     parser.add_argument("--per-token", action="store_true", help="add the log-prob of every completion token")

@@ -18,6 +18,13 @@ from orpo_mlx.types import Message, Pair, Text, TokenizedPair
 PAIRINGS = ("best_worst", "all")
 """How a row of rated completions becomes pairs."""
 
+COLUMNS = (
+    *("prompt", "chosen", "rejected", "system", "question", "instruction", "input", "history", "conversations"),
+    *("messages", "tools", "chat_template_kwargs", "completions", "scores", "score_chosen", "score_rejected"),
+    *("prompt_ids", "chosen_ids", "rejected_ids"),
+)
+"""Names that a data set's own columns can be given."""
+
 PROMPT_ELSEWHERE = "whose prompt column is not a turn of its conversation, which was used"
 
 _ID_COLUMNS = (
@@ -75,6 +82,11 @@ def read_row(row: Any, place: str, *, pair_ratings: str | None = None) -> ReadRo
         )
     shape = next(shape for shape in SHAPES if shape.fits(row))
     prompt, chosen, rejected = shape.read(row, place)
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        raise DataError(
+            f"{place}: the prompt ends with a turn of the assistant, so the answer may be in it already; expected the "
+            "user's turn last."
+        )
     extras = _extras(row, place)
     note = None
     if shape.read is _conversations_beside_prompt and not _among(prompt, row["prompt"], place):
@@ -189,10 +201,11 @@ SHAPES = (
         _explicit,
     ),
     _Shape("conversational, explicit prompt", _has("prompt"), _explicit),
+    _Shape("conversational, implicit prompt", _whole, _implicit_turns),
     _Shape("conversations with from and value (ShareGPT)", _has("conversations"), _sharegpt),
     _Shape("instruction and input (Alpaca)", _has("instruction"), _alpaca),
     _Shape("question with system (orca_dpo_pairs)", _has("question", "input"), _question),
-    _Shape("messages and two answers", lambda row: "messages" in row and not _whole(row), _sharegpt),
+    _Shape("messages and two answers", _has("messages"), _sharegpt),
     _Shape("dialogue strings (hh-rlhf)", lambda row: all(_is_dialogue(row[side]) for side in _SIDES), _dialogues),
     _Shape(
         "conversational, implicit prompt",
@@ -320,7 +333,7 @@ def _rated_pairs(row: Mapping[str, Any], place: str, pairing: str | None) -> lis
     if pairing is None:
         raise DataError(
             f"{place}: the row holds a list of rated completions, expected chosen and rejected; "
-            "--pair-ratings best_worst or --pair-ratings all makes pairs of them."
+            "in train and inspect, --pair-ratings best_worst or --pair-ratings all makes pairs of them."
         )
     name = next((name for name in ("prompt", "instruction", "question", "messages") if name in row), None)
     if name is None:

@@ -19,6 +19,7 @@ SPLIT_NAMES = {
 """Our splits, and the names others give them."""
 
 _SHARD = re.compile(r"^(?P<stem>.*?)-\d{5}-of-\d{5}$")
+_LAST_WORD = re.compile(r"[._-]")
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
 # What `datasets` writes beside the rows.
 _NOT_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")
@@ -113,7 +114,7 @@ def _folder_splits(folder: Path) -> dict[str, Source]:
         groups: dict[str, list[Path]] = {}
         for path in _data_files(folder):
             stem = _split_name(path, folder)
-            if stem.split(".")[-1].lower() in names or stem.lower() in names:
+            if _LAST_WORD.split(stem)[-1].lower() in names:
                 groups.setdefault(str(path.parent / stem), []).append(path)
         # `train.jsonl` wins over `other.train.jsonl`, the folder over its `data/`.
         exact = [paths for key, paths in groups.items() if Path(key).name.lower() in names]

@@ -75,7 +75,8 @@ def tokenized_split(source: Source, reading: Reading, tokenizer: Any | None, len
     if not len(store):
         report = store.report
         reasons = ", ".join(f"{count} {report.words(reason)}" for reason, count in report.dropped.items())
-        raise DataError(f"{source.name}: no pair can be used ({reasons}).")
+        first = report.left_out[0].rstrip(".")
+        raise DataError(f"{source.name}: no pair can be used ({reasons}); the first: {first}.")
     return Split(source, sha256, store, reading)
 
 

@@ -56,3 +56,11 @@ def test_control_characters_in_a_message_are_spelled_out(capsys: pytest.CaptureF
 
     assert exit_status("prog", command) == 2
     assert capsys.readouterr().err == "prog: error: f:1: found \\x1b[2Jkey\\n.\n"
+
+
+def test_a_question_needs_no_full_stop(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise DataError("did you mean this?")
+
+    assert exit_status("prog", command) == 2
+    assert capsys.readouterr().err == "prog: error: did you mean this?\n"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.data import Reading, load_pairs, parse_columns, read_pairs
+from orpo_mlx.data import SCORED_WRONGLY, Reading, load_pairs, parse_columns, read_pairs
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.row_report import RowReport
 from orpo_mlx.sources import FileSource
@@ -114,7 +114,10 @@ def test_a_margin_leaves_out_what_is_too_close(tmp_path: Path) -> None:
     pairs, report = read(path, min_margin=1.0)
     assert [pair.place for pair in pairs] == [f"{path}:1"]
     assert report.dropped == {"low_margin": 2}
-    assert len(read(path)[0]) == 3
+    pairs, report = read(path)
+    assert len(pairs) == 3
+    assert report.notes == {SCORED_WRONGLY: 1}
+    assert report.places[SCORED_WRONGLY] == [f"{path}:3"]
     with pytest.raises(DataError, match=r"rows.jsonl:1: --min-margin 1 needs scores"):
         read(write_rows(path, [GOOD]), min_margin=1.0)
 
@@ -129,6 +132,8 @@ def test_columns_under_other_names(tmp_path: Path) -> None:
     for text in ("prompt", "prompt=", "=q", "prompt=a,prompt=b"):
         with pytest.raises(ConfigError, match="--columns: found"):
             parse_columns(text)
+    with pytest.raises(ConfigError, match=r"--columns: 'promt' is not a name .*; did you mean prompt\?"):
+        parse_columns("promt=q")
     assert parse_columns(None) == {}
 
 

@@ -115,6 +115,7 @@ def test_blank_lines_keep_line_numbers(tmp_path: Path) -> None:
         ("x.json", b"[" * 100_000, "x.json:1: invalid JSON (nested too deeply)"),
         ("x.csv", b"a,b\n1,\xff\n", "not UTF-8 text"),
         ("x.csv", b'a,b\n1,"2" 3\n', "x.csv:2: not valid CSV"),
+        ("x.csv", b"prompt;chosen\na;b\n", "x.csv:1: the columns are separated by ';', expected commas"),
         ("x.txt", b"", "x.txt: files of this kind are not read, expected .jsonl, .json, .csv, .parquet, .arrow"),
     ],
 )

@@ -252,6 +252,19 @@ def test_a_prompt_that_is_not_in_its_conversation_is_noted() -> None:
     assert as_conversation(read.pairs[0])[0] == (said("user", "Q"),)
 
 
+def test_whole_conversations_win_over_columns_that_repeat_their_question() -> None:
+    extras: list[Row] = [
+        {"conversations": sharegpt(turns("Q"))},
+        {"question": "Q"},
+        {"instruction": "Q"},
+        {"messages": []},
+    ]
+    for extra in extras:
+        read = read_row({**whole("Q", "A", "B"), **extra}, "f:1")
+        assert read.shape == "conversational, implicit prompt"
+        assert as_conversation(read.pairs[0])[0] == (said("user", "Q"),)
+
+
 def test_sides_that_are_the_same_conversation_keep_an_answer() -> None:
     (pair,) = read_row(whole("Q", "A", "A"), "f:1").pairs
     assert as_conversation(pair) == ((said("user", "Q"),), (said("assistant", "A"),), (said("assistant", "A"),))
@@ -273,6 +286,10 @@ def test_a_side_that_stops_early_is_empty() -> None:
         ({"chosen": [*turns("Q"), said("user", "A")], "rejected": [*turns("Q"), said("assistant", "B")]},
          "chosen[1], the first turn that differs, is of role 'user', expected the assistant's"),
         ({"prompt": "Q", "chosen": turns("A"), "rejected": "B"}, "'chosen' begins with a turn of the user"),
+        ({"prompt": [*turns("Q"), said("assistant", "A")], "chosen": "A", "rejected": "B"},
+         "the prompt ends with a turn of the assistant, so the answer may be in it already"),
+        ({"conversations": sharegpt([*turns("Q"), said("assistant", "A")]), "chosen": "A", "rejected": "B"},
+         "the prompt ends with a turn of the assistant"),
         ({**strings("Q", "A", "B"), "tools": "x"}, "'tools' is text but not JSON"),
         ({**strings("Q", "A", "B"), "tools": [1]}, "'tools' must be a list of tool descriptions"),
         ({**strings("Q", "A", "B"), "chat_template_kwargs": [1]}, "'chat_template_kwargs' must be an object"),

@@ -31,6 +31,7 @@ def files(folder: Path) -> dict[str, list[str]]:
         (["train.csv", "validation.parquet"], {"train": 0, "valid": 1}),
         (["real.train.jsonl", "real.valid.jsonl"], {"train": 0, "valid": 1}),
         (["training.json", "dev.json"], {"train": 0, "valid": 1}),
+        (["my-train.jsonl", "my_test.csv", "notes.jsonl"], {"train": 0, "test": 1}),
         (["Train.jsonl", "eval.arrow"], {"train": 0, "valid": 1}),
         (["train.jsonl", "old.train.jsonl", "val.jsonl"], {"train": 0, "valid": 2}),
         (["data/train.jsonl", "data/test.jsonl", "README.md", "other/train.jsonl"], {"train": 0, "test": 1}),

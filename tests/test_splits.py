@@ -144,6 +144,6 @@ def test_without_a_folder_to_remember_in_it_still_works(
 
 def test_nothing_left_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{**GOOD, "chosen": "B"}])
-    expected = r"rows.jsonl: no pair can be used \(1 chosen and rejected are the same tokens\)"
+    expected = r"rows.jsonl: no pair can be used \(1 chosen and rejected are the same tokens\); the first: .*:1: "
     with pytest.raises(DataError, match=expected):
         split_of(path, tokenizer)
