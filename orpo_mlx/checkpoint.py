@@ -51,15 +51,20 @@ def save_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def save_adapters(folder: Path, weights: Mapping[str, mx.array], *, step: int | None = None) -> None:
-    """Write `adapters.safetensors`, and with `step` also `0000100_adapters.safetensors`, as mlx-lm names them."""
+def save_adapters(
+    folder: Path, weights: Mapping[str, mx.array], *, step: int | None = None, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write `adapters.safetensors`, and with `step` also `0000100_adapters.safetensors`, as mlx-lm names them.
+
+    `metadata` goes into the files' headers, which other readers pass over.
+    """
     names = ["adapters.safetensors"] if step is None else [f"{step:07d}_adapters.safetensors", "adapters.safetensors"]
     for name in names:
-        write_atomically(folder / name, lambda temporary: _save_safetensors(temporary, weights))
+        write_atomically(folder / name, lambda temporary: _save_safetensors(temporary, weights, metadata))
 
 
-def _save_safetensors(path: Path, weights: Mapping[str, mx.array]) -> None:
+def _save_safetensors(path: Path, weights: Mapping[str, mx.array], metadata: Mapping[str, str] | None) -> None:
     try:
-        mx.save_safetensors(str(path), dict(weights))
+        mx.save_safetensors(str(path), dict(weights), dict(metadata or {}))
     except RuntimeError as error:  # What MLX makes of a full disk.
         raise OSError(errno.EIO, str(error).rstrip(".")) from error

@@ -83,6 +83,16 @@ def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(model.trainable_parameters()))
 
 
+def adapter_metadata(path: str | Path) -> dict[str, str]:
+    """What the header of an adapter file (or of the one in a folder) says besides its arrays.
+
+    Raises:
+        ModelError: the file is missing.
+    """
+    loaded: Any = mx.load(str(_adapter_file(Path(path))), return_metadata=True)
+    return dict(loaded[1])
+
+
 def load_adapter_file(model: nn.Module, path: str | Path, scale: float) -> None:
     """Set the trainable parameters from an adapter file, mlx-lm's or PEFT's (its two matrices per layer, transposed).
 

@@ -50,6 +50,8 @@ class Run:
     reference: ReferenceLogProbs | None
     optimizer: optim.Optimizer
     memory: Memory
+    first_step: int = 0
+    """Steps that the adapters it goes on from have taken in its own order of the data."""
 
 
 class Memory(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import sys
@@ -12,14 +13,14 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from orpo_mlx.allocator import settle
-from orpo_mlx.batching import TrainingOrder, epoch_order, length_order, micro_batches, steps_per_epoch
+from orpo_mlx.batching import TrainingOrder, length_order, micro_batches, side_lengths, steps_per_epoch
 from orpo_mlx.blueprint import read_blueprint
 from orpo_mlx.checkpoint import save_adapters, save_json, write_text
 from orpo_mlx.cli import exit_status
 from orpo_mlx.config import TrainingConfig, resolve
 from orpo_mlx.errors import TrainingError, UserError
 from orpo_mlx.evaluation import evaluate
-from orpo_mlx.lora import adapter_weights
+from orpo_mlx.lora import adapter_metadata, adapter_weights
 from orpo_mlx.memory import TOLERANCE, Prediction, device_working_set, heaviest_window, predict
 from orpo_mlx.metrics import MetricMeans
 from orpo_mlx.prepare import Run, adapter_config, prepare, run_record
@@ -33,6 +34,7 @@ from orpo_mlx.types import Pair, TokenizedPair
 PROG = "python -m orpo_mlx.train"
 
 _SAMPLED_FROM = 1000
+_ORDER_KEY, _STEP_KEY = "orpo_mlx_order", "orpo_mlx_step"
 
 Held = dict[str, dict[str, float]]
 """Metrics by split."""
@@ -50,6 +52,8 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
     reporter = reporter or Reporter()
     settle()
     run = prepare(config)
+    # Once, since this run may write over the file it goes on from.
+    run.first_step = _first_step(run)
     _announce(run, reporter)
     if config.memory_check:
         _check_memory(run, reporter)
@@ -87,8 +91,7 @@ def _steps(run: Run, reporter: Reporter, metrics_file: MetricsFile) -> Held:
     config, model = run.config, run.loaded.model
     pairs = run.splits["train"].pairs
     total = total_steps(config, len(pairs))
-    window_size = config.batch_size * config.grad_accumulation_steps
-    order = TrainingOrder(pairs, window_size, seed=config.seed, shuffle=config.shuffle)
+    order = _training_order(run)
     means, pair_tokens, seconds = MetricMeans(), 0, 0.0
     held: Held = {}
     mx.reset_peak_memory()
@@ -114,7 +117,7 @@ def _steps(run: Run, reporter: Reporter, metrics_file: MetricsFile) -> Held:
                 reporter.say(train_line(step, total, report))
                 means, pair_tokens, seconds = MetricMeans(), 0, 0.0
             if step % config.save_every == 0 or step == total:
-                _save(run, None if step == total else step)
+                _save(run, step, numbered=step != total)
                 _save_reference(run, reporter, sparingly=True)
             if step == total:
                 held = _evaluate_splits(run, reporter, metrics_file, step, tuple(run.splits))
@@ -143,6 +146,8 @@ def _announce(run: Run, reporter: Reporter) -> None:
         _pass_on_notes(run.reference.table, reporter)
         if len(run.reference.table):
             reporter.say(f"Reference log-probs of {len(run.reference.table)} pairs are known from earlier runs.")
+    if run.first_step:
+        reporter.say(f"Goes on in the data where {run.config.resume_adapter_file} ended, after step {run.first_step}.")
     if (run.folder / "adapters.safetensors").exists():
         reporter.say(f"{run.folder}/ holds an earlier run, which this one overwrites.")
     shown = ((name, key, value) for name, table in run.method.parameters.items() for key, value in table.items())
@@ -215,7 +220,7 @@ def _saved_if_it_ends_here(run: Run, step: int) -> Iterator[None]:
         if step == 1:
             raise
         run.loaded.model.load_weights(list(before.items()), strict=False)
-        _save(run, None)
+        _save(run, step - 1, numbered=False)
         folder = run.folder
         saved = f"the adapters of step {step - 1} are in {folder}/, --resume-adapter-file {folder} trains on from them"
         if isinstance(error, (KeyboardInterrupt, TrainingError)):
@@ -225,13 +230,41 @@ def _saved_if_it_ends_here(run: Run, step: int) -> Iterator[None]:
         raise TrainingError(f"step {step}: {reason.rstrip('.')}; {saved}.") from error
 
 
-def _save(run: Run, step: int | None) -> None:
+def _save(run: Run, done: int, *, numbered: bool) -> None:
+    """Save the adapters after `done` steps of this run, with their place in the data."""
+    place = {_ORDER_KEY: _order_digest(run), _STEP_KEY: str(run.first_step + done)}
     try:
-        save_adapters(run.folder, adapter_weights(run.loaded.model), step=step)
+        weights = adapter_weights(run.loaded.model)
+        save_adapters(run.folder, weights, step=done if numbered else None, metadata=place)
     except OSError as error:
         raise TrainingError(
             f"{run.folder}: the adapters cannot be saved ({error.strerror}); the last save there is whole."
         ) from None
+
+
+def _training_order(run: Run) -> TrainingOrder:
+    """The windows of this run: from the first, or from where the adapters it goes on from have come to."""
+    config = run.config
+    size = config.batch_size * config.grad_accumulation_steps
+    pairs = run.splits["train"].pairs
+    return TrainingOrder(pairs, size, seed=config.seed, shuffle=config.shuffle, step=run.first_step)
+
+
+def _first_step(run: Run) -> int:
+    """Steps that `--resume-adapter-file` has taken in this very order, 0 where it was another."""
+    if run.config.resume_adapter_file is None:
+        return 0
+    metadata = adapter_metadata(run.config.resume_adapter_file)
+    return int(metadata[_STEP_KEY]) if metadata.get(_ORDER_KEY) == _order_digest(run) else 0
+
+
+def _order_digest(run: Run) -> str:
+    """What the order of windows depends on: the pairs, their number in a step, the seed."""
+    config = run.config
+    lengths = side_lengths(run.splits["train"].pairs).tobytes()
+    size = config.batch_size * config.grad_accumulation_steps
+    parts = (run.splits["train"].sha256, hashlib.sha256(lengths).hexdigest(), size, config.seed, config.shuffle)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _precompute_reference(run: Run, reporter: Reporter) -> None:
@@ -262,10 +295,12 @@ def _pass_on_notes(table: ReferenceTable, reporter: Reporter) -> None:
 def _groups_to_come(run: Run) -> list[list[TokenizedPair]]:
     """Every pair this run will meet, grouped as the first epoch and the evaluations will group them."""
     config, pairs = run.config, run.splits["train"].pairs
-    window_size = config.batch_size * config.grad_accumulation_steps
-    windows = epoch_order(pairs, window_size, seed=config.seed, epoch=0, shuffle=config.shuffle)
+    order = _training_order(run)
+    per_epoch = steps_per_epoch(len(pairs), config.batch_size * config.grad_accumulation_steps)
+    # From the middle of an epoch, its rest and one whole epoch meet every pair.
+    most = min(total_steps(config, len(pairs)), per_epoch + -order.step % per_epoch)
     groups: list[list[TokenizedPair]] = []
-    for indices in windows[: total_steps(config, len(pairs))]:
+    for indices in itertools.islice(order, most):
         groups += micro_batches([pairs[index] for index in indices], config.batch_size, config.micro_batch_tokens)
     for name, batches in _held_out_batches(run).items():
         held_out = _held_out(run.splits[name], batches, config.batch_size)

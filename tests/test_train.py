@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from mlx_lm import load as mlx_lm_load
 
+import orpo_mlx.train as train_module
 from orpo_mlx.config import make_config
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.gradients import window_gradient
@@ -514,3 +515,43 @@ def test_bad_rows_are_left_out_and_listed(
     write_id_rows(path, make_pairs(6))
     assert main(flags(settings)) == 0
     assert not (folder / "left_out.txt").exists()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_order_is_saved_with_the_adapters_and_restored(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    seen: list[list[str]] = []
+    step = optimiser_step
+
+    def recorded(run: Run, window: Any, number: int) -> Any:
+        if interrupted and len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append([pair.place for pair in window])
+        return step(run, window, number)
+
+    monkeypatch.setattr(train_module, "optimiser_step", recorded)
+    run_quietly({**settings, "iters": 8, "adapter_path": str(tmp_path / "whole")}) if not interrupted else None
+    whole, seen[:] = list(seen), []
+    first = {**settings, "adapter_path": str(tmp_path / "first"), "iters": 2}
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            run_quietly({**first, "iters": 8})
+        interrupted = False
+    else:
+        run_quietly(first)
+    run_quietly({**settings, "iters": 6, "resume_adapter_file": str(tmp_path / "first")})
+    # 6 pairs, 2 a step: two and two thirds epochs, each pair once in each of the whole ones.
+    assert [len({place for window in seen[start : start + 3] for place in window}) for start in (0, 3)] == [6, 6]
+    assert not whole or seen == whole
+    resumed, seen[:] = list(seen), []
+    run_quietly({**settings, "iters": 2, "seed": 5, "resume_adapter_file": str(tmp_path / "first")})
+    fresh, seen[:] = list(seen), []
+    run_quietly({**settings, "iters": 2, "seed": 5})
+    assert fresh == seen
+    assert len(resumed) == 8
+    # In place, over the file it goes on from, with a save at every step.
+    seen.clear()
+    for _ in range(2):
+        run_quietly({**first, "save_every": 1, "iters": 2, "resume_adapter_file": str(tmp_path / "first")})
+    assert seen == resumed[2:6]
