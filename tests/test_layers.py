@@ -34,6 +34,7 @@ LAYERS = [
     {"gradients", "inspect"},
     {"step"},
     {"memory"},
+    {"memory_plan"},
     {"fit", "train", "__init__"},
     {"memory_benchmark"},
 ]
