@@ -7,145 +7,193 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from orpo_mlx.cli import OneLineParser, exit_status
-from orpo_mlx.errors import ConfigError, ModelError
-from orpo_mlx.hf_import import open_checkpoint
-from orpo_mlx.model_files import copy_companions, take_weights, write_json, write_weights
-from orpo_mlx.models import DTYPES, ModelHead, load, load_lazily
-from orpo_mlx.shrinking import AFFINE_BITS, AFFINE_GROUPS, MODES, Quantisation, cast, quantisation, quantise
-from orpo_mlx.staging import staged_folder
-from orpo_mlx.types import TokenizedPair
-from orpo_mlx.verification import (
-    EXACT,
-    REPORTED,
-    ROUNDED,
-    Limit,
-    Logps,
-    compare,
-    demand,
-    folder_logps,
-    has_torch,
-    model_logps,
-    probe_pairs,
-    transformers_logps,
+from orpo_mlx.conversion import (
+    SCRATCH,
+    Task,
+    check_of,
+    limit_of,
+    report,
+    verify_adapter,
+    verify_model,
+    verify_round_trip,
+    with_dtype,
+    write_model,
 )
+from orpo_mlx.errors import ConfigError, ModelError
+from orpo_mlx.hf_import import Base, open_checkpoint, open_model, read_tensors
+from orpo_mlx.merging import fuse, full_weights, is_quantised, merged_tensors, model_tensors
+from orpo_mlx.model_files import copy_companions, write_json, write_weights
+from orpo_mlx.models import DTYPES, load_lazily
+from orpo_mlx.peft_adapters import (
+    MLX_WEIGHTS,
+    PEFT_WEIGHTS,
+    mlx_to_peft,
+    peft_to_mlx,
+    read_adapter,
+    write_adapter,
+)
+from orpo_mlx.score import add_trained_adapters
+from orpo_mlx.shrinking import AFFINE_BITS, AFFINE_GROUPS, MODES, quantisation
+from orpo_mlx.staging import staged_folder
+from orpo_mlx.verification import MERGED, ROUNDED
 
 PROG = "scripts/convert.py"
-_SCRATCH = ".source"
 
 
-class Check(NamedTuple):
-    """What a written model is compared with."""
-
-    pairs: list[TokenizedPair]
-    before: Logps
-
-
-def convert_hf(args: argparse.Namespace) -> None:
+def convert_hf(source: str, task: Task) -> None:
     """A Hub id or folder in Hugging Face layout to an MLX folder.
 
     Raises:
         UserError: something is wrong with the source, the destination or the result; nothing is left behind.
     """
-    how = _quantisation(args)
-    with staged_folder(args.destination, overwrite=args.overwrite) as folder:
-        scratch = folder / _SCRATCH
-        source = open_checkpoint(args.source, scratch, flag="SRC", trust_remote_code=args.trust_remote_code)
-        check = _check_of(args, source.head)
-        model, loaded = load_lazily(source.head, trust_remote_code=args.trust_remote_code)
-        config = {**source.config, **{key: loaded[key] for key in loaded if key.startswith("quantization")}}
-        written = _write_model(args, folder, model, config, how)
-        copy_companions(source.folder, folder, code=args.trust_remote_code)
-        _verify_model(args, folder, check, _limit(args.dtype, how), source.folder)
-        shutil.rmtree(scratch, ignore_errors=True)
-    _report(args, written)
+    with staged_folder(task.destination, overwrite=task.overwrite) as folder:
+        checkpoint = open_checkpoint(source, folder / SCRATCH, flag="SRC", trust_remote_code=task.trust_remote_code)
+        check = check_of(task, checkpoint.head)
+        model, loaded = load_lazily(checkpoint.head, trust_remote_code=task.trust_remote_code)
+        # Other libraries' quantised layers are mlx-lm's once it has loaded them.
+        config = {**checkpoint.config, **{key: loaded[key] for key in loaded if key.startswith("quantization")}}
+        written = write_model(task, folder, model, config)
+        copy_companions(checkpoint.folder, folder, code=task.trust_remote_code)
+        verify_model(task, folder, check, limit_of(task), checkpoint.folder)
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+    report(task, written)
 
 
-def _quantisation(args: argparse.Namespace) -> Quantisation | None:
-    asked = [flag for flag in ("bits", "group_size", "mode") if getattr(args, flag) is not None]
-    if not args.quantize:
-        if asked:
-            raise ConfigError(f"--{asked[0].replace('_', '-')}: does nothing without --quantize; give both.")
-        return None
-    return quantisation(args.bits, args.group_size, args.mode or "affine")
+def convert_peft_to_mlx(source: str, model: str, task: Task) -> None:
+    """A PEFT adapter folder to mlx-lm's form.
+
+    Raises:
+        UserError: see `convert_hf`.
+    """
+    with staged_folder(task.destination, overwrite=task.overwrite) as folder:
+        path = _folder(source, "SRC")
+        peft = read_adapter(path, PEFT_WEIGHTS, flag="SRC")
+        base = open_model(model, folder / SCRATCH, flag="--model", trust_remote_code=task.trust_remote_code)
+        adapter = peft_to_mlx(peft, _lazy(task, base), str(path))
+        written = write_adapter(folder, MLX_WEIGHTS, adapter)
+        if task.verify:
+            back = mlx_to_peft(adapter, _lazy(task, base), base.names(), model, str(path))
+            verify_round_trip(task, peft, back)
+            verify_adapter(task, base, folder, path)
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+    report(task, written)
 
 
-def _check_of(args: argparse.Namespace, head: ModelHead) -> Check | None:
-    """Log-probs of the model before it is converted; None where nothing is to be verified."""
-    if not args.verify:
-        return None
-    pairs = probe_pairs(head.tokenizer, head.config)
-    return Check(pairs, model_logps(load(head, trust_remote_code=args.trust_remote_code).model, pairs))
+def convert_mlx_to_peft(source: str, model: str, task: Task) -> None:
+    """An adapter folder of mlx-lm or of `train` to PEFT's form.
+
+    Raises:
+        UserError: see `convert_hf`.
+    """
+    with staged_folder(task.destination, overwrite=task.overwrite) as folder:
+        path = _folder(source, "SRC")
+        adapter = read_adapter(path, MLX_WEIGHTS, flag="SRC")
+        base = open_model(model, folder / SCRATCH, flag="--model", trust_remote_code=task.trust_remote_code)
+        peft = mlx_to_peft(adapter, _lazy(task, base), base.names(), model, str(path))
+        written = write_adapter(folder, PEFT_WEIGHTS, peft)
+        if task.verify:
+            verify_round_trip(task, adapter, peft_to_mlx(peft, _lazy(task, base), str(path)))
+            verify_adapter(task, base, path, folder)
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+    report(task, written)
 
 
-def _limit(dtype: str | None, how: Quantisation | None) -> Limit:
-    if how is not None:
-        return ROUNDED if how.bits == 8 else REPORTED
-    return EXACT if dtype in (None, "float32") else ROUNDED
+def convert_merge(model_name: str, adapter_path: str, task: Task) -> None:
+    """A model and an adapter to one model: in Hugging Face layout, or quantised in mlx-lm's.
+
+    Raises:
+        UserError: see `convert_hf`.
+    """
+    with staged_folder(task.destination, overwrite=task.overwrite) as folder:
+        adapter, trust = _folder(adapter_path, "--adapter-path"), task.trust_remote_code
+        read_adapter(adapter, MLX_WEIGHTS, flag="--adapter-path")
+        base = open_model(model_name, folder / SCRATCH, flag="--model", trust_remote_code=trust)
+        check = check_of(task, base.head, adapter)
+        model, loaded = load_lazily(base.head, trust_remote_code=trust)
+        config = base.config or loaded
+        config = {key: config[key] for key in config if not key.startswith("quantization")}
+        quantised, replaced = is_quantised(model), full_weights(model, adapter)
+        add_trained_adapters(model, adapter)
+        replaced |= fuse(model, DTYPES[task.dtype] if task.dtype else None, str(adapter))
+        exact = all(array.dtype == mx.float32 for _, array in tree_flatten(model.parameters()))
+        if task.how is not None:
+            written = write_model(task, folder, model, config)
+        elif quantised or not base.files:
+            written = _write_tensors(task, folder, model_tensors(model, str(adapter)), config)
+        else:
+            tensors = merged_tensors(read_tensors(base.files), model, replaced, str(adapter))
+            written = _write_tensors(task, folder, tensors, config)
+        _write_companions(task, base, folder)
+        limit = limit_of(task, unchanged=MERGED if exact else ROUNDED)
+        verify_model(task, folder, check, limit, folder if task.how is None else None)
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+    report(task, written)
 
 
-def _write_model(
-    args: argparse.Namespace, folder: Path, model: nn.Module, config: dict[str, Any], how: Quantisation | None
-) -> int:
-    """Cast and quantise as asked, then weights and config; the bytes of the weights."""
-    if args.dtype is not None:
-        cast(model, DTYPES[args.dtype])
-        config = {**config, **{key: args.dtype for key in ("dtype", "torch_dtype") if key in config or key == "dtype"}}
-    if how is not None:
-        config, left = quantise(model, config, how)
-        if left:
-            names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-            print(f"{len(left)} layers stay as they are, since {how.group_size} does not divide their width: {names}")
-    written = write_weights(folder, take_weights(model), args.destination, layout="mlx")
+def _write_tensors(task: Task, folder: Path, tensors: dict[str, mx.array], config: dict[str, Any]) -> int:
+    if task.dtype is not None:
+        dtype = DTYPES[task.dtype]
+        for name, array in tensors.items():
+            if mx.issubdtype(array.dtype, mx.floating):
+                tensors[name] = array.astype(dtype)
+        config = with_dtype(config, task.dtype)
+    written = write_weights(folder, tensors, task.destination, layout="pt")
     write_json(folder / "config.json", config)
     return written
 
 
-def _verify_model(
-    args: argparse.Namespace, folder: Path, check: Check | None, limit: Limit, original: Path | None
-) -> None:
-    """Compare what was written with what was read, and with transformers' reading of `original` where torch is there."""
-    if check is None:
-        return
-    after = folder_logps(folder, check.pairs, trust_remote_code=args.trust_remote_code)
-    _compare(args, "the model as it was", check.before, after, limit)
-    if original is None or not has_torch():
-        return
-    try:
-        theirs = transformers_logps(original, check.pairs, trust_remote_code=args.trust_remote_code)
-    except ModelError as error:
-        print(f"not compared with transformers: {error}")
-        return
-    _compare(args, "transformers on PyTorch", theirs, after, limit)
+def _write_companions(task: Task, base: Base, folder: Path) -> None:
+    if base.folder.is_dir():
+        copy_companions(base.folder, folder, code=task.trust_remote_code)
+    elif base.head.tokenizer is not None:
+        base.head.tokenizer.save_pretrained(folder)
 
 
-def _compare(args: argparse.Namespace, what: str, one: Logps, other: Logps, limit: Limit) -> None:
-    difference = compare(one, other)
-    print(f"verified against {what}: {difference}")
-    demand(difference, limit, str(args.destination))
+def _folder(name: str, flag: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise ModelError(f"{flag} {name}: no such folder; an adapter on the Hub must be downloaded first.")
+    return path
 
 
-def _report(args: argparse.Namespace, written: int) -> None:
-    print(f"wrote {args.destination}: {written / 1e9:.3f} GB of weights")
+def _lazy(task: Task, base: Base) -> nn.Module:
+    return load_lazily(base.head, trust_remote_code=task.trust_remote_code)[0]
 
 
 def build_parser() -> OneLineParser:
     """The command line of `convert`."""
     parser = OneLineParser(prog=PROG, description="Checkpoints of every kind, in and out.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=OneLineParser)
-    hf = _command(commands, "hf", convert_hf, "Hugging Face folder or Hub id to an MLX folder")
+    hf = _command(commands, "hf", "Hugging Face folder or Hub id to an MLX folder", _run_hf)
     hf.add_argument("source", metavar="SRC", help="Hub id or folder")
     _add_destination(hf)
     _add_shrinking(hf)
+    for name, convert, description in (
+        ("peft-to-mlx", convert_peft_to_mlx, "PEFT's LoRA, rsLoRA or DoRA adapter to mlx-lm's form"),
+        ("mlx-to-peft", convert_mlx_to_peft, "adapter of mlx-lm or orpo_mlx to PEFT's form"),
+    ):
+        adapter = _command(commands, name, description, _run_adapter)
+        adapter.set_defaults(convert=convert)
+        adapter.add_argument("source", metavar="SRC", help="adapter folder")
+        _add_destination(adapter)
+        adapter.add_argument("--model", required=True, help="its base model: Hub id, folder or .gguf file")
+    merge = _command(commands, "merge", "model and adapter to one model in Hugging Face layout", _run_merge)
+    merge.add_argument("--model", required=True, help="base model: Hub id, folder or .gguf file")
+    merge.add_argument("--adapter-path", required=True, help="folder of adapters in mlx-lm's form")
+    _add_destination(merge)
+    _add_shrinking(merge)
     return parser
 
 
 def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], description: str
+    commands: Any, name: str, description: str, run: Callable[[argparse.Namespace], None]
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=description, description=description)
     parser.set_defaults(run=run)
@@ -153,7 +201,7 @@ def _command(
 
 
 def _add_destination(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("destination", metavar="DST", type=Path, help="folder to write")
+    parser.add_argument("destination", metavar="DST", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace DST, once the new one is whole")
     parser.add_argument(
         "--verify",
@@ -174,12 +222,35 @@ def _add_shrinking(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=MODES, help="default: affine")
 
 
+def _task(args: argparse.Namespace) -> Task:
+    destination = Path(args.destination).expanduser()
+    common = Task(destination, args.overwrite, args.verify, args.trust_remote_code)
+    if "quantize" not in args:
+        return common
+    asked = [flag for flag in ("bits", "group_size", "mode") if getattr(args, flag) is not None]
+    if asked and not args.quantize:
+        raise ConfigError(f"--{asked[0].replace('_', '-')}: does nothing without --quantize; give both.")
+    how = quantisation(args.bits, args.group_size, args.mode or "affine") if args.quantize else None
+    return common._replace(dtype=args.dtype, how=how)
+
+
+def _run_hf(args: argparse.Namespace) -> None:
+    convert_hf(args.source, _task(args))
+
+
+def _run_adapter(args: argparse.Namespace) -> None:
+    args.convert(args.source, args.model, _task(args))
+
+
+def _run_merge(args: argparse.Namespace) -> None:
+    convert_merge(args.model, args.adapter_path, _task(args))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status."""
 
     def command() -> None:
         args = build_parser().parse_args(argv)
-        args.destination = Path(str(args.destination)).expanduser()
         args.run(args)
 
     return exit_status(PROG, command)

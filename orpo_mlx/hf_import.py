@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from orpo_mlx.checkpoint import save_safetensors
 from orpo_mlx.errors import ModelError
 from orpo_mlx.hf_config import normalise_config
-from orpo_mlx.models import ModelHead, find, locate
-from orpo_mlx.safetensors_files import read_json, safetensors_shards, shard_names
+from orpo_mlx.models import ModelHead, find, load_lazily, locate
+from orpo_mlx.safetensors_files import read_header, read_json, safetensors_shards, shard_names
 from orpo_mlx.staging import check_space
 
 _PICKLED = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "consolidated*.pth")
@@ -60,6 +61,38 @@ def open_checkpoint(name: str, scratch: Path, *, flag: str, trust_remote_code: b
         _link(folder, files, scratch)
         head = head._replace(path=scratch)
     return Checkpoint(head, folder, config, files)
+
+
+class Base(NamedTuple):
+    """A base model of an adapter, in any layout."""
+
+    head: ModelHead
+    folder: Path
+    """The folder or file it came from."""
+    config: dict[str, Any]
+    """Its config.json, normalised; empty where it is a GGUF file."""
+    files: list[Path]
+    """Its safetensors; empty where it is a GGUF file."""
+
+    def names(self) -> set[str]:
+        """The checkpoint's tensor names, as Hugging Face's."""
+        if not self.files:
+            model, _ = load_lazily(self.head)
+            return set(dict(tree_flatten(model.parameters())))
+        return {name for file in self.files for name in read_header(file).tensors}
+
+
+def open_model(name: str, scratch: Path, *, flag: str, trust_remote_code: bool = False) -> Base:
+    """Like `open_checkpoint`, for GGUF files too.
+
+    Raises:
+        ModelError: it cannot be found or used, or is damaged.
+    """
+    path, _ = locate(name, flag)
+    if path.is_file():
+        return Base(find(str(path), flag=flag), path, {}, [])
+    source = open_checkpoint(str(path), scratch, flag=flag, trust_remote_code=trust_remote_code)
+    return Base(source.head, source.folder, source.config, source.files)
 
 
 def read_tensors(files: list[Path]) -> dict[str, mx.array]:
