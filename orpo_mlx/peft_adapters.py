@@ -19,7 +19,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from orpo_mlx.checkpoint import save_safetensors
 from orpo_mlx.errors import ModelError
-from orpo_mlx.peft_config import Scaling, find_targets, make_peft_config, matches, read_scaling
+from orpo_mlx.peft_config import Scaling, find_targets, make_peft_config, matches, read_scaling, same_scaling
 from orpo_mlx.safetensors_files import read_header, read_json
 
 CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS = "adapter_config.json", "adapters.safetensors", "adapter_model.safetensors"
@@ -101,7 +101,7 @@ def peft_to_mlx(peft: Adapter, model: nn.Module, place: str) -> Adapter:
             "peft": {"config": peft.config, "base_layers": stored},
         }  # fmt: skip
     else:
-        config = json.loads(carried)
+        config = _carried_mlx(carried, scaling, place)
     result = Adapter(config, weights, {key: value for key, value in peft.metadata.items() if key != _CARRIED})
     check_fits(result, model, place)
     return result
@@ -219,6 +219,21 @@ def _check_same(stored: mx.array, module: nn.Module, name: str, place: str) -> N
         )
 
 
+def _carried_mlx(carried: str, scaling: Scaling, place: str) -> dict[str, Any]:
+    """The config of mlx-lm's that an adapter came with, as long as PEFT's still says the same."""
+    try:
+        config = dict(json.loads(carried))
+        same = same_scaling(_mlx_scaling(config, place), scaling)
+    except (ValueError, TypeError):
+        same = False
+    if not same:
+        raise ModelError(
+            f"{place}/{CONFIG}: r, lora_alpha or another setting was changed since it was converted, so it and the "
+            "header of its safetensors file disagree; put them back."
+        )
+    return config
+
+
 def _place_keys(adapted: set[str], model: nn.Module, lora: Mapping[str, Any]) -> dict[str, Any]:
     """`num_layers` and `lora_parameters` with the `keys` that make mlx-lm adapt exactly the modules in `adapted`."""
     blocks = {id(block): index for index, block in enumerate(model.layers)}
@@ -258,7 +273,7 @@ def _carried_config(carried: Any, scaling: Scaling, adapted: set[str], place: st
     """The PEFT config an adapter came with, as long as it still says the same."""
     try:
         config = dict(carried["config"])
-        same = read_scaling(config, place) == scaling
+        same = same_scaling(read_scaling(config, place), scaling)
         named = config["target_modules"] == "all-linear" or all(matches(config, name) for name in adapted)
     except (KeyError, TypeError, ValueError):
         same = named = False

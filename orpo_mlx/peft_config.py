@@ -79,9 +79,6 @@ def make_peft_config(scaling: Scaling, targets: Mapping[str, Any], base: str) ->
         scaling: its numbers.
         targets: `target_modules` and, where need be, `layers_to_transform`; see `find_targets`.
         base: the name of the base model.
-
-    Raises:
-        ModelError: no `lora_alpha` gives the very scale.
     """
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
@@ -92,12 +89,16 @@ def make_peft_config(scaling: Scaling, targets: Mapping[str, Any], base: str) ->
 
 
 def _alpha(scaling: Scaling) -> float | int:
-    """The alpha for which alpha / r is the scale, to the last bit."""
+    """The alpha for which alpha / r is the scale: to the last bit, or next to it where no float gives the very one."""
     near = scaling.scale * scaling.rank
-    for alpha in (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)):
-        if alpha / scaling.rank == scaling.scale:
-            return int(alpha) if alpha == int(alpha) else alpha
-    raise ModelError(f"lora_parameters: no lora_alpha gives scale {scaling.scale!r} at rank {scaling.rank}.")
+    around = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
+    alpha = min(around, key=lambda each: abs(each / scaling.rank - scaling.scale))
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def same_scaling(one: Scaling, other: Scaling) -> bool:
+    """Whether two adapters have the same numbers, scales to the last bit but one."""
+    return one._replace(scale=0) == other._replace(scale=0) and math.isclose(one.scale, other.scale, rel_tol=4e-16)
 
 
 def find_targets(adapted: set[str], modules: Sequence[str], leaves: Sequence[str]) -> dict[str, Any]:
