@@ -27,10 +27,13 @@ from orpo_mlx.conversion import (
     write_model,
 )
 from orpo_mlx.errors import ConfigError, ModelError
+from orpo_mlx.gguf import load_gguf, read_weights
+from orpo_mlx.gguf_file import read_gguf
+from orpo_mlx.gguf_models import read_config
 from orpo_mlx.hf_import import Base, open_checkpoint, open_model, read_tensors
 from orpo_mlx.merging import fuse, full_weights, is_quantised, merged_tensors, model_tensors
 from orpo_mlx.model_files import copy_companions, write_json, write_weights
-from orpo_mlx.models import DTYPES, load_lazily
+from orpo_mlx.models import DTYPES, find, load_lazily, locate
 from orpo_mlx.peft_adapters import (
     MLX_WEIGHTS,
     PEFT_WEIGHTS,
@@ -63,6 +66,39 @@ def convert_hf(source: str, task: Task) -> None:
         copy_companions(checkpoint.folder, folder, code=task.trust_remote_code)
         verify_model(task, folder, check, limit_of(task), checkpoint.folder)
         shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+    report(task, written)
+
+
+def convert_gguf(source: str, keep_quantised: bool, task: Task) -> None:
+    """A GGUF file to an MLX folder.
+
+    Raises:
+        UserError: see `convert_hf`.
+    """
+    if keep_quantised and (task.dtype is not None or task.how is not None):
+        raise ConfigError("--keep-quantized: keeps the file's own blocks, so --dtype and --quantize cannot be given too.")
+    path, _ = locate(source, "SRC")
+    if not path.is_file():
+        raise ModelError(f"SRC {source}: is a folder, expected a .gguf file; use the hf command for it.")
+    with staged_folder(task.destination, overwrite=task.overwrite) as folder:
+        head = find(str(path), flag="SRC")
+        check = check_of(task, head)
+        if keep_quantised:
+            file = read_gguf(path)
+            config = read_config(file)
+            weights = read_weights(file, config, keep_quantised=True)
+            if "quantization" not in config:
+                raise ConfigError(f"--keep-quantized: {path} has no blocks of 4 or 8 bits that MLX's layers can hold.")
+            written = write_weights(folder, weights, task.destination, layout="mlx")
+            write_json(folder / "config.json", config)
+        else:
+            model, _, config = load_gguf(path, DTYPES[task.dtype or "float16"])
+            written = write_model(task, folder, model, config)
+        if head.tokenizer is not None:
+            head.tokenizer.save_pretrained(folder)
+        as_it_was = task.dtype is None and not keep_quantised
+        limit = limit_of(task) if as_it_was else ROUNDED if task.how is None else limit_of(task)
+        verify_model(task, folder, check, limit, folder if task.how is None and not keep_quantised else None)
     report(task, written)
 
 
@@ -175,6 +211,13 @@ def build_parser() -> OneLineParser:
     hf.add_argument("source", metavar="SRC", help="Hub id or folder")
     _add_destination(hf)
     _add_shrinking(hf)
+    gguf = _command(commands, "gguf", "GGUF file to an MLX folder", _run_gguf)
+    gguf.add_argument("source", metavar="SRC.gguf", help="GGUF file")
+    _add_destination(gguf)
+    _add_shrinking(gguf)
+    gguf.add_argument(
+        "--keep-quantized", action="store_true", help="keep blocks of 4 and 8 bits as MLX's quantised layers"
+    )
     for name, convert, description in (
         ("peft-to-mlx", convert_peft_to_mlx, "PEFT's LoRA, rsLoRA or DoRA adapter to mlx-lm's form"),
         ("mlx-to-peft", convert_mlx_to_peft, "adapter of mlx-lm or orpo_mlx to PEFT's form"),
@@ -236,6 +279,10 @@ def _task(args: argparse.Namespace) -> Task:
 
 def _run_hf(args: argparse.Namespace) -> None:
     convert_hf(args.source, _task(args))
+
+
+def _run_gguf(args: argparse.Namespace) -> None:
+    convert_gguf(args.source, args.keep_quantized, _task(args))
 
 
 def _run_adapter(args: argparse.Namespace) -> None:

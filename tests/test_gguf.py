@@ -104,7 +104,7 @@ def test_tokenizer_and_template_come_out_of_the_metadata(tmp_path: Path) -> None
         ({"general.architecture": "mamba"}, "GGUF architecture 'mamba' is not supported"),
         ({"llama.block_count": None}, "no llama.block_count"),
         ({"llama.block_count": mx.array(3, mx.uint32)}, "do not fit a llama model"),
-        ({"tokenizer.ggml.model": "llama"}, "GGUF tokenizer 'llama'"),
+        ({"tokenizer.ggml.model": "bert"}, "GGUF tokenizer 'bert'"),
         ({"tokenizer.ggml.pre": "martian"}, "pre-tokenizer 'martian' is not supported"),
         ({"llama.rope.scaling.type": "yarn"}, "RoPE scaling in a GGUF file is not supported"),
     ],
