@@ -82,7 +82,9 @@ def write_model(task: Task, folder: Path, model: nn.Module, config: dict[str, An
         config, left = quantise(model, config, task.how)
         if left:
             names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-            print(f"{len(left)} layers stay as they are, since {task.how.group_size} does not divide their width: {names}")
+            print(
+                f"{len(left)} layers stay as they are, since {task.how.group_size} does not divide their width: {names}"
+            )
     written = write_weights(folder, take_weights(model), task.destination, layout="mlx")
     write_json(folder / "config.json", config)
     return written
@@ -142,9 +144,7 @@ def verify_adapter(task: Task, base: Base, mlx_folder: Path, peft_folder: Path) 
     if not has_torch() or importlib.util.find_spec("peft") is None or not base.files:
         return
     try:
-        theirs = transformers_logps(
-            base.folder, pairs, adapter=peft_folder, trust_remote_code=task.trust_remote_code
-        )
+        theirs = transformers_logps(base.folder, pairs, adapter=peft_folder, trust_remote_code=task.trust_remote_code)
     except ModelError as error:
         print(f"not compared with PEFT: {error}")
         return

@@ -76,7 +76,9 @@ def convert_gguf(source: str, keep_quantised: bool, task: Task) -> None:
         UserError: see `convert_hf`.
     """
     if keep_quantised and (task.dtype is not None or task.how is not None):
-        raise ConfigError("--keep-quantized: keeps the file's own blocks, so --dtype and --quantize cannot be given too.")
+        raise ConfigError(
+            "--keep-quantized: keeps the file's own blocks, so --dtype and --quantize cannot be given too."
+        )
     path, _ = locate(source, "SRC")
     if not path.is_file():
         raise ModelError(f"SRC {source}: is a folder, expected a .gguf file; use the hf command for it.")

@@ -60,12 +60,12 @@ def pack(kind: str, data: Bytes, shape: tuple[int, ...]) -> tuple[mx.array, mx.a
     """
     groups = _take_apart(kind, data)
     per_word = 32 // groups.bits
-    words = groups.quants.reshape(-1, per_word).astype(np.uint32) << (np.arange(per_word, dtype=np.uint32) * groups.bits)
+    words = groups.quants.reshape(-1, per_word).astype(np.uint32) << (
+        np.arange(per_word, dtype=np.uint32) * groups.bits
+    )
     packed = np.bitwise_or.reduce(words, axis=1).astype(np.uint32)
     small = (*shape[:-1], shape[-1] // _GROUP)
-    scales, biases = (
-        mx.array(part.astype(np.float16)).reshape(small) for part in (groups.scales, groups.offsets)
-    )
+    scales, biases = (mx.array(part.astype(np.float16)).reshape(small) for part in (groups.scales, groups.offsets))
     return mx.array(packed).reshape(*shape[:-1], shape[-1] // per_word), scales, biases, groups.bits
 
 

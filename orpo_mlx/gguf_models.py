@@ -176,7 +176,9 @@ def _llama3_scaling(file: GgufFile, settings: _Settings, head_dim: int) -> dict[
     factor = float(found.max())
     base = settings.number("rope.freq_base", 10000.0)
     wavelengths = 2 * np.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
-    low, high = (_LLAMA3["original_max_position_embeddings"] / _LLAMA3[f"{part}_freq_factor"] for part in ("low", "high"))
+    low, high = (
+        _LLAMA3["original_max_position_embeddings"] / _LLAMA3[f"{part}_freq_factor"] for part in ("low", "high")
+    )
     smooth = (_LLAMA3["original_max_position_embeddings"] / wavelengths - 1) / 3
     between = 1 / ((1 - smooth) / factor + smooth)
     expected = np.where(wavelengths < high, 1.0, np.where(wavelengths > low, factor, between))

@@ -116,7 +116,9 @@ def _implied_merges(file: GgufFile, tokens: list[str], vocabulary: dict[str, int
     mlx-lm wrote has none; there the order of the tokens does.
     """
     scores = file.metadata.get("tokenizer.ggml.scores")
-    by_place = scores is None or file.metadata.get("general.architecture") == "gemma2" or bool((scores == scores[0]).all())
+    by_place = (
+        scores is None or file.metadata.get("general.architecture") == "gemma2" or bool((scores == scores[0]).all())
+    )
     if not by_place and len(scores) != len(tokens):
         raise ModelError(f"{file.path}: has {len(scores)} scores for {len(tokens)} tokens.")
     ranked = []
@@ -158,7 +160,9 @@ def _finish(file: GgufFile, tokenizer: Tokenizer, tokens: list[str]) -> PreTrain
 
 def _add_ends(file: GgufFile, tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
     """Put BOS in front and EOS behind, where the file says so."""
-    by_default = file.metadata.get("tokenizer.ggml.model") == "llama" or file.metadata.get("tokenizer.ggml.pre") in _ADD_BOS
+    by_default = (
+        file.metadata.get("tokenizer.ggml.model") == "llama" or file.metadata.get("tokenizer.ggml.pre") in _ADD_BOS
+    )
     parts, special = ["$A"], []
     if bos is not None and file.metadata.get("tokenizer.ggml.add_bos_token", by_default):
         parts.insert(0, bos)

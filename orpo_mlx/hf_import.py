@@ -148,7 +148,9 @@ def _read_pickle(torch: Any, file: Path) -> dict[str, mx.array]:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, zip errors.
         reason = " ".join(str(error).split())[:160].rstrip(".")
-        raise ModelError(f"{file}: torch's safe reader refuses it ({reason}); get the checkpoint's safetensors.") from None
+        raise ModelError(
+            f"{file}: torch's safe reader refuses it ({reason}); get the checkpoint's safetensors."
+        ) from None
     table = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else None
     if not isinstance(table, Mapping) or not all(hasattr(value, "numpy") for value in table.values()):
         raise ModelError(f"{file}: holds something else than a table of tensors; get the checkpoint's safetensors.")
@@ -160,5 +162,3 @@ def _to_mlx(torch: Any, tensor: Any) -> mx.array:
     if tensor.dtype == torch.bfloat16:  # numpy has none.
         return mx.array(tensor.view(torch.int16).numpy()).view(mx.bfloat16)
     return mx.array(np.asarray(tensor.numpy()))
-
-

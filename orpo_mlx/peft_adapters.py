@@ -126,7 +126,9 @@ def mlx_to_peft(adapter: Adapter, model: nn.Module, names: set[str], base: str, 
     _check_kinds(adapted, modules, model, scaling, place)
     for module in sorted(adapted):
         if f"{module}.weight" not in names:
-            raise ModelError(f"{place}: adapts {module!r}, which the checkpoint has under no such name for PEFT to find.")
+            raise ModelError(
+                f"{place}: adapts {module!r}, which the checkpoint has under no such name for PEFT to find."
+            )
     check_fits(adapter, model, place)
     weights = {}
     for name, array in adapter.weights.items():

@@ -40,7 +40,9 @@ def read_scaling(config: Mapping[str, Any], place: str) -> Scaling:
         raise ModelError(f"{place}: peft_type is {config.get('peft_type')!r}, and only 'LORA' can be converted.")
     rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
     if type(rank) is not int or rank < 1 or not _is_number(alpha) or not _is_number(dropout):
-        raise ModelError(f"{place}: r, lora_alpha and lora_dropout are {rank!r}, {alpha!r} and {dropout!r}, not numbers.")
+        raise ModelError(
+            f"{place}: r, lora_alpha and lora_dropout are {rank!r}, {alpha!r} and {dropout!r}, not numbers."
+        )
     _refuse_inexpressible(config, rank, alpha, place)
     root = math.sqrt(rank) if config.get("use_rslora") else rank
     return Scaling(rank, alpha / root, float(dropout), bool(config.get("use_dora")))
@@ -55,9 +57,13 @@ def _refuse_inexpressible(config: Mapping[str, Any], rank: int, alpha: float, pl
         if key not in _HARMLESS and value not in (None, False) and value != {} and value != []:
             if key == "megatron_config" or key not in ("modules_to_save", "lora_bias", "layer_replication"):
                 raise ModelError(f"{place}: {key} ({value!r}) cannot be expressed by mlx-lm's adapters.")
-            raise ModelError(f"{place}: {key} ({value!r}) cannot be expressed by mlx-lm's adapters; merge it with PEFT.")
+            raise ModelError(
+                f"{place}: {key} ({value!r}) cannot be expressed by mlx-lm's adapters; merge it with PEFT."
+            )
     if config.get("bias", "none") != "none":
-        raise ModelError(f"{place}: bias is {config['bias']!r}: trained biases cannot be expressed by mlx-lm's adapters.")
+        raise ModelError(
+            f"{place}: bias is {config['bias']!r}: trained biases cannot be expressed by mlx-lm's adapters."
+        )
     for key, common in (("rank_pattern", rank), ("alpha_pattern", alpha)):
         other = {name: value for name, value in (config.get(key) or {}).items() if value != common}
         if other:

@@ -112,7 +112,9 @@ def _swap(staging: Path, destination: Path) -> None:
         _rename(staging, destination)
     else:
         old = Path(f"{destination.parent}/.{destination.name}{_OLD}{staging.name.rpartition('-')[2]}")
-        lock = os.open(destination, os.O_RDONLY)  # The lock goes with the folder, so no other run takes it for a remnant.
+        lock = os.open(
+            destination, os.O_RDONLY
+        )  # The lock goes with the folder, so no other run takes it for a remnant.
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             destination.rename(old)

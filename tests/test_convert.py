@@ -107,7 +107,10 @@ def write_adapter_folder(folder: Path, kind: str = "llama", fine_tune_type: str 
     lora = {**LORA, **lora}
     add_adapters(model, fine_tune_type, -1, lora)
     mx.random.seed(5)
-    weights = {name: 0.1 * mx.random.normal(value.shape) + (name.endswith(".m")) for name, value in adapter_weights(model).items()}
+    weights = {
+        name: 0.1 * mx.random.normal(value.shape) + (name.endswith(".m"))
+        for name, value in adapter_weights(model).items()
+    }
     if fine_tune_type == "full":
         weights = {name: value + weights[name] for name, value in adapter_weights(model).items()}
     folder.mkdir()
@@ -136,9 +139,7 @@ def test_merged_is_the_adapted_model_under_the_checkpoints_names(
     assert main(["merge", "--model", str(source), "--adapter-path", str(adapter), str(target)]) == 0
     adapted, _ = mlx_lm.load(str(source), adapter_path=str(adapter))
     ids = mx.array([[3, 4, 5, 6]])
-    np.testing.assert_allclose(
-        np.array(mlx_lm.load(str(target))[0](ids)), np.array(adapted(ids)), rtol=1e-4, atol=1e-3
-    )
+    np.testing.assert_allclose(np.array(mlx_lm.load(str(target))[0](ids)), np.array(adapted(ids)), rtol=1e-4, atol=1e-3)
     before, after = mx.load(str(source / "model.safetensors")), mx.load(str(target / "model.safetensors"))
     assert isinstance(before, dict)
     assert isinstance(after, dict)
