@@ -31,7 +31,7 @@ from orpo_mlx.gguf import load_gguf, read_weights
 from orpo_mlx.gguf_file import read_gguf
 from orpo_mlx.gguf_models import read_config
 from orpo_mlx.hf_import import Base, open_checkpoint, open_model, read_tensors
-from orpo_mlx.merging import fuse, full_weights, is_quantised, merged_tensors, model_tensors
+from orpo_mlx.merging import full_weights, fuse, is_quantised, merged_tensors, model_tensors
 from orpo_mlx.model_files import copy_companions, write_json, write_weights
 from orpo_mlx.models import DTYPES, find, load_lazily, locate
 from orpo_mlx.peft_adapters import (
@@ -160,7 +160,7 @@ def convert_merge(model_name: str, adapter_path: str, task: Task) -> None:
         quantised, replaced = is_quantised(model), full_weights(model, adapter)
         add_trained_adapters(model, adapter)
         replaced |= fuse(model, DTYPES[task.dtype] if task.dtype else None, str(adapter))
-        exact = all(array.dtype == mx.float32 for _, array in tree_flatten(model.parameters()))
+        exact = all(array.dtype == mx.float32 for array in dict(tree_flatten(model.parameters())).values())
         if task.how is not None:
             written = write_model(task, folder, model, config)
         elif quantised or not base.files:

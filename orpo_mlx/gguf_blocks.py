@@ -85,7 +85,8 @@ def _nibbles(data: Bytes) -> Bytes:
 
 def _fifth_bits(data: Bytes) -> Bytes:
     """(N, 4 bytes) to (N, 1, 32): a bit of each, moved to the fifth place."""
-    return (np.unpackbits(data, axis=1, bitorder="little") << 4)[:, None, :]
+    bits: Bytes = (np.unpackbits(data, axis=1, bitorder="little") << np.uint8(4))[:, None, :]
+    return bits
 
 
 def _q4_0(blocks: Bytes) -> Groups:

@@ -115,7 +115,7 @@ def _implied_merges(file: GgufFile, tokens: list[str], vocabulary: dict[str, int
     The best has the highest score, as SentencePiece merges. Gemma's scores do not follow its merges, and a file that
     mlx-lm wrote has none; there the order of the tokens does.
     """
-    scores = file.metadata.get("tokenizer.ggml.scores")
+    scores: Any = file.metadata.get("tokenizer.ggml.scores")
     by_place = (
         scores is None or file.metadata.get("general.architecture") == "gemma2" or bool((scores == scores[0]).all())
     )

@@ -80,8 +80,8 @@ def merged_tensors(
             own = tensors.get(part)
             if own is None or own.shape != old.shape or not mx.array_equal(own.astype(old.dtype), old).item():
                 raise ModelError(
-                    f"{place}: {name} has no counterpart in the checkpoint that it could be merged into ({part}); train "
-                    "on other layers, or give --quantize, which writes mlx-lm's own layout."
+                    f"{place}: {name} has no counterpart in the checkpoint that it could be merged into ({part}); "
+                    "train on other layers, or give --quantize, which writes mlx-lm's own layout."
                 )
             result[part] = new
     return result
@@ -112,6 +112,7 @@ def full_weights(model: nn.Module, adapter: Path) -> dict[str, mx.array]:
     if config.get("fine_tune_type") != "full":
         return {}
     trained = mx.load(str(adapter / "adapters.safetensors"))
+    assert isinstance(trained, dict)
     own = dict(tree_flatten(model.parameters()))
     return {name: own[name] for name in trained if name in own}
 

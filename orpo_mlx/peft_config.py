@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 from orpo_mlx.errors import ModelError
 
 _HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules",
+    "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-    "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
+    "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
+    "revision",
     "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora", "alpha_pattern", "rank_pattern",
 }  # fmt: skip
 """Keys that are read here, or say how the adapter was made; every other must be at rest (null, false, empty)."""
@@ -38,7 +40,9 @@ def read_scaling(config: Mapping[str, Any], place: str) -> Scaling:
     """
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{place}: peft_type is {config.get('peft_type')!r}, and only 'LORA' can be converted.")
-    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    rank: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
+    dropout: Any = config.get("lora_dropout", 0.0)
     if type(rank) is not int or rank < 1 or not _is_number(alpha) or not _is_number(dropout):
         raise ModelError(
             f"{place}: r, lora_alpha and lora_dropout are {rank!r}, {alpha!r} and {dropout!r}, not numbers."

@@ -1,4 +1,4 @@
-"""Safetensors headers and shard lists, checked before anything is believed: sizes against the file, names against the folder."""
+"""Safetensors headers and lists of shards, checked before they are believed."""
 
 from __future__ import annotations
 

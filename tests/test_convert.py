@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +10,12 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
-from orpo_mlx import score
+from orpo_mlx import conversion, model_files, score
 from orpo_mlx.convert import main
 from orpo_mlx.lora import adapter_weights, add_adapters
 from orpo_mlx.models import load
-from tests.conftest import make_model, model_config, write_model_folder
+from tests.conftest import make_model, write_model_folder
 from tests.test_logprobs import oracle_logps
 
 PARITY = ["gemma2", "llama_tied", "phi3", "qwen2", "granite", "qwen3_moe"]
@@ -137,7 +133,7 @@ def test_merged_is_the_adapted_model_under_the_checkpoints_names(
     adapter = write_adapter_folder(tmp_path / "adapters", kind, fine_tune_type, **lora)
     target = tmp_path / "merged"
     assert main(["merge", "--model", str(source), "--adapter-path", str(adapter), str(target)]) == 0
-    adapted, _ = mlx_lm.load(str(source), adapter_path=str(adapter))
+    adapted: Any = mlx_lm.load(str(source), adapter_path=str(adapter))[0]
     ids = mx.array([[3, 4, 5, 6]])
     np.testing.assert_allclose(np.array(mlx_lm.load(str(target))[0](ids)), np.array(adapted(ids)), rtol=1e-4, atol=1e-3)
     before, after = mx.load(str(source / "model.safetensors")), mx.load(str(target / "model.safetensors"))
@@ -146,6 +142,7 @@ def test_merged_is_the_adapted_model_under_the_checkpoints_names(
     assert {name: array.shape for name, array in after.items()} == {name: array.shape for name, array in before.items()}
     changed = {name for name in before if not mx.array_equal(before[name], after[name]).item()}
     trained = mx.load(str(adapter / "adapters.safetensors"))
+    assert isinstance(trained, dict)
     assert changed == {name if fine_tune_type == "full" else f"{name.rpartition('.')[0]}.weight" for name in trained}
 
 
@@ -164,9 +161,7 @@ def test_a_conversion_that_changes_the_model_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_model_folder(tmp_path / "hf")
-    from orpo_mlx import conversion
-
-    take = conversion.take_weights
+    take = model_files.take_weights
     monkeypatch.setattr(
         conversion, "take_weights", lambda model: {name: array * 1.01 for name, array in take(model).items()}
     )

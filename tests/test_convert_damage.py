@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import resource
+import shutil
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +18,13 @@ import mlx.core as mx
 import pytest
 
 from orpo_mlx.convert import main
-from tests.conftest import write_model_folder
+from orpo_mlx.models import load
+from tests.conftest import make_model, write_model_folder
 from tests.test_convert import sharded, write_adapter_folder
+from tests.test_gguf import write_gguf
 from tests.test_peft_adapters import write_peft_folder
 
-Damage = Callable[[Path], None]
+Damage = Callable[[Path], object]
 
 
 def change_json(name: str, **changes: Any) -> Damage:
@@ -72,12 +79,15 @@ def without(key: str) -> Callable[[dict[str, Any]], None]:
     return damage
 
 
+SHARD, LAYER_9 = "model-00001-of-00002.safetensors", "model.layers.9.self_attn.q_proj"
+GPT2 = "base_model.model.h.0.lora_A.weight"
 FIRST, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
 MODEL: dict[str, tuple[Damage, str]] = {
     "cut short": (rewrite("model.safetensors", lambda data: data[:-100]), "cut short"),
     "cut in the header": (rewrite("model.safetensors", lambda data: data[:60]), "cut short"),
     "empty": (rewrite("model.safetensors", lambda data: b""), "not a safetensors file"),
-    "header of 2^60": (rewrite("model.safetensors", lambda data: struct.pack("<Q", 2**60) + data[8:]), "header of 11529"),
+    "header of 2^60": (
+        rewrite("model.safetensors", lambda data: struct.pack("<Q", 2**60) + data[8:]), "header of 11529"),
     "header of 2^64 - 1": (rewrite("model.safetensors", lambda data: b"\xff" * 8 + data[8:]), "header of 18446"),
     "header not JSON": (rewrite("model.safetensors", lambda data: data[:8] + b"x" + data[9:]), "not JSON"),
     "header nested deeply": (
@@ -111,7 +121,7 @@ MODEL: dict[str, tuple[Damage, str]] = {
     "index to an absolute path": (
         index(lambda table: table["weight_map"].update({NORM: "/etc/passwd"})), "not a file name within"),
     "index to the wrong shard": (
-        index(lambda table: table["weight_map"].update({name: "model-00001-of-00002.safetensors" for name in table["weight_map"]})),
+        index(lambda table: table["weight_map"].update(dict.fromkeys(table["weight_map"], SHARD))),
         "is not in it"),
     "index without a map": (index(without("weight_map")), "no weight_map"),
     "pickled weights": (
@@ -121,7 +131,7 @@ ADAPTER: dict[str, tuple[Damage, str]] = {
     "of another model": (
         weights(lambda table: table.update({next(iter(table)): mx.zeros((5, 2))}), "adapters.safetensors"), "shape"),
     "of more layers": (
-        weights(lambda table: table.update({"model.layers.9.self_attn.q_proj.lora_a": mx.zeros((32, 2))}), "adapters.safetensors"),
+        weights(lambda table: table.update({f"{LAYER_9}.lora_a": mx.zeros((32, 2))}), "adapters.safetensors"),
         "model.layers.9"),
     "no settings": (change_json("adapter_config.json", lora_parameters=...), "no adapter config"),
     "whole weights": (change_json("adapter_config.json", fine_tune_type="full"), "use merge"),
@@ -136,7 +146,7 @@ PEFT: dict[str, tuple[Damage, str]] = {
     "rank zero": (change_json("adapter_config.json", r=0), "not numbers"),
     "no file": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter folder"),
     "of another model": (
-        weights(lambda table: table.update({"base_model.model.h.0.lora_A.weight": mx.zeros((2, 2))}), "adapter_model.safetensors"),
+        weights(lambda table: table.update({GPT2: mx.zeros((2, 2))}), "adapter_model.safetensors"),
         "does not have"),
 }  # fmt: skip
 
@@ -176,6 +186,66 @@ def test_peft_adapters(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[
     damage(write_peft_folder(tmp_path / "a"))
     command = ["peft-to-mlx", str(tmp_path / "a"), str(tmp_path / "out"), "--model", str(model)]
     refused(command, tmp_path, expected, capsys)
+
+
+def at(place: int, content: bytes) -> Callable[[bytes], bytes]:
+    return lambda data: data[:place] + content + data[place + len(content) :]
+
+
+def in_table(offset: int, content: bytes) -> Callable[[bytes], bytes]:
+    """Change the table's entry of a tensor: 4 bytes of dimensions, 8 for each of two, 4 of type, 8 of place."""
+
+    def change(data: bytes) -> bytes:
+        return at(data.index(b"token_embd.weight") + len("token_embd.weight") + offset, content)(data)
+
+    return change
+
+
+GGUF: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda data: b"", "cannot be read as GGUF"),
+    "another file": (at(0, b"GGML"), "does not begin with that word"),
+    "version 9": (at(4, struct.pack("<I", 9)), "version 9"),
+    "2^60 tensors": (at(8, struct.pack("<Q", 2**60)), "more than it can hold"),
+    "2^63 settings": (at(16, struct.pack("<Q", 2**63)), "more than it can hold"),
+    "a key of 2^60 letters": (at(24, struct.pack("<Q", 2**60)), "more than it can hold"),
+    "cut short": (lambda data: data[:-100], "cut short"),
+    "cut in the settings": (lambda data: data[:900], "cannot be read as GGUF"),
+    "a tensor past its end": (in_table(24, struct.pack("<Q", 2**40)), "cut short"),
+    "a tensor of 2^59 columns": (in_table(4, struct.pack("<Q", 2**59)), "cut short"),
+    "a type that is not known": (in_table(20, struct.pack("<I", 10)), "Q2_K"),
+    "a type that does not exist": (in_table(20, struct.pack("<I", 999)), "999"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GGUF)
+def test_gguf_files(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    damage, expected = GGUF[name]
+    path = write_gguf(tmp_path / "model.gguf")
+    path.write_bytes(damage(path.read_bytes()))
+    refused(["gguf", str(path), str(tmp_path / "out")], tmp_path, expected, capsys)
+
+
+@pytest.mark.slow
+def test_killed_at_20_moments_the_folder_is_not_there_or_verifies(tmp_path: Path) -> None:
+    rng, source, target = random.Random(0), write_model_folder(tmp_path / "hf"), tmp_path / "out"
+    command = [sys.executable, "-m", "orpo_mlx.convert", "hf", str(source), str(target), "--overwrite"]
+    began = time.monotonic()
+    subprocess.run(command, check=True)
+    whole = time.monotonic() - began
+    shutil.rmtree(target)
+    ids, there = mx.array([[3, 4, 5]]), 0
+    for _ in range(20):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            # Most of the time goes into starting; what can go wrong is near the end.
+            time.sleep(rng.uniform(0.5 * whole, 1.05 * whole))
+            process.kill()
+        if target.exists():
+            there += 1
+            assert mx.array_equal(load(str(target)).model(ids), make_model()(ids)).item()
+            shutil.rmtree(target)
+    print(f"there after {there} of 20 kills")
+    subprocess.run(command, check=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,8 @@ def test_every_architecture_is_the_model_it_was(tmp_path: Path, kind: str) -> No
     expected = np.array(make_model(kind)(ids))
     np.testing.assert_allclose(np.array(load(str(path)).model(ids)), expected, rtol=1e-4, atol=1e-4)
     assert main(["gguf", str(path), str(tmp_path / "mlx")]) == 0
-    written, tokenizer = mlx_lm.load(str(tmp_path / "mlx"))
+    loaded: Any = mlx_lm.load(str(tmp_path / "mlx"))
+    written, tokenizer = loaded
     np.testing.assert_allclose(np.array(written(ids)), expected, rtol=1e-4, atol=1e-4)
     assert tokenizer.encode("abc <|end|>") == load_gguf(path)[1].encode("abc <|end|>")
     assert "<|start|>user" in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
@@ -171,18 +172,16 @@ def test_sentencepiece_is_rebuilt_from_scores(tmp_path: Path) -> None:
     tokens = words
     types = [2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259)]
     scores = [0.0] * 259 + [-5.0, -5.0, -5.0, -5.0, -2.0, -1.0, -0.5]
-    path = write_gguf(
-        tmp_path / "model.gguf",
-        **{
-            "tokenizer.ggml.model": "llama",
-            "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.scores": mx.array(scores, mx.float32),
-            "tokenizer.ggml.token_type": mx.array(types, mx.int32),
-            "tokenizer.ggml.bos_token_id": mx.array(1, mx.uint32),
-            "tokenizer.ggml.eos_token_id": mx.array(2, mx.uint32),
-            "tokenizer.ggml.merges": None,
-        },
-    )
+    changes: dict[str, Any] = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": mx.array(scores, mx.float32),
+        "tokenizer.ggml.token_type": mx.array(types, mx.int32),
+        "tokenizer.ggml.bos_token_id": mx.array(1, mx.uint32),
+        "tokenizer.ggml.eos_token_id": mx.array(2, mx.uint32),
+        "tokenizer.ggml.merges": None,
+    }
+    path = write_gguf(tmp_path / "model.gguf", **changes)
     tokenizer = build_tokenizer(read_gguf(path))
     ids = {token: number for number, token in enumerate(tokens)}
     assert tokenizer.encode("abc") == [1, ids["▁ab"], ids["c"]]

@@ -23,9 +23,8 @@ def test_expanded_and_packed(kind: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
     if can_pack(kind):
         packed, scales, biases, bits = pack(kind, data, expected.shape)
-        unpacked = mx.dequantize(
-            packed, *(part.astype(mx.float32) for part in (scales, biases)), group_size=32, bits=bits
-        )
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        unpacked = mx.dequantize(packed, scales, biases, group_size=32, bits=bits)
         # Q4_K's scales are products of two numbers, rounded to half precision.
         np.testing.assert_allclose(np.array(unpacked), expected, rtol=1e-6, atol=0.1 if kind == "Q4_K" else 1e-6)
 

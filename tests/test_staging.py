@@ -40,9 +40,14 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, overwrite: bool) -> None
     if overwrite:
         target.mkdir()
         (target / "old").write_text("old")
-    with pytest.raises(RuntimeError, match="inside"), staged_folder(target, overwrite=overwrite) as folder:
-        (folder / "a").write_text("1")
-        raise RuntimeError("inside")
+
+    def fail() -> None:
+        with staged_folder(target, overwrite=overwrite) as folder:
+            (folder / "a").write_text("1")
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
     assert target.exists() == overwrite
     assert not overwrite or (target / "old").read_text() == "old"
     assert not list(tmp_path.glob(".out*"))
@@ -64,10 +69,14 @@ def test_an_existing_folder_is_refused_and_with_overwrite_replaced_whole(tmp_pat
 
 
 def test_a_folder_that_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="exists already"), staged_folder(tmp_path / "out") as folder:
-        (folder / "a").write_text("1")
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "theirs").write_text("2")
+    def write() -> None:
+        with staged_folder(tmp_path / "out") as folder:
+            (folder / "a").write_text("1")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "theirs").write_text("2")
+
+    with pytest.raises(ConfigError, match="exists already"):
+        write()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
 
 
