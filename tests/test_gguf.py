@@ -11,14 +11,16 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.gguf import convert_to_gguf
 
 from orpo_mlx.convert import main
 from orpo_mlx.errors import ModelError
-from orpo_mlx.gguf import load_gguf
+from orpo_mlx.gguf import load_gguf, read_weights
 from orpo_mlx.gguf_file import read_gguf
+from orpo_mlx.gguf_models import read_config
 from orpo_mlx.gguf_tokenizer import build_tokenizer
 from orpo_mlx.models import load, offline_gguf
-from tests.conftest import CHAT_TEMPLATE, SPECIAL_TOKENS, make_model, make_tokenizer, model_config
+from tests.conftest import CHAT_TEMPLATE, SPECIAL_TOKENS, make_model, make_tokenizer, model_config, write_model_folder
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -189,6 +191,19 @@ def test_sentencepiece_is_rebuilt_from_scores(tmp_path: Path) -> None:
         ids["▁"], ids["c"], ids["▁"], ids["bc"], ids["▁"], ids["<0xC3>"], ids["<0xA9>"],
     ]  # fmt: skip
     assert tokenizer.decode(tokenizer.encode("abc é", add_special_tokens=False)) == "abc é"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_mlx_lm_exports_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_model_folder(tmp_path / "hf")
+    config, path = model_config("llama"), tmp_path / "export.gguf"
+    weights = dict(tree_flatten(make_model("llama").parameters()))
+    convert_to_gguf(folder, dict(weights), config, str(path))
+    file = read_gguf(path)
+    found = read_weights(file, read_config(file))
+    assert set(found) == set(weights)
+    for name, array in weights.items():
+        assert mx.array_equal(found[name], array).item(), name
 
 
 def test_the_real_tokenizer_gives_the_reference_ids(shared: Path) -> None:
