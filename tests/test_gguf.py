@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.gguf import convert_to_gguf
+from mlx_lm.models.rope_utils import Llama3RoPE
 
 from orpo_mlx.convert import main
 from orpo_mlx.errors import ModelError
-from orpo_mlx.gguf import load_gguf, read_weights
+from orpo_mlx.gguf import load_gguf, read_gguf_head, read_weights
 from orpo_mlx.gguf_file import read_gguf
 from orpo_mlx.gguf_models import read_config
 from orpo_mlx.gguf_tokenizer import build_tokenizer
@@ -56,6 +57,7 @@ OWN_NAMES: dict[str, dict[str, str]] = {
     },
     "phi3": {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
 }
+LONG = {"long": 9.0, "short": 4.0}
 KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
 
 
@@ -78,7 +80,7 @@ def gguf_arrays(kind: str) -> dict[str, mx.array]:
     return arrays
 
 
-def write_gguf(path: Path, kind: str = "llama", **changes: Any) -> Path:
+def write_gguf(path: Path, kind: str = "llama", tables: dict[str, mx.array] | None = None, **changes: Any) -> Path:
     config = model_config(kind)
     vocabulary = make_tokenizer().get_vocab()
     tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
@@ -108,7 +110,8 @@ def write_gguf(path: Path, kind: str = "llama", **changes: Any) -> Path:
     # Merges must name tokens of the vocabulary; bytes alone have none, so two tokens are given away for them.
     tokens[tokens.index("Ā")], tokens[tokens.index("ā")] = "ab", "bc"
     metadata.update(changes)
-    mx.save_gguf(str(path), gguf_arrays(kind), {key: value for key, value in metadata.items() if value is not None})
+    arrays = {**gguf_arrays(kind), **(tables or {})}
+    mx.save_gguf(str(path), arrays, {key: value for key, value in metadata.items() if value is not None})
     return path
 
 
@@ -166,6 +169,44 @@ def test_a_file_that_is_not_gguf(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"not a model")
     with pytest.raises(ModelError, match="cannot be read as GGUF"):
         load_gguf(tmp_path / "model.gguf")
+
+
+def test_llama_3_settings_are_told_from_its_frequencies(tmp_path: Path) -> None:
+    scaling = {
+        "rope_type": "llama3", "type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    head, base = 8, 500000.0
+    freqs = Llama3RoPE(dims=head, base=base, scaling_config=scaling)._freqs
+    divisors = freqs / (base ** (mx.arange(0, head, 2) / head))
+    assert {round(each, 3) for each in divisors.tolist()} >= {1.0, 32.0}
+    changes = {
+        "llama.rope.freq_base": mx.array(base, mx.float32),
+        "llama.rope.dimension_count": mx.array(head, mx.uint32),
+    }
+    path = write_gguf(tmp_path / "model.gguf", tables={"rope_freqs.weight": divisors}, **changes)
+    config = load(str(path)).config
+    assert config["rope_scaling"].keys() == scaling.keys()
+    for key, value in scaling.items():
+        assert config["rope_scaling"][key] == (value if isinstance(value, str) else pytest.approx(value))
+    odd = write_gguf(tmp_path / "odd.gguf", tables={"rope_freqs.weight": divisors * 1.1}, **changes)
+    with pytest.raises(ModelError, match="not supported with these frequencies"):
+        load_gguf(odd)
+
+
+def test_linear_scaling_and_longrope(tmp_path: Path) -> None:
+    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": mx.array(4.0, mx.float32)}
+    _, config = read_gguf_head(write_gguf(tmp_path / "linear.gguf", **linear))
+    assert config["rope_scaling"] == {"type": "linear", "rope_type": "linear", "factor": 4.0}
+    tables = {f"rope_factors_{part}.weight": mx.array([1.0, 2.0, 3.0, number]) for part, number in LONG.items()}
+    changes: dict[str, Any] = {
+        "phi3.rope.scaling.type": "longrope",
+        "phi3.rope.scaling.original_context_length": mx.array(128, mx.uint32),
+    }
+    _, config = read_gguf_head(write_gguf(tmp_path / "phi3.gguf", "phi3", tables, **changes))
+    assert config["rope_scaling"]["long_factor"] == [1.0, 2.0, 3.0, 9.0]
+    assert config["rope_scaling"]["short_factor"] == [1.0, 2.0, 3.0, 4.0]
+    assert config["original_max_position_embeddings"] == 128
 
 
 def test_sentencepiece_is_rebuilt_from_scores(tmp_path: Path) -> None:
