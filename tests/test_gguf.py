@@ -172,7 +172,7 @@ def test_a_file_that_is_not_gguf(tmp_path: Path) -> None:
 
 
 def test_llama_3_settings_are_told_from_its_frequencies(tmp_path: Path) -> None:
-    scaling = {
+    scaling: dict[str, Any] = {
         "rope_type": "llama3", "type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
@@ -180,7 +180,7 @@ def test_llama_3_settings_are_told_from_its_frequencies(tmp_path: Path) -> None:
     freqs = Llama3RoPE(dims=head, base=base, scaling_config=scaling)._freqs
     divisors = freqs / (base ** (mx.arange(0, head, 2) / head))
     assert {round(each, 3) for each in divisors.tolist()} >= {1.0, 32.0}
-    changes = {
+    changes: dict[str, Any] = {
         "llama.rope.freq_base": mx.array(base, mx.float32),
         "llama.rope.dimension_count": mx.array(head, mx.uint32),
     }
@@ -195,10 +195,15 @@ def test_llama_3_settings_are_told_from_its_frequencies(tmp_path: Path) -> None:
 
 
 def test_linear_scaling_and_longrope(tmp_path: Path) -> None:
-    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": mx.array(4.0, mx.float32)}
+    linear: dict[str, Any] = {
+        "llama.rope.scaling.type": "linear",
+        "llama.rope.scaling.factor": mx.array(4.0, mx.float32),
+    }
     _, config = read_gguf_head(write_gguf(tmp_path / "linear.gguf", **linear))
     assert config["rope_scaling"] == {"type": "linear", "rope_type": "linear", "factor": 4.0}
-    tables = {f"rope_factors_{part}.weight": mx.array([1.0, 2.0, 3.0, number]) for part, number in LONG.items()}
+    tables: dict[str, mx.array] = {
+        f"rope_factors_{part}.weight": mx.array([1.0, 2.0, 3.0, number]) for part, number in LONG.items()
+    }
     changes: dict[str, Any] = {
         "phi3.rope.scaling.type": "longrope",
         "phi3.rope.scaling.original_context_length": mx.array(128, mx.uint32),
