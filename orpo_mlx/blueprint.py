@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from math import lcm, prod
@@ -18,6 +17,7 @@ from orpo_mlx.errors import ModelError
 from orpo_mlx.gguf import gguf_config
 from orpo_mlx.hf_config import normalise_config
 from orpo_mlx.models import loaded_dtype, locate
+from orpo_mlx.safetensors_files import read_header
 
 _LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _PERIOD_KEYS = ("sliding_window_pattern", "full_attention_interval")
@@ -98,25 +98,14 @@ def _headers(path: Path) -> tuple[mx.Dtype, frozenset[str]]:
     sizes: Counter[str] = Counter()
     quantised = set()
     for file in sorted(path.glob("model*.safetensors")):
-        for name, tensor in _header(file).items():
-            if tensor["dtype"] in _HEADER_DTYPES:
-                sizes[tensor["dtype"]] += prod(tensor["shape"])
+        for name, tensor in read_header(file).tensors.items():
+            if tensor.dtype in _HEADER_DTYPES:
+                sizes[tensor.dtype] += prod(tensor.shape)
             if name.endswith(".scales"):
                 quantised.add(name.removesuffix(".scales"))
     if not sizes:
         raise ModelError(f"{path}: no model*.safetensors with floating-point weights in this folder.")
     return _HEADER_DTYPES[sizes.most_common(1)[0][0]], frozenset(quantised)
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """A safetensors header: 8 bytes of length, then JSON."""
-    try:
-        with file.open("rb") as stream:
-            header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-            header.pop("__metadata__", None)
-    except (ValueError, OSError, MemoryError, OverflowError) as error:
-        raise ModelError(f"{file}: not a safetensors file ({' '.join(str(error).split())}).") from None
-    return header
 
 
 def _layer_count(path: Path, config: Mapping[str, Any]) -> int:

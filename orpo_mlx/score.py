@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm.tuner.utils import load_adapters
 
@@ -128,7 +129,7 @@ def _run(argv: Sequence[str] | None) -> None:
         check_vocabulary(loaded, max(itertools.chain(*pair[:3])), pair.place)
     _check_lengths(loaded, pairs)
     if args.adapter_path is not None:
-        _add_adapters(loaded, Path(args.adapter_path))
+        add_trained_adapters(loaded.model, Path(args.adapter_path))
     rows = score_pairs(PairScorer(loaded.model), pairs, batch_size=args.batch_size, per_token=args.per_token)
     text = "".join(_lines(rows))
     write_text(output, text)
@@ -150,14 +151,19 @@ def _check_lengths(loaded: LoadedModel, pairs: Sequence[TokenizedPair]) -> None:
             )
 
 
-def _add_adapters(loaded: LoadedModel, folder: Path) -> None:
+def add_trained_adapters(model: nn.Module, folder: Path) -> None:
+    """Put the adapters in `folder` on the model, ready to run.
+
+    Raises:
+        ModelError: mlx-lm cannot load them.
+    """
     try:
-        load_adapters(loaded.model, str(folder))
+        load_adapters(model, str(folder))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ModelError(f"--adapter-path {folder}: mlx-lm cannot load these adapters ({reason}).") from None
-    mx.eval(loaded.model.parameters())
-    loaded.model.eval()
+    mx.eval(model.parameters())
+    model.eval()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,6 +34,8 @@ VOCABULARY = 256 + len(SPECIAL_TOKENS)
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
     "qwen2": {"model_type": "qwen2", "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "head_dim": 16},
+    "mistral": {"model_type": "mistral", "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
     "gemma2": {
         "model_type": "gemma2",
         "rms_norm_eps": 1e-6,

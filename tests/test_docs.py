@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 from mlx_lm.utils import load_tokenizer
 
+from orpo_mlx.convert import build_parser
 from orpo_mlx.data import Reading
+from orpo_mlx.gguf_file import BLOCKS
+from orpo_mlx.gguf_models import ARCHITECTURES
 from orpo_mlx.inspection import inspect_splits
 from orpo_mlx.modes import MODES
 from orpo_mlx.row_report import REASONS
 from orpo_mlx.rows import READERS
 from orpo_mlx.shapes import PAIRINGS, SHAPES
+from orpo_mlx.shrinking import MODES as MODES_OF_QUANTISATION
 from orpo_mlx.sources import SPLIT_NAMES, FileSource
 from orpo_mlx.splits import Lengths, tokenized_split
 from orpo_mlx.tokenization import TRUNCATIONS
+from orpo_mlx.verification import EXACT, MERGED, ROUNDED
 from tests.conftest import write_rows
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -41,6 +48,20 @@ def test_every_key_of_inspect_is_there(tmp_path: Path, model_folder: Path) -> No
     for table in (figures, figures["splits"]["train"], figures["splits"]["train"]["length_bias"]):
         for key in table:
             assert f"`{key}`" in DATA, key
+
+
+def test_commands_bounds_and_types_of_conversions_are_there() -> None:
+    text = (DOCS / "converting.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```sh\n(.*?)```", text, re.S):
+        for line in block.splitlines():
+            words = shlex.split(line)
+            if "scripts/convert.py" in words:
+                build_parser().parse_args(words[2:])
+    for name in (*ARCHITECTURES, *(block[0] for block in BLOCKS.values()), *MODES_OF_QUANTISATION):
+        assert name in text, name
+    assert f"worst {EXACT.worst:.0e}".replace("e-0", "e-") in text
+    assert f"worst {MERGED.worst:.0e}".replace("e-0", "e-") in text
+    assert f"mean {ROUNDED.mean}" in text
 
 
 def test_every_memory_mode_is_there() -> None:

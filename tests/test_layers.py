@@ -9,9 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
 LAYERS = [
-    {"_blas", "allocator", "errors", "exponential", "types"},
-    {"turns", "rows", "row_report", "cache"},
-    {"shapes", "sources", "token_store", "tokenization"},
+    {"_blas", "allocator", "errors", "exponential", "gguf_blocks", "types"},
+    {"turns", "rows", "row_report", "cache", "gguf_file", "safetensors_files", "peft_config", "shrinking", "staging"},
+    {"shapes", "sources", "token_store", "tokenization", "gguf_models", "gguf_tokenizer", "merging"},
     {
         "attention",
         "modes",
@@ -27,13 +27,13 @@ LAYERS = [
         "checkpoint",
         "footprint",
     },
-    {"head", "lean", "metrics", "methods", "models", "splits", "reference_table"},
-    {"logprobs", "config", "samples", "blueprint"},
+    {"head", "lean", "metrics", "methods", "model_files", "models", "peft_adapters", "splits", "reference_table"},
+    {"logprobs", "config", "samples", "blueprint", "hf_import"},
     {"reference", "segments"},
     {"evaluation", "prepare", "reporting", "chapter", "score", "inspection"},
-    {"gradients", "inspect"},
-    {"step"},
-    {"memory"},
+    {"gradients", "inspect", "verification"},
+    {"step", "conversion"},
+    {"memory", "convert"},
     {"memory_plan"},
     {"fit", "train", "__init__"},
     {"memory_benchmark"},

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from orpo_mlx.config import resolve
+from orpo_mlx.convert import build_parser as build_convert_parser
 from orpo_mlx.fit import parse as parse_fit
 from orpo_mlx.memory_benchmark import parse as parse_benchmark
 from orpo_mlx.methods import METHODS
@@ -32,6 +33,8 @@ def test_a_command_names_files_and_flags_that_exist(command: str) -> None:
             assert all(flag in (ROOT / words[0]).read_text() for flag in words[1:])
         elif words[1] == "scripts/compare_memory.py":
             parse_benchmark(words[2:])
+        elif words[1] == "scripts/convert.py":
+            build_convert_parser().parse_args(words[2:])
         elif words[1:3] == ["-m", "orpo_mlx.train"]:
             resolve(words[3:])
         elif words[1:3] == ["-m", "orpo_mlx.fit"]:

@@ -1,0 +1,156 @@
+"""GGUF's blocks of quantised numbers: expanded, or packed anew as MLX's quantised layers hold them.
+
+A block is q · scale + offset for whole numbers q, with one scale and offset for every 16 or 32 of them, after the
+public description of the format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+_GROUP = 32
+
+
+class Groups(NamedTuple):
+    """N blocks taken apart: their numbers are quants · scales + offsets."""
+
+    quants: np.ndarray[Any, Any]
+    """(N, G, size of a group): whole numbers from 0, in order."""
+    scales: Floats
+    """(N, G)."""
+    offsets: Floats
+    """(N, G)."""
+    bits: int
+
+
+def expand(kind: str, data: Bytes, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """A tensor as floating point: those types as they are, quantised ones computed in float32 and rounded to `dtype`.
+
+    Args:
+        kind: name of the tensor's type.
+        data: its bytes.
+        shape: its shape.
+        dtype: of quantised tensors once expanded.
+    """
+    if kind == "BF16":
+        return mx.array(data.view(np.uint16)).view(mx.bfloat16).reshape(shape)
+    if kind in ("F32", "F16"):
+        return mx.array(data.view(np.float32 if kind == "F32" else np.float16)).reshape(shape)
+    groups = _take_apart(kind, data)
+    numbers = groups.quants.astype(np.float32) * groups.scales[..., None] + groups.offsets[..., None]
+    return mx.array(numbers.reshape(shape)).astype(dtype)
+
+
+def can_pack(kind: str) -> bool:
+    """Whether MLX's quantised layers can hold blocks of this type: 4 or 8 bits in groups of 32."""
+    return kind in ("Q4_0", "Q4_1", "Q4_K", "Q8_0")
+
+
+def pack(kind: str, data: Bytes, shape: tuple[int, ...]) -> tuple[mx.array, mx.array, mx.array, int]:
+    """A tensor as MLX's quantised layers hold it: the whole numbers unchanged, scales and offsets in float16.
+
+    Returns:
+        Packed numbers (rows, columns · bits / 32) uint32; scales and biases (rows, columns / 32); bits.
+    """
+    groups = _take_apart(kind, data)
+    per_word = 32 // groups.bits
+    words = groups.quants.reshape(-1, per_word).astype(np.uint32) << (
+        np.arange(per_word, dtype=np.uint32) * groups.bits
+    )
+    packed = np.bitwise_or.reduce(words, axis=1).astype(np.uint32)
+    small = (*shape[:-1], shape[-1] // _GROUP)
+    scales, biases = (mx.array(part.astype(np.float16)).reshape(small) for part in (groups.scales, groups.offsets))
+    return mx.array(packed).reshape(*shape[:-1], shape[-1] // per_word), scales, biases, groups.bits
+
+
+def _take_apart(kind: str, data: Bytes) -> Groups:
+    size, read = _READERS[kind]
+    return read(np.ascontiguousarray(data.reshape(-1, size)))
+
+
+def _half(blocks: Bytes, start: int) -> Floats:
+    return np.ascontiguousarray(blocks[:, start : start + 2]).view(np.float16).astype(np.float32)
+
+
+def _nibbles(data: Bytes) -> Bytes:
+    """(N, 16 bytes) to (N, 1, 32): low halves first, then high ones."""
+    return np.concatenate([data & 15, data >> 4], axis=1)[:, None, :]
+
+
+def _fifth_bits(data: Bytes) -> Bytes:
+    """(N, 4 bytes) to (N, 1, 32): a bit of each, moved to the fifth place."""
+    bits: Bytes = (np.unpackbits(data, axis=1, bitorder="little") << np.uint8(4))[:, None, :]
+    return bits
+
+
+def _q4_0(blocks: Bytes) -> Groups:
+    scale = _half(blocks, 0)
+    return Groups(_nibbles(blocks[:, 2:]), scale, -8 * scale, 4)
+
+
+def _q4_1(blocks: Bytes) -> Groups:
+    return Groups(_nibbles(blocks[:, 4:]), _half(blocks, 0), _half(blocks, 2), 4)
+
+
+def _q5_0(blocks: Bytes) -> Groups:
+    scale = _half(blocks, 0)
+    return Groups(_nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6]), scale, -16 * scale, 5)
+
+
+def _q5_1(blocks: Bytes) -> Groups:
+    quants = _nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8])
+    return Groups(quants, _half(blocks, 0), _half(blocks, 2), 5)
+
+
+def _q8_0(blocks: Bytes) -> Groups:
+    scale = _half(blocks, 0)
+    quants = (blocks[:, 2:].view(np.int8).astype(np.int16) + 128).astype(np.uint8)[:, None, :]
+    return Groups(quants, scale, -128 * scale, 8)
+
+
+def _six_bit_pairs(packed: Bytes) -> tuple[Floats, Floats]:
+    """(N, 12 bytes) to 8 scales and 8 minima of 6 bits: four of each in the low bits, the rest in pieces."""
+    first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = np.concatenate([first & 63, (third & 15) | ((first >> 6) << 4)], axis=1)
+    minima = np.concatenate([second & 63, (third >> 4) | ((second >> 6) << 4)], axis=1)
+    return scales.astype(np.float32), minima.astype(np.float32)
+
+
+def _k_halves(data: Bytes) -> Bytes:
+    """(N, 128 bytes) to (N, 8, 32): each 32 bytes hold two groups, in their low and high halves."""
+    parts = data.reshape(-1, 4, 1, 32)
+    return np.concatenate([parts & 15, parts >> 4], axis=2).reshape(-1, 8, 32)
+
+
+def _q4_k(blocks: Bytes) -> Groups:
+    scales, minima = _six_bit_pairs(blocks[:, 4:16])
+    return Groups(_k_halves(blocks[:, 16:]), _half(blocks, 0) * scales, -_half(blocks, 2) * minima, 4)
+
+
+def _q5_k(blocks: Bytes) -> Groups:
+    scales, minima = _six_bit_pairs(blocks[:, 4:16])
+    bits = (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    quants = _k_halves(blocks[:, 48:]) | (bits << 4)
+    return Groups(quants, _half(blocks, 0) * scales, -_half(blocks, 2) * minima, 5)
+
+
+def _q6_k(blocks: Bytes) -> Groups:
+    low = blocks[:, :128].reshape(-1, 2, 1, 64)
+    low = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, 32)
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    quants = (low | ((high & 3) << 4)).reshape(-1, 16, 16)
+    scales = _half(blocks, 208) * np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
+    return Groups(quants, scales, -32 * scales, 6)
+
+
+_READERS: dict[str, tuple[int, Callable[[Bytes], Groups]]] = {
+    "Q4_0": (18, _q4_0), "Q4_1": (20, _q4_1), "Q5_0": (22, _q5_0), "Q5_1": (24, _q5_1), "Q8_0": (34, _q8_0),
+    "Q4_K": (144, _q4_k), "Q5_K": (176, _q5_k), "Q6_K": (210, _q6_k),
+}  # fmt: skip
+"""Bytes of a block, and how it is taken apart."""

@@ -1,0 +1,152 @@
+"""What PEFT's adapter_config.json says, in the few numbers that mlx-lm's adapters have, and back."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from orpo_mlx.errors import ModelError
+
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
+    "revision",
+    "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora", "alpha_pattern", "rank_pattern",
+}  # fmt: skip
+"""Keys that are read here, or say how the adapter was made; every other must be at rest (null, false, empty)."""
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Ways to initialise that leave the base model's weights as they are; the others adapt a changed base."""
+
+
+class Scaling(NamedTuple):
+    """An adapter's numbers."""
+
+    rank: int
+    scale: float
+    """alpha / r, or alpha / sqrt(r) for rsLoRA: what B A x is multiplied with."""
+    dropout: float
+    dora: bool
+
+
+def read_scaling(config: Mapping[str, Any], place: str) -> Scaling:
+    """The numbers of a PEFT config.
+
+    Raises:
+        ModelError: it is not LoRA's, is damaged, or says something mlx-lm's adapters cannot express.
+    """
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{place}: peft_type is {config.get('peft_type')!r}, and only 'LORA' can be converted.")
+    rank: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
+    dropout: Any = config.get("lora_dropout", 0.0)
+    if type(rank) is not int or rank < 1 or not _is_number(alpha) or not _is_number(dropout):
+        raise ModelError(
+            f"{place}: r, lora_alpha and lora_dropout are {rank!r}, {alpha!r} and {dropout!r}, not numbers."
+        )
+    _refuse_inexpressible(config, rank, alpha, place)
+    root = math.sqrt(rank) if config.get("use_rslora") else rank
+    return Scaling(rank, alpha / root, float(dropout), bool(config.get("use_dora")))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _refuse_inexpressible(config: Mapping[str, Any], rank: int, alpha: float, place: str) -> None:
+    for key, value in config.items():
+        if key not in _HARMLESS and value not in (None, False) and value != {} and value != []:
+            if key == "megatron_config" or key not in ("modules_to_save", "lora_bias", "layer_replication"):
+                raise ModelError(f"{place}: {key} ({value!r}) cannot be expressed by mlx-lm's adapters.")
+            raise ModelError(
+                f"{place}: {key} ({value!r}) cannot be expressed by mlx-lm's adapters; merge it with PEFT."
+            )
+    if config.get("bias", "none") != "none":
+        raise ModelError(
+            f"{place}: bias is {config['bias']!r}: trained biases cannot be expressed by mlx-lm's adapters."
+        )
+    for key, common in (("rank_pattern", rank), ("alpha_pattern", alpha)):
+        other = {name: value for name, value in (config.get(key) or {}).items() if value != common}
+        if other:
+            raise ModelError(
+                f"{place}: {key} ({other!r}) differs from the rest, and mlx-lm's adapters have one rank and one scale."
+            )
+    start = config.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise ModelError(
+            f"{place}: init_lora_weights is {start!r}, which changes the base model's weights; convert the adapter "
+            "to plain LoRA with PEFT first (path_initial_model_for_weight_conversion)."
+        )
+
+
+def make_peft_config(scaling: Scaling, targets: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """A PEFT config for an adapter that mlx-lm's trainer made.
+
+    Args:
+        scaling: its numbers.
+        targets: `target_modules` and, where need be, `layers_to_transform`; see `find_targets`.
+        base: the name of the base model.
+    """
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "r": scaling.rank, "lora_alpha": _alpha(scaling), "lora_dropout": scaling.dropout, "bias": "none",
+        "use_dora": scaling.dora, "use_rslora": False, "fan_in_fan_out": False, "init_lora_weights": True,
+        "modules_to_save": None, **targets,
+    }  # fmt: skip
+
+
+def _alpha(scaling: Scaling) -> float | int:
+    """The alpha for which alpha / r is the scale: to the last bit, or next to it where no float gives the very one."""
+    near = scaling.scale * scaling.rank
+    around = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
+    alpha = min(around, key=lambda each: abs(each / scaling.rank - scaling.scale))
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def same_scaling(one: Scaling, other: Scaling) -> bool:
+    """Whether two adapters have the same numbers, scales to the last bit but one."""
+    return one._replace(scale=0) == other._replace(scale=0) and math.isclose(one.scale, other.scale, rel_tol=4e-16)
+
+
+def find_targets(adapted: set[str], modules: Sequence[str], leaves: Sequence[str]) -> dict[str, Any]:
+    """The shortest `target_modules` that PEFT matches with exactly the modules in `adapted`.
+
+    Args:
+        adapted: full names.
+        modules: full names of all of the model's modules.
+        leaves: those of `modules` that PEFT could put an adapter on by a shared ending.
+    """
+    endings = sorted({name.rpartition(".")[2] for name in adapted})
+    inner = sorted({_after_index(name) for name in adapted})
+    layers = sorted({int(index) for name in adapted if (index := _layer_index(name)) is not None})
+    for targets in (endings, inner):
+        for config in ({"target_modules": targets}, {"target_modules": targets, "layers_to_transform": layers}):
+            if {name for name in leaves if matches(config, name)} == adapted:
+                return config
+    return {"target_modules": sorted(adapted)}
+
+
+def matches(config: Mapping[str, Any], name: str) -> bool:
+    """Whether PEFT puts an adapter on the module `name`, by `target_modules` and `layers_to_transform`."""
+    targets = config["target_modules"]
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    if name in targets:
+        return True
+    if not any(name.endswith(f".{target}") for target in targets):
+        return False
+    layers = config.get("layers_to_transform")
+    return not layers or _layer_index(name) in [str(layer) for layer in ([layers] if type(layers) is int else layers)]
+
+
+def _layer_index(name: str) -> str | None:
+    found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    return found[1] if found else None
+
+
+def _after_index(name: str) -> str:
+    found = re.match(r".*?\.[^.]*\.\d+\.(.+)", name)
+    return found[1] if found else name

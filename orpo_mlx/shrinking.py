@@ -1,0 +1,79 @@
+"""Make a model smaller before it is written: another dtype, or quantised."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map_with_path
+from mlx_lm.utils import quantize_model
+
+from orpo_mlx.errors import ConfigError
+
+AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 6, 8), (32, 64, 128)
+_FIXED = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
+MODES = ("affine", *_FIXED)
+
+
+class Quantisation(NamedTuple):
+    """How weights are quantised."""
+
+    bits: int
+    group_size: int
+    mode: str
+
+
+def quantisation(bits: int | None, group_size: int | None, mode: str) -> Quantisation:
+    """Settings with what was not given filled in: affine 4 bits in groups of 64; the other modes have one form each.
+
+    Raises:
+        ConfigError: MLX has no such form.
+    """
+    if mode == "affine":
+        chosen = Quantisation(4 if bits is None else bits, 64 if group_size is None else group_size, mode)
+        if chosen.bits not in AFFINE_BITS or chosen.group_size not in AFFINE_GROUPS:
+            raise ConfigError(
+                f"--bits {chosen.bits} --group-size {chosen.group_size}: affine quantisation has "
+                f"{', '.join(map(str, AFFINE_BITS))} bits and groups of {', '.join(map(str, AFFINE_GROUPS))}."
+            )
+        return chosen
+    only = Quantisation(*_FIXED[mode], mode)
+    if bits not in (None, only.bits) or group_size not in (None, only.group_size):
+        raise ConfigError(f"--mode {mode}: has {only.bits} bits and groups of {only.group_size}, and no other form.")
+    return only
+
+
+def cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Set the dtype of all floating-point weights, but for those the model's class wants kept."""
+    keep: Any = getattr(model, "cast_predicate", lambda _: True)
+
+    def convert(name: str, value: mx.array) -> mx.array:
+        return value.astype(dtype) if keep(name) and mx.issubdtype(value.dtype, mx.floating) else value
+
+    model.update(tree_map_with_path(convert, model.parameters()))
+
+
+def quantise(model: nn.Module, config: dict[str, Any], how: Quantisation) -> tuple[dict[str, Any], list[str]]:
+    """Quantise every layer that can be, by mlx-lm.
+
+    Returns:
+        The config with the settings in it, and the names of layers left as they are because their width is no multiple
+        of the group size.
+
+    Raises:
+        ConfigError: the model is quantised already, or no layer's width is a multiple of the group size.
+    """
+    if "quantization" in config:
+        raise ConfigError("--quantize: this checkpoint is quantised already; start from its unquantised original.")
+    wanted = {
+        name: module for name, module in model.named_modules() if hasattr(module, "to_quantized") and "weight" in module
+    }
+    odd = sorted(name for name, module in wanted.items() if module.weight.shape[-1] % how.group_size)
+    if len(odd) == len(wanted):
+        raise ConfigError(f"--group-size {how.group_size}: no layer's width is a multiple of it; give a smaller one.")
+    with contextlib.redirect_stdout(io.StringIO()):  # It prints a line of its own.
+        _, config = quantize_model(model, config, how.group_size, how.bits, mode=how.mode)
+    return config, odd

@@ -1,0 +1,147 @@
+"""Write a folder whole or not at all: beside its destination first, renamed when everything is on disk."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from orpo_mlx.errors import ConfigError
+
+_MARK, _OLD = ".unfinished-", ".replaced-"
+_GB = 1e9
+
+
+@contextmanager
+def staged_folder(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder beside `destination` to write into; renamed to it at the end of the `with` block, gone on any error.
+
+    What a killed run left there is cleaned up first: its folder is told by a lock that the system dropped with it. With
+    `overwrite`, an existing destination is moved aside only once the new one is whole.
+
+    Raises:
+        ConfigError: `destination` exists and `overwrite` is False, or cannot be written beside.
+        OSError: the disk is full, or a file cannot be written.
+    """
+    parent = destination.parent
+    if not parent.is_dir() or destination.name in ("", ".", ".."):
+        raise ConfigError(f"{destination}: cannot be written there; give a new folder in a folder that exists.")
+    _clean(destination)
+    _check_free(destination, overwrite)
+    staging = Path(tempfile.mkdtemp(dir=parent, prefix=f".{destination.name}{_MARK}"))
+    lock = os.open(staging, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield staging
+        _sync(staging)
+        staging.chmod(0o755)
+        _check_free(destination, overwrite)
+        _swap(staging, destination)
+    finally:
+        os.close(lock)
+        if staging.exists():
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Make sure that `needed` bytes, and a little more, are free where `folder` is.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed * 1.01 + 1e6 > free:
+        raise ConfigError(
+            f"{folder.parent}: {needed / _GB:.2f} GB are to be written and {free / _GB:.2f} GB are free there; "
+            "free space or choose another folder."
+        )
+
+
+def _check_free(destination: Path, overwrite: bool) -> None:
+    if not os.path.lexists(destination):
+        return
+    if not overwrite:
+        raise ConfigError(f"{destination}: exists already; give --overwrite to replace it, or another folder.")
+    if not destination.is_dir() or destination.is_symlink():
+        raise ConfigError(f"{destination}: is not a folder, so it is not replaced; remove it, or give another folder.")
+
+
+def _clean(destination: Path) -> None:
+    """Remove what a killed run left behind, and put back a destination it had moved aside but not replaced."""
+    for left in sorted(destination.parent.glob(f".{_escape(destination.name)}{_OLD}*")):
+        if _abandoned(left):
+            if os.path.lexists(destination):
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.rename(destination)
+    for left in sorted(destination.parent.glob(f".{_escape(destination.name)}{_MARK}*")):
+        if left.is_dir() and _abandoned(left):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _escape(name: str) -> str:
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def _abandoned(folder: Path) -> bool:
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False  # Another run is at work in it.
+    finally:
+        os.close(handle)
+    return True
+
+
+def _sync(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
+
+
+def _swap(staging: Path, destination: Path) -> None:
+    if not destination.is_dir():
+        _rename(staging, destination)
+    else:
+        old = Path(f"{destination.parent}/.{destination.name}{_OLD}{staging.name.rpartition('-')[2]}")
+        lock = os.open(
+            destination, os.O_RDONLY
+        )  # The lock goes with the folder, so no other run takes it for a remnant.
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            destination.rename(old)
+            try:
+                _rename(staging, destination)
+            except BaseException:
+                old.rename(destination)
+                raise
+        finally:
+            os.close(lock)
+        with suppress(OSError):
+            shutil.rmtree(old)
+    _flush(destination.parent)
+
+
+def _rename(staging: Path, destination: Path) -> None:
+    try:
+        staging.rename(destination)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise ConfigError(f"{destination}: appeared while this run was at work; it was left as it is.") from None
+        raise
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,10 @@
+"""Checkpoints of every kind, in and out: see --help."""
+
+from __future__ import annotations
+
+import sys
+
+from orpo_mlx.convert import main
+
+if __name__ == "__main__":
+    sys.exit(main())
