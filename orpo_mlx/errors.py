@@ -23,6 +23,14 @@ class TrainingError(UserError):
     """A run cannot go on; the message says what was saved and how to continue."""
 
 
+class NonFiniteError(TrainingError):
+    """A loss, a gradient or a parameter that is NaN or infinite; nothing of that step has been applied."""
+
+
+class HalfAppliedError(TrainingError):
+    """A step that ended while it was applied: what is in memory is neither before nor after it, and is not saved."""
+
+
 def printable(text: str) -> str:
     """`text` with control characters spelled out, so that data cannot move a terminal's cursor."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

@@ -116,6 +116,10 @@ class ReferenceLogProbs:
             progress(done)
         self._scorer.model.train(was_training)
 
+    def unknown(self, groups: Iterable[Sequence[TokenizedPair]]) -> int:
+        """How many pairs of `groups` are not remembered."""
+        return sum(self.table.get(pair_key(pair)) is None for group in groups for pair in group)
+
     def _compute(self, pairs: Sequence[TokenizedPair], batch: Batch) -> None:
         with self._reference_weights():
             tokens = self._nll_tokens_per_pair

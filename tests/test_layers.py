@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
 LAYERS = [
-    {"_blas", "allocator", "errors", "exponential", "types"},
-    {"turns", "rows", "row_report", "cache"},
+    {"_blas", "allocator", "errors", "exponential", "signals", "types", "watch"},
+    {"turns", "rows", "row_report", "cache", "lock"},
     {"shapes", "sources", "token_store", "tokenization"},
     {
         "attention",
@@ -29,11 +29,12 @@ LAYERS = [
     },
     {"head", "lean", "metrics", "methods", "models", "splits", "reference_table"},
     {"logprobs", "config", "samples", "blueprint"},
-    {"reference", "segments"},
+    {"reference", "segments", "progress"},
     {"evaluation", "prepare", "reporting", "chapter", "score", "inspection"},
-    {"gradients", "inspect"},
+    {"gradients", "inspect", "order"},
+    {"finite", "resume"},
     {"step"},
-    {"memory"},
+    {"memory", "loop"},
     {"fit", "train", "__init__"},
     {"memory_benchmark"},
 ]
