@@ -161,11 +161,15 @@ def whole_checkpoints(parent: Path) -> Iterator[Checkpoint | str]:
 def defect(folder: Path, step: int) -> str | None:
     """What is wrong with a checkpoint; None where every file is the one that its manifest names."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        text = (folder / _MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
         expected, found = (FORMAT, step), (manifest["format"], manifest["step"])
         if found != expected:
             return f"{_MANIFEST} is of format {found[0]!r} and step {found[1]!r}, expected {FORMAT} and {step}"
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        # Nothing else proves the manifest itself; a changed name, size or sum will not fit the files.
+        if text != json_text(manifest) or set(manifest) != {"format", "step", "files"}:
+            return f"{_MANIFEST} is not as it was written"
         if not files:
             return f"{_MANIFEST} names no files"
         for name, (size, sha256) in files.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -53,6 +54,11 @@ class Progress:
         return {
             **fields,
             "means": self.means.to_json(),
+            # JSON has no NaN; a held-out metric that was none is null, as in metrics.jsonl.
+            "before": {
+                split: {key: number if math.isfinite(number) else None for key, number in metrics.items()}
+                for split, metrics in self.before.items()
+            },
             "best": self.best and self.best._asdict(),
             "replies_before": [reply._asdict() for reply in self.replies_before],
             "watch": self.watch.to_json(),
@@ -75,7 +81,7 @@ class Progress:
             seconds=float(value["seconds"]),
             best=None if best is None else Best(int(best["step"]), float(best["loss"])),
             before={
-                str(split): {str(key): float(number) for key, number in metrics.items()}
+                str(split): {str(key): math.nan if number is None else float(number) for key, number in metrics.items()}
                 for split, metrics in value["before"].items()
             },
             replies_before=[Reply(str(r["prompt"]), str(r["text"]), int(r["tokens"])) for r in replies],
