@@ -178,6 +178,10 @@ class TrainingConfig:
     share_prompt: bool = _option(True, "run each prompt once per completion, for comparison", bool, "memory")
     plain_head: bool = _option(False, "compute the logits of every position, for comparison", bool, "memory")
 
+    rank_timeout: float = _option(
+        300.0, "seconds to wait for the other processes of mlx.launch", float, "machines", check=_POSITIVE
+    )
+
     steps_per_report: int = _option(10, "steps between reports", int, "reports", check=_POSITIVE)
     steps_per_eval: int = _option(200, "steps between validations", int, "reports", check=_POSITIVE)
     val_batches: int = _option(25, "validation batches; -1: all, 0: no validation", int, "reports", check=_ALL_OR_SOME)
@@ -210,6 +214,7 @@ _GROUPS = {
     "training": "training",
     "adapters": "model and adapters",
     "memory": "memory; changes no number but time and size",
+    "machines": "more than one machine",
     "reports": "reports and saves",
     "resume": "going on with a run",
 }

@@ -53,6 +53,8 @@ class Loop:
         self.run, self.progress = run, progress
         self._reporter, self._metrics, self._stop, self._keep_reference = reporter, metrics_file, stop, keep_reference
         self._saved_step = saved_step
+        self._asked: int | None = None
+        self._randoms = [random_state()]
         self.total = total_steps(run.config, len(run.splits["train"].pairs))
 
     def steps(self) -> Held:
@@ -65,11 +67,13 @@ class Loop:
         self.run.loaded.model.train()
         with self._reporter.bar("training", self.total, "steps") as advance, self._saved_if_it_ends():
             pairs, progress = self.run.splits["train"].pairs, self.progress
+            self._agree()
             held = self._what_is_due() if progress.step else {}
             windows = iter(training_order(self.run, progress.step))
             while progress.step < self.total:
-                self._stop.check()
+                self._end_if_asked()
                 means = self._step([pairs[index] for index in next(windows)])
+                self._agree()
                 if means is not None:
                     rate = progress.pair_tokens / max(progress.seconds, 1e-9)
                     advance(progress.step, step_numbers(means.means(), rate, mx.get_peak_memory() / 2**30))
@@ -88,11 +92,13 @@ class Loop:
 
                 def progress(done: int, advance: Callable[[int], None] = advance) -> None:
                     advance(done)
-                    self._stop.check()
+                    if self.run.ranks.size == 1:
+                        self._stop.check()
 
                 held[name] = evaluate(
                     run.scorer, pairs, run.method.loss, batch_size=run.config.batch_size, nll=run.config.nll,
                     reference=run.reference, untrained=step == 0, progress=progress, suspects=suspects.extend,
+                    ranks=run.ranks,
                 )  # fmt: skip
             self._metrics.write(step, name, held[name])
             self._reporter.say(eval_line(step, name, held[name]))
@@ -125,6 +131,16 @@ class Loop:
                 self._reporter.say(f"Warning, step {progress.step}: {warning}")
         return means
 
+    def _agree(self) -> None:
+        """Learn between steps how far the ranks' random numbers are, and whether one of them was asked to end."""
+        answers = self.run.ranks.gather([self._stop.number, *random_state()])
+        self._randoms = [(high, low) for _, high, low in answers]
+        self._asked = next((number for number, _, _ in answers if number is not None), None)
+
+    def _end_if_asked(self) -> None:
+        if self._asked is not None:
+            raise Interrupted(self._asked)
+
     def _pass_over(self, error: NonFiniteError) -> None:
         config, progress = self.run.config, self.progress
         if config.on_nonfinite != "skip":
@@ -145,7 +161,7 @@ class Loop:
         if (last or step % config.save_every == 0 or (config.save_best and evaluates)) and self._saved_step != step:
             self._save()
             self._keep_reference()
-        self._stop.check()
+        self._end_if_asked()
         if not evaluates:
             return {}
         held = self.evaluate(("valid", "test") if last else ("valid",))
@@ -169,7 +185,7 @@ class Loop:
         progress.start_report()
 
     def _save(self) -> None:
-        self._saved_step = save(self.run, self.progress, self._metrics.mark(), random_state()).step
+        self._saved_step = save(self.run, self.progress, self._metrics.mark(), self._randoms).step
 
     def _compare(self, loss: float) -> None:
         """Remember this step if its validation loss is the lowest so far."""

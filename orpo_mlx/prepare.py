@@ -17,6 +17,7 @@ from mlx_lm.tuner.utils import build_schedule
 
 from orpo_mlx.cache import cache_folder
 from orpo_mlx.config import TrainingConfig, data_reading, recipe
+from orpo_mlx.distributed import Ranks
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.logprobs import PairScorer
 from orpo_mlx.lora import adapter_weights, add_adapters, load_adapter_file
@@ -53,6 +54,8 @@ class Run:
     memory: Memory
     first_step: int = 0
     """Steps that the adapters it goes on from have taken in its own order of the data."""
+    ranks: Ranks = dataclasses.field(default_factory=Ranks)
+    """The processes that train as one."""
     model_digest: str = ""
     """Of all weights as they were loaded, before adapters."""
 
@@ -67,7 +70,9 @@ class Memory(NamedTuple):
     """What the user should know about it."""
 
 
-def prepare(config: TrainingConfig, hold: Callable[[Path], None] = lambda folder: None) -> Run:
+def prepare(
+    config: TrainingConfig, hold: Callable[[Path], None] = lambda folder: None, ranks: Ranks | None = None
+) -> Run:
     """Check the settings against the world and load what they name; the cheap checks come first.
 
     `hold` is called with the output folder as soon as it is there, before anything large is read.
@@ -92,10 +97,14 @@ def prepare(config: TrainingConfig, hold: Callable[[Path], None] = lambda folder
     digest = weights_fingerprint(loaded.model)
     run = assemble(config, folder, splits, loaded)
     run.model_digest = digest
+    if ranks is not None:
+        run.ranks = ranks
     cache = cache_folder()
     # A resumed run does not load the adapters it once began with, so a reference they are part of has no name here: the
     # checkpoint has its log-probs.
-    if run.reference is not None and cache is not None and not (config.resume and config.resume_adapter_file):
+    named = not (config.resume and config.resume_adapter_file)
+    # Ranks must know the same pairs, and each machine has a cache of its own.
+    if run.reference is not None and cache is not None and named and run.ranks.size == 1:
         run.reference.keep_in(cache / "reference", loaded.config)
     return run
 

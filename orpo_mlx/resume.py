@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ _ADAPTERS, _OPTIMIZER, _REFERENCE, _STATE = (
 
 _NEVER_TAKEN = {"adapter_path", "resume", "resume_with_changes", "overwrite", "trust_remote_code"}
 """Settings that a checkpoint has no say in; remote code runs only where this very command asks for it."""
-_FREE_GROUPS = {"memory", "reports", "resume"}
+_FREE_GROUPS = {"memory", "machines", "reports", "resume"}
 _FREE = {
     "adapter_path", "trust_remote_code", "memory_check", "micro_batch_tokens", "precompute_reference", "iters",
     "epochs", "on_nonfinite", "max_skipped",
@@ -56,7 +57,8 @@ class State(NamedTuple):
     total: int
     first_step: int
     settings: Mapping[str, Any]
-    random_state: tuple[int, int]
+    random_states: list[tuple[int, int]]
+    """Of each rank."""
     order: str
     data: Mapping[str, str]
     model: str
@@ -81,8 +83,18 @@ def set_random_state(state: Sequence[int]) -> None:
     mx.random.seed((state[0] << 32) | state[1])
 
 
-def save(run: Run, progress: Progress, metrics: FileMark, random: tuple[int, int]) -> Checkpoint:
+def random_state_of(rank: int, states: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """A rank's own random numbers; one that had none yet gets some that no other rank has."""
+    if rank < len(states):
+        return states[rank]
+    digest = hashlib.sha256(repr((states[0], rank)).encode()).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+
+
+def save(run: Run, progress: Progress, metrics: FileMark, randoms: Sequence[tuple[int, int]]) -> Checkpoint:
     """Save a run as it stands after `progress.step` steps, then remove the checkpoints that are one too many.
+
+    Only rank 0 writes. `randoms` are the random states of all ranks.
 
     Raises:
         TrainingError: a weight is not finite, or the disk cannot be written; earlier checkpoints are untouched.
@@ -92,7 +104,9 @@ def save(run: Run, progress: Progress, metrics: FileMark, random: tuple[int, int
     for name, array in (*weights.items(), *optimizer.items()):
         if not mx.isfinite(array).all().item():
             raise TrainingError(f"{name} is not finite after step {progress.step}, so it is not saved")
-    state = _describe(run, progress, metrics, random)
+    if not run.ranks.first:
+        return Checkpoint(run.folder / CHECKPOINTS, progress.step)
+    state = _describe(run, progress, metrics, randoms)
 
     def write(folder: Path) -> None:
         save_safetensors(folder / _ADAPTERS, weights, place)
@@ -170,13 +184,14 @@ def read_state(checkpoint: Checkpoint) -> State:
     path = checkpoint.folder / _STATE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        high, low = (int(word) for word in state["random_state"])
+        randoms = [(int(high), int(low)) for high, low in state["random_states"]]
         metrics = FileMark(int(state["metrics"]["size"]), str(state["metrics"]["sha256"]))
         progress = Progress.from_json(state["progress"])
         total, first_step = int(state["total_steps"]), int(state["first_step"])
         texts = [{str(k): str(v) for k, v in state[name].items()} for name in ("data", "versions")]
         settings, order, model = dict(state["settings"]), str(state["order"]), str(state["model"])
-        if not (0 <= high < 1 << 32 and 0 <= low < 1 << 32 and metrics.size >= 0 and first_step >= 0):
+        words = [word for pair in randoms for word in pair]
+        if not words or not all(0 <= word < 1 << 32 for word in words) or min(metrics.size, first_step) < 0:
             raise ValueError("a number out of range")
         if progress.step != checkpoint.step:
             raise ValueError(f"step {progress.step}, expected {checkpoint.step}")
@@ -184,7 +199,45 @@ def read_state(checkpoint: Checkpoint) -> State:
         reason = " ".join(str(error).split())[:200]
         raise TrainingError(f"{path}: not the state of a run ({type(error).__name__}: {reason})") from None
     checked = check_settings(settings, str(path))
-    return State(progress, total, first_step, checked, (high, low), order, texts[0], model, texts[1], metrics)
+    return State(progress, total, first_step, checked, randoms, order, texts[0], model, texts[1], metrics)
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What all ranks of a run must have in common."""
+    own = {"adapter_path", "trust_remote_code", "memory_check", "micro_batch_tokens", *_BY_CONTENT}
+    settings = {
+        f"--{name.replace('_', '-')}": value
+        for name, value in run.config.settings().items()
+        if name not in own and group_of(name) != "memory"
+    }
+    weights = adapter_weights(run.loaded.model)
+    packages = {name: version for name, version in versions().items() if name in ("orpo-mlx", "mlx", "mlx-lm")}
+    return {
+        **settings,
+        **{f"--data, rows of {name}": split.sha256 for name, split in run.splits.items()},
+        "--data, in order": order_digest(run),
+        "--model, weights": run.model_digest,
+        "trained parameters": [sum(array.size for array in weights.values()), len(weights)],
+        **packages,
+    }
+
+
+def copied_to_all(run: Run, checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """Rank 0's checkpoint, copied into the other ranks' own folders."""
+    ranks = run.ranks
+    if ranks.size == 1:
+        return checkpoint
+    names = sorted(path.name for path in checkpoint.folder.iterdir()) if checkpoint else []
+    step, names = json.loads(ranks.from_first(json.dumps([checkpoint and checkpoint.step, names]).encode()))
+    if step is None:
+        return None
+    folder = run.folder / CHECKPOINTS / f"step-{step:07d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        content = ranks.from_first((folder / name).read_bytes() if ranks.first else b"")
+        if not ranks.first:
+            (folder / name).write_bytes(content)
+    return Checkpoint(folder, step)
 
 
 def accept(run: Run, state: State) -> list[str]:
@@ -256,11 +309,11 @@ def restore(run: Run, checkpoint: Checkpoint, state: State) -> list[str]:
     else:
         raise TrainingError(f"{path}: {sorted(problems)[0]} is not what this run's optimiser keeps")
     mx.eval(run.loaded.model.trainable_parameters(), run.optimizer.state)
-    set_random_state(state.random_state)
+    set_random_state(random_state_of(run.ranks.rank, state.random_states))
     return notes
 
 
-def _describe(run: Run, progress: Progress, metrics: FileMark, random: tuple[int, int]) -> dict[str, Any]:
+def _describe(run: Run, progress: Progress, metrics: FileMark, randoms: Sequence[tuple[int, int]]) -> dict[str, Any]:
     epoch, step = epoch_and_step(run, progress.step)
     return {
         "step": progress.step,
@@ -269,7 +322,7 @@ def _describe(run: Run, progress: Progress, metrics: FileMark, random: tuple[int
         "step_in_epoch": step,
         "first_step": run.first_step,
         "progress": progress.to_json(),
-        "random_state": random,
+        "random_states": list(randoms),
         "metrics": metrics._asdict(),
         "order": order_digest(run),
         "data": {name: split.sha256 for name, split in run.splits.items()},

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+from rich.console import Console
 
 from orpo_mlx.allocator import settle
 from orpo_mlx.blueprint import read_blueprint
 from orpo_mlx.checkpoint import Checkpoint, remove_all, save_json, write_text
 from orpo_mlx.cli import exit_status
 from orpo_mlx.config import TrainingConfig, resolve
+from orpo_mlx.distributed import Ranks, find_ranks
 from orpo_mlx.errors import TrainingError, UserError
 from orpo_mlx.lock import locked
 from orpo_mlx.loop import Loop
@@ -29,11 +35,16 @@ from orpo_mlx.resume import (
     BEST,
     CHECKPOINTS,
     accept,
+    copied_to_all,
+    facts,
     find_checkpoint,
     newest,
+    random_state,
+    random_state_of,
     read_state,
     restore,
     restore_reference,
+    set_random_state,
     settings_of_newest,
 )
 from orpo_mlx.samples import Reply, pick_prompts, sample_replies
@@ -45,9 +56,11 @@ PROG = "python -m orpo_mlx.train"
 _SAMPLED_FROM = 1000
 
 
-def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
+def train(config: TrainingConfig, reporter: Reporter | None = None, ranks: Ranks | None = None) -> Held:
     """Train adapters with one method and write them, checkpoints, `metrics.jsonl` and `run.json` into
     `config.adapter_path`; with `config.resume`, go on from the newest whole checkpoint there.
+
+    Where `mlx.launch` has started several processes (`ranks`), they train as one, and rank 0 writes and speaks.
 
     Returns:
         The held-out metrics after training, by split.
@@ -58,19 +71,27 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
     """
     reporter = reporter or Reporter()
     settle()
+    ranks = ranks or find_ranks(config.rank_timeout)
+    ranks.timeout_s = config.rank_timeout
     with ExitStack() as stack:
+        if not ranks.first:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="orpo_mlx-"))
+            config = dataclasses.replace(config, adapter_path=scratch)
+            reporter = Reporter(Console(quiet=True))
 
         def hold(folder: Path) -> None:
             stack.enter_context(locked(folder))
             if not (config.resume or config.overwrite):
                 _refuse_unfinished(folder, config)
 
-        return _train(prepare(config, hold), reporter)
+        return _train(prepare(config, hold, ranks), reporter)
 
 
 def _train(run: Run, reporter: Reporter) -> Held:
     config = run.config
+    run.ranks.require_same(facts(run))
     checkpoint, problems = find_checkpoint(run.folder) if config.resume else (None, [])
+    checkpoint = copied_to_all(run, checkpoint)
     progress, since = Progress(), None
     changes: list[str] = []
     if checkpoint is None:
@@ -88,6 +109,7 @@ def _train(run: Run, reporter: Reporter) -> Held:
         _check_memory(run, reporter)
     # The prediction draws random numbers; the run's own, of dropout, must not depend on it.
     mx.random.seed(config.seed)
+    set_random_state(random_state_of(run.ranks.rank, [random_state()]))
     if checkpoint is None:
         remove_all(run.folder / CHECKPOINTS)
         (run.folder / BEST).unlink(missing_ok=True)
@@ -239,9 +261,10 @@ def _precompute_reference(run: Run, reporter: Reporter, stop: StopSignals) -> No
 
         def progress(done: int) -> None:
             advance(done)
-            stop.check()
+            if run.ranks.size == 1:
+                stop.check()
 
-        reference.remember(groups, progress)
+        reference.remember_among(run.ranks, groups, progress)
     _save_reference(run, reporter)
 
 
@@ -259,7 +282,7 @@ def _pass_on_notes(table: ReferenceTable, reporter: Reporter) -> None:
 
 def _sample_prompts(run: Run, reporter: Reporter) -> list[Pair]:
     """Pairs whose prompts are answered before and after training: of the first of test, valid, train that is text."""
-    if run.config.samples == 0:
+    if run.config.samples == 0 or not run.ranks.first:
         return []
     split = next(run.splits[name] for name in ("test", "valid", "train") if name in run.splits)
     pairs = list(itertools.islice(split.raw(), _SAMPLED_FROM))
@@ -274,7 +297,18 @@ def _replies(run: Run, prompts: Sequence[Pair]) -> list[Reply]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status."""
-    return exit_status(PROG, lambda: train(resolve(argv, PROG, settings_of_newest)))
+    return exit_status(PROG, lambda: _command(argv))
+
+
+def _command(argv: Sequence[str] | None) -> None:
+    ranks = find_ranks(TrainingConfig.rank_timeout)
+
+    def earlier(folder: str) -> dict[str, Any]:
+        settings = settings_of_newest(folder) if ranks.first else {}
+        taken: dict[str, Any] = json.loads(ranks.from_first(json.dumps(settings).encode()))
+        return taken
+
+    train(resolve(argv, PROG, earlier), ranks=ranks)
 
 
 if __name__ == "__main__":

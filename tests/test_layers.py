@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
 LAYERS = [
     {"_blas", "allocator", "errors", "exponential", "signals", "types", "watch"},
-    {"turns", "rows", "row_report", "cache", "lock"},
+    {"distributed", "turns", "rows", "row_report", "cache", "lock"},
     {"shapes", "sources", "token_store", "tokenization"},
     {
         "attention",
