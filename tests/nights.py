@@ -102,7 +102,7 @@ def kill_and_resume(settings: dict[str, Any], folder: Path, *, runs: int, seed: 
                 process.kill()
                 process.communicate()
                 kills += 1
-                mercy = 0.3
+                mercy = 0.6
         equal += same(folder / "whole", folder / name)
         shutil.rmtree(folder / f"{name} cache", ignore_errors=True)
     return Outcome(runs, equal, kills, starts)
