@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from orpo_mlx.errors import redacted
+
 FORMAT = 1
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-([0-9]{7,18})")
@@ -84,8 +86,11 @@ def save_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def json_text(value: Mapping[str, Any]) -> str:
-    """A JSON object as a file holds it."""
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    """A JSON object as a file holds it: without access tokens, and with no character that a terminal would obey."""
+    text = redacted(json.dumps(value, indent=2, ensure_ascii=False, default=str)) + "\n"
+    if all(line.isprintable() for line in text.split("\n")):
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def save_adapters(folder: Path, weights: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:

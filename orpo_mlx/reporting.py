@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from orpo_mlx.errors import TrainingError
+from orpo_mlx.errors import TrainingError, printable_lines
 from orpo_mlx.samples import Reply
 
 _WIDE = 110
@@ -106,8 +106,8 @@ class Reporter:
         self._progress: Progress | None = None
 
     def say(self, line: str) -> None:
-        """One plain line; text from data is never read as markup."""
-        self.console.print(Text(line), soft_wrap=True)
+        """Plain text; what comes from data or file names is never read as markup or obeyed by the terminal."""
+        self.console.print(Text(printable_lines(line)), soft_wrap=True)
 
     @contextmanager
     def bar(self, what: str, total: int, unit: str) -> Iterator[Any]:

@@ -21,7 +21,7 @@ from orpo_mlx.checkpoint import Checkpoint, remove_all, save_json, write_text
 from orpo_mlx.cli import exit_status
 from orpo_mlx.config import TrainingConfig, resolve
 from orpo_mlx.distributed import Ranks, find_ranks
-from orpo_mlx.errors import TrainingError, UserError
+from orpo_mlx.errors import TrainingError, UserError, printable
 from orpo_mlx.lock import locked
 from orpo_mlx.loop import Loop
 from orpo_mlx.lora import adapter_weights
@@ -181,7 +181,7 @@ def _announce(run: Run, reporter: Reporter, checkpoint: Checkpoint | None) -> No
     listing = run.folder / "left_out.txt"
     listing.unlink(missing_ok=True)
     if lines:
-        write_text(listing, "\n".join(lines) + "\n")
+        write_text(listing, "\n".join(map(printable, lines)) + "\n")
         reporter.say(f"The rows left out are listed in {listing}.")
     if "valid" not in run.splits:
         reporter.say("No valid split: training without validation.")
