@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlx_lm.utils import load_tokenizer
+from rich.console import Console
 
+from orpo_mlx.config import make_config
 from orpo_mlx.data import Reading
 from orpo_mlx.inspection import inspect_splits
 from orpo_mlx.modes import MODES
+from orpo_mlx.reporting import Reporter
 from orpo_mlx.row_report import REASONS
 from orpo_mlx.rows import READERS
 from orpo_mlx.shapes import PAIRINGS, SHAPES
 from orpo_mlx.sources import SPLIT_NAMES, FileSource
 from orpo_mlx.splits import Lengths, tokenized_split
 from orpo_mlx.tokenization import TRUNCATIONS
+from orpo_mlx.train import train
 from tests.conftest import write_rows
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -41,6 +46,16 @@ def test_every_key_of_inspect_is_there(tmp_path: Path, model_folder: Path) -> No
     for table in (figures, figures["splits"]["train"], figures["splits"]["train"]["length_bias"]):
         for key in table:
             assert f"`{key}`" in DATA, key
+
+
+def test_every_file_of_an_adapter_path_is_there(settings: dict[str, Any], data: Path) -> None:
+    (data / "train.jsonl").write_text((data / "train.jsonl").read_text() + "{\n")
+    settings |= {"method": "dpo", "skip_bad_rows": True, "save_best": True}
+    train(make_config(settings), Reporter(Console(quiet=True)))
+    text = (DOCS / "resuming.md").read_text(encoding="utf-8")
+    for path in Path(settings["adapter_path"]).rglob("*"):
+        name = "checkpoints/step-0000040/" if path.name.startswith("step-") else path.name
+        assert f"| `{name}` |" in text or path.name == "checkpoints", path
 
 
 def test_every_memory_mode_is_there() -> None:
