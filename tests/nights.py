@@ -63,7 +63,7 @@ def same(first: Path, second: Path) -> bool:
 def kill_and_resume(settings: dict[str, Any], folder: Path, *, runs: int, seed: int) -> Outcome:
     """An uninterrupted run, and `runs` that are killed after random times until a start lives to the end.
 
-    Kills fall anywhere in a run's life after its imports: loading, evaluation, steps, saves.
+    Kills fall anywhere in a run's life after its first line: restoring, evaluation, steps, reports, saves.
     """
     generator = random.Random(seed)
     config = folder / "night.yaml"
