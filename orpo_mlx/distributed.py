@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -149,12 +151,10 @@ class Ranks:
             time.sleep(_LOOK_EVERY_S)
             deadline = self._deadline
             if deadline is not None and time.monotonic() > deadline:
-                sentence = (
+                _leave(
                     f"rank {self.rank}: the other ranks have not answered for {self.timeout_s:g} s (--rank-timeout); "
-                    "one of them has ended, or does something else; --resume goes on from the last checkpoint.\n"
+                    "one of them has ended, or does something else; --resume goes on from the last checkpoint"
                 )
-                os.write(2, sentence.encode())
-                os._exit(_LOST)
 
 
 def find_ranks(timeout_s: float) -> Ranks:
@@ -165,11 +165,41 @@ def find_ranks(timeout_s: float) -> Ranks:
     """
     if not any(name in os.environ for name in _STARTED_BY):
         return Ranks()
-    try:
-        group = mx.distributed.init(strict=True)
-    except RuntimeError as error:
-        raise TrainingError(f"the ranks cannot be brought together ({' '.join(str(error).split())})") from None
+    with _ended_by_a_child(timeout_s):
+        try:
+            group = mx.distributed.init(strict=True)
+        except RuntimeError as error:
+            raise TrainingError(f"the ranks cannot be brought together ({' '.join(str(error).split())})") from None
     return Ranks(group, timeout_s)
+
+
+@contextmanager
+def _ended_by_a_child(timeout_s: float) -> Iterator[None]:
+    """End the process with a sentence if the block takes longer.
+
+    MLX waits for the others' first word with Python's lock in hand: no thread of this process could say anything. A
+    child can. It ends when its pipe is closed, which the system does for a process that is gone.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(writing)
+        if not select.select([reading], [], [], timeout_s)[0]:
+            os.write(2, f"the other ranks have not come within {timeout_s:g} s.\n".encode())
+            os.kill(os.getppid(), signal.SIGTERM)
+        os._exit(0)
+    os.close(reading)
+    try:
+        yield
+    finally:
+        os.close(writing)
+        os.waitpid(child, 0)
+
+
+def _leave(sentence: str) -> None:
+    """End the process, whatever its main thread is waiting for."""
+    os.write(2, f"{sentence}.\n".encode())
+    os._exit(_LOST)
 
 
 def _batches(arrays: Mapping[str, mx.array]) -> Iterator[list[str]]:

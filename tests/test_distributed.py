@@ -208,3 +208,13 @@ def test_ranks_never_draw_the_same_random_numbers() -> None:
     drawn = {random_state_of(rank, [(0, 7)]) for rank in range(50)}
     assert len(drawn) == 50
     assert random_state_of(1, [(0, 7), (3, 4)]) == (3, 4)
+
+
+def test_a_rank_that_nobody_joins_ends(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports(2)]))
+    code = "from orpo_mlx.distributed import find_ranks; find_ranks(1.0)"
+    environment = {**os.environ, "MLX_RANK": "0", "MLX_HOSTFILE": str(hosts)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == -signal.SIGTERM
+    assert done.stderr == "the other ranks have not come within 1 s.\n"

@@ -305,3 +305,29 @@ def test_a_clock_that_goes_backwards_changes_nothing(
     monkeypatch.setattr("orpo_mlx.loop.time.perf_counter", lambda: float(next(clock)))
     whole, resumed = whole_and_resumed({**settings, **LONG}, tmp_path, [6], age)
     assert_same(whole, resumed)
+
+
+def test_what_was_half_applied_is_not_saved(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= LONG
+    whole = tmp_path / "whole"
+    run_quietly({**settings, "adapter_path": str(whole)})
+
+    def step(run: Run, window: Any, number: int) -> Any:
+        if number == 6:
+            update = run.optimizer.update
+
+            def broken(*arguments: Any) -> None:
+                update(*arguments)
+                raise RuntimeError("[METAL] out of memory")
+
+            run.optimizer.update = broken  # type: ignore[method-assign, assignment]
+        return optimiser_step(run, window, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orpo_mlx.loop.optimiser_step", step)
+        with pytest.raises(
+            TrainingError, match=r"step 6: .*out of memory, while the step was applied; step 4 is saved"
+        ):
+            run_quietly(settings)
+    run_quietly({**settings, "resume": True})
+    assert_same(whole, Path(settings["adapter_path"]))
