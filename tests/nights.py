@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +62,9 @@ def same(first: Path, second: Path) -> bool:
     )
 
 
-def kill_and_resume(settings: dict[str, Any], folder: Path, *, runs: int, seed: int) -> Outcome:
+def kill_and_resume(
+    settings: dict[str, Any], folder: Path, *, runs: int, seed: int, say: Callable[[str], None] = lambda line: None
+) -> Outcome:
     """An uninterrupted run, and `runs` that are killed after random times until a start lives to the end.
 
     Kills fall anywhere in a run's life after its first line: restoring, evaluation, steps, reports, saves.
@@ -105,6 +109,7 @@ def kill_and_resume(settings: dict[str, Any], folder: Path, *, runs: int, seed: 
                 kills += 1
                 mercy = 0.6
         equal += same(folder / "whole", folder / name)
+        say(f"{number + 1} runs: {equal} equal, {kills} kills, {starts} starts")
         shutil.rmtree(folder / f"{name} cache", ignore_errors=True)
     return Outcome(runs, equal, kills, starts)
 
@@ -126,7 +131,8 @@ def main() -> None:
         "method": args.method, "iters": 60, "save_every": 3, "steps_per_report": 4, "steps_per_eval": 5,
         "save_best": True, "lora_parameters": {"dropout": 0.1},
     }  # fmt: skip
-    outcome = kill_and_resume(settings, args.folder, runs=args.runs, seed=args.seed)
+    say = functools.partial(print, flush=True)
+    outcome = kill_and_resume(settings, args.folder, runs=args.runs, seed=args.seed, say=say)
     print(f"{args.method}, seed {args.seed}: {outcome}")
     sys.exit(outcome.equal != outcome.runs)
 

@@ -99,7 +99,7 @@ def test_a_manifest_that_proves_nothing(tmp_path: Path, manifest: str, expected:
     assert expected in str(defect(folder, 1))
 
 
-@pytest.mark.parametrize("method", ["orpo", "dpo"])
+@pytest.mark.parametrize("method", [pytest.param("orpo", marks=pytest.mark.slow), "dpo"])
 def test_a_checkpoint_damaged_in_any_file_is_passed_by(
     settings: dict[str, Any], method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

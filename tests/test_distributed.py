@@ -124,7 +124,7 @@ def test_one_run_goes_on_as_two(night: dict[str, Any], tmp_path: Path) -> None:
     assert_close(Path(night["adapter_path"]), tmp_path / "alone")
 
 
-@pytest.mark.parametrize("changed", ["setting", "data"])
+@pytest.mark.parametrize("changed", ["setting", pytest.param("data", marks=pytest.mark.slow)])
 def test_ranks_that_disagree_end_with_a_sentence(night: dict[str, Any], tmp_path: Path, changed: str) -> None:
     other = {**night, "learning_rate": 0.5}
     if changed == "data":
@@ -172,6 +172,7 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(night: dict[str, Any]
     assert problems == []
 
 
+@pytest.mark.slow
 def test_mlx_launch_starts_a_run(night: dict[str, Any], tmp_path: Path) -> None:
     launcher = Path(sys.executable).with_name("mlx.launch")
     if not launcher.is_file():

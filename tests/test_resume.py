@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.conftest import make_pairs, write_id_rows
 from tests.nights import adapters, kill_and_resume, metrics, records
 from tests.test_train import flags
 
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 LONG = {"iters": 9, "save_every": 2, "steps_per_report": 2, "steps_per_eval": 4, "val_batches": 1}
 
 
@@ -76,9 +78,9 @@ def assert_same(whole: Path, resumed: Path) -> None:
         {"method": "orpo", "lora_parameters": {"dropout": 0.1}, "save_best": True},
         {"method": "dpo", "lora_parameters": {"dropout": 0.1}, "grad_accumulation_steps": 2, "max_grad_norm": 0.5},
         {"method": "dpo", "fine_tune_type": "full", "optimizer": "muon"},
-        {"method": "aot", "optimizer": "adafactor", "micro_batch_tokens": 30, "memory": "thrift"},
-        {"method": "orpo", "optimizer": "sgd", "fine_tune_type": "dora", "shuffle": False},
-        {"lr_schedule": {"name": "cosine_decay", "arguments": [1e-3, 9], "warmup": 3}},
+        SLOW({"method": "aot", "optimizer": "adafactor", "micro_batch_tokens": 30, "memory": "thrift"}),
+        SLOW({"method": "orpo", "optimizer": "sgd", "fine_tune_type": "dora", "shuffle": False}),
+        SLOW({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-3, 9], "warmup": 3}}),
     ],
     ids=["orpo", "dpo", "full", "aot", "sgd", "schedule"],
 )  # fmt: skip
@@ -143,31 +145,34 @@ def test_resume_with_nothing_saved_starts_from_the_beginning(
     assert "holds no checkpoint yet: the run starts from the beginning." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        (["--learning-rate", "0.5"], "--learning-rate 0.001 is now 0.5"),
-        (["--batch-size", "3"], "--batch-size 2 is now 3"),
-        (["--method", "cpo", "--beta", "0.2"], "--method orpo is now cpo; --beta None is now 0.2"),
-        (["--optimizer", "sgd"], "--optimizer adamw is now sgd"),
-        (["--seed", "4"], "--seed 0 is now 4"),
-    ],
-)
+CHANGES = {
+    "--learning-rate 0.5": "--learning-rate 0.001 is now 0.5",
+    "--batch-size 3": "--batch-size 2 is now 3",
+    "--method cpo --beta 0.2": "--method orpo is now cpo; --beta None is now 0.2",
+    "--max-grad-norm 3": "--max-grad-norm None is now 3.0",
+    "--seed 4": "--seed 0 is now 4",
+    "--optimizer sgd": "--optimizer adamw is now sgd",
+}
+
+
 def test_changes_to_the_maths_are_listed_and_refused(
-    settings: dict[str, Any], changes: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = interrupted({**settings, **LONG})
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "train.lock"}
-    argv = ["--resume", "--adapter-path", str(folder), *changes]
-    assert main(argv) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "this is not the run that was saved at step 5" in err
-    for part in expected.split("; "):
-        assert part in err
+    argv = ["--resume", "--adapter-path", str(folder)]
+    for change, expected in CHANGES.items():
+        assert main([*argv, *change.split()]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert "this is not the run that was saved at step 5" in err
+        for part in expected.split("; "):
+            assert part in err
     assert {path: path.read_bytes() for path in before} == before
-    assert main([*argv, "--resume-with-changes"]) == 0
-    assert f"Changed since the checkpoint: {expected.split('; ')[0]}." in capsys.readouterr().out
+    assert main([*argv, "--optimizer", "sgd", "--resume-with-changes"]) == 0
+    out = capsys.readouterr().out
+    assert f"Changed since the checkpoint: {CHANGES['--optimizer sgd']}." in out
+    assert "The optimiser is another one: it begins anew." in out
 
 
 def test_other_rows_or_another_model_are_refused(
@@ -218,7 +223,7 @@ def test_a_checkpoint_never_lets_remote_code_run(settings: dict[str, Any]) -> No
     assert not {"trust_remote_code", "resume", "adapter_path"} & set(taken)
 
 
-@pytest.mark.parametrize("start", ["full", "warm"])
+@pytest.mark.parametrize("start", [SLOW("full"), "warm"])
 def test_a_reference_that_is_gone_from_memory_and_disk_is_in_the_checkpoint(
     settings: dict[str, Any], tmp_path: Path, start: str
 ) -> None:

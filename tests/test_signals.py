@@ -22,8 +22,14 @@ from tests.test_resume import LONG, run_quietly
 from tests.test_train import flags
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("where", ["step", "evaluation"])
+@pytest.mark.parametrize(
+    ("number", "status", "where"),
+    [
+        (signal.SIGINT, 130, "step"),
+        (signal.SIGTERM, 143, "evaluation"),
+        pytest.param(signal.SIGTERM, 143, "step", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     settings: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
