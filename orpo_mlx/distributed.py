@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -163,7 +164,7 @@ def find_ranks(timeout_s: float) -> Ranks:
     Raises:
         TrainingError: it was started as one of several, and no backend brings them together.
     """
-    if not any(name in os.environ for name in _STARTED_BY):
+    if not any(name in os.environ for name in _STARTED_BY) or _is_empty(os.environ.get("MLX_HOSTFILE")):
         return Ranks()
     with _ended_by_a_child(timeout_s):
         try:
@@ -194,6 +195,11 @@ def _ended_by_a_child(timeout_s: float) -> Iterator[None]:
     finally:
         os.close(writing)
         os.waitpid(child, 0)
+
+
+def _is_empty(hosts: str | None) -> bool:
+    """Whether `mlx.launch` has started one process alone: its list of hosts is then an empty file."""
+    return hosts is not None and Path(hosts).is_file() and not Path(hosts).read_text(encoding="utf-8").strip()
 
 
 def _leave(sentence: str) -> None:

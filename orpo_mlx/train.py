@@ -34,6 +34,7 @@ from orpo_mlx.reporting import MetricsFile, Reporter
 from orpo_mlx.resume import (
     BEST,
     CHECKPOINTS,
+    State,
     accept,
     copied_to_all,
     facts,
@@ -87,33 +88,41 @@ def train(config: TrainingConfig, reporter: Reporter | None = None, ranks: Ranks
         return _train(prepare(config, hold, ranks), reporter)
 
 
-def _train(run: Run, reporter: Reporter) -> Held:
-    config = run.config
+def _checkpoint_and_state(run: Run, reporter: Reporter) -> tuple[Checkpoint, State] | tuple[None, None]:
+    """What the run goes on from, once everything has been found to fit, and said."""
     run.ranks.require_same(facts(run))
-    checkpoint, problems = find_checkpoint(run.folder) if config.resume else (None, [])
+    checkpoint, problems = find_checkpoint(run.folder) if run.config.resume else (None, [])
     checkpoint = copied_to_all(run, checkpoint)
-    progress, since = Progress(), None
-    changes: list[str] = []
+    state, changes = None, []
     if checkpoint is None:
         # Once, since this run may write over the file it goes on from.
         run.first_step = steps_of_adapter_file(run)
     else:
         state = read_state(checkpoint)
         changes = accept(run, state)
-        progress, since, run.first_step = state.progress, state.metrics, state.first_step
-        progress.resumed_at.append(progress.step)
+        run.first_step = state.first_step
     _announce(run, reporter, checkpoint)
     for note in (*problems, *(f"Changed since the checkpoint: {change}." for change in changes)):
         reporter.say(note)
+    return (None, None) if checkpoint is None or state is None else (checkpoint, state)
+
+
+def _train(run: Run, reporter: Reporter) -> Held:
+    config = run.config
+    checkpoint, state = _checkpoint_and_state(run, reporter)
     if config.memory_check:
         _check_memory(run, reporter)
     # The prediction draws random numbers; the run's own, of dropout, must not depend on it.
     mx.random.seed(config.seed)
     set_random_state(random_state_of(run.ranks.rank, [random_state()]))
-    if checkpoint is None:
+    if state is None:
+        progress = Progress()
         remove_all(run.folder / CHECKPOINTS)
         (run.folder / BEST).unlink(missing_ok=True)
-    metrics_file = MetricsFile(run.folder / "metrics.jsonl", since)
+    else:
+        progress = state.progress
+        progress.resumed_at.append(progress.step)
+    metrics_file = MetricsFile(run.folder / "metrics.jsonl", None if state is None else state.metrics)
     save_json(run.folder / "run.json", {**run_record(run), "resumed_at": progress.resumed_at})
     save_json(run.folder / "adapter_config.json", adapter_config(run))
     try:
@@ -121,7 +130,7 @@ def _train(run: Run, reporter: Reporter) -> Held:
             if checkpoint is not None:
                 restore_reference(run, checkpoint)
             _precompute_reference(run, reporter, stop)
-            if checkpoint is not None:
+            if checkpoint is not None and state is not None:
                 for note in restore(run, checkpoint, state):
                     reporter.say(note)
             loop = Loop(
@@ -134,10 +143,13 @@ def _train(run: Run, reporter: Reporter) -> Held:
                 progress.replies_before = _replies(run, prompts)
                 progress.before = loop.evaluate(("valid", "test"))
             after = loop.steps()
-        if progress.before and progress.before.keys() == after.keys():
-            reporter.closing_table(progress.before, after)
-        if len(progress.replies_before) == len(prompts):
-            reporter.replies(progress.replies_before, _replies(run, prompts))
+        try:
+            if progress.before and progress.before.keys() == after.keys():
+                reporter.closing_table(progress.before, after)
+            if len(progress.replies_before) == len(prompts):
+                reporter.replies(progress.replies_before, _replies(run, prompts))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"the run was done, and is saved in {run.folder}") from None
     finally:
         metrics_file.close()
         _save_reference(run, reporter)

@@ -188,6 +188,13 @@ def test_mlx_launch_starts_a_run(night: dict[str, Any], tmp_path: Path) -> None:
     assert done.stdout.count("Adapters, metrics and settings are in") == 1, (done.stdout, done.stderr)
 
 
+def test_one_process_of_mlx_launch_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hosts").write_text("\n")
+    monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts"))
+    monkeypatch.setenv("MLX_RANK", "0")
+    assert find_ranks(1.0).size == 1
+
+
 def test_a_process_alone_is_rank_0_of_1() -> None:
     ranks = find_ranks(1.0)
     assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
