@@ -1,16 +1,36 @@
-"""Write files whole or not at all."""
+"""Write files and folders whole or not at all, and tell a whole checkpoint from any other."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import re
+import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+
+from orpo_mlx.errors import redacted
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-([0-9]{7,18})")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+\.[a-z]+")
+_TEMPORARY = ".writing-"
+
+
+class Checkpoint(NamedTuple):
+    """A folder that has proven itself whole."""
+
+    folder: Path
+    step: int
+    """Optimiser steps that had been taken."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -25,8 +45,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.close(handle)
         temporary = Path(name)
         write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush_to_disk(temporary)
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
@@ -35,6 +54,21 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if sys.platform == "darwin":
+            import fcntl
+
+            # fsync on macOS leaves the drive's own cache alone.
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -48,28 +82,139 @@ def write_text(path: Path, text: str) -> None:
 
 def save_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON atomically, indented, in UTF-8."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    write_text(path, json_text(value))
 
 
-def save_adapters(
-    folder: Path, weights: Mapping[str, mx.array], *, step: int | None = None, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write `adapters.safetensors`, and with `step` also `0000100_adapters.safetensors`, as mlx-lm names them.
-
-    `metadata` goes into the files' headers, which other readers pass over.
-    """
-    names = ["adapters.safetensors"] if step is None else [f"{step:07d}_adapters.safetensors", "adapters.safetensors"]
-    for name in names:
-        write_atomically(folder / name, lambda temporary: save_safetensors(temporary, weights, metadata))
+def json_text(value: Mapping[str, Any]) -> str:
+    """A JSON object as a file holds it: without access tokens, and with no character that a terminal would obey."""
+    text = redacted(json.dumps(value, indent=2, ensure_ascii=False, default=str)) + "\n"
+    if all(line.isprintable() for line in text.split("\n")):
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
-def save_safetensors(path: Path, weights: Mapping[str, mx.array], metadata: Mapping[str, str] | None) -> None:
-    """Write a safetensors file, not atomically.
+def save_adapters(folder: Path, weights: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+    """Write `adapters.safetensors`; `metadata` goes into its header, which other readers pass over."""
+    write_atomically(folder / "adapters.safetensors", lambda temporary: save_safetensors(temporary, weights, metadata))
+
+
+def save_safetensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+    """MLX's writer, whose complaint about a full disk becomes an `OSError`."""
+    try:
+        mx.save_safetensors(str(path), dict(arrays), dict(metadata or {}))
+    except RuntimeError as error:
+        raise OSError(errno.EIO, str(error).rstrip(".")) from error
+
+
+def write_checkpoint(parent: Path, step: int, write: Callable[[Path], None]) -> Checkpoint:
+    """Make `parent/step-0000040`: `write` fills a temporary folder, which gets a manifest and is renamed when all of it
+    is on the disk.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the disk is full or the folder cannot be written; nothing of it is left, and the error names it.
     """
+    folder, temporary = parent / f"step-{step:07d}", parent / f"{_TEMPORARY}{step:07d}"
     try:
-        mx.save_safetensors(str(path), dict(weights), dict(metadata or {}))
-    except RuntimeError as error:  # What MLX makes of a full disk.
-        raise OSError(errno.EIO, str(error).rstrip(".")) from error
+        parent.mkdir(exist_ok=True)
+        clear_unfinished(parent)
+        temporary.mkdir()
+        write(temporary)
+        files = sorted(temporary.iterdir())
+        described = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
+        manifest = {"format": FORMAT, "step": step, "files": described}
+        (temporary / _MANIFEST).write_text(json_text(manifest), encoding="utf-8")
+        for path in (*files, temporary / _MANIFEST, temporary):
+            flush_to_disk(path)
+        # What bears this name already is of this step too, and damaged: a whole one would not be written again.
+        _discard(folder)
+        temporary.rename(folder)
+        flush_to_disk(parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        error.filename, error.filename2 = str(folder), None
+        raise
+    return Checkpoint(folder, step)
+
+
+def clear_unfinished(parent: Path) -> None:
+    """Remove what a killed run left half written in `parent`."""
+    for path in parent.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(parent: Path, keep: int, also: Collection[int] = ()) -> None:
+    """Remove all but the newest `keep` checkpoints of `parent` and those of the steps `also`."""
+    for step, folder in _candidates(parent)[keep:]:
+        if step not in also:
+            _discard(folder)
+
+
+def remove_all(parent: Path) -> None:
+    """Remove every checkpoint of `parent`, newest last, so that an older one is never taken for the newest."""
+    for _, folder in reversed(_candidates(parent)):
+        _discard(folder)
+    shutil.rmtree(parent, ignore_errors=True)
+
+
+def whole_checkpoints(parent: Path) -> Iterator[Checkpoint | str]:
+    """Newest step first: each checkpoint that proves itself whole, and a sentence for each that does not."""
+    for step, folder in _candidates(parent):
+        problem = defect(folder, step)
+        yield f"{folder} is not whole ({problem})." if problem else Checkpoint(folder, step)
+
+
+def defect(folder: Path, step: int) -> str | None:
+    """What is wrong with a checkpoint; None where every file is the one that its manifest names."""
+    try:
+        text = (folder / _MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        expected, found = (FORMAT, step), (manifest["format"], manifest["step"])
+        if found != expected:
+            return f"{_MANIFEST} is of format {found[0]!r} and step {found[1]!r}, expected {FORMAT} and {step}"
+        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        # Nothing else proves the manifest itself; a changed name, size or sum will not fit the files.
+        if text != json_text(manifest) or set(manifest) != {"format", "step", "files"}:
+            return f"{_MANIFEST} is not as it was written"
+        if not files:
+            return f"{_MANIFEST} names no files"
+        for name, (size, sha256) in files.items():
+            path = folder / name
+            if not _PLAIN_NAME.fullmatch(name) or path.is_symlink():
+                return f"{_MANIFEST} names {name[:40]!r}, which is not a file of this folder"
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, expected {size!r}"
+            if file_sha256(path) != sha256:
+                return f"{name} is not what was written"
+    except OSError as error:
+        return f"{Path(error.filename or _MANIFEST).name}: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{_MANIFEST} is not one ({type(error).__name__})"
+    return None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _candidates(parent: Path) -> list[tuple[int, Path]]:
+    """Folders that bear a checkpoint's name, newest step first. Names count, not dates: clocks go wrong."""
+    if not parent.is_dir():
+        return []
+    matches = [(_NAME.fullmatch(path.name), path) for path in parent.iterdir()]
+    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder; half removed, it no longer bears a checkpoint's name."""
+    if folder.exists():
+        gone = folder.with_name(f"{_TEMPORARY}removed-{folder.name}")
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -15,11 +16,11 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print `message` without the usage text and leave with status 2."""
-        self.exit(2, f"{self.prog}: error: {message.rstrip('.')}; see {self.prog} --help.\n")
+        self.exit(2, f"{self.prog}: error: {printable(message).rstrip('.')}; see {self.prog} --help.\n")
 
 
 def exit_status(prog: str, command: Callable[[], object]) -> int:
-    """Run a command: 0, 2 with one sentence on stderr for what a user can mend, 130 where it was interrupted."""
+    """Run a command: 0, 2 with one sentence on stderr for what a user can mend, 130 or 143 where it was interrupted."""
     try:
         command()
     except UserError as error:
@@ -32,5 +33,5 @@ def exit_status(prog: str, command: Callable[[], object]) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"{prog}: interrupted: {str(interrupt) or 'nothing was saved'}.", file=sys.stderr)
-        return 130
+        return 128 + getattr(interrupt, "number", signal.SIGINT)
     return 0

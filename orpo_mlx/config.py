@@ -26,6 +26,8 @@ from orpo_mlx.tokenization import TRUNCATIONS
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 NLL_KINDS = ("completion", "sequence")
+NONFINITE = ("stop", "skip")
+DEFAULT_MAX_SKIPPED = 10
 
 DEFAULT_LORA = {"rank": 8, "dropout": 0.0, "scale": 20.0}
 DEFAULT_OPTIMIZER_CONFIG: dict[str, dict[str, Any]] = {
@@ -117,6 +119,23 @@ class TrainingConfig:
     optimizer_config: dict[str, Any] = _option(
         DEFAULT_OPTIMIZER_CONFIG, "arguments of each optimiser", dict, "training"
     )
+    max_grad_norm: float | None = _option(
+        None, "scale gradients down to this norm; default: as they are", float, "training", check=_POSITIVE
+    )
+    on_nonfinite: str = _option(
+        "stop",
+        "what a NaN or infinity in a step does: end the run, or pass the step over and count it",
+        str,
+        "training",
+        choices=NONFINITE,
+    )
+    max_skipped: int | None = _option(
+        None,
+        "steps passed over before the run ends, with --on-nonfinite skip; default 10",
+        int,
+        "training",
+        check=_NOT_NEGATIVE,
+    )
     precompute_reference: bool = _option(
         False, "compute the reference log-probs of all pairs before the first step", bool, "training"
     )
@@ -126,7 +145,9 @@ class TrainingConfig:
     fine_tune_type: str = _option("lora", "what is trained", str, "adapters", choices=FINE_TUNE_TYPES)
     num_layers: int = _option(-1, "blocks to train, from the last; -1: all", int, "adapters", check=_ALL_OR_COUNT)
     lora_parameters: dict[str, Any] = _option(DEFAULT_LORA, "rank, scale, dropout, keys", dict, "adapters")
-    resume_adapter_file: str | None = _option(None, "train on from this adapter (mlx-lm or PEFT)", str, "adapters")
+    resume_adapter_file: str | None = _option(
+        None, "start from the weights of this adapter (mlx-lm or PEFT); --resume goes on with a run", str, "adapters"
+    )
     dtype: str | None = _option(
         None,
         "weights' dtype; default: the checkpoint's, float32 on a CPU",
@@ -160,12 +181,28 @@ class TrainingConfig:
     share_prompt: bool = _option(True, "run each prompt once per completion, for comparison", bool, "memory")
     plain_head: bool = _option(False, "compute the logits of every position, for comparison", bool, "memory")
 
+    rank_timeout: float = _option(
+        300.0, "seconds to wait for the other processes of mlx.launch", float, "machines", check=_POSITIVE
+    )
+
     steps_per_report: int = _option(10, "steps between reports", int, "reports", check=_POSITIVE)
     steps_per_eval: int = _option(200, "steps between validations", int, "reports", check=_POSITIVE)
     val_batches: int = _option(25, "validation batches; -1: all, 0: no validation", int, "reports", check=_ALL_OR_SOME)
     test_batches: int = _option(500, "test batches; -1: all, 0: no test", int, "reports", check=_ALL_OR_SOME)
-    save_every: int = _option(100, "steps between saves", int, "reports", check=_POSITIVE)
+    save_every: int = _option(100, "steps between checkpoints", int, "reports", check=_POSITIVE)
+    keep: int = _option(3, "checkpoints that are kept, the newest ones", int, "reports", check=_POSITIVE)
+    save_best: bool = _option(
+        False, "save and keep the checkpoint of the lowest validation loss as well; best/ leads to it", bool, "reports"
+    )
     samples: int = _option(3, "sample replies before and after training", int, "reports", check=_NOT_NEGATIVE)
+
+    resume: bool = _option(
+        False, "go on from the newest whole checkpoint in --adapter-path, with its settings", bool, "resume"
+    )
+    resume_with_changes: bool = _option(
+        False, "let --resume go on where settings, data or model differ from the checkpoint's", bool, "resume"
+    )
+    overwrite: bool = _option(False, "start anew where --adapter-path holds an unfinished run", bool, "resume")
 
     def settings(self) -> dict[str, Any]:
         """All settings as a plain dictionary."""
@@ -180,7 +217,9 @@ _GROUPS = {
     "training": "training",
     "adapters": "model and adapters",
     "memory": "memory; changes no number but time and size",
+    "machines": "more than one machine",
     "reports": "reports and saves",
+    "resume": "going on with a run",
 }
 
 
@@ -253,15 +292,31 @@ def parse_settings(
     return {name: _coerce(name, value, _flag(name)) for name, value in given.items()}, args
 
 
-def resolve(argv: Sequence[str] | None = None, prog: str = "python -m orpo_mlx.train") -> TrainingConfig:
+def resolve(
+    argv: Sequence[str] | None = None,
+    prog: str = "python -m orpo_mlx.train",
+    earlier: Callable[[str], Mapping[str, Any]] = lambda folder: {},
+) -> TrainingConfig:
     """Settings from a command line: flags over the `--config` file over defaults.
+
+    With `--resume`, the settings that `earlier` finds in the adapter path come before the defaults.
 
     Raises:
         ConfigError: an unknown key, or a value that cannot be used; names the flag or the file and key.
     """
     given, args = parse_settings(build_parser(prog), argv)
     values = {} if args.config is None else read_config_file(Path(args.config))
-    return make_config({**values, **given})
+    values = {**values, **given}
+    if values.get("resume"):
+        values = {**_left_of(earlier(values.get("adapter_path", _FIELDS["adapter_path"].default)), values), **values}
+    return make_config(values)
+
+
+def _left_of(earlier: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Earlier settings without those that settings given now take the place of under another name."""
+    instead = ({"iters", "epochs"}, {"memory", "grad_checkpoint", "segment_layers"})
+    gone = {name for names in instead if names & set(values) for name in names}
+    return {name: value for name, value in earlier.items() if name not in gone}
 
 
 def recipe(config: TrainingConfig) -> Recipe:
@@ -313,6 +368,12 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
         raise ConfigError("--iters and --epochs both say how long to train; give one of them.")
     if not recipe(config).needs_reference and config.precompute_reference:
         raise ConfigError(f"--precompute-reference: method {config.method} compares with no reference; leave it out.")
+    if config.max_skipped is not None and config.on_nonfinite != "skip":
+        raise ConfigError("--max-skipped counts what --on-nonfinite skip passes over; add that, or leave it out.")
+    if config.resume_with_changes and not config.resume:
+        raise ConfigError("--resume-with-changes says how --resume goes on; add that.")
+    if config.resume and config.overwrite:
+        raise ConfigError("--resume goes on with a run and --overwrite starts anew; give one of them.")
     data_reading(config)
     config = dataclasses.replace(config, memory=_memory_mode(config))
     lora = {**DEFAULT_LORA, **config.lora_parameters}
@@ -378,15 +439,29 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if not isinstance(table, dict):
         found = "nothing" if table is None else f"a {type(table).__name__}"
         raise ConfigError(f"{path}: found {found}, expected a table of settings (key: value).")
+    return check_settings(table, str(path))
+
+
+def check_settings(table: Mapping[Any, Any], place: str) -> dict[str, Any]:
+    """The settings of a table, each as its type; those that are None are left out.
+
+    Raises:
+        ConfigError: an unknown key or a wrong value; names `place`.
+    """
     values = {}
     for key, value in table.items():
         if key not in _FIELDS:
             near = difflib.get_close_matches(str(key), _FIELDS, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known keys are {', '.join(_FIELDS)}."
-            raise ConfigError(f"{path}: unknown key {key!r}{hint}")
+            raise ConfigError(f"{place}: unknown key {key!r}{hint}")
         if value is not None:
-            values[key] = _coerce(key, value, f"{path}: {key}")
+            values[key] = _coerce(key, value, f"{place}: {key}")
     return values
+
+
+def group_of(name: str) -> str:
+    """The group a setting is declared in."""
+    return str(_FIELDS[name].metadata["group"])
 
 
 def _flag(name: str) -> str:

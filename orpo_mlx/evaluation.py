@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from orpo_mlx.batching import collate, length_order, sequence_tokens
+from orpo_mlx.distributed import Ranks
 from orpo_mlx.logprobs import PairScorer, join_logps, pair_logps
 from orpo_mlx.methods import BoundLoss
 from orpo_mlx.metrics import MetricMeans, pair_metrics
@@ -24,20 +26,25 @@ def evaluate(
     reference: ReferenceLogProbs | None,
     untrained: bool = False,
     progress: Callable[[int], None] = lambda done: None,
+    ranks: Ranks | None = None,
+    suspects: Callable[[list[TokenizedPair]], None] = lambda pairs: None,
 ) -> dict[str, float]:
     """Mean over all `pairs` of each of `metrics.pair_metrics`, without dropout and without gradient.
 
     The loss sees the whole split at once, so that no metric depends on `batch_size`. `untrained` says that no
     optimiser step has been taken: the policy's log-probs are then the reference's as well, and are not computed twice.
-    `progress` is called with the number of pairs done after each batch.
+    Each of `ranks` runs its share of the batches, and all of them return the metrics of all pairs.
+    `progress` is called with the number of pairs done after each batch, `suspects` at the end with the pairs that have
+    a metric that is not finite, if any do.
     """
     model = scorer.model
     was_training = model.training
     model.eval()
     tokens_per_pair = sequence_tokens(pairs) / len(pairs) if nll == "sequence" else None
     parts, done = [], 0
-    for indices in length_order(pairs, batch_size):
-        group = [pairs[index] for index in indices]
+    ranks = ranks or Ranks()
+    groups = [[pairs[index] for index in indices] for indices in length_order(pairs, batch_size)]
+    for group in ranks.share(groups):
         batch = collate(group)
         logps = pair_logps(scorer, batch, nll_tokens_per_pair=tokens_per_pair, gradient=False)
         if reference and untrained:
@@ -47,7 +54,16 @@ def evaluate(
         done += len(group)
         progress(done)
     model.train(was_training)
-    together = join_logps(parts)
+    order = [pair for rank in range(ranks.size) for group in ranks.share(groups, rank) for pair in group]
+    together = join_logps(parts) if ranks.size == 1 else ranks.gather_logps(parts)
+    if reference and together.reference_chosen is not None and together.reference_rejected is not None:
+        # Every rank knows what the others have computed.
+        references = together._replace(chosen=together.reference_chosen, rejected=together.reference_rejected)
+        reference.adopt(order, references)
     means = MetricMeans()
-    means.add(pair_metrics(together, loss(together)))
+    metrics = pair_metrics(together, loss(together))
+    finite = np.all([np.isfinite(np.array(values)) for values in metrics.values()], axis=0)
+    if not finite.all():
+        suspects([pair for pair, good in zip(order, finite, strict=True) if not good])
+    means.add(metrics)
     return means.means()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from orpo_mlx.batching import collate, micro_batches, sequence_tokens
 from orpo_mlx.logprobs import States, join_logps, pair_logps
+from orpo_mlx.lora import adapter_weights
 from orpo_mlx.metrics import MetricMeans, pair_metrics
 from orpo_mlx.prepare import Run
 from orpo_mlx.reference import with_reference
@@ -25,8 +27,6 @@ class LossSlope(NamedTuple):
     chosen: mx.array
     rejected: mx.array
     nll: mx.array
-    means: MetricMeans
-    """Metrics of the whole window."""
 
     def times(self, logps: PairLogProbs) -> mx.array:
         """A scalar whose gradient is the window loss's, by the chain rule through the log-probs."""
@@ -38,8 +38,14 @@ def window_gradient(run: Run, window: Sequence[TokenizedPair]) -> tuple[MetricMe
 
     Normalisers are known before the first backward, so that accumulating equals one big batch.
     """
-    cuts = micro_batches(window, run.config.batch_size, run.config.micro_batch_tokens)
-    slopes = _loss_slopes(run, window, cuts) if run.method.couples_pairs and len(cuts) > 1 else [None] * len(cuts)
+    ranks = run.ranks
+    cuts = _cuts(run, ranks.share(window))
+    if ranks.size > 1 and run.reference:
+        # In the order in which `share` deals them out again: one batch of each rank after the other.
+        by_rank = [_cuts(run, ranks.share(window, rank)) for rank in range(ranks.size)]
+        run.reference.remember_among(ranks, [cut for turn in zip_longest(*by_rank, fillvalue=[]) for cut in turn])
+    couples = run.method.couples_pairs and (len(cuts) > 1 or ranks.size > 1)
+    slopes, means_of_window = _loss_slopes(run, window, cuts) if couples else ([None] * len(cuts), None)
     means = MetricMeans()
     gradients: Gradients = {}
     for pairs, slope in zip(cuts, slopes, strict=True):
@@ -50,9 +56,23 @@ def window_gradient(run: Run, window: Sequence[TokenizedPair]) -> tuple[MetricMe
             gradients[name] = gradients[name] + gradient if name in gradients else gradient
         mx.eval(loss, metrics, gradients)
         means.add(metrics)
-    if slopes[0] is not None:
-        means = slopes[0].means
-    return means, tree_unflatten(list(gradients.items()))
+    if ranks.size > 1:
+        gradients, means = _of_all_ranks(run, gradients, means)
+    return means_of_window or means, tree_unflatten(list(gradients.items()))
+
+
+def _cuts(run: Run, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
+    return micro_batches(pairs, run.config.batch_size, run.config.micro_batch_tokens)
+
+
+def _of_all_ranks(run: Run, gradients: Gradients, means: MetricMeans) -> tuple[Gradients, MetricMeans]:
+    """Sums over all ranks; one that had no pair of the window has no gradient yet."""
+    weights = adapter_weights(run.loaded.model)
+    shares = {name: gradients[name] if name in gradients else mx.zeros_like(weights[name]) for name in weights}
+    together = MetricMeans()
+    for part in run.ranks.gather(means.to_json()):
+        together.merge(MetricMeans.from_json(part))
+    return run.ranks.sum(shares), together
 
 
 def batch_gradient(
@@ -82,8 +102,8 @@ def gradient_norm(gradients: dict[str, Any]) -> mx.array:
 
 def _loss_slopes(
     run: Run, window: Sequence[TokenizedPair], cuts: Sequence[Sequence[TokenizedPair]]
-) -> list[LossSlope | None]:
-    """Log-probs of the whole window first, then its loss's gradient towards them, cut up again.
+) -> tuple[list[LossSlope | None], MetricMeans]:
+    """Log-probs of the whole window first, then its loss's gradient towards them, cut up again; the window's metrics.
 
     LoRA dropout, where there is any, is drawn anew in the second pass.
     """
@@ -93,7 +113,7 @@ def _loss_slopes(
         logps = pair_logps(run.scorer, batch, nll_tokens_per_pair=_nll_tokens_per_pair(run, window), gradient=False)
         parts.append(with_reference(logps, run.reference(pairs, batch) if run.reference else None))
         mx.eval(parts[-1])
-    together = join_logps(parts)
+    together = join_logps(parts) if run.ranks.size == 1 else run.ranks.gather_logps(parts)
 
     def loss(chosen: mx.array, rejected: mx.array, nll: mx.array) -> mx.array:
         return run.method.loss(together._replace(chosen=chosen, rejected=rejected, nll=nll)).losses.mean()
@@ -101,9 +121,10 @@ def _loss_slopes(
     slopes = mx.grad(loss, argnums=(0, 1, 2))(together.chosen, together.rejected, together.nll)
     means = MetricMeans()
     means.add(pair_metrics(together, run.method.loss(together)))
-    bounds = np.cumsum([0, *map(len, cuts)]).tolist()
+    before = sum(len(run.ranks.share(window, rank)) for rank in range(run.ranks.rank))
+    bounds = np.cumsum([before, *map(len, cuts)]).tolist()
     chosen, rejected, nll = slopes
-    return [LossSlope(chosen[a:b], rejected[a:b], nll[a:b], means) for a, b in itertools.pairwise(bounds)]
+    return [LossSlope(chosen[a:b], rejected[a:b], nll[a:b]) for a, b in itertools.pairwise(bounds)], means
 
 
 def _nll_tokens_per_pair(run: Run, window: Sequence[TokenizedPair]) -> float | None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from orpo_mlx.checkpoint import write_text
+from orpo_mlx.checkpoint import json_text, write_text
 from orpo_mlx.cli import OneLineParser, exit_status
 from orpo_mlx.config import add_settings, data_reading, make_config, parse_settings
-from orpo_mlx.errors import ConfigError
+from orpo_mlx.errors import ConfigError, printable, printable_lines
 from orpo_mlx.inspection import as_text, draw_lengths, inspect_splits
 from orpo_mlx.models import find
 from orpo_mlx.prepare import data_lengths
@@ -58,10 +57,10 @@ def _run(argv: Sequence[str] | None) -> None:
         micro_batch_tokens=config.micro_batch_tokens,
         seed=config.seed,
     )
-    table = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
+    table = json_text(figures)
     if head.note:
-        print(head.note, file=sys.stderr)
-    print(table if args.json == "-" else as_text(figures), end="")
+        print(printable(head.note), file=sys.stderr)
+    print(table if args.json == "-" else printable_lines(as_text(figures)), end="")
     if args.json not in (None, "-"):
         write_text(Path(args.json), table)
     if args.png is not None:

@@ -17,6 +17,7 @@ from mlx_lm.tuner.utils import build_schedule
 
 from orpo_mlx.cache import cache_folder
 from orpo_mlx.config import TrainingConfig, data_reading, recipe
+from orpo_mlx.distributed import Ranks
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.logprobs import PairScorer
 from orpo_mlx.lora import adapter_weights, add_adapters, load_adapter_file
@@ -24,6 +25,7 @@ from orpo_mlx.methods import Recipe
 from orpo_mlx.models import LoadedModel, check_vocabulary, find, load
 from orpo_mlx.modes import AUTOMATIC, MODES
 from orpo_mlx.reference import ReferenceLogProbs
+from orpo_mlx.reference_table import weights_fingerprint
 from orpo_mlx.segments import ValueAndGrad, find_walk, whole_value_and_grad
 from orpo_mlx.sources import find_splits
 from orpo_mlx.splits import Lengths, Split, tokenized_split
@@ -52,6 +54,10 @@ class Run:
     memory: Memory
     first_step: int = 0
     """Steps that the adapters it goes on from have taken in its own order of the data."""
+    ranks: Ranks = dataclasses.field(default_factory=Ranks)
+    """The processes that train as one."""
+    model_digest: str = ""
+    """Of all weights as they were loaded, before adapters."""
 
 
 class Memory(NamedTuple):
@@ -64,8 +70,12 @@ class Memory(NamedTuple):
     """What the user should know about it."""
 
 
-def prepare(config: TrainingConfig) -> Run:
+def prepare(
+    config: TrainingConfig, hold: Callable[[Path], None] = lambda folder: None, ranks: Ranks | None = None
+) -> Run:
     """Check the settings against the world and load what they name; the cheap checks come first.
+
+    `hold` is called with the output folder as soon as it is there, before anything large is read.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -73,7 +83,10 @@ def prepare(config: TrainingConfig) -> Run:
     _optimizer(config)
     reading = data_reading(config)
     sources = find_splits(config.data)
+    if config.save_best and (config.val_batches == 0 or "valid" not in sources):
+        raise ConfigError("--save-best goes by the validation loss: give a valid split and --val-batches other than 0.")
     folder = _output_folder(config.adapter_path)
+    hold(folder)
     head = find(config.model, trust_remote_code=config.trust_remote_code)
     lengths = data_lengths(config, head.exact_tokens)
     splits = {name: tokenized_split(source, reading, head.tokenizer, lengths) for name, source in sources.items()}
@@ -81,9 +94,17 @@ def prepare(config: TrainingConfig) -> Run:
     loaded = load(head, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     for split in splits.values():
         check_vocabulary(loaded, *split.pairs.largest)
+    digest = weights_fingerprint(loaded.model)
     run = assemble(config, folder, splits, loaded)
+    run.model_digest = digest
+    if ranks is not None:
+        run.ranks = ranks
     cache = cache_folder()
-    if run.reference is not None and cache is not None:
+    # A resumed run does not load the adapters it once began with, so a reference they are part of has no name here: the
+    # checkpoint has its log-probs.
+    named = not (config.resume and config.resume_adapter_file)
+    # Ranks must know the same pairs, and each machine has a cache of its own.
+    if run.reference is not None and cache is not None and named and run.ranks.size == 1:
         run.reference.keep_in(cache / "reference", loaded.config)
     return run
 
@@ -95,7 +116,7 @@ def assemble(config: TrainingConfig, folder: Path, splits: dict[str, Split], loa
         UserError: the settings do not fit the model or the libraries.
     """
     add_adapters(loaded.model, config.fine_tune_type, config.num_layers, config.lora_parameters)
-    if config.resume_adapter_file is not None:
+    if config.resume_adapter_file is not None and not config.resume:
         load_adapter_file(loaded.model, config.resume_adapter_file, config.lora_parameters["scale"])
     scorer, memory = spend_memory(config, loaded.model)
     fresh = config.fine_tune_type != "full" and config.resume_adapter_file is None

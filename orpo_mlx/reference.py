@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from orpo_mlx.batching import collate
+from orpo_mlx.distributed import Ranks
 from orpo_mlx.logprobs import PairScorer, pair_logps
 from orpo_mlx.lora import adapters_off
 from orpo_mlx.reference_table import ReferenceTable, identity_digest, weights_fingerprint
@@ -115,6 +116,28 @@ class ReferenceLogProbs:
             done += len(group)
             progress(done)
         self.scorer.model.train(was_training)
+
+    def remember_among(
+        self,
+        ranks: Ranks,
+        groups: Sequence[Sequence[TokenizedPair]],
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        """`remember`, each of `ranks` computing its share of the groups; all of them then know all pairs."""
+        unknown = [
+            [pair for group in ranks.share(groups, rank) for pair in group if self.table.get(pair_key(pair)) is None]
+            for rank in range(ranks.size)
+        ]
+        self.remember(ranks.share(groups), progress)
+        if ranks.size > 1 and any(unknown):
+            found = ranks.gather([self.table.get(pair_key(pair)) for pair in unknown[ranks.rank]])
+            for pairs, rows in zip(unknown, found, strict=True):
+                for pair, (chosen, rejected) in zip(pairs, rows, strict=True):
+                    self.table.add(pair_key(pair), chosen, rejected)
+
+    def unknown(self, groups: Iterable[Sequence[TokenizedPair]]) -> int:
+        """How many pairs of `groups` are not remembered."""
+        return sum(self.table.get(pair_key(pair)) is None for group in groups for pair in group)
 
     def _compute(self, pairs: Sequence[TokenizedPair], batch: Batch) -> None:
         with self._reference_weights():

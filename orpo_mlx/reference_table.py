@@ -68,6 +68,23 @@ class ReferenceTable:
         if self.get(key) is None:
             self._new[key] = chosen, rejected
 
+    def arrays(self) -> dict[str, mx.array]:
+        """All rows, for a checkpoint: `keys` (N, 16) uint8 and `logps` (N, 2) float32."""
+        rows = self._merged(Rows(np.empty(0, _KEY), np.empty((0, 2), np.float32)))
+        return {"keys": mx.array(rows.keys.view(np.uint8).reshape(-1, 16)), "logps": mx.array(rows.logps)}
+
+    def restore(self, arrays: Mapping[str, mx.array]) -> None:
+        """Know what `arrays` gave and nothing else, so that a run goes on with the very numbers it had.
+
+        Raises:
+            KeyError, ValueError: they are something else.
+        """
+        keys, logps = np.array(arrays["keys"]), np.array(arrays["logps"])
+        if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != _KEY.itemsize:
+            raise ValueError("keys of another shape or type")
+        self._rows = _checked(Rows(np.ascontiguousarray(keys).view(_KEY).reshape(-1), logps))
+        self._new.clear()
+
     def save(self, *, sparingly: bool = False) -> None:
         """Write the file with the new rows, and those another run has put there meanwhile.
 
@@ -76,13 +93,7 @@ class ReferenceTable:
         """
         if self._file is None or not self._new or (sparingly and _SPARING * len(self._new) < len(self)):
             return
-        theirs = self._read()
-        ours = list(self._new.items())
-        keys = np.concatenate([self._rows.keys, np.array([key for key, _ in ours], _KEY), theirs.keys])
-        logps = np.concatenate([self._rows.logps, np.array([pair for _, pair in ours], np.float32), theirs.logps])
-        # The first of equal keys: this run goes on with the numbers it began with.
-        keys, first = np.unique(keys, return_index=True)
-        self._rows = Rows(keys, logps[first])
+        self._rows = self._merged(self._read())
         self._new.clear()
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +101,15 @@ class ReferenceTable:
         except OSError as error:
             self.notes.append(f"{self._file}: reference log-probs cannot be kept there ({error.strerror or error}).")
             self._file = None
+
+    def _merged(self, theirs: Rows) -> Rows:
+        ours = list(self._new.items())
+        keys = np.concatenate([self._rows.keys, np.array([key for key, _ in ours], _KEY), theirs.keys])
+        news = np.array([pair for _, pair in ours], np.float32).reshape(-1, 2)
+        logps = np.concatenate([self._rows.logps, news, theirs.logps])
+        # The first of equal keys: this run goes on with the numbers it began with.
+        keys, first = np.unique(keys, return_index=True)
+        return Rows(keys, logps[first])
 
     def _write(self, path: Path) -> None:
         with path.open("wb") as file:

@@ -19,7 +19,7 @@ from orpo_mlx.batching import collate, length_order
 from orpo_mlx.checkpoint import write_text
 from orpo_mlx.cli import OneLineParser, exit_status
 from orpo_mlx.data import Reading, load_pairs, parse_columns
-from orpo_mlx.errors import ConfigError, DataError, ModelError
+from orpo_mlx.errors import ConfigError, DataError, ModelError, printable
 from orpo_mlx.logprobs import PairScorer
 from orpo_mlx.models import DEFAULT_MODEL, DTYPES, LoadedModel, check_vocabulary, find, load
 from orpo_mlx.tokenization import PairTokenizer
@@ -124,7 +124,7 @@ def _run(argv: Sequence[str] | None) -> None:
     pairs = list(PairTokenizer(head.tokenizer).each(raw))
     loaded = load(head, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     if loaded.note:
-        print(loaded.note)
+        print(printable(loaded.note))
     for pair in pairs:
         check_vocabulary(loaded, max(itertools.chain(*pair[:3])), pair.place)
     _check_lengths(loaded, pairs)

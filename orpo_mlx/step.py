@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
-from orpo_mlx.errors import TrainingError
+from orpo_mlx.errors import HalfAppliedError
+from orpo_mlx.finite import require_finite
 from orpo_mlx.gradients import gradient_norm, window_gradient
 from orpo_mlx.metrics import MetricMeans
 from orpo_mlx.prepare import Run
 from orpo_mlx.types import TokenizedPair
 
+_NORM_FLOOR = 1e-6
+
 
 def optimiser_step(run: Run, window: Sequence[TokenizedPair], step: int) -> MetricMeans:
-    """One optimiser step on a window of pairs, taken as batches of `batch_size`; returns the window's metrics.
+    """One optimiser step on a window of pairs, taken as batches of `batch_size`; returns the window's metrics, and
+    `grad_norm`, the gradient's norm before `--max-grad-norm`.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite; nothing has been applied.
+        NonFiniteError: the loss or the gradient is not finite; nothing has been applied.
+        HalfAppliedError: the step was ended while it was applied.
     """
     model = run.loaded.model
     means, gradients = window_gradient(run, window)
-    loss, norm = means.means()["loss"], float(gradient_norm(gradients))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        places = ", ".join(pair.place for pair in window[:4])
-        raise TrainingError(
-            f"step {step}: the loss is {loss} and the gradient's norm {norm} on {places}, so the step was not applied: "
-            "lower --learning-rate, or look at those rows"
-        )
-    run.optimizer.update(model, gradients)
-    mx.eval(model.trainable_parameters(), run.optimizer.state)
+    norm = float(gradient_norm(gradients))
+    require_finite(run, window, step, means, gradients, norm)
+    means.add_step({"grad_norm": norm})
+    if run.config.max_grad_norm is not None:
+        gradients = clipped(gradients, norm, run.config.max_grad_norm)
+    try:
+        run.optimizer.update(model, gradients)
+        mx.eval(model.trainable_parameters(), run.optimizer.state)
+    except BaseException as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise HalfAppliedError(f"step {step}: {reason}, while the step was applied") from error
     return means
+
+
+def clipped(gradients: dict[str, Any], norm: float, most: float) -> dict[str, Any]:
+    """`gradients` of a norm, scaled down to the norm `most` where it is larger, as PyTorch's `clip_grad_norm_` does."""
+    factor = most / (norm + _NORM_FLOOR)
+    if factor >= 1:
+        return gradients
+    scaled: dict[str, Any] = tree_map(lambda gradient: gradient * factor, gradients)
+    return scaled

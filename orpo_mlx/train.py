@@ -1,130 +1,187 @@
-"""The training loop, one for every method, and its command line."""
+"""A training run from settings to adapters, and its command line."""
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import itertools
-import math
+import json
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+from rich.console import Console
 
 from orpo_mlx.allocator import settle
-from orpo_mlx.batching import TrainingOrder, length_order, micro_batches, side_lengths, steps_per_epoch
-from orpo_mlx.checkpoint import save_adapters, save_json, write_text
+from orpo_mlx.checkpoint import Checkpoint, remove_all, save_json, write_text
 from orpo_mlx.cli import exit_status
 from orpo_mlx.config import TrainingConfig, resolve
-from orpo_mlx.errors import TrainingError
-from orpo_mlx.evaluation import evaluate
-from orpo_mlx.lora import adapter_metadata, adapter_weights
+from orpo_mlx.distributed import Ranks, find_ranks
+from orpo_mlx.errors import TrainingError, printable
+from orpo_mlx.lock import locked
+from orpo_mlx.loop import Loop
+from orpo_mlx.lora import adapter_weights
 from orpo_mlx.memory_plan import plan_memory
-from orpo_mlx.metrics import MetricMeans
+from orpo_mlx.order import groups_to_come, steps_of_adapter_file
 from orpo_mlx.prepare import Run, adapter_config, prepare, run_record
+from orpo_mlx.progress import Held, Progress
 from orpo_mlx.reference_table import ReferenceTable
-from orpo_mlx.reporting import MetricsFile, Reporter, eval_line, step_numbers, train_line
+from orpo_mlx.reporting import MetricsFile, Reporter
+from orpo_mlx.resume import (
+    BEST,
+    CHECKPOINTS,
+    State,
+    accept,
+    copied_to_all,
+    facts,
+    find_checkpoint,
+    newest,
+    random_state,
+    random_state_of,
+    read_state,
+    restore,
+    restore_reference,
+    set_random_state,
+    settings_of_newest,
+)
 from orpo_mlx.samples import Reply, pick_prompts, sample_replies
-from orpo_mlx.splits import Split
-from orpo_mlx.step import optimiser_step
-from orpo_mlx.types import Pair, TokenizedPair
+from orpo_mlx.signals import StopSignals
+from orpo_mlx.types import Pair
 
 PROG = "python -m orpo_mlx.train"
 
 _SAMPLED_FROM = 1000
-_ORDER_KEY, _STEP_KEY = "orpo_mlx_order", "orpo_mlx_step"
-
-Held = dict[str, dict[str, float]]
-"""Metrics by split."""
 
 
-def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
-    """Train adapters with one method and write them, `metrics.jsonl` and `run.json` into `config.adapter_path`.
+def train(config: TrainingConfig, reporter: Reporter | None = None, ranks: Ranks | None = None) -> Held:
+    """Train adapters with one method and write them, checkpoints, `metrics.jsonl` and `run.json` into
+    `config.adapter_path`; with `config.resume`, go on from the newest whole checkpoint there.
+
+    Where `mlx.launch` has started several processes (`ranks`), they train as one, and rank 0 writes and speaks.
 
     Returns:
         The held-out metrics after training, by split.
 
     Raises:
         UserError: settings, data or model cannot be used, or the run cannot go on.
+        Interrupted: SIGINT or SIGTERM came; what was done is saved.
     """
     reporter = reporter or Reporter()
     settle()
-    run = prepare(config)
-    # Once, since this run may write over the file it goes on from.
-    run.first_step = _first_step(run)
+    ranks = ranks or find_ranks(config.rank_timeout)
+    ranks.timeout_s = config.rank_timeout
+    with ExitStack() as stack:
+        if not ranks.first:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="orpo_mlx-"))
+            config = dataclasses.replace(config, adapter_path=scratch)
+            reporter = Reporter(Console(quiet=True))
+
+        def hold(folder: Path) -> None:
+            stack.enter_context(locked(folder))
+            if not (config.resume or config.overwrite):
+                _refuse_unfinished(folder, config)
+
+        return _train(prepare(config, hold, ranks), reporter)
+
+
+def _checkpoint_and_state(run: Run, reporter: Reporter) -> tuple[Checkpoint, State] | tuple[None, None]:
+    """What the run goes on from, once everything has been found to fit, and said."""
+    run.ranks.require_same(facts(run))
+    checkpoint, problems = find_checkpoint(run.folder) if run.config.resume else (None, [])
+    checkpoint = copied_to_all(run, checkpoint)
+    state, changes = None, []
+    if checkpoint is None:
+        # Once, since this run may write over the file it goes on from.
+        run.first_step = steps_of_adapter_file(run)
+    else:
+        state = read_state(checkpoint)
+        changes = accept(run, state)
+        run.first_step = state.first_step
     plan_memory(run, reporter.say)
-    _announce(run, reporter)
+    _announce(run, reporter, checkpoint)
+    for note in (*problems, *(f"Changed since the checkpoint: {change}." for change in changes)):
+        reporter.say(note)
+    return (None, None) if checkpoint is None or state is None else (checkpoint, state)
+
+
+def _train(run: Run, reporter: Reporter) -> Held:
+    config = run.config
+    checkpoint, state = _checkpoint_and_state(run, reporter)
     # The prediction draws random numbers; the run's own, of dropout, must not depend on it.
     mx.random.seed(config.seed)
-    save_json(run.folder / "run.json", run_record(run))
+    set_random_state(random_state_of(run.ranks.rank, [random_state()]))
+    if state is None:
+        progress = Progress()
+        remove_all(run.folder / CHECKPOINTS)
+        (run.folder / BEST).unlink(missing_ok=True)
+    else:
+        progress = state.progress
+        progress.resumed_at.append(progress.step)
+    metrics_file = MetricsFile(run.folder / "metrics.jsonl", None if state is None else state.metrics)
+    save_json(run.folder / "run.json", {**run_record(run), "resumed_at": progress.resumed_at})
     save_json(run.folder / "adapter_config.json", adapter_config(run))
-    metrics_file = MetricsFile(run.folder / "metrics.jsonl")
     try:
-        prompts = _sample_prompts(run, reporter)
-        _precompute_reference(run, reporter)
-        replies_before = _replies(run, prompts)
-        before = _evaluate_splits(run, reporter, metrics_file, 0, tuple(run.splits))
-        after = _steps(run, reporter, metrics_file)
-        if before:
-            reporter.closing_table(before, after)
-        reporter.replies(replies_before, _replies(run, prompts))
+        with StopSignals() as stop:
+            if checkpoint is not None:
+                restore_reference(run, checkpoint)
+            _precompute_reference(run, reporter, stop)
+            if checkpoint is not None and state is not None:
+                for note in restore(run, checkpoint, state):
+                    reporter.say(note)
+            loop = Loop(
+                run, progress, reporter, metrics_file, stop,
+                saved_step=None if checkpoint is None else checkpoint.step,
+                keep_reference=lambda: _save_reference(run, reporter, sparingly=True),
+            )  # fmt: skip
+            prompts = _sample_prompts(run, reporter)
+            if checkpoint is None:
+                progress.replies_before = _replies(run, prompts)
+                progress.before = loop.evaluate(("valid", "test"))
+            after = loop.steps()
+        try:
+            if progress.before and progress.before.keys() == after.keys():
+                reporter.closing_table(progress.before, after)
+            if len(progress.replies_before) == len(prompts):
+                reporter.replies(progress.replies_before, _replies(run, prompts))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"the run was done, and is saved in {run.folder}") from None
     finally:
         metrics_file.close()
         _save_reference(run, reporter)
-    reporter.say(f"\nAdapters, metrics and settings are in {run.folder}/.")
+    _close(run, progress, reporter)
     return after
 
 
-def total_steps(config: TrainingConfig, num_pairs: int) -> int:
-    """Optimiser steps of a run: `iters`, or `epochs` (default 1) passes over the train split."""
-    if config.iters is not None:
-        return config.iters
-    per_epoch = steps_per_epoch(num_pairs, config.batch_size * config.grad_accumulation_steps)
-    return max(1, math.ceil((config.epochs or 1) * per_epoch))
+def _close(run: Run, progress: Progress, reporter: Reporter) -> None:
+    if progress.skipped:
+        reporter.say(f"{progress.skipped} steps were passed over, because a number in them was not finite.")
+    if progress.best is not None:
+        step, loss = progress.best
+        reporter.say(f"The lowest validation loss, {loss:.4f}, was at step {step}: {run.folder / BEST}/.")
+    reporter.say(f"\nAdapters, metrics and settings are in {run.folder}/.")
 
 
-def _steps(run: Run, reporter: Reporter, metrics_file: MetricsFile) -> Held:
-    """All optimiser steps with their reports, evaluations and saves; the last evaluation's metrics."""
-    config, model = run.config, run.loaded.model
-    pairs = run.splits["train"].pairs
-    total = total_steps(config, len(pairs))
-    order = _training_order(run)
-    means, pair_tokens, seconds = MetricMeans(), 0, 0.0
-    held: Held = {}
-    mx.reset_peak_memory()
-    model.train()
-    with reporter.bar("training", total, "steps") as advance:
-        for step, indices in enumerate(itertools.islice(order, total), 1):
-            window = [pairs[index] for index in indices]
-            started = time.perf_counter()
-            with _saved_if_it_ends_here(run, step):
-                step_means = optimiser_step(run, window, step)
-            seconds += time.perf_counter() - started
-            means.merge(step_means)
-            pair_tokens += sum(pair.pair_tokens for pair in window)
-            advance(step, step_numbers(step_means.means(), pair_tokens / seconds, mx.get_peak_memory() / 2**30))
-            if step % config.steps_per_report == 0 or step == total:
-                report = {
-                    **means.means(),
-                    "pair_tokens_per_s": pair_tokens / seconds,
-                    "peak_memory_gib": mx.get_peak_memory() / 2**30,
-                    "learning_rate": float(run.optimizer.learning_rate),
-                }
-                metrics_file.write(step, "train", report)
-                reporter.say(train_line(step, total, report))
-                means, pair_tokens, seconds = MetricMeans(), 0, 0.0
-            if step % config.save_every == 0 or step == total:
-                _save(run, step, numbered=step != total)
-                _save_reference(run, reporter, sparingly=True)
-            if step == total:
-                held = _evaluate_splits(run, reporter, metrics_file, step, tuple(run.splits))
-            elif step % config.steps_per_eval == 0:
-                _evaluate_splits(run, reporter, metrics_file, step, ("valid",))
-    return held
+def _refuse_unfinished(folder: Path, config: TrainingConfig) -> None:
+    """Keep a new run from writing over one that has not come to its end.
+
+    Raises:
+        TrainingError: the folder holds such a run.
+    """
+    checkpoint, _ = newest(folder)
+    if checkpoint is None:
+        return
+    state = read_state(checkpoint)
+    if not state.finished:
+        raise TrainingError(
+            f"--adapter-path {folder}: holds a run that ended at step {checkpoint.step} of {state.total}; "
+            "--resume goes on with it, --overwrite starts anew, or give another folder"
+        )
 
 
-def _announce(run: Run, reporter: Reporter) -> None:
+def _announce(run: Run, reporter: Reporter, checkpoint: Checkpoint | None) -> None:
     if run.loaded.note:
         reporter.say(run.loaded.note)
     for name, split in run.splits.items():
@@ -134,7 +191,7 @@ def _announce(run: Run, reporter: Reporter) -> None:
     listing = run.folder / "left_out.txt"
     listing.unlink(missing_ok=True)
     if lines:
-        write_text(listing, "\n".join(lines) + "\n")
+        write_text(listing, "\n".join(map(printable, lines)) + "\n")
         reporter.say(f"The rows left out are listed in {listing}.")
     if "valid" not in run.splits:
         reporter.say("No valid split: training without validation.")
@@ -144,9 +201,13 @@ def _announce(run: Run, reporter: Reporter) -> None:
         _pass_on_notes(run.reference.table, reporter)
         if len(run.reference.table):
             reporter.say(f"Reference log-probs of {len(run.reference.table)} pairs are known from earlier runs.")
-    if run.first_step:
+    if run.first_step and checkpoint is None:
         reporter.say(f"Goes on in the data where {run.config.resume_adapter_file} ended, after step {run.first_step}.")
-    if (run.folder / "adapters.safetensors").exists():
+    if checkpoint is not None:
+        reporter.say(f"Goes on from step {checkpoint.step}: {checkpoint.folder}.")
+    elif run.config.resume:
+        reporter.say(f"{run.folder}/ holds no checkpoint yet: the run starts from the beginning.")
+    elif (run.folder / "adapters.safetensors").exists():
         reporter.say(f"{run.folder}/ holds an earlier run, which this one overwrites.")
     shown = ((name, key, value) for name, table in run.method.parameters.items() for key, value in table.items())
     several = len(run.method.parameters) > 1
@@ -158,93 +219,32 @@ def _announce(run: Run, reporter: Reporter) -> None:
     )
 
 
-def _evaluate_splits(run: Run, reporter: Reporter, metrics_file: MetricsFile, step: int, names: Sequence[str]) -> Held:
-    """Evaluate the held-out splits among `names`."""
-    limits = _held_out_batches(run)
-    held: Held = {}
-    for name in (name for name in names if name in limits):
-        pairs = _held_out(run.splits[name], limits[name], run.config.batch_size)
-        with reporter.bar(f"evaluating {name}", len(pairs), "pairs") as advance:
-            held[name] = evaluate(
-                run.scorer, pairs, run.method.loss, batch_size=run.config.batch_size, nll=run.config.nll,
-                reference=run.reference, untrained=step == 0, progress=advance,
-            )  # fmt: skip
-        metrics_file.write(step, name, held[name])
-        reporter.say(eval_line(step, name, held[name]))
-    return held
+def _precompute_reference(run: Run, reporter: Reporter, stop: StopSignals) -> None:
+    """Reference log-probs of all pairs to come, where the settings or the kind of reference ask for that.
 
-
-def _held_out(split: Split, batches: int, batch_size: int) -> Sequence[TokenizedPair]:
-    return split.pairs if batches == -1 else split.pairs[: batches * batch_size]
-
-
-@contextmanager
-def _saved_if_it_ends_here(run: Run, step: int) -> Iterator[None]:
-    """Save the adapters as the steps before left them when this step is interrupted or fails."""
-    before = adapter_weights(run.loaded.model)
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        if step == 1:
-            raise
-        run.loaded.model.load_weights(list(before.items()), strict=False)
-        _save(run, step - 1, numbered=False)
-        folder = run.folder
-        saved = f"the adapters of step {step - 1} are in {folder}/, --resume-adapter-file {folder} trains on from them"
-        if isinstance(error, (KeyboardInterrupt, TrainingError)):
-            error.args = (f"{error}; {saved}" if str(error) else saved,)
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise TrainingError(f"step {step}: {reason.rstrip('.')}; {saved}.") from error
-
-
-def _save(run: Run, done: int, *, numbered: bool) -> None:
-    """Save the adapters after `done` steps of this run, with their place in the data."""
-    place = {_ORDER_KEY: _order_digest(run), _STEP_KEY: str(run.first_step + done)}
-    try:
-        weights = adapter_weights(run.loaded.model)
-        save_adapters(run.folder, weights, step=done if numbered else None, metadata=place)
-    except OSError as error:
-        raise TrainingError(
-            f"{run.folder}: the adapters cannot be saved ({error.strerror}); the last save there is whole."
-        ) from None
-
-
-def _training_order(run: Run) -> TrainingOrder:
-    """The windows of this run: from the first, or from where the adapters it goes on from have come to."""
-    config = run.config
-    size = config.batch_size * config.grad_accumulation_steps
-    pairs = run.splits["train"].pairs
-    return TrainingOrder(pairs, size, seed=config.seed, shuffle=config.shuffle, step=run.first_step)
-
-
-def _first_step(run: Run) -> int:
-    """Steps that `--resume-adapter-file` has taken in this very order, 0 where it was another."""
-    if run.config.resume_adapter_file is None:
-        return 0
-    metadata = adapter_metadata(run.config.resume_adapter_file)
-    return int(metadata[_STEP_KEY]) if metadata.get(_ORDER_KEY) == _order_digest(run) else 0
-
-
-def _order_digest(run: Run) -> str:
-    """What the order of windows depends on: the pairs, their number in a step, the seed."""
-    config = run.config
-    lengths = side_lengths(run.splits["train"].pairs).tobytes()
-    size = config.batch_size * config.grad_accumulation_steps
-    parts = (run.splits["train"].sha256, hashlib.sha256(lengths).hexdigest(), size, config.seed, config.shuffle)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _precompute_reference(run: Run, reporter: Reporter) -> None:
-    """Reference log-probs of all pairs to come, where the settings or the kind of reference ask for that."""
+    Raises:
+        TrainingError: a resumed run needs some that are not in its checkpoint and can no longer be computed.
+    """
     reference = run.reference
     if reference is None or not (run.config.precompute_reference or reference.needs_precomputing):
         return
     if reference.needs_precomputing:
         reporter.say("Computing reference log-probs first: the weights that define them are about to change.")
-    groups = _groups_to_come(run)
+    groups = groups_to_come(run)
+    unknown = reference.unknown(groups)
+    if unknown and reference.needs_precomputing and run.config.resume and run.config.resume_adapter_file:
+        raise TrainingError(
+            f"--resume: the reference log-probs of {unknown} pairs are not in the checkpoint, and the adapters that "
+            "define them are no longer those the run began with; start a new run with --resume-adapter-file"
+        )
     with reporter.bar("reference log-probs", sum(map(len, groups)), "pairs") as advance:
-        reference.remember(groups, advance)
+
+        def progress(done: int) -> None:
+            advance(done)
+            if run.ranks.size == 1:
+                stop.check()
+
+        reference.remember_among(run.ranks, groups, progress)
     _save_reference(run, reporter)
 
 
@@ -260,31 +260,9 @@ def _pass_on_notes(table: ReferenceTable, reporter: Reporter) -> None:
     table.notes.clear()
 
 
-def _groups_to_come(run: Run) -> list[list[TokenizedPair]]:
-    """Every pair this run will meet, grouped as the first epoch and the evaluations will group them."""
-    config, pairs = run.config, run.splits["train"].pairs
-    order = _training_order(run)
-    per_epoch = steps_per_epoch(len(pairs), config.batch_size * config.grad_accumulation_steps)
-    # From the middle of an epoch, its rest and one whole epoch meet every pair.
-    most = min(total_steps(config, len(pairs)), per_epoch + -order.step % per_epoch)
-    groups: list[list[TokenizedPair]] = []
-    for indices in itertools.islice(order, most):
-        groups += micro_batches([pairs[index] for index in indices], config.batch_size, config.micro_batch_tokens)
-    for name, batches in _held_out_batches(run).items():
-        held_out = _held_out(run.splits[name], batches, config.batch_size)
-        groups += [[held_out[index] for index in indices] for indices in length_order(held_out, config.batch_size)]
-    return groups
-
-
-def _held_out_batches(run: Run) -> dict[str, int]:
-    """Batches of each held-out split that is evaluated; -1 means all."""
-    limits = {"valid": run.config.val_batches, "test": run.config.test_batches}
-    return {name: limit for name, limit in limits.items() if limit != 0 and name in run.splits}
-
-
 def _sample_prompts(run: Run, reporter: Reporter) -> list[Pair]:
     """Pairs whose prompts are answered before and after training: of the first of test, valid, train that is text."""
-    if run.config.samples == 0:
+    if run.config.samples == 0 or not run.ranks.first:
         return []
     split = next(run.splits[name] for name in ("test", "valid", "train") if name in run.splits)
     pairs = list(itertools.islice(split.raw(), _SAMPLED_FROM))
@@ -299,7 +277,18 @@ def _replies(run: Run, prompts: Sequence[Pair]) -> list[Reply]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status."""
-    return exit_status(PROG, lambda: train(resolve(argv, PROG)))
+    return exit_status(PROG, lambda: _command(argv))
+
+
+def _command(argv: Sequence[str] | None) -> None:
+    ranks = find_ranks(TrainingConfig.rank_timeout)
+
+    def earlier(folder: str) -> dict[str, Any]:
+        settings = settings_of_newest(folder) if ranks.first else {}
+        taken: dict[str, Any] = json.loads(ranks.from_first(json.dumps(settings).encode()))
+        return taken
+
+    train(resolve(argv, PROG, earlier), ranks=ranks)
 
 
 if __name__ == "__main__":

@@ -19,18 +19,18 @@ import numpy as np
 import pytest
 from mlx_lm import load as mlx_lm_load
 
-import orpo_mlx.train as train_module
 from orpo_mlx.config import make_config
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.gradients import window_gradient
 from orpo_mlx.lora import adapter_weights
 from orpo_mlx.memory import Prediction
 from orpo_mlx.methods import METHODS
+from orpo_mlx.order import total_steps
 from orpo_mlx.prepare import Run, prepare
 from orpo_mlx.reference import ReferenceLogProbs
 from orpo_mlx.reporting import Reporter
 from orpo_mlx.step import optimiser_step
-from orpo_mlx.train import main, total_steps, train
+from orpo_mlx.train import main, train
 from orpo_mlx.types import Batch, LossOutput, PairLogProbs, TokenizedPair
 from tests.conftest import make_pairs, write_id_rows, write_model_folder, write_rows
 
@@ -72,7 +72,7 @@ def test_what_is_written(settings: dict[str, Any]) -> None:
     run_quietly(settings)
     folder = Path(settings["adapter_path"])
     assert sorted(path.name for path in folder.iterdir()) == [
-        "adapter_config.json", "adapters.safetensors", "metrics.jsonl", "run.json",
+        "adapter_config.json", "adapters.safetensors", "checkpoints", "metrics.jsonl", "run.json", "train.lock",
     ]  # fmt: skip
     record = json.loads((folder / "run.json").read_text())
     assert record["settings"]["learning_rate"] == 1e-3
@@ -182,11 +182,11 @@ def fail_at(step: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("error", "status", "expected"),
     [
-        (KeyboardInterrupt(), 130, "interrupted: the adapters of step 2 are in"),
+        (KeyboardInterrupt(), 130, "interrupted: step 2 is saved, go on with"),
         (
             RuntimeError("[METAL] out\nof memory."),
             2,
-            "error: step 3: [METAL] out of memory; the adapters of step 2 are in",
+            "error: step 3: [METAL] out of memory; step 2 is saved, go on with",
         ),
     ],
 )
@@ -205,7 +205,7 @@ def test_a_run_that_ends_early_saves_what_it_learned(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert expected in err
-    assert f"--resume-adapter-file {settings['adapter_path']} trains on from them" in err
+    assert f"python -m orpo_mlx.train --resume --adapter-path {settings['adapter_path']}" in err
     saved, two_steps = (
         (Path(folder) / "adapters.safetensors").read_bytes()
         for folder in (settings["adapter_path"], tmp_path / "two steps")
@@ -242,7 +242,8 @@ def test_steps_of_a_run() -> None:
 def test_saves_along_the_way_and_a_schedule(settings: dict[str, Any]) -> None:
     schedule = {"name": "linear_schedule", "arguments": [1e-3, 0.0, 4]}
     run_quietly({**settings, "iters": 4, "save_every": 2, "steps_per_eval": 2, "lr_schedule": schedule})
-    assert (Path(settings["adapter_path"]) / "0000002_adapters.safetensors").exists()
+    saved = sorted(path.name for path in (Path(settings["adapter_path"]) / "checkpoints").iterdir())
+    assert saved == ["step-0000002", "step-0000004"]
     assert [row["step"] for row in rows(settings, "valid")] == [0, 2, 4]
     rates = [row["learning_rate"] for row in rows(settings, "train")]
     assert rates == sorted(rates, reverse=True)
@@ -422,7 +423,7 @@ def test_a_run_that_ends_early_keeps_its_reference(
         fail_at(3, KeyboardInterrupt(), patch)
         assert main(flags(settings)) == 130
     passes = count_reference_passes(monkeypatch)
-    assert main(flags(settings)) == 0
+    assert main([*flags(settings), "--overwrite"]) == 0
     assert sum(passes) == 2
     assert "Reference log-probs of 4 pairs are known from earlier runs." in capsys.readouterr().out
 
@@ -530,7 +531,7 @@ def test_the_order_is_saved_with_the_adapters_and_restored(
         seen.append([pair.place for pair in window])
         return step(run, window, number)
 
-    monkeypatch.setattr(train_module, "optimiser_step", recorded)
+    monkeypatch.setattr("orpo_mlx.loop.optimiser_step", recorded)
     run_quietly({**settings, "iters": 8, "adapter_path": str(tmp_path / "whole")}) if not interrupted else None
     whole, seen[:] = list(seen), []
     first = {**settings, "adapter_path": str(tmp_path / "first"), "iters": 2}
@@ -553,5 +554,7 @@ def test_the_order_is_saved_with_the_adapters_and_restored(
     # In place, over the file it goes on from, with a save at every step.
     seen.clear()
     for _ in range(2):
-        run_quietly({**first, "save_every": 1, "iters": 2, "resume_adapter_file": str(tmp_path / "first")})
+        run_quietly(
+            {**first, "save_every": 1, "iters": 2, "overwrite": True, "resume_adapter_file": str(tmp_path / "first")}
+        )
     assert seen == resumed[2:6]

@@ -1,0 +1,44 @@
+"""One run at a time in an adapter folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from orpo_mlx.errors import TrainingError
+
+LOCK = "train.lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process. The system lets go of it however the process ends.
+
+    The file stays and holds the process id of its last owner: removing it would let two processes lock two files.
+
+    Raises:
+        TrainingError: another process holds it, which the message names.
+        OSError: the folder cannot be written, or its file system has no locks.
+    """
+    path = folder / LOCK
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(handle, 32).decode("ascii", "replace").strip()
+            who = f"process {owner}" if owner.isdigit() else "another process"
+            raise TrainingError(
+                f"--adapter-path {folder}: {who} is training into it; wait for it, or give another folder"
+            ) from None
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
