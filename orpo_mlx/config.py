@@ -163,6 +163,10 @@ class TrainingConfig:
     test_batches: int = _option(500, "test batches; -1: all, 0: no test", int, "reports", check=_ALL_OR_SOME)
     save_every: int = _option(100, "steps between saves", int, "reports", check=_POSITIVE)
     samples: int = _option(3, "sample replies before and after training", int, "reports", check=_NOT_NEGATIVE)
+    report: bool = _option(True, "write no report.html and report.png", bool, "reports")
+    report_every: int | None = _option(
+        None, "steps between writing report.html and report.png; default: at the end only", int, "reports", check=_POSITIVE
+    )
 
     def settings(self) -> dict[str, Any]:
         """All settings as a plain dictionary."""
@@ -308,6 +312,8 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
     config = TrainingConfig(**dict(values))
     if config.iters is not None and config.epochs is not None:
         raise ConfigError("--iters and --epochs both say how long to train; give one of them.")
+    if config.report_every is not None and not config.report:
+        raise ConfigError("--no-report: --report-every asks for reports; give one of them.")
     if not recipe(config).needs_reference and config.precompute_reference:
         raise ConfigError(f"--precompute-reference: method {config.method} compares with no reference; leave it out.")
     data_reading(config)
