@@ -26,6 +26,7 @@ from orpo_mlx.tokenization import TRUNCATIONS
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 NLL_KINDS = ("completion", "sequence")
+REFERENCES = ("shared", "copy")
 
 DEFAULT_LORA = {"rank": 8, "dropout": 0.0, "scale": 20.0}
 DEFAULT_OPTIMIZER_CONFIG: dict[str, dict[str, Any]] = {
@@ -120,6 +121,14 @@ class TrainingConfig:
     precompute_reference: bool = _option(
         False, "compute the reference log-probs of all pairs before the first step", bool, "training"
     )
+    reference: str = _option(
+        "shared",
+        "reference model of methods that need one: the policy's own weights as they were, or a second copy of them that "
+        "runs at every step, as other trainers have it, for comparison",
+        str,
+        "training",
+        choices=REFERENCES,
+    )
     shuffle: bool = _option(True, "train in file order", bool, "training")
     seed: int = _option(0, "seed of adapters, order and dropout", int, "training", check=_NOT_NEGATIVE)
 
@@ -165,7 +174,11 @@ class TrainingConfig:
     samples: int = _option(3, "sample replies before and after training", int, "reports", check=_NOT_NEGATIVE)
     report: bool = _option(True, "write no report.html and report.png", bool, "reports")
     report_every: int | None = _option(
-        None, "steps between writing report.html and report.png; default: at the end only", int, "reports", check=_POSITIVE
+        None,
+        "steps between writing report.html and report.png; default: at the end only",
+        int,
+        "reports",
+        check=_POSITIVE,
     )
 
     def settings(self) -> dict[str, Any]:
@@ -316,6 +329,11 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
         raise ConfigError("--no-report: --report-every asks for reports; give one of them.")
     if not recipe(config).needs_reference and config.precompute_reference:
         raise ConfigError(f"--precompute-reference: method {config.method} compares with no reference; leave it out.")
+    if config.reference == "copy":
+        if not recipe(config).needs_reference:
+            raise ConfigError(f"--reference copy: method {config.method} compares with no reference; leave it out.")
+        if config.precompute_reference:
+            raise ConfigError("--reference copy runs the copy at every step; leave out --precompute-reference.")
     data_reading(config)
     config = dataclasses.replace(config, memory=_memory_mode(config))
     lora = {**DEFAULT_LORA, **config.lora_parameters}

@@ -124,7 +124,11 @@ def picture(name: str, light: bytes, dark: bytes, words: str) -> str:
 
 def definition_list(values: Mapping[str, str]) -> str:
     """Names and values, a line each."""
-    return "<ul>" + "".join(f"<li>{text(key)}: <code>{text(value)}</code></li>" for key, value in values.items()) + "</ul>\n"
+    return (
+        "<ul>"
+        + "".join(f"<li>{text(key)}: <code>{text(value)}</code></li>" for key, value in values.items())
+        + "</ul>\n"
+    )
 
 
 def page(title: str, parts: Sequence[str]) -> str:

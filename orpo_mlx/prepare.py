@@ -24,6 +24,7 @@ from orpo_mlx.methods import Recipe
 from orpo_mlx.models import LoadedModel, check_vocabulary, find, load
 from orpo_mlx.modes import MODES, choose_memory
 from orpo_mlx.reference import ReferenceLogProbs
+from orpo_mlx.reference_copy import CopiedReference, copy_of
 from orpo_mlx.segments import ValueAndGrad, find_walk, whole_value_and_grad
 from orpo_mlx.sources import find_splits
 from orpo_mlx.splits import Lengths, Split, tokenized_split
@@ -101,9 +102,14 @@ def assemble(config: TrainingConfig, folder: Path, splits: dict[str, Split], loa
         config = dataclasses.replace(config, memory=_automatic_mode(config, loaded.model, splits["train"]))
     scorer, memory = spend_memory(config, loaded.model)
     fresh = config.fine_tune_type != "full" and config.resume_adapter_file is None
-    method, reference = recipe(config), None
-    if method.needs_reference:
-        reference = ReferenceLogProbs(scorer, adapters_are_new=fresh, with_prompt=config.nll == "sequence")
+    method = recipe(config)
+    reference: ReferenceLogProbs | None = None
+    with_prompt = config.nll == "sequence"
+    if config.reference == "copy":
+        twin, _ = spend_memory(config, copy_of(loaded.model, base=fresh))
+        reference = CopiedReference(twin, with_prompt=with_prompt)
+    elif method.needs_reference:
+        reference = ReferenceLogProbs(scorer, adapters_are_new=fresh, with_prompt=with_prompt)
     return Run(config, folder, splits, loaded, scorer, method, reference, _optimizer(config), memory)
 
 

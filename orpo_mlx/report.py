@@ -47,7 +47,9 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     pictures = [
         picture(title, png([panel], LIGHT), png([panel], DARK), _caption(title)) for title, panel in panels.items()
     ]
-    parts.append(f'<h2>Over the steps</h2>\n<p class="faint">{text(_KEY)}</p>\n<div class="charts">{"".join(pictures)}</div>')
+    parts.append(
+        f'<h2>Over the steps</h2>\n<p class="faint">{text(_KEY)}</p>\n<div class="charts">{"".join(pictures)}</div>'
+    )
     unread = [f"{run.name}: {_lines(run.unread)} of metrics.jsonl passed over." for run in runs if run.unread]
     parts += [f'<p class="faint">{text(line)}</p>' for line in unread]
     names = ", ".join(run.name for run in runs)
@@ -162,8 +164,12 @@ def build_parser() -> OneLineParser:
     parser = OneLineParser(
         prog=PROG, description="Draw one training run, or several laid over each other.", allow_abbrev=False
     )
-    parser.add_argument("folders", nargs="+", metavar="ADAPTER_PATH", help="--adapter-path of a run, with metrics.jsonl")
-    parser.add_argument("--output", metavar="DIR", help="folder to write report.html and report.png into; default: the run's")
+    parser.add_argument(
+        "folders", nargs="+", metavar="ADAPTER_PATH", help="--adapter-path of a run, with metrics.jsonl"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder to write report.html and report.png into; default: the run's"
+    )
     return parser
 
 
