@@ -87,7 +87,13 @@ def legend(axes: Axes) -> None:
         )
 
 
-def _settings(theme: Theme) -> dict[str, Any]:
+def whole_steps(axes: Axes) -> None:
+    """Tick whole numbers only along x."""
+    locator: Any = axes.xaxis.get_major_locator()
+    locator.set_params(integer=True)
+
+
+def _settings(theme: Theme) -> Any:
     inks = ("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "text.color")
     return {
         **dict.fromkeys(inks, theme.ink),

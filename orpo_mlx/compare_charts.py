@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orpo_mlx.charts import Panel, Theme, label, legend, style
+from orpo_mlx.charts import Panel, Theme, label, legend, style, whole_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +27,7 @@ def accuracy_panel(results: Results) -> Panel:
         _curves(axes, results, "step")
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("preference accuracy, valid (%)")
+        whole_steps(axes)
 
     return draw
 
@@ -55,7 +56,7 @@ def memory_panel(results: Results) -> Panel:
                 places, values, height=0.36, color=look.color, label=words, hatch="" if number == 0 else "///",
                 edgecolor=theme.paper, linewidth=0,
             )  # fmt: skip
-            axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=8)
+            axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
         axes.set_yticks(range(len(arms)), [label(arm["name"], 24) for arm in arms])
         axes.invert_yaxis()
         axes.margins(x=0.15)
@@ -88,7 +89,7 @@ def _loss(number: int, arm: Mapping[str, Any]) -> Panel:
         axes.set_title(label(arm["name"]))
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("training loss (as the method defines it)")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        whole_steps(axes)
 
     return draw
 

@@ -10,7 +10,7 @@ from orpo_mlx import compare_tables as tables
 from orpo_mlx.charts import DARK, LIGHT, Panel, Theme, png
 from orpo_mlx.checkpoint import write_atomically, write_text
 from orpo_mlx.compare_charts import accuracy_panel, loss_panels, memory_panel, sensitivity_panels, time_panel
-from orpo_mlx.page import Table, definition_list, markdown_text, page, picture, text
+from orpo_mlx.page import Cell, Table, definition_list, markdown_text, page, picture, text
 
 Results = Mapping[str, Any]
 
@@ -18,30 +18,44 @@ TITLE = "Preference methods side by side"
 
 _SECTIONS: tuple[tuple[str, Callable[[Results], Table], str], ...] = (
     (
-        "The chapter's table, verified", tables.claims,
-        "Each claim of the course chapter on ORPO with what was measured here, by the command below.",
+        "The chapter's table, verified",
+        tables.claims,
+        "Each claim of the course chapter on ORPO with what was measured here, by the command above.",
     ),
     (
-        "What each method reached", tables.quality,
-        "On held-out pairs no method was trained or tuned on. Means over seeds, ranges over seeds in brackets; for accuracies, "
-        "95 % intervals that count each pair once, however many seeds judged it. KL: replies sampled at temperature 1 and "
-        "cut at 64 tokens, summed over whole next-token distributions. Replies, their length and distinct-2: greedy, seed 0 to the last.",
+        "What each method reached",
+        tables.quality,
+        "On held-out pairs no method was trained or tuned on. Means over seeds, ranges over seeds in brackets; for "
+        "accuracies, 95 % intervals that count each pair once, however many seeds judged it. KL: replies sampled at "
+        "temperature 1 and cut at 64 tokens, summed over whole next-token distributions. Replies, their length and "
+        "distinct-2: greedy.",
     ),
     (
-        "What each method cost", tables.cost,
-        "Training time counts the reference pass and the steps, not loading and judging. MLX's peak is that of training; the "
-        "process's at most includes loading and judging.",
+        "What each method cost",
+        tables.cost,
+        "Training time counts the reference pass and the steps, not loading and judging. MLX's peak is that of "
+        "training; the process's at most includes loading and judging. A second copy as reference runs within "
+        "the steps.",
     ),
-    ("Sensitivity", tables.sensitivity, "Range of the valid accuracy at the end of the budget over the grid below, under seed 0."),
-    ("Learning rates and β that were tried", tables.grid, "Chosen: best valid accuracy, then lowest NLL of the chosen side, at the default β."),
     (
-        "Sanity", tables.sanity,
-        "The same training on wrong labels. Swapped: the accuracy must fall below the base model's. Shuffled (half of each "
-        "batch swapped at random): it should stay within the base model's interval; a likelihood term learns from both sides "
-        "all the same, and may move it.",
+        "Sensitivity",
+        tables.sensitivity,
+        "Range of the valid accuracy at the end of the budget over the grid below, under seed 0.",
+    ),
+    (
+        "Learning rates and β that were tried",
+        tables.grid,
+        "Chosen: best valid accuracy, then lowest NLL of the chosen side, at the default β.",
+    ),
+    (
+        "Sanity",
+        tables.sanity,
+        "The same training on wrong labels. Swapped: the accuracy must fall below the base model's. Shuffled (half of "
+        "each batch swapped at random): it should stay within the base model's interval; a likelihood term learns from "
+        "both sides all the same, and may move it.",
     ),
     ("Replies before and after", tables.replies, "Greedy, to ten held-out prompts, under seed 0."),
-)  # fmt: skip
+)
 
 
 def write_comparison(results: Results, folder: Path) -> list[Path]:
@@ -106,9 +120,7 @@ def _sections(results: Results) -> list[tuple[str, Table, str]]:
         if table.rows:
             found.append((title, table, words))
         elif build is tables.sanity:
-            none = Table(
-                ("not run",), ((tables.Cell("give --sanity and a method to train it on wrong labels"),),), prose=True
-            )
+            none = Table(("not run",), ((Cell("give --sanity and a method to train it on wrong labels"),),), prose=True)
             found.append((title, none, words))
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -140,17 +139,12 @@ def _intervals(tested: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _to_target(base: float, trained: Sequence[Mapping[str, Any]], target: float) -> dict[str, Any]:
-    """Steps and seconds of the first validation with the target accuracy: means over seeds, None where one never was."""
+    """Steps and seconds of each seed's first validation with the target accuracy, None where it never was."""
     if base >= target:
-        return {"steps": 0.0, "seconds": 0.0, "reached": len(trained)}
-    firsts = [next((p for p in cell["curve"] if p["accuracy"] >= target), None) for cell in trained]
-    found = [point for point in firsts if point is not None]
-    whole = len(found) == len(trained)
-    means = {key: statistics.fmean(p[name] for p in found) if whole else None for key, name in _TARGET.items()}
-    return {**means, "reached": len(found)}
-
-
-_TARGET = {"steps": "step", "seconds": "seconds"}
+        return {"steps": [0.0] * len(trained), "seconds": [0.0] * len(trained)}
+    firsts = [next((point for point in cell["curve"] if point["accuracy"] >= target), None) for cell in trained]
+    names = {"steps": "step", "seconds": "seconds"}
+    return {key: [None if point is None else point[name] for point in firsts] for key, name in names.items()}
 
 
 def _sanity(cells: Cells, arm: Arm, labels: str) -> dict[str, Any]:

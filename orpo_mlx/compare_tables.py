@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,15 @@ def interval_cell(found: Mapping[str, float]) -> Cell:
     return Cell(f"{found['mean']:.1%} ({found['low']:.1%} to {found['high']:.1%})", found["mean"])
 
 
+def target_cell(reached: Sequence[float | None]) -> Cell:
+    """When a target was reached, seed by seed: their mean, or by how many."""
+    found = [value for value in reached if value is not None]
+    if len(found) < len(reached):
+        return Cell(f"by {len(found)} of {len(reached)} seeds")
+    mean = statistics.fmean(found)
+    return Cell(f"{mean:.1f}", mean)
+
+
 def quality(results: Results) -> Table:
     """What each method reached on the held-out pairs, the base model first."""
     base = results["base"]
@@ -46,7 +56,7 @@ def quality(results: Results) -> Table:
         interval_cell(base["accuracy_sum_interval"]), number(base["margin"], "{:.3f}"), number(base["nll"], "{:.3f}"),
         number(0.0, "{:.2f}"), number(base["reply_tokens"], "{:.1f}"), number(base["distinct_2"], "{:.2f}"),
     )  # fmt: skip
-    rows = [first]
+    rows: list[tuple[Cell, ...]] = [first]
     for arm in results["methods"]:
         rows.append(
             (
@@ -70,8 +80,8 @@ def cost(results: Results) -> Table:
         "cache, GiB": _of("cache_memory_gib", "{:.3f}"),
         "process at most, GiB": _of("footprint_peak_gib", "{:.3f}"),
         "steps": _of("steps", "{:.0f}"),
-        f"steps to {results['target_accuracy']:.0%}": lambda arm: number(arm["to_target"]["steps"], "{:.1f}"),
-        f"seconds to {results['target_accuracy']:.0%}": lambda arm: number(arm["to_target"]["seconds"], "{:.0f}"),
+        f"steps to {results['target_accuracy']:.0%}": lambda arm: target_cell(arm["to_target"]["steps"]),
+        f"seconds to {results['target_accuracy']:.0%}": lambda arm: target_cell(arm["to_target"]["seconds"]),
     }
     rows = tuple(tuple(column(arm) for column in columns.values()) for arm in results["methods"])
     return Table(tuple(columns), rows)
@@ -96,8 +106,8 @@ def grid(results: Results) -> Table:
             accuracy = Cell(f"failed: {found['failed']}") if "failed" in found else number(found["accuracy"], "{:.1%}")
             rows.append(
                 (
-                    Cell(arm["name"]), number(found["learning_rate"], "{:g}"), number(found["beta"], "{:.3g}"), accuracy,
-                    number(found["nll"], "{:.3f}"), number(found["margin"], "{:.3f}"), Cell("yes" if chosen else ""),
+                    Cell(arm["name"]), number(found["learning_rate"], "{:g}"), number(found["beta"], "{:.3g}"),
+                    accuracy, number(found["nll"], "{:.3f}"), number(found["margin"], "{:.3f}"), Cell("yes" if chosen else ""),
                 )
             )  # fmt: skip
     return Table(header, tuple(rows))
@@ -114,7 +124,8 @@ def sensitivity(results: Results) -> Table:
                 (
                     Cell(arm["name"]), number(len(arm["grid"]), "{:.0f}"), number(min(found), "{:.1%}"),
                     number(max(found), "{:.1%}"),
-                    Cell("training failed at some") if arm["sensitivity"] is None else number(arm["sensitivity"], "{:.1%}"),
+                    Cell("training failed at some") if arm["sensitivity"] is None
+                    else number(arm["sensitivity"], "{:.1%}"),
                 )
             )  # fmt: skip
     return Table(header, tuple(rows))

@@ -123,8 +123,8 @@ class TrainingConfig:
     )
     reference: str = _option(
         "shared",
-        "reference model of methods that need one: the policy's own weights as they were, or a second copy of them that "
-        "runs at every step, as other trainers have it, for comparison",
+        "reference model, where one is needed: the policy's own weights as they were, or a second copy of them, run "
+        "at every step, for comparison",
         str,
         "training",
         choices=REFERENCES,

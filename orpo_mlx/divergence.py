@@ -39,7 +39,7 @@ def sampled_kl(
     with without_dropout(model):
         for prompt in prompts:
             reply = []
-            for token, _ in generate_step(mx.array(prompt), model, max_tokens=max_tokens, sampler=sampler):
+            for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_tokens, sampler=sampler):
                 reply.append(int(token))
                 if reply[-1] in stop:
                     break
@@ -57,7 +57,8 @@ def sequence_kl(model: nn.Module, prompt: Sequence[int], reply: Sequence[int]) -
     with adapters_off(model):
         base = nn.log_softmax(model(ids)[0, places].astype(mx.float32), axis=-1)
     mx.eval(policy, base)
-    return (mx.exp(policy) * (policy - base)).sum()
+    divergence: mx.array = (mx.exp(policy) * (policy - base)).sum()
+    return divergence
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orpo_mlx.charts import DARK, LIGHT, Panel, Theme, label, legend, png, style
+from orpo_mlx.charts import DARK, LIGHT, Panel, Theme, label, legend, png, style, whole_steps
 from orpo_mlx.checkpoint import write_atomically, write_text
 from orpo_mlx.cli import OneLineParser, exit_status
 from orpo_mlx.errors import ConfigError
@@ -103,7 +103,7 @@ def _panel(runs: Sequence[RunLog], key: str, title: str, factor: float) -> Panel
                 named = True
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(title)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        whole_steps(axes)
         if factor == 100:
             axes.set_ylim(-3, 103)
         legend(axes)

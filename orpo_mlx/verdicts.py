@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from orpo_mlx.wilson import wilson
@@ -85,32 +85,36 @@ def _memory(orpo: Arm, dpo: Arm, copied: Arm | None) -> tuple[str, str]:
 
 def _convergence(orpo: Arm, dpo: Arm, results: Results) -> tuple[str, str]:
     target = f"{results['target_accuracy']:.0%}"
-    ours, theirs = orpo["to_target"], dpo["to_target"]
-    if ours["steps"] is None or theirs["steps"] is None:
+    reached = {
+        name: [v for v in arm["to_target"]["steps"] if v is not None] for name, arm in ((ORPO, orpo), (DPO, dpo))
+    }
+    if min(map(len, reached.values())) < results["seeds"]:
         counts = " and ".join(
-            f"{name} under {found['reached']} of {results['seeds']} seeds"
-            for name, found in ((ORPO, ours), (DPO, theirs))
+            f"{name} under {len(found)} of {results['seeds']} seeds" for name, found in reached.items()
         )
         return f"{target} on the valid pairs reached by {counts} within {results['budget']['words']}", OPEN
+    ours, theirs = orpo["to_target"], dpo["to_target"]
+    mean = {key: (statistics.fmean(ours[key]), statistics.fmean(theirs[key])) for key in ("steps", "seconds")}
     measured = (
-        f"steps to {target} on the valid pairs: {ours['steps']:.1f} for ORPO, {theirs['steps']:.1f} for DPO; "
-        f"seconds: {ours['seconds']:.0f} and {theirs['seconds']:.0f}"
+        f"steps to {target} on the valid pairs: {mean['steps'][0]:.1f} for ORPO, {mean['steps'][1]:.1f} for DPO; "
+        f"seconds: {mean['seconds'][0]:.1f} and {mean['seconds'][1]:.1f}"
     )
-    signs = [_sign(ours[key], theirs[key]) for key in ("steps", "seconds")]
-    if signs == [0, 0]:
-        return measured, f"{OPEN}: no difference at this resolution"
-    if min(signs) >= 0:
-        return measured, CONFIRMED
-    if max(signs) <= 0:
-        return measured, REFUTED
-    return measured, "depends on whether steps or seconds are counted"
+    signs = {key: _sign(ours[key], theirs[key]) for key in mean}
+    sooner, later = ([key for key, sign in signs.items() if sign == wanted] for wanted in (1, -1))
+    if sooner and later:
+        return measured, "depends on whether steps or seconds are counted"
+    if not sooner and not later:
+        return measured, f"{OPEN}: no difference that the seeds agree on"
+    words, found = (CONFIRMED, sooner) if sooner else (REFUTED, later)
+    return measured, words if len(found) == 2 else f"{words} in {found[0]} alone"
 
 
-def _sign(ours: float, theirs: float) -> int:
-    """1 where ORPO is sooner by more than a twentieth, -1 where DPO is."""
-    if abs(ours - theirs) <= 0.05 * max(ours, theirs):
+def _sign(ours: Sequence[float], theirs: Sequence[float]) -> int:
+    """1 where ORPO is sooner under every seed and by more than a twentieth on average, -1 where DPO is."""
+    first, second = statistics.fmean(ours), statistics.fmean(theirs)
+    if abs(first - second) <= 0.05 * max(first, second):
         return 0
-    return 1 if ours < theirs else -1
+    return 1 if max(ours) < min(theirs) else -1 if max(theirs) < min(ours) else 0
 
 
 def _sensitivity(orpo: Arm, dpo: Arm, results: Results) -> tuple[str, str]:

@@ -73,4 +73,4 @@ def test_flags_that_would_do_nothing_are_refused(values: dict[str, Any], expecte
 
 
 def _flat(model: Any) -> list[tuple[str, mx.array]]:
-    return list(tree_flatten(model.parameters()))
+    return list(dict(tree_flatten(model.parameters())).items())
