@@ -107,7 +107,8 @@ def grid(results: Results) -> Table:
             rows.append(
                 (
                     Cell(arm["name"]), number(found["learning_rate"], "{:g}"), number(found["beta"], "{:.3g}"),
-                    accuracy, number(found["nll"], "{:.3f}"), number(found["margin"], "{:.3f}"), Cell("yes" if chosen else ""),
+                    accuracy, number(found["nll"], "{:.3f}"), number(found["margin"], "{:.3f}"),
+                    Cell("yes" if chosen else ""),
                 )
             )  # fmt: skip
     return Table(header, tuple(rows))

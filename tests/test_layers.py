@@ -41,12 +41,13 @@ LAYERS = [
     {"step"},
     {"memory"},
     {"fit", "train", "__init__"},
-    {"memory_benchmark", "compare_cell"},
+    {"compare_cell"},
     {"compare_results"},
     {"verdicts"},
     {"compare_tables", "compare_charts"},
     {"compare_report"},
-    {"compare"},
+    {"compare", "published"},
+    {"memory_benchmark"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
