@@ -109,8 +109,7 @@ class Runner:
         """Run one cell.
 
         Raises:
-            ConfigError: it ended with one sentence about settings, data or model.
-            TrainingError: its process died.
+            UserError: see `in_a_process`.
         """
         job.folder.mkdir(parents=True, exist_ok=True)
         plan = self._plan
@@ -124,33 +123,47 @@ class Runner:
             "test_pairs": plan.test_pairs,
             "curve_points": plan.curve_points,
         }
-        process = subprocess.Popen(
-            [sys.executable, "-m", "orpo_mlx.compare_cell", json.dumps(spec)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "ORPO_MLX_CACHE": "off"},
-        )  # fmt: skip
-        assert process.stdout is not None
-        assert process.stderr is not None
-        errors: list[str] = []
-        reader = threading.Thread(target=errors.extend, args=(process.stderr,))
-        reader.start()
-        try:
-            for line in process.stdout:
-                if line.startswith('{"progress"'):
-                    self._done(self._finished + json.loads(line)["progress"], title)
-        finally:
-            if process.poll() is None and sys.exc_info()[0] is not None:
-                process.terminate()
-            status = process.wait()
-            reader.join()
-        last = ([line.strip() for line in errors if line.strip()] or ["no message"])[-1]
-        if status == 2:
-            raise ConfigError(last.removeprefix(f"{PROG}: error: "))
-        if status != 0:
-            why = printable(last) if status > 0 else f"killed by {signal.Signals(-status).name}"
-            raise TrainingError(
-                f"{title}: its process died ({why}); what is finished is kept, the same command goes on"
-            )
+        in_a_process(spec, title, lambda share: self._done(self._finished + share, title))
+
+
+def in_a_process(spec: dict[str, Any], title: str, progress: Callable[[float], None]) -> None:
+    """Run one cell in a process of its own, which writes its result.
+
+    Raises:
+        ConfigError: it ended with one sentence about settings, data or model.
+        TrainingError: it died.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "orpo_mlx.compare_cell", json.dumps(spec)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "ORPO_MLX_CACHE": "off"},
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    errors: list[str] = []
+    reader = threading.Thread(target=errors.extend, args=(process.stderr,))
+    reader.start()
+    try:
+        for line in process.stdout:
+            if line.startswith('{"progress"'):
+                progress(json.loads(line)["progress"])
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        status = process.wait()
+        reader.join()
+        process.stdout.close()
+        process.stderr.close()
+    last = ([line.strip() for line in errors if line.strip()] or ["no message"])[-1]
+    if status == 2:
+        raise ConfigError(last.removeprefix(f"{PROG}: error: "))
+    if status != 0:
+        why = printable(last).rstrip(".") if status > 0 else f"killed by {signal.Signals(-status).name}"
+        raise TrainingError(f"{title}: its process died ({why}); what is finished is kept, the same command goes on")
 
 
 def cell_name(arm: Arm, seed: int, rate: float, factor: float, labels: str) -> str:
@@ -260,7 +273,10 @@ def _decisive(found: dict[str, str]) -> dict[str, str]:
 def run(argv: Sequence[str]) -> None:
     """Compare and write the reports."""
     plan, reporter = parse(argv), Reporter()
-    results = compare(plan, argv, reporter)
+    try:
+        results = compare(plan, argv, reporter)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what is finished is in {plan.output}/, the same command goes on") from None
     for path in write_comparison(results, plan.output):
         reporter.say(str(path))
 

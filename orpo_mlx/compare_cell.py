@@ -165,12 +165,13 @@ def test_cell(spec: dict[str, Any], progress: Progress) -> dict[str, Any]:
     found: dict[str, Any] = {**_figures(rows), "pairs": len(test)}
     found["wins_mean"] = [int(row["margin"] > 0) for row in rows]
     found["wins_sum"] = [int(row["chosen_logps"] > row["rejected_logps"]) for row in rows]
+    model, tokenizer = run.loaded.model, run.loaded.tokenizer
     if spec["kind"] == "base":
         found["valid"] = judge(run, spread_out(splits["valid"], spec["valid_pairs"]))
-    model, tokenizer = run.loaded.model, run.loaded.tokenizer
-    stop = set(tokenizer.eos_token_ids) if tokenizer is not None else _eos(run.loaded.config)
-    prompts = [pair.prompt_ids for pair in spread_out(test, KL_REPLIES)]
-    found["kl"] = sampled_kl(model, prompts, stop, seed=run.config.seed, max_tokens=MAX_TOKENS)._asdict()
+    else:
+        stop = set(tokenizer.eos_token_ids) if tokenizer is not None else _eos(run.loaded.config)
+        prompts = [pair.prompt_ids for pair in spread_out(test, KL_REPLIES)]
+        found["kl"] = sampled_kl(model, prompts, stop, seed=run.config.seed, max_tokens=MAX_TOKENS)._asdict()
     progress(0.8)
     raw = pick_prompts(_texts(run, test), REPLIES) if tokenizer is not None else []
     replies = sample_replies(model, tokenizer, raw)
@@ -278,14 +279,14 @@ def _texts(run: Run, test: Pairs) -> list[Pair]:
     return [pair for pair in split.raw() if pair.place in places]
 
 
-def _main() -> None:
-    spec = json.loads(sys.argv[1])
-
-    def progress(share: float) -> None:
-        print(json.dumps({"progress": share}), flush=True)
-
+def run_cell(spec: dict[str, Any], progress: Progress) -> None:
+    """Run what `spec` says and write the result, with its identity, to `spec["output"]`."""
     result = (train_cell if spec["kind"] == "train" else test_cell)(spec, progress)
     save_json(Path(spec["output"]), {"spec": spec["identity"], **result})
+
+
+def _main() -> None:
+    run_cell(json.loads(sys.argv[1]), lambda share: print(json.dumps({"progress": share}), flush=True))
 
 
 if __name__ == "__main__":

@@ -208,3 +208,11 @@ def settings(tmp_path: Path, data: Path, model_folder: Path) -> dict[str, Any]:
 
 def _flat(model: nn.Module) -> list[tuple[str, mx.array]]:
     return [(str(name), value) for name, value in dict(tree_flatten(model.parameters())).items()]
+
+
+@pytest.fixture(scope="session")
+def comparison(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison of tiny trainings, on data whose texts would like to be markup; its output folder."""
+    from tests.compared import run_comparison
+
+    return run_comparison(tmp_path_factory.mktemp("comparison"), model_folder)
