@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_mlx import compare_tables as tables
-from orpo_mlx.charts import DARK, LIGHT, Panel, Theme, png
+from orpo_mlx.charts import DARK, LIGHT, Panel, png
 from orpo_mlx.checkpoint import write_atomically, write_text
 from orpo_mlx.compare_charts import accuracy_panel, loss_panels, memory_panel, sensitivity_panels, time_panel
 from orpo_mlx.page import Cell, Table, definition_list, markdown_text, page, picture, text
@@ -68,7 +68,7 @@ def write_comparison(results: Results, folder: Path) -> list[Path]:
     written = [folder / "results.json"]
     for name, (panels, _) in pictures.items():
         written.append(folder / f"{name}.png")
-        content = _png(panels, LIGHT)
+        content = png(panels, LIGHT, columns=min(2, len(panels)))
         write_atomically(written[-1], _writer(content))
     for name, document in (("report.md", markdown(results)), ("report.html", html(results, pictures))):
         written.append(folder / name)
@@ -91,7 +91,12 @@ def html(results: Results, pictures: Mapping[str, tuple[list[Panel], str]]) -> s
     sections = [
         f"<h2>{text(title)}</h2>\n<p>{text(words)}</p>\n{table.html()}" for title, table, words in _sections(results)
     ]
-    shown = [picture(words, _png(panels, LIGHT), _png(panels, DARK), words) for panels, words in pictures.values()]
+    # One by one, so that each is as wide as a phone.
+    shown = [
+        picture(words, png([panel], LIGHT), png([panel], DARK), words)
+        for panels, words in pictures.values()
+        for panel in panels
+    ]
     charts = f'<h2>Pictures</h2>\n<div class="charts">{"".join(shown)}</div>'
     return page(TITLE, [definition_list(facts(results)), sections[0], charts, *sections[1:]])
 
@@ -137,10 +142,6 @@ def _pictures(results: Results) -> dict[str, tuple[list[Panel], str]]:
     if heat_maps:
         found["sensitivity"] = (heat_maps, "Valid accuracy at the end of the budget by learning rate and β.")
     return found
-
-
-def _png(panels: list[Panel], theme: Theme) -> bytes:
-    return png(panels, theme, columns=min(2, len(panels)))
 
 
 def _writer(content: bytes) -> Callable[[Path], None]:

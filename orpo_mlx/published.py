@@ -16,7 +16,7 @@ from orpo_mlx.page import Cell, Table, markdown_text
 
 FOLDER = PurePath("docs", "results")
 DOCUMENTS = ("README.md", "docs/comparison.md", "docs/memory.md")
-"""Where markers may stand: `<!-- results: NAME TABLE -->` or `<!-- results: memory -->`, and `<!-- end of results -->`."""
+"""Where `<!-- results: NAME TABLE -->` (or `<!-- results: memory -->`) and `<!-- end of results -->` may stand."""
 
 _MARKED = re.compile(r"<!-- results: (?P<what>[a-z0-9_ -]+) -->\n.*?<!-- end of results -->", re.S)
 _MEMORY_SETTINGS = (
@@ -77,7 +77,7 @@ def memory_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for record in records.values():
         settings = record["settings"]
-        machine = str(record["machine"].get("device_name", record["machine"]["platform"]))
+        machine = str(record["machine"].get("device_name") or record["machine"]["platform"])
         pairs = settings["batch_size"] * settings["grad_accumulation_steps"]
         for row in record["methods"]:
             start = (

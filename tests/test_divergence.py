@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from orpo_mlx.divergence import distinct_n, sampled_kl, sequence_kl
-from orpo_mlx.lora import add_adapters, adapter_weights
+from orpo_mlx.lora import adapter_weights, add_adapters
 from tests.conftest import make_model
 
 PROMPT, REPLY = (5, 9, 2, 7), (3, 8, 1)
