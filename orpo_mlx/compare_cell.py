@@ -36,7 +36,7 @@ _GIB = 2**30
 _HELD_OUT_EVERY = 5
 _SCORED_TOGETHER = 8
 REPLIES = 10
-KL_REPLIES = 20
+KL_REPLIES = 10
 
 Pairs = Sequence[TokenizedPair]
 Progress = Callable[[float], None]

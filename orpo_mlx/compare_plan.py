@@ -148,7 +148,7 @@ def _parser() -> OneLineParser:
     parser.add_argument("--seconds", type=amount, metavar="X", help="budget: seconds of training, reference included")
     parser.add_argument("--seeds", type=count, default=3, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
     parser.add_argument(
-        "--learning-rates", default="3e-5,1e-4,3e-4", metavar="X,...",
+        "--learning-rates", default="1e-4,3e-4", metavar="X,...",
         help="rates each method is tried with on the valid split, under seed 0 (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -159,7 +159,7 @@ def _parser() -> OneLineParser:
         "--sanity", default="", metavar="METHODS", help="train these also with labels swapped, and with labels shuffled"
     )
     parser.add_argument(
-        "--valid-pairs", type=some, default=32, metavar="N", help="valid pairs for sweeps and curves (default: 32)"
+        "--valid-pairs", type=some, default=24, metavar="N", help="valid pairs for sweeps and curves (default: 24)"
     )
     parser.add_argument("--test-pairs", type=some, default=-1, metavar="N", help="held-out pairs (default: -1, all)")
     parser.add_argument(

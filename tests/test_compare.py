@@ -152,9 +152,11 @@ def test_a_process_that_dies_says_why(
 
 def test_an_interruption_takes_the_process_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = tmp_path / "python"
-    stand_in.write_text(
-        f"#!/bin/sh\ntrap 'echo gone > {tmp_path}/gone; exit 0' TERM\necho '{{\"progress\": 0.5}}'\nsleep 20 >/dev/null 2>&1 &\nwait\n"
-    )
+    lines = (
+        "#!/bin/sh", f"trap 'echo gone > {tmp_path}/gone; exit 0' TERM", "echo '{\"progress\": 0.5}'",
+        "sleep 20 >/dev/null 2>&1 &", "wait",
+    )  # fmt: skip
+    stand_in.write_text("\n".join(lines) + "\n")
     stand_in.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(stand_in))
 

@@ -69,21 +69,8 @@ def test_cells_of_a_seed_must_have_begun_alike(key: str) -> None:
 
 
 def collected(tmp_path: Path, base: float, curves: list[list[dict[str, float]]], **sanity: list[int]) -> dict[str, Any]:
-    plan = parse(
-        [
-            "--output",
-            str(tmp_path),
-            "--steps",
-            "1",
-            "--methods",
-            "orpo",
-            "--seeds",
-            str(len(curves)),
-            "--sanity",
-            "orpo",
-        ]
-        + ["--learning-rates", "1e-4"]
-    )
+    words = ["--output", str(tmp_path), "--steps", "1", "--methods", "orpo", "--seeds", str(len(curves))]
+    plan = parse([*words, "--sanity", "orpo", "--learning-rates", "1e-4"])
     cells = Cells(base=judged(WINS, valid={"accuracy": base}), rates={"orpo": 1e-4})
     for seed, curve in enumerate(curves):
         cells.trained["orpo", seed, 1e-4, 1.0, "given"] = trained(*curve)

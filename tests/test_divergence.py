@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from orpo_mlx.divergence import distinct_n, sampled_kl, sequence_kl
@@ -25,7 +26,7 @@ def trained(seed: int = 1, size: float = 0.05) -> nn.Module:
     return model
 
 
-def log_softmax(logits: mx.array) -> np.ndarray:  # type: ignore[type-arg]
+def log_softmax(logits: mx.array) -> npt.NDArray[np.float64]:
     values = np.array(logits, np.float64)
     shifted = values - values.max(-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))

@@ -39,9 +39,9 @@ def test_it_covers_the_truth_where_pairs_and_seeds_both_vary() -> None:
         chances = 1 / (1 + np.exp(-(1 + difficulty + skill)))
         wins = (generator.random(chances.shape) < chances).astype(int)
         found = clustered_interval(wins.tolist())
-        covered += found.low <= truth <= found.high
+        covered += bool(found.low <= truth <= found.high)
         low, high = accuracy_interval(int(wins.sum()), wins.size)
-        pooled += low <= truth <= high
+        pooled += bool(low <= truth <= high)
     assert covered / trials > 0.93
     # What pooling all seeds in one interval would have claimed.
     assert pooled / trials < 0.9
@@ -54,7 +54,7 @@ def test_nothing_to_measure(wins: list[list[int]]) -> None:
 
 
 def test_spread() -> None:
-    assert spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5), 1.0, 3.0)
+    assert tuple(spread([1.0, 3.0])) == (2.0, pytest.approx(2**0.5), 1.0, 3.0)
     assert spread([1.5]) == (1.5, None, 1.5, 1.5)
     with pytest.raises(ValueError, match="at least one"):
         spread([])

@@ -93,7 +93,7 @@ def test_published_memory_has_a_row_each(documents: Path) -> None:
 def test_what_cannot_be_published(documents: Path, tmp_path: Path, comparison: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text('{"schema": 1}')
-    with pytest.raises(DataError, match="is not a results.json"):
+    with pytest.raises(DataError, match=r"is not a results\.json"):
         add_results(other, documents, "tiny", replies=True)
     for name in ("memory", "A b"):
         with pytest.raises(ConfigError, match="--name"):
