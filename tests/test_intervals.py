@@ -54,7 +54,7 @@ def test_nothing_to_measure(wins: list[list[int]]) -> None:
 
 
 def test_spread() -> None:
-    assert tuple(spread([1.0, 3.0])) == (2.0, pytest.approx(2**0.5), 1.0, 3.0)
-    assert spread([1.5]) == (1.5, None, 1.5, 1.5)
+    assert list(spread([1.0, 3.0])) == pytest.approx([2.0, 2**0.5, 1.0, 3.0])
+    assert spread([1.5]).sd is None
     with pytest.raises(ValueError, match="at least one"):
         spread([])
