@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from orpo_mlx.charts import DARK, LIGHT, Panel, Theme, label, legend, png, style, whole_steps
 from orpo_mlx.checkpoint import write_atomically, write_text
 from orpo_mlx.cli import OneLineParser, exit_status
-from orpo_mlx.errors import ConfigError
+from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.page import Cell, Table, page, picture, text
 from orpo_mlx.run_log import RunLog, read_run
 
@@ -62,6 +62,15 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
 
 def _lines(count: int) -> str:
     return f"{count} line{'s' if count > 1 else ''} without a report"
+
+
+def refresh_report(folder: Path) -> None:
+    """Write the report of the run in `folder` into it, if it has reported anything yet."""
+    try:
+        read_run(folder)
+    except DataError:
+        return
+    write_report([folder], folder)
 
 
 def _put(path: Path, content: bytes) -> None:

@@ -25,7 +25,7 @@ from orpo_mlx.memory import TOLERANCE, Prediction, device_working_set, heaviest_
 from orpo_mlx.metrics import MetricMeans
 from orpo_mlx.prepare import Run, adapter_config, prepare, run_record
 from orpo_mlx.reference_table import ReferenceTable
-from orpo_mlx.report import write_report
+from orpo_mlx.report import refresh_report
 from orpo_mlx.reporting import MetricsFile, Reporter, eval_line, step_numbers, train_line
 from orpo_mlx.samples import Reply, pick_prompts, sample_replies
 from orpo_mlx.splits import Split
@@ -76,7 +76,7 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
         metrics_file.close()
         _save_reference(run, reporter)
     if config.report:
-        write_report([run.folder], run.folder)
+        refresh_report(run.folder)
     reporter.say(f"\nAdapters, metrics and settings are in {run.folder}/.")
     return after
 
@@ -120,7 +120,7 @@ def _steps(run: Run, reporter: Reporter, metrics_file: MetricsFile) -> Held:
                 reporter.say(train_line(step, total, report))
                 means, pair_tokens, seconds = MetricMeans(), 0, 0.0
             if config.report_every is not None and step % config.report_every == 0 and step != total:
-                write_report([run.folder], run.folder)
+                refresh_report(run.folder)
             if step % config.save_every == 0 or step == total:
                 _save(run, step, numbered=step != total)
                 _save_reference(run, reporter, sparingly=True)

@@ -13,7 +13,7 @@ from orpo_mlx import report
 from orpo_mlx import train as train_module
 from orpo_mlx.config import make_config
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.report import main, write_report
+from orpo_mlx.report import main, refresh_report, write_report
 from orpo_mlx.train import train
 from tests.compared import quiet
 
@@ -63,17 +63,28 @@ def test_runs_of_one_name_go_by_their_paths_and_torn_lines_are_told(tmp_path: Pa
 def test_train_writes_it(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    def count(folders: list[Path], output: Path) -> list[Path]:
-        seen.append(len((output / "metrics.jsonl").read_text().splitlines()))
-        return write_report(folders, output)
+    def count(folder: Path) -> None:
+        seen.append(len((folder / "metrics.jsonl").read_text().splitlines()))
+        refresh_report(folder)
+        assert (folder / "report.html").is_file() == bool(seen[-1])
 
-    monkeypatch.setattr(train_module, "write_report", count)
+    monkeypatch.setattr(train_module, "refresh_report", count)
     train(
-        make_config({**settings, "report": True, "report_every": 2, "iters": 3, "val_batches": 0, "test_batches": 0}),
+        make_config(
+            {
+                **settings,
+                "report": True,
+                "report_every": 1,
+                "steps_per_report": 2,
+                "iters": 2,
+                "val_batches": 0,
+                "test_batches": 0,
+            }
+        ),
         quiet(),
     )
-    # After step 2, and once at the end.
-    assert seen == [2, 3]
+    # After step 1, when nothing has been reported, after step 2, and at the end.
+    assert seen == [0, 1, 2]
     folder = Path(settings["adapter_path"])
     assert cells((folder / "report.html").read_text())[0][:2] == ["adapters", "3"]
     assert (folder / "report.png").is_file()
