@@ -76,7 +76,7 @@ def test_train_writes_it(settings: dict[str, Any], monkeypatch: pytest.MonkeyPat
                 "report": True,
                 "report_every": 1,
                 "steps_per_report": 2,
-                "iters": 2,
+                "iters": 3,
                 "val_batches": 0,
                 "test_batches": 0,
             }
