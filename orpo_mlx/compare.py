@@ -55,9 +55,8 @@ class Runner:
         """One training."""
         beta = None if arm.beta is None or factor == 1 else arm.beta * factor
         words = (*self._words(arm, seed, rate), *arm.words[2:], *(() if beta is None else ("--beta", f"{beta:.6g}")))
-        return self._cell(
-            cell_name(arm, seed, rate, factor, labels), "train.json", {"kind": "train", "labels": labels}, words
-        )
+        what = _what("train", arm, seed, rate, factor, labels)
+        return self._cell(cell_name(arm, seed, rate, factor, labels), "train.json", what, words)
 
     def whole(self, arm: Arm, seed: int, rate: float, labels: str = "given") -> dict[str, Any]:
         """One training that must not fail.
@@ -74,10 +73,11 @@ class Runner:
         """One training's adapters, judged on the held-out pairs."""
         name = cell_name(arm, seed, rate, 1.0, labels)
         adapters = ("--resume-adapter-file", str(self._plan.output / "cells" / name))
-        return self._cell(name, "test.json", {"kind": "test"}, (*self._words(arm, seed, rate), *adapters))
+        what = _what("test", arm, seed, rate, 1.0, labels)
+        return self._cell(name, "test.json", what, (*self._words(arm, seed, rate), *adapters))
 
     def _words(self, arm: Arm, seed: int, rate: float) -> tuple[str, ...]:
-        own = ("--seed", str(seed), "--learning-rate", f"{rate:g}", "--no-memory-check")
+        own = ("--seed", str(seed), "--learning-rate", repr(rate), "--no-memory-check")
         return (*self._plan.arguments, *arm.words[:2], *own)
 
     def _cell(self, name: str, file: str, spec: dict[str, Any], words: tuple[str, ...]) -> dict[str, Any]:
@@ -98,12 +98,12 @@ class Runner:
         return result
 
     def _known(self, job: _Job) -> dict[str, Any] | None:
-        """A finished cell's result."""
+        """A finished cell's result; None where there is none, or it is of something else that has the same name."""
         try:
             found: dict[str, Any] = json.loads((job.folder / job.file).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return found
+        return found if found.get("spec") == json.loads(json.dumps(job.spec)) else None
 
     def _run(self, job: _Job, title: str) -> None:
         """Run one cell.
@@ -116,7 +116,7 @@ class Runner:
         spec = {
             **job.spec,
             "words": job.words,
-            "identity": {**job.spec, "words": job.words},
+            "identity": job.spec,
             "output": str(job.folder / job.file),
             "budget": list(plan.budget),
             "valid_pairs": plan.valid_pairs,
@@ -164,6 +164,11 @@ def in_a_process(spec: dict[str, Any], title: str, progress: Callable[[float], N
     if status != 0:
         why = printable(last).rstrip(".") if status > 0 else f"killed by {signal.Signals(-status).name}"
         raise TrainingError(f"{title}: its process died ({why}); what is finished is kept, the same command goes on")
+
+
+def _what(kind: str, arm: Arm, seed: int, rate: float, factor: float, labels: str) -> dict[str, Any]:
+    """All that makes a cell different from the others of its comparison."""
+    return {"kind": kind, "arm": arm.words, "seed": seed, "rate": rate, "factor": factor, "labels": labels}
 
 
 def cell_name(arm: Arm, seed: int, rate: float, factor: float, labels: str) -> str:

@@ -78,6 +78,12 @@ def test_the_same_command_gives_the_same_and_runs_nothing_twice(
     assert figures(run(argv)) == figures(first)
     assert ran == ["dpo_seed0_lr0.01 judged"]
     ran.clear()
+    # Nor is a cell taken for another that happens to bear its name.
+    file = tmp_path / "out" / "cells" / "dpo_seed0_lr0.01" / "test.json"
+    file.write_text(file.read_text().replace('"seed": 0', '"seed": 7', 1))
+    assert figures(run(argv)) == figures(first)
+    assert ran == ["dpo_seed0_lr0.01 judged"]
+    ran.clear()
     anew = run(words(tmp_path / "new", model_folder, data, *ONE))
     assert figures(anew) == figures(first)
     assert len(ran) == 5
