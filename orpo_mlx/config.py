@@ -149,7 +149,10 @@ class TrainingConfig:
     memory: str = _option(
         "auto",
         "; ".join(
-            ["auto: the fastest that should fit this machine", *(f"{name}: {m.help}" for name, m in MODES.items())]
+            [
+                "auto: the fastest that is predicted to fit this machine",
+                *(f"{name}: {m.help}" for name, m in MODES.items()),
+            ]
         ),
         str,
         "memory",

@@ -7,12 +7,13 @@ sum drifts. All logits never exist at one time: the head is run on tiles of rows
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
 from orpo_mlx.exponential import exp
 
@@ -27,6 +28,7 @@ _TILE_ROWS, _TILE_TOKENS = 256, 2048
 _CHUNK_BYTES = 4 << 20
 _BACKBONES = ("model", "transformer", "backbone", "gpt_neox", "language_model")
 _PROBE_TOLERANCE = 1e-3
+_SEEDS = 1 << 30
 
 
 def log_sum_exp(logits: mx.array) -> tuple[mx.array, mx.array]:
@@ -94,9 +96,18 @@ class ModelHead:
     @property
     def is_frozen(self) -> bool:
         """Whether nothing outside of the backbone's layers is trained."""
+        return not self.trained
+
+    @property
+    def trained(self) -> dict[str, mx.array]:
+        """What is trained outside of the backbone's layers, by flat name: the head's, and a tied embedding's."""
         prefix = f"{self.backbone_name}.layers."
-        names = dict(tree_flatten(self.model.trainable_parameters()))
-        return all(name.startswith(prefix) for name in names)
+        parameters: dict[str, mx.array] = dict(tree_flatten(self.model.trainable_parameters()))
+        return {name: value for name, value in parameters.items() if not name.startswith(prefix)}
+
+    def update(self, parameters: Mapping[str, mx.array]) -> None:
+        """Set parameters by flat name."""
+        self.model.update(tree_unflatten(list(parameters.items())))
 
 
 class _StandIn:
@@ -138,7 +149,7 @@ def head_logps(head: ModelHead, hidden: mx.array, targets: mx.array, *, gradient
     over keys (Dao et al. 2022): sums are rescaled when a larger logit turns up. Tiles wait for one another, or the lazy
     scheduler would hold several at once.
 
-    The head's own parameters receive no gradient: use `token_logps(head(hidden), targets)` where they are trained.
+    The head's own parameters receive no gradient: `trained_head_logps` is for where they are trained.
 
     Args:
         head: the model's head; where it cannot be run in tiles, rows are taken a few at a time.
@@ -167,6 +178,62 @@ def head_logps(head: ModelHead, hidden: mx.array, targets: mx.array, *, gradient
         return grads.astype(primals[0].dtype), mx.zeros_like(primals[1])
 
     logps: mx.array = function(hidden, targets)[0]
+    return logps
+
+
+def trained_head_logps(head: ModelHead, hidden: mx.array, targets: mx.array) -> mx.array:
+    """Log-prob of each target under a head that is trained: (N, H), (N,) -> (N,) float32.
+
+    Rows go through the head a few at a time, one chunk after another; the backward pass runs each chunk again, so that
+    logits of one chunk exist at a time, and gives the head's parameters their gradient as well.
+
+    Args:
+        head: the model's head.
+        hidden: (N, H).
+        targets: (N,) token ids.
+    """
+    values = head.trained
+    rows = max(16, _CHUNK_BYTES // (4 * head.vocabulary))
+    starts = range(0, hidden.shape[0], rows)
+    # Dropout must be drawn the same when a chunk runs again.
+    seed = int(np.array(mx.random.randint(0, _SEEDS)))
+
+    def chunk(start: int, part: mx.array, parameters: Sequence[mx.array]) -> mx.array:
+        mx.random.seed(seed + start)
+        head.update(dict(zip(values, parameters, strict=True)))
+        try:
+            return token_logps(head(part), targets[start : start + rows])
+        finally:
+            head.update(values)
+
+    def forward(hidden: mx.array, *parameters: mx.array) -> mx.array:
+        done: list[mx.array] = []
+        for start in starts:
+            part = hidden[start : start + rows]
+            done.append(chunk(start, mx.depends([part], done[-1:])[0] if done else part, parameters))
+        mx.random.seed(seed + hidden.shape[0])
+        return mx.concatenate(done)
+
+    function: Any = mx.custom_function(forward)
+
+    @function.vjp  # type: ignore[untyped-decorator]
+    def backward(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
+        hidden, *parameters = primals
+        slopes: list[mx.array] = []
+        sums = [mx.zeros_like(parameter) for parameter in parameters]
+        for start in starts:
+            part = mx.depends([hidden[start : start + rows]], [*slopes[-1:], *sums])[0]
+            _, pulled = mx.vjp(
+                lambda part, *parameters, start=start: chunk(start, part, parameters),
+                [part, *parameters],
+                [cotangent[start : start + rows]],
+            )
+            slopes.append(pulled[0])
+            sums = [total + share for total, share in zip(sums, pulled[1:], strict=True)]
+        mx.random.seed(seed + hidden.shape[0])
+        return mx.concatenate(slopes), *sums
+
+    logps: mx.array = function(hidden, *values.values())
     return logps
 
 

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from orpo_mlx.batching import collate
-from orpo_mlx.head import close, find_head, head_logps, token_logps
+from orpo_mlx.head import close, find_head, head_logps, token_logps, trained_head_logps
 from orpo_mlx.lean import lean_layers
 from orpo_mlx.lora import without_dropout
 from orpo_mlx.shared_prompt import PrefixCache, takes_prefix_caches
@@ -132,7 +132,7 @@ class PairScorer:
         if self.head is None:
             return token_logps(states, targets)
         if gradient and not self.head.is_frozen:
-            return token_logps(self.head(states), targets)
+            return trained_head_logps(self.head, states, targets)
         return head_logps(self.head, states, targets, gradient=gradient)
 
     def states(self, batch: Batch) -> States:

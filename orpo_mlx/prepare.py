@@ -22,7 +22,7 @@ from orpo_mlx.logprobs import PairScorer
 from orpo_mlx.lora import adapter_weights, add_adapters, load_adapter_file
 from orpo_mlx.methods import Recipe
 from orpo_mlx.models import LoadedModel, check_vocabulary, find, load
-from orpo_mlx.modes import MODES, choose_memory
+from orpo_mlx.modes import AUTOMATIC, MODES
 from orpo_mlx.reference import ReferenceLogProbs
 from orpo_mlx.reference_copy import CopiedReference, copy_of
 from orpo_mlx.segments import ValueAndGrad, find_walk, whole_value_and_grad
@@ -98,8 +98,6 @@ def assemble(config: TrainingConfig, folder: Path, splits: dict[str, Split], loa
     add_adapters(loaded.model, config.fine_tune_type, config.num_layers, config.lora_parameters)
     if config.resume_adapter_file is not None:
         load_adapter_file(loaded.model, config.resume_adapter_file, config.lora_parameters["scale"])
-    if config.memory == "auto":
-        config = dataclasses.replace(config, memory=_automatic_mode(config, loaded.model, splits["train"]))
     scorer, memory = spend_memory(config, loaded.model)
     fresh = config.fine_tune_type != "full" and config.resume_adapter_file is None
     method = recipe(config)
@@ -113,16 +111,16 @@ def assemble(config: TrainingConfig, folder: Path, splits: dict[str, Split], loa
     return Run(config, folder, splits, loaded, scorer, method, reference, _optimizer(config), memory)
 
 
-def _automatic_mode(config: TrainingConfig, model: nn.Module, split: Split) -> str:
-    """The fastest mode that should hold the longest pair, or a micro-batch."""
-    if config.plain_head:
-        return "fast"
-    return choose_memory(model, max(int(split.pairs.lengths.sum(axis=1).max()), config.micro_batch_tokens))
+def change_memory(run: Run, mode: str) -> None:
+    """Let the run spend memory as another of `MODES` does."""
+    run.scorer, run.memory = spend_memory(dataclasses.replace(run.config, memory=mode), run.loaded.model)
+    if run.reference is not None:
+        run.reference.scorer = run.scorer
 
 
 def spend_memory(config: TrainingConfig, model: nn.Module) -> tuple[PairScorer, Memory]:
-    """The policy's scorer, and how its gradients are taken, as the settings and the model allow."""
-    name = config.memory
+    """The policy's scorer, and how gradients are taken, as the settings and the model allow; "auto" as the fastest."""
+    name = AUTOMATIC[0] if config.memory == "auto" else config.memory
     mode = MODES[name]
     scorer = PairScorer(
         model,

@@ -47,7 +47,7 @@ class ReferenceLogProbs:
     """
 
     def __init__(self, scorer: PairScorer, *, adapters_are_new: bool, with_prompt: bool = False) -> None:
-        self._scorer = scorer
+        self.scorer = scorer
         self._live = adapters_are_new
         self._nll_tokens_per_pair = 1.0 if with_prompt else None
         self.table = ReferenceTable()
@@ -60,13 +60,13 @@ class ReferenceLogProbs:
         composition the numbers differ by rounding.
         """
         with self._reference_weights():
-            weights = weights_fingerprint(self._scorer.model)
+            weights = weights_fingerprint(self.scorer.model)
         identity = {
             "weights": weights,
             "model_config": model_config,
             "prompt_through_head": self._nll_tokens_per_pair is not None,
-            "shares_prompt": self._scorer.shares_prompt,
-            "splits_head": self._scorer.splits_head,
+            "shares_prompt": self.scorer.shares_prompt,
+            "splits_head": self.scorer.splits_head,
             "device": str(mx.default_device()),
             "versions": {"maths": _MATHS, **{name: version(name) for name in ("orpo-mlx", "mlx", "mlx-lm")}},
         }
@@ -105,8 +105,8 @@ class ReferenceLogProbs:
         Groups in the composition training will use give the very same floating-point sums as training's first step.
         Pairs that are known are passed over. `progress` is called with the number of pairs done.
         """
-        was_training = self._scorer.model.training
-        self._scorer.model.eval()
+        was_training = self.scorer.model.training
+        self.scorer.model.eval()
         done = 0
         for group in groups:
             missing = [pair for pair in group if self.table.get(pair_key(pair)) is None]
@@ -114,15 +114,15 @@ class ReferenceLogProbs:
                 self._compute(missing, collate(missing))
             done += len(group)
             progress(done)
-        self._scorer.model.train(was_training)
+        self.scorer.model.train(was_training)
 
     def _compute(self, pairs: Sequence[TokenizedPair], batch: Batch) -> None:
         with self._reference_weights():
             tokens = self._nll_tokens_per_pair
-            self._keep(pairs, pair_logps(self._scorer, batch, nll_tokens_per_pair=tokens, gradient=False))
+            self._keep(pairs, pair_logps(self.scorer, batch, nll_tokens_per_pair=tokens, gradient=False))
 
     def _reference_weights(self) -> AbstractContextManager[None]:
-        return adapters_off(self._scorer.model) if self._live else nullcontext()
+        return adapters_off(self.scorer.model) if self._live else nullcontext()
 
     def _keep(self, pairs: Sequence[TokenizedPair], logps: PairLogProbs) -> None:
         chosen, rejected = np.array(logps.chosen).tolist(), np.array(logps.rejected).tolist()

@@ -47,6 +47,8 @@ class CopiedReference(ReferenceLogProbs):
 
     def __init__(self, scorer: PairScorer, *, with_prompt: bool = False) -> None:
         super().__init__(scorer, adapters_are_new=True, with_prompt=with_prompt)
+        # `scorer` follows the policy's when a run changes how it spends memory; the copy stays what it is.
+        self._twin = scorer
 
     def keep_in(self, folder: Path, model_config: Mapping[str, Any]) -> None:
         """Nothing is kept."""
@@ -57,7 +59,7 @@ class CopiedReference(ReferenceLogProbs):
     def __call__(self, pairs: Sequence[TokenizedPair], batch: Batch) -> tuple[mx.array, mx.array]:
         """Log-probs (nats, float32, shape (B,) each) of both sides under the copy."""
         tokens = self._nll_tokens_per_pair
-        logps = pair_logps(self._scorer, batch, nll_tokens_per_pair=tokens, gradient=False)
+        logps = pair_logps(self._twin, batch, nll_tokens_per_pair=tokens, gradient=False)
         mx.eval(logps.chosen, logps.rejected)
         return logps.chosen, logps.rejected
 

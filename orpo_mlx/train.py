@@ -14,14 +14,13 @@ import mlx.core as mx
 
 from orpo_mlx.allocator import settle
 from orpo_mlx.batching import TrainingOrder, length_order, micro_batches, side_lengths, steps_per_epoch
-from orpo_mlx.blueprint import read_blueprint
 from orpo_mlx.checkpoint import save_adapters, save_json, write_text
 from orpo_mlx.cli import exit_status
 from orpo_mlx.config import TrainingConfig, resolve
-from orpo_mlx.errors import TrainingError, UserError
+from orpo_mlx.errors import TrainingError
 from orpo_mlx.evaluation import evaluate
 from orpo_mlx.lora import adapter_metadata, adapter_weights
-from orpo_mlx.memory import TOLERANCE, Prediction, device_working_set, heaviest_window, predict
+from orpo_mlx.memory_plan import plan_memory
 from orpo_mlx.metrics import MetricMeans
 from orpo_mlx.prepare import Run, adapter_config, prepare, run_record
 from orpo_mlx.reference_table import ReferenceTable
@@ -55,9 +54,8 @@ def train(config: TrainingConfig, reporter: Reporter | None = None) -> Held:
     run = prepare(config)
     # Once, since this run may write over the file it goes on from.
     run.first_step = _first_step(run)
+    plan_memory(run, reporter.say)
     _announce(run, reporter)
-    if config.memory_check:
-        _check_memory(run, reporter)
     # The prediction draws random numbers; the run's own, of dropout, must not depend on it.
     mx.random.seed(config.seed)
     save_json(run.folder / "run.json", run_record(run))
@@ -163,36 +161,6 @@ def _announce(run: Run, reporter: Reporter) -> None:
         f"Training {trainable:,} parameters with {run.config.method} ({parameters or 'no parameters'}), "
         f"--memory {run.memory.mode}."
     )
-
-
-def _check_memory(run: Run, reporter: Reporter) -> None:
-    """Say what a step's peak will be, and end the run where the device would not hold it.
-
-    Raises:
-        TrainingError: the prediction is beyond what the device recommends by more than predictions are off.
-    """
-    window = heaviest_window(run.config, run.splits["train"].pairs)
-    try:
-        prediction = predict(run.config, read_blueprint(str(run.loaded.path), dtype=run.config.dtype), window)
-    except UserError as error:
-        reporter.say(f"The peak of memory cannot be predicted: {error}")
-        return
-    reporter.say(memory_line(prediction))
-    limit = device_working_set()
-    if limit is None or prediction.peak <= limit:
-        return
-    sentence = f"a step is predicted to take {prediction.peak:.2f} GiB, this device recommends {limit:.2f} GiB at most"
-    if prediction.peak > (1 + TOLERANCE) * limit:
-        remedy = "python -m orpo_mlx.fit with the same flags and --memory shows what would fit"
-        raise TrainingError(f"{sentence}; {remedy}, and --no-memory-check tries it all the same")
-    reporter.say(f"Warning: {sentence}.")
-
-
-def memory_line(prediction: Prediction) -> str:
-    """A prediction in one line, largest part first."""
-    parts = sorted(prediction._asdict().items(), key=lambda part: -part[1])
-    shown = ", ".join(f"{name} {size:.2f}" for name, size in parts if size >= 0.005)
-    return f"Predicted peak {prediction.peak:.2f} GiB{f' ({shown})' if shown else ''}."
 
 
 def _evaluate_splits(run: Run, reporter: Reporter, metrics_file: MetricsFile, step: int, names: Sequence[str]) -> Held:

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from orpo_mlx import _blas
+
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Accelerate needs no help")
 
 
@@ -44,3 +46,31 @@ def test_one_warning_names_the_remedy_where_none_is_found() -> None:
 def test_mlx_imported_first_is_said() -> None:
     done = run("import mlx.core, orpo_mlx")
     assert "import orpo_mlx first" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("chosen", "flags", "expected"),
+    [
+        ("Prescott", "sse3 avx2 fma avx512f avx512bw avx512dq avx512vl", "SKYLAKEX"),
+        ("Nehalem", "avx2 fma avx512f", "HASWELL"),
+        ("Prescott", "sse3", None),
+        ("Zen", "avx2 fma", None),
+        ("SkylakeX", "avx2 fma avx512f avx512bw avx512dq avx512vl", None),
+        ("", "avx2 fma", None),
+    ],
+)
+def test_kernels_are_named_only_where_openblas_does_not_know_the_cpu(
+    chosen: str, flags: str, expected: str | None
+) -> None:
+    assert _blas.better_kernels(chosen, set(flags.split())) == expected
+
+
+@linux
+def test_openblas_runs_with_the_kernels_this_cpu_has() -> None:
+    code = (
+        "import ctypes, orpo_mlx; from orpo_mlx import _blas\n"
+        "try: name = _blas._core_name(ctypes.CDLL('libopenblas.so.0'))\n"
+        "except OSError: name = ''\n"
+        "print(_blas.better_kernels(name, _blas._cpu_flags()))"
+    )
+    assert run(code).stdout.strip() == "None"

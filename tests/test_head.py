@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten, tree_unflatten
 
 from orpo_mlx import head as head_module
-from orpo_mlx.head import ModelHead, find_head, head_logps, log_sum_exp, token_logps
+from orpo_mlx.head import ModelHead, find_head, head_logps, log_sum_exp, token_logps, trained_head_logps
+from orpo_mlx.lora import add_adapters
 from tests import oracle
 from tests.conftest import CONFIGS, VOCABULARY, make_model, quantise
 
@@ -152,3 +155,97 @@ def test_memory_does_not_grow_with_the_vocabulary() -> None:
     # All logits would take 56 and 112 MB.
     assert max(peaks) < 40e6
     assert peaks[1] < 1.1 * peaks[0]
+
+
+def trained_head(kind: str, key: str, *, dropout: float = 0.0, vocabulary: int = VOCABULARY) -> ModelHead:
+    model = make_model(kind, vocabulary=vocabulary)
+    add_adapters(model, "lora", -1, {"rank": 2, "scale": 4.0, "dropout": dropout, "keys": ["self_attn.q_proj", key]})
+    model.update(
+        tree_unflatten([(name, mx.random.normal(array.shape)) for name, array in head_parameters(model).items()])
+    )
+    assert any(name.endswith("lora_b") for name in head_parameters(model))
+    model.eval()
+    head = find_head(model)
+    assert head is not None
+    assert not head.is_frozen
+    return head
+
+
+def head_parameters(model: nn.Module) -> dict[str, mx.array]:
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+    return {name: array for name, array in parameters.items() if ".layers." not in name}
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [("llama", "lm_head"), ("qwen2", "model.embed_tokens"), ("gemma2", "model.embed_tokens")]
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_trained_head_in_chunks_is_the_head_at_once(
+    kind: str, key: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "_CHUNK_BYTES", 1)
+    head = trained_head(kind, key, dropout=dropout)
+    rng = np.random.default_rng(0)
+    hidden = mx.array(rng.standard_normal((40, 32)).astype(np.float32))
+    targets = mx.array(rng.integers(0, VOCABULARY, 40))
+    weights = mx.array(rng.standard_normal(40).astype(np.float32))
+    names = list(head.trained)
+    head.model.train()
+
+    def value_and_grads(logps: Callable[[mx.array], mx.array]) -> tuple[mx.array, list[mx.array]]:
+        before = list(head.trained.values())
+
+        def loss(arrays: list[mx.array]) -> mx.array:
+            mx.random.seed(3)
+            head.update(dict(zip(names, arrays[1:], strict=True)))
+            return (weights * logps(arrays[0])).sum()
+
+        value, grads = mx.value_and_grad(loss)([hidden, *before])
+        head.update(dict(zip(names, before, strict=True)))
+        mx.eval(value, grads)
+        return value, grads
+
+    value, grads = value_and_grads(lambda x: trained_head_logps(head, x, targets))
+    if dropout:
+        # Chunks draw their own masks: the same twice, and a gradient that is the value's own slope.
+        again, _ = value_and_grads(lambda x: trained_head_logps(head, x, targets))
+        assert value.item() == again.item()
+        direction = mx.array(rng.standard_normal(grads[-1].shape).astype(np.float32))
+        start = head.trained[names[-1]]
+        ends = []
+        for step in (1e-3, -1e-3):
+            head.update({names[-1]: start + step * direction})
+            ends.append(value_and_grads(lambda x: trained_head_logps(head, x, targets))[0].item())
+        head.update({names[-1]: start})
+        assert (ends[0] - ends[1]) / 2e-3 == pytest.approx((grads[-1] * direction).sum().item(), rel=5e-3, abs=2e-2)
+        return
+    expected_value, expected = value_and_grads(lambda x: token_logps(head(x), targets))
+    assert value.item() == pytest.approx(expected_value.item(), rel=1e-5)
+    for name, found, wanted in zip(["hidden", *names], grads, expected, strict=True):
+        scale = np.abs(np.array(wanted)).max()
+        np.testing.assert_allclose(np.array(found), np.array(wanted), rtol=0, atol=1e-4 * scale, err_msg=name)
+        assert scale > 0
+
+
+def test_a_trained_head_holds_the_logits_of_one_chunk() -> None:
+    vocabulary, rows = 20_000, 1024
+    head = trained_head("llama", "lm_head", vocabulary=vocabulary)
+    hidden, targets = mx.random.normal((rows, 32)), mx.zeros((rows,), mx.int32)
+    mx.eval(hidden, head.model.parameters())
+
+    def peak(logps: Callable[[mx.array], mx.array]) -> int:
+        names, values = list(head.trained), list(head.trained.values())
+
+        def loss(arrays: list[mx.array]) -> mx.array:
+            head.update(dict(zip(names, arrays[1:], strict=True)))
+            return logps(arrays[0]).sum()
+
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(mx.grad(loss)([hidden, *values]))
+        head.update(dict(zip(names, values, strict=True)))
+        return mx.get_peak_memory() - before
+
+    all_logits = 4 * rows * vocabulary
+    assert peak(lambda x: token_logps(head(x), targets)) > 2 * all_logits
+    assert peak(lambda x: trained_head_logps(head, x, targets)) < all_logits

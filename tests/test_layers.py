@@ -40,6 +40,7 @@ LAYERS = [
     {"gradients", "inspect"},
     {"step"},
     {"memory"},
+    {"memory_plan"},
     {"fit", "train", "__init__"},
     {"compare_cell"},
     {"compare_results"},

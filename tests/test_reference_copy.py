@@ -13,7 +13,7 @@ from orpo_mlx.batching import collate
 from orpo_mlx.config import make_config
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.lora import add_adapters
-from orpo_mlx.prepare import prepare
+from orpo_mlx.prepare import change_memory, prepare
 from orpo_mlx.reference_copy import copy_of
 from orpo_mlx.step import optimiser_step
 from tests.conftest import make_model, make_pairs, quantise
@@ -53,6 +53,7 @@ def test_it_stays_what_the_policy_was(settings: dict[str, Any], fine_tune_type: 
     }
     np.testing.assert_allclose(losses["copy"], losses["shared"], rtol=1e-5)
     assert losses["copy"][2] < losses["copy"][0]
+    change_memory(copied, "thrift")
     batch = collate(pairs)
     expected = shared.reference(pairs, batch)
     for side, other in zip(copied.reference(pairs, batch), expected, strict=True):

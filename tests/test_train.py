@@ -469,8 +469,8 @@ def test_a_run_beyond_the_device_is_warned_of_or_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     peak = Prediction(1.0, 0.5, 0.25, 0.125, 0.125, 0.0)
-    monkeypatch.setattr("orpo_mlx.train.predict", lambda *_: peak)
-    monkeypatch.setattr("orpo_mlx.train.device_working_set", lambda: share * peak.peak)
+    monkeypatch.setattr("orpo_mlx.memory_plan.predict", lambda *_: peak)
+    monkeypatch.setattr("orpo_mlx.memory_plan.device_working_set", lambda: share * peak.peak)
     argv = [word for word in flags(settings) if word != "--no-memory-check"]
     assert main(argv) == (2 if expected == "refused" else 0)
     out, err = capsys.readouterr()

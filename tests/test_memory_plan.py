@@ -1,0 +1,106 @@
+"""What a run is told before its first step, and the mode `--memory auto` takes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from orpo_mlx import memory_plan
+from orpo_mlx.config import TrainingConfig, make_config
+from orpo_mlx.errors import ModelError, TrainingError
+from orpo_mlx.memory import Prediction
+from orpo_mlx.memory_plan import plan_memory
+from orpo_mlx.prepare import Run, prepare
+from orpo_mlx.segments import LayerWalk
+
+PEAKS = {"fast": 4.0, "balanced": 2.0, "thrift": 1.0, "plain": 8.0}
+
+
+@pytest.fixture
+def predicted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Modes that were predicted, whose peaks are `PEAKS`."""
+    asked: list[str] = []
+
+    def predict(config: TrainingConfig, *_: Any) -> Prediction:
+        asked.append(config.memory)
+        return Prediction(PEAKS[config.memory], 0, 0, 0, 0, 0)
+
+    monkeypatch.setattr(memory_plan, "predict", predict)
+    return asked
+
+
+def planned(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, limit: float | None, *, check: bool = True
+) -> tuple[Run, list[str]]:
+    monkeypatch.setattr(memory_plan, "device_working_set", lambda: limit)
+    said: list[str] = []
+    run = prepare(make_config({**settings, "memory_check": check}))
+    plan_memory(run, said.append)
+    return run, said
+
+
+@pytest.mark.parametrize(
+    ("limit", "mode", "kept"), [(4.5, "fast", None), (4.2, "balanced", 0), (2.3, "balanced", 0), (2.1, "thrift", 0)]
+)
+def test_auto_is_the_fastest_that_is_predicted_to_fit(
+    settings: dict[str, Any],
+    predicted: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    limit: float,
+    mode: str,
+    kept: int | None,
+) -> None:
+    run, said = planned({**settings, "method": "dpo"}, monkeypatch, limit)
+    assert run.memory.mode == mode == predicted[-1]
+    walk = getattr(run.memory.value_and_grad, "__self__", None)
+    assert isinstance(walk, LayerWalk) == (kept is not None)
+    assert run.reference is not None
+    assert run.reference.scorer is run.scorer
+    assert said == [f"Predicted peak {PEAKS[mode]:.2f} GiB (weights {PEAKS[mode]:.2f})."]
+
+
+def test_where_none_fits_the_smallest_is_refused_by_name(
+    settings: dict[str, Any], predicted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TrainingError, match=r"take 1.00 GiB, this device recommends 0.50 .* --memory thrift --no-mem"):
+        planned(settings, monkeypatch, 0.5)
+    assert predicted == ["fast", "balanced", "thrift"]
+
+
+def test_a_mode_that_was_asked_for_stays(
+    settings: dict[str, Any], predicted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, said = planned({**settings, "memory": "plain"}, monkeypatch, 7.9)
+    assert (run.memory.mode, predicted) == ("plain", ["plain"])
+    assert said[1] == "Warning: a step is predicted to take 8.00 GiB, this device recommends 7.90 GiB at most."
+
+
+def test_without_the_check_nothing_is_predicted(
+    settings: dict[str, Any], predicted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, said = planned(settings, monkeypatch, 0.1, check=False)
+    assert (run.memory.mode, predicted, said) == ("fast", [], [])
+
+
+def test_where_nothing_is_recommended_half_of_the_machine_counts_and_nothing_is_refused(
+    settings: dict[str, Any], predicted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"SC_PAGE_SIZE": 2**20, "SC_PHYS_PAGES": 1024}
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    run, said = planned(settings, monkeypatch, None)
+    assert run.memory.mode == "thrift"
+    assert len(said) == 1
+
+
+def test_auto_that_cannot_be_predicted_is_the_smallest(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def predict(*_: Any) -> Prediction:
+        raise ModelError("no such layer")
+
+    monkeypatch.setattr(memory_plan, "predict", predict)
+    run, said = planned(settings, monkeypatch, 100.0)
+    assert run.memory.mode == "thrift"
+    assert said == ["The peak of memory cannot be predicted: no such layer"]
