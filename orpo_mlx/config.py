@@ -28,6 +28,7 @@ OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 NLL_KINDS = ("completion", "sequence")
 NONFINITE = ("stop", "skip")
 DEFAULT_MAX_SKIPPED = 10
+REFERENCES = ("shared", "copy")
 
 DEFAULT_LORA = {"rank": 8, "dropout": 0.0, "scale": 20.0}
 DEFAULT_OPTIMIZER_CONFIG: dict[str, dict[str, Any]] = {
@@ -139,6 +140,14 @@ class TrainingConfig:
     precompute_reference: bool = _option(
         False, "compute the reference log-probs of all pairs before the first step", bool, "training"
     )
+    reference: str = _option(
+        "shared",
+        "reference model, where one is needed: the policy's own weights as they were, or a second copy of them, run "
+        "at every step, for comparison",
+        str,
+        "training",
+        choices=REFERENCES,
+    )
     shuffle: bool = _option(True, "train in file order", bool, "training")
     seed: int = _option(0, "seed of adapters, order and dropout", int, "training", check=_NOT_NEGATIVE)
 
@@ -195,6 +204,14 @@ class TrainingConfig:
         False, "save and keep the checkpoint of the lowest validation loss as well; best/ leads to it", bool, "reports"
     )
     samples: int = _option(3, "sample replies before and after training", int, "reports", check=_NOT_NEGATIVE)
+    report: bool = _option(True, "write no report.html and report.png", bool, "reports")
+    report_every: int | None = _option(
+        None,
+        "steps between writing report.html and report.png; default: at the end only",
+        int,
+        "reports",
+        check=_POSITIVE,
+    )
 
     resume: bool = _option(
         False, "go on from the newest whole checkpoint in --adapter-path, with its settings", bool, "resume"
@@ -366,6 +383,8 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
     config = TrainingConfig(**dict(values))
     if config.iters is not None and config.epochs is not None:
         raise ConfigError("--iters and --epochs both say how long to train; give one of them.")
+    if config.report_every is not None and not config.report:
+        raise ConfigError("--no-report: --report-every asks for reports; give one of them.")
     if not recipe(config).needs_reference and config.precompute_reference:
         raise ConfigError(f"--precompute-reference: method {config.method} compares with no reference; leave it out.")
     if config.max_skipped is not None and config.on_nonfinite != "skip":
@@ -374,6 +393,16 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
         raise ConfigError("--resume-with-changes says how --resume goes on; add that.")
     if config.resume and config.overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite starts anew; give one of them.")
+    if config.reference == "copy":
+        if not recipe(config).needs_reference:
+            raise ConfigError(f"--reference copy: method {config.method} compares with no reference; leave it out.")
+        if config.precompute_reference:
+            raise ConfigError("--reference copy runs the copy at every step; leave out --precompute-reference.")
+        if config.resume and config.resume_adapter_file is not None:
+            raise ConfigError(
+                "--reference copy: the adapters that --resume-adapter-file named are no longer what a resumed run loads, "
+                "so there is nothing to copy; use --reference shared."
+            )
     data_reading(config)
     config = dataclasses.replace(config, memory=_memory_mode(config))
     lora = {**DEFAULT_LORA, **config.lora_parameters}

@@ -16,6 +16,7 @@ from orpo_mlx.metrics import MetricMeans
 from orpo_mlx.order import held_out_pairs, total_steps, training_order
 from orpo_mlx.prepare import Run
 from orpo_mlx.progress import Best, Held, Progress
+from orpo_mlx.report import refresh_report
 from orpo_mlx.reporting import MetricsFile, Reporter, eval_line, step_numbers, train_line
 from orpo_mlx.resume import mark_best, random_state, save, set_random_state
 from orpo_mlx.signals import Interrupted, StopSignals
@@ -158,6 +159,9 @@ class Loop:
         evaluates = last or step % config.steps_per_eval == 0
         if progress.reported < step and (last or step % config.steps_per_report == 0):
             self._report()
+        every = config.report_every
+        if every is not None and step % every == 0 and not last and self.run.ranks.first:
+            refresh_report(self.run.folder)
         if (last or step % config.save_every == 0 or (config.save_best and evaluates)) and self._saved_step != step:
             self._save()
             self._keep_reference()

@@ -27,6 +27,7 @@ from orpo_mlx.config import TrainingConfig, resolve
 from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.footprint import process_footprint
 from orpo_mlx.prepare import Run, prepare, versions
+from orpo_mlx.published import publishable_memory
 from orpo_mlx.reference_table import ReferenceTable
 from orpo_mlx.sources import find_splits
 from orpo_mlx.step import optimiser_step
@@ -200,8 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(PROG, lambda: _run(argv))
 
 
-def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None, list[str]]:
-    """Methods, the flags for all of them, the file to write, and the memory modes.
+def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None, list[str], Path | None]:
+    """Methods, the flags for all of them, the file to write, the memory modes, and the file to publish.
 
     Raises:
         ConfigError: flags that cannot be used.
@@ -215,6 +216,12 @@ def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None
     parser.add_argument("--methods", default="orpo,dpo", help="names with commas between (default: %(default)s)")
     parser.add_argument("--modes", default="", help="values of --memory to measure each method with: plain,fast,...")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there")
+    parser.add_argument(
+        "--publish",
+        type=Path,
+        metavar="FILE",
+        help="write the figures there without paths, to be sent in: docs/memory.md",
+    )
     own, arguments = parser.parse_known_args(argv)
     methods = [name.strip() for name in own.methods.split(",")]
     if any(word.split("=")[0] == "--method" for word in arguments):
@@ -224,9 +231,10 @@ def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None
         raise ConfigError("--memory: several modes are measured; leave out --memory or --modes.")
     for method, mode in itertools.product(methods, _mode_flags(modes)):
         resolve(_command(method, [*arguments, *mode]), PROG)
-    if own.json is not None and (own.json.is_dir() or not own.json.parent.is_dir()):
-        raise ConfigError(f"--json {own.json}: cannot be written there; give a file in a folder that exists.")
-    return methods, arguments, own.json, modes
+    for flag, file in (("--json", own.json), ("--publish", own.publish)):
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            raise ConfigError(f"{flag} {file}: cannot be written there; give a file in a folder that exists.")
+    return methods, arguments, own.json, modes, own.publish
 
 
 def _command(method: str, arguments: Sequence[str]) -> list[str]:
@@ -238,7 +246,10 @@ def _mode_flags(modes: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _run(argv: Sequence[str] | None) -> None:
-    record = compare(*parse(argv))
+    methods, arguments, json_file, modes, publish = parse(argv)
+    record = compare(methods, arguments, json_file, modes)
+    if publish is not None:
+        save_json(publish, publishable_memory(record))
     print(table(record["methods"]))
     died = [f"{row['method']} ({row['error']})" for row in record["methods"] if "error" in row]
     if died:

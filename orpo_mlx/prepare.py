@@ -25,6 +25,7 @@ from orpo_mlx.methods import Recipe
 from orpo_mlx.models import LoadedModel, check_vocabulary, find, load
 from orpo_mlx.modes import AUTOMATIC, MODES
 from orpo_mlx.reference import ReferenceLogProbs
+from orpo_mlx.reference_copy import CopiedReference, copy_of
 from orpo_mlx.reference_table import weights_fingerprint
 from orpo_mlx.segments import ValueAndGrad, find_walk, whole_value_and_grad
 from orpo_mlx.sources import find_splits
@@ -85,6 +86,8 @@ def prepare(
     sources = find_splits(config.data)
     if config.save_best and (config.val_batches == 0 or "valid" not in sources):
         raise ConfigError("--save-best goes by the validation loss: give a valid split and --val-batches other than 0.")
+    if config.reference == "copy" and ranks is not None and ranks.size > 1:
+        raise ConfigError("--reference copy: is for comparisons on one process; leave it out under mlx.launch.")
     folder = _output_folder(config.adapter_path)
     hold(folder)
     head = find(config.model, trust_remote_code=config.trust_remote_code)
@@ -120,9 +123,14 @@ def assemble(config: TrainingConfig, folder: Path, splits: dict[str, Split], loa
         load_adapter_file(loaded.model, config.resume_adapter_file, config.lora_parameters["scale"])
     scorer, memory = spend_memory(config, loaded.model)
     fresh = config.fine_tune_type != "full" and config.resume_adapter_file is None
-    method, reference = recipe(config), None
-    if method.needs_reference:
-        reference = ReferenceLogProbs(scorer, adapters_are_new=fresh, with_prompt=config.nll == "sequence")
+    method = recipe(config)
+    reference: ReferenceLogProbs | None = None
+    with_prompt = config.nll == "sequence"
+    if config.reference == "copy":
+        twin, _ = spend_memory(config, copy_of(loaded.model, base=fresh))
+        reference = CopiedReference(twin, with_prompt=with_prompt)
+    elif method.needs_reference:
+        reference = ReferenceLogProbs(scorer, adapters_are_new=fresh, with_prompt=with_prompt)
     return Run(config, folder, splits, loaded, scorer, method, reference, _optimizer(config), memory)
 
 

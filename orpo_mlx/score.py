@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,9 +23,9 @@ from orpo_mlx.logprobs import PairScorer
 from orpo_mlx.models import DEFAULT_MODEL, DTYPES, LoadedModel, check_vocabulary, find, load
 from orpo_mlx.tokenization import PairTokenizer
 from orpo_mlx.types import TokenizedPair
+from orpo_mlx.wilson import wilson
 
 PROG = "python -m orpo_mlx.score"
-_Z_95 = 1.959963984540054
 
 
 def score_pairs(
@@ -60,11 +59,7 @@ def accuracy_interval(successes: int, trials: int) -> tuple[float, float]:
     """
     if trials < 1:
         raise ValueError("an interval needs at least one trial.")
-    share, z = successes / trials, _Z_95
-    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    # The exact bound at 0 or all successes is 0 or 1; rounding must not leave it a hair inside.
-    return (0.0 if successes == 0 else centre - half), (1.0 if successes == trials else centre + half)
+    return wilson(successes / trials, trials)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:

@@ -29,6 +29,7 @@ from orpo_mlx.order import groups_to_come, steps_of_adapter_file
 from orpo_mlx.prepare import Run, adapter_config, prepare, run_record
 from orpo_mlx.progress import Held, Progress
 from orpo_mlx.reference_table import ReferenceTable
+from orpo_mlx.report import refresh_report
 from orpo_mlx.reporting import MetricsFile, Reporter
 from orpo_mlx.resume import (
     BEST,
@@ -151,6 +152,8 @@ def _train(run: Run, reporter: Reporter) -> Held:
     finally:
         metrics_file.close()
         _save_reference(run, reporter)
+    if config.report and run.ranks.first:
+        refresh_report(run.folder)
     _close(run, progress, reporter)
     return after
 

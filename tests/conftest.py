@@ -22,7 +22,10 @@ from orpo_mlx.types import TokenizedPair
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
-SMALL = {"batch_size": 2, "iters": 3, "samples": 0, "steps_per_report": 1, "learning_rate": 1e-3, "memory_check": False}
+SMALL = {
+    "batch_size": 2, "iters": 3, "samples": 0, "steps_per_report": 1, "learning_rate": 1e-3, "memory_check": False,
+    "report": False,
+}  # fmt: skip
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -207,3 +210,11 @@ def settings(tmp_path: Path, data: Path, model_folder: Path) -> dict[str, Any]:
 
 def _flat(model: nn.Module) -> list[tuple[str, mx.array]]:
     return [(str(name), value) for name, value in dict(tree_flatten(model.parameters())).items()]
+
+
+@pytest.fixture(scope="session")
+def comparison(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison of tiny trainings, on data whose texts would like to be markup; its output folder."""
+    from tests.compared import run_comparison
+
+    return run_comparison(tmp_path_factory.mktemp("comparison"), model_folder)

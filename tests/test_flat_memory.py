@@ -48,8 +48,8 @@ def samples(folder: Path) -> list[Sample]:
     (folder / "model" / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.uniform(np.log(4), np.log(300), (PAIRS, 3))).astype(int)
-    ids = [[tuple(rng.integers(0, 8192, n).tolist()) for n in row] for row in lengths]
-    pairs = [TokenizedPair(*sides) for sides in ids]
+    sides = [[tuple(map(int, rng.integers(0, 8192, n))) for n in row] for row in lengths]
+    pairs = [TokenizedPair(prompt, chosen, rejected) for prompt, chosen, rejected in sides]
     write_id_rows(folder / "train.jsonl", pairs)
     settings = {"model": str(folder / "model"), "data": str(folder), "adapter_path": str(folder / "out")}
     settle()

@@ -61,6 +61,26 @@ def test_the_script(arguments: list[str], tmp_path: Path) -> None:
     assert not list(tmp_path.glob("adapters*"))
 
 
+def test_what_is_published_holds_figures_and_no_paths(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = dict.fromkeys(KEYS, 1.5)
+    monkeypatch.setattr(memory_benchmark, "_in_a_process", lambda _: figures)
+    assert main([*arguments, "--methods", "orpo,dpo", "--publish", str(tmp_path / "mine.json")]) == 0
+    text = (tmp_path / "mine.json").read_text()
+    assert str(tmp_path) not in text
+    assert str(Path(arguments[1]).parent) not in text
+    record = json.loads(text)
+    assert [row["method"] for row in record["methods"]] == ["orpo", "dpo"]
+    assert all(row["peak_memory_gib"] == 1.5 and "settings" not in row for row in record["methods"])
+    assert (record["settings"]["model"], record["settings"]["data"]) == ("llama", "train.jsonl")
+    assert record["settings"]["batch_size"] == 2
+    assert record["versions"]["mlx"]
+    capsys.readouterr()
+    assert main([*arguments, "--publish", "no/where.json"]) == 2
+    assert "--publish no/where.json: cannot be written there" in capsys.readouterr().err
+
+
 def row(method: str, peak: float) -> dict[str, Any]:
     return {"method": method, "memory": "fast", **dict.fromkeys(KEYS, 1.0), "peak_memory_gib": peak}
 

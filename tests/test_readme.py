@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from orpo_mlx.compare_plan import parse as parse_comparison
 from orpo_mlx.config import resolve
 from orpo_mlx.convert import build_parser as build_convert_parser
 from orpo_mlx.fit import parse as parse_fit
 from orpo_mlx.memory_benchmark import parse as parse_benchmark
 from orpo_mlx.methods import METHODS
+from orpo_mlx.report import build_parser as build_report_parser
 from orpo_mlx.score import build_parser as build_score_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+TEXT = README + (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for line in block.splitlines() if line]
 
 
 def test_there_are_commands() -> None:
@@ -35,12 +38,16 @@ def test_a_command_names_files_and_flags_that_exist(command: str) -> None:
             parse_benchmark(words[2:])
         elif words[1] == "scripts/convert.py":
             build_convert_parser().parse_args(words[2:])
+        elif words[1] == "scripts/compare_methods.py":
+            parse_comparison(words[2:])
         elif words[1:3] == ["-m", "orpo_mlx.train"]:
             resolve(words[3:])
         elif words[1:3] == ["-m", "orpo_mlx.fit"]:
             parse_fit(words[3:])
         elif words[1:3] == ["-m", "orpo_mlx.score"]:
             build_score_parser().parse_args(words[3:])
+        elif words[1:3] == ["-m", "orpo_mlx.report"]:
+            build_report_parser().parse_args(words[3:])
         else:
             assert words[1] == "-m"
             assert words[2] in ("pytest", "mlx_lm")

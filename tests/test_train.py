@@ -38,7 +38,8 @@ from tests.conftest import make_pairs, write_id_rows, write_model_folder, write_
 def flags(settings: dict[str, Any]) -> list[str]:
     """The settings as a command line."""
     words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return ["--no-memory-check" if word == "--memory-check" else word for word in words if word != "False"]
+    off = {"--memory-check": "--no-memory-check", "--report": "--no-report"}
+    return [off.get(word, word) for word in words if word != "False"]
 
 
 def trainable(run: Run) -> dict[str, Any]:

@@ -1,0 +1,172 @@
+"""Figures in the documents: tables between markers, made from committed results, so that none is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from orpo_mlx import compare_tables as tables
+from orpo_mlx.checkpoint import save_json, write_text
+from orpo_mlx.compare_report import facts
+from orpo_mlx.errors import ConfigError, DataError
+from orpo_mlx.page import Cell, Table, markdown_text
+
+FOLDER = PurePath("docs", "results")
+DOCUMENTS = ("README.md", "docs/comparison.md", "docs/memory.md")
+"""Where `<!-- results: NAME TABLE -->` (or `<!-- results: memory -->`) and `<!-- end of results -->` may stand."""
+
+_MARKED = re.compile(r"<!-- results: (?P<what>[a-z0-9_ -]+) -->\n.*?<!-- end of results -->", re.S)
+_MEMORY_SETTINGS = (
+    "model", "data", "dtype", "batch_size", "grad_accumulation_steps", "micro_batch_tokens", "max_seq_length", "iters",
+    "fine_tune_type", "num_layers", "lora_parameters", "optimizer",
+)  # fmt: skip
+
+
+def _facts(results: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {key}: {markdown_text(value)}" for key, value in facts(results).items())
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "facts": _facts,
+    "claims": lambda results: tables.claims(results).markdown(),
+    "quality": lambda results: tables.quality(results).markdown(),
+    "cost": lambda results: tables.cost(results).markdown(),
+    "sensitivity": lambda results: tables.sensitivity(results).markdown(),
+    "grid": lambda results: tables.grid(results).markdown(),
+    "sanity": lambda results: tables.sanity(results).markdown(),
+    "replies": lambda results: tables.replies(results).markdown(),
+}
+"""What may stand after a result's name in a marker."""
+
+
+def publishable_memory(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What `compare_memory.py --publish` writes: figures, machine, versions and the settings that decide them.
+
+    Of paths only the last part is kept.
+    """
+    settings = record["methods"][0]["settings"]
+    kept = {name: settings[name] for name in _MEMORY_SETTINGS}
+    if Path(kept["model"]).expanduser().exists():
+        kept["model"] = PurePath(kept["model"]).name
+    kept["data"] = PurePath(kept["data"]).name
+    methods = [{key: value for key, value in row.items() if key != "settings"} for row in record["methods"]]
+    return {
+        "schema": 1,
+        **{key: record[key] for key in ("date", "machine", "versions")},
+        "settings": kept,
+        "methods": methods,
+    }
+
+
+def memory_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Every published measurement of memory, a row for each method and mode."""
+    header = (
+        "machine",
+        "model",
+        "pairs a step",
+        "method",
+        "--memory",
+        "peak, GiB (MLX)",
+        "step, s",
+        "pair tokens/s",
+        "date",
+    )
+    rows: list[tuple[Cell, ...]] = []
+    for record in records.values():
+        settings = record["settings"]
+        machine = str(record["machine"].get("device_name") or record["machine"]["platform"])
+        pairs = settings["batch_size"] * settings["grad_accumulation_steps"]
+        for row in record["methods"]:
+            start = (
+                Cell(machine),
+                Cell(settings["model"]),
+                Cell(str(pairs), pairs),
+                Cell(row["method"]),
+                Cell(row["memory"]),
+            )
+            figures = (
+                (Cell(row["error"]), Cell("–"), Cell("–"))
+                if "error" in row
+                else (
+                    tables.number(row["peak_memory_gib"], "{:.2f}"),
+                    tables.number(row["step_s_median"], "{:.2f}"),
+                    tables.number(row["pair_tokens_per_s"], "{:.0f}"),
+                )
+            )
+            rows.append((*start, *figures, Cell(record["date"][:10])))
+    return Table(header, tuple(rows))
+
+
+def add_results(source: Path, root: Path, name: str, *, replies: bool) -> Path:
+    """Copy a comparison's `results.json` to where tables are made from; without `replies`, without prompts and answers.
+
+    Raises:
+        DataError: it is not one.
+        ConfigError: the name cannot stand in a marker.
+    """
+    if not re.fullmatch(r"[a-z0-9_-]+", name) or name == "memory":
+        raise ConfigError(f"--name {name}: expected small letters, digits, - and _, and not 'memory'.")
+    results = dict(_read(source))
+    try:
+        for make in TABLES.values():
+            make(results)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{source}: is not a results.json of compare_methods.py ({error!r}).") from None
+    if not replies:
+        results["base"] = {**results["base"], "replies": []}
+        results["methods"] = [{**arm, "replies": []} for arm in results["methods"]]
+    target = root / FOLDER / f"{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_json(target, results)
+    return target
+
+
+def regenerated(text: str, root: Path) -> str:
+    """A document with every marked table made anew from the results below `root`.
+
+    Raises:
+        DataError: a marker names no table, or results that cannot be read.
+    """
+    return _MARKED.sub(lambda match: _block(match["what"], root), text)
+
+
+def stale_documents(root: Path, *, write: bool) -> list[str]:
+    """Documents whose tables are not those of the results; with `write`, they are written anew."""
+    stale = []
+    for name in DOCUMENTS:
+        path = root / name
+        before = path.read_text(encoding="utf-8")
+        after = regenerated(before, root)
+        if after != before:
+            stale.append(name)
+            if write:
+                write_text(path, after)
+    return stale
+
+
+def _block(what: str, root: Path) -> str:
+    if what == "memory":
+        files = sorted((root / FOLDER / "memory").glob("*.json"))
+        body = memory_table({file.name: _read(file) for file in files}).markdown() if files else "None yet."
+    else:
+        name, _, table = what.partition(" ")
+        if table not in TABLES:
+            raise DataError(f"<!-- results: {what} -->: no table {table!r}, expected one of {', '.join(TABLES)}.")
+        file = root / FOLDER / f"{name}.json"
+        body = TABLES[table](_read(file)) if file.is_file() else "Not measured yet."
+    return f"<!-- results: {what} -->\n{body}\n<!-- end of results -->"
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: holds no JSON object.")
+    return found

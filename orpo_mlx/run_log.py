@@ -1,0 +1,90 @@
+"""A run's `metrics.jsonl` read back, whatever state the run left it in."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from orpo_mlx.errors import DataError
+
+FILE = "metrics.jsonl"
+
+Points = list[tuple[int, float]]
+"""Steps and values, steps ascending."""
+
+
+class RunLog(NamedTuple):
+    """What a run reported."""
+
+    name: str
+    """The folder's name."""
+    reports: dict[str, dict[int, dict[str, float]]]
+    """By split (`train`, `valid`, `test`), then by step: the finite numbers of that report."""
+    unread: int
+    """Lines that are no report: a last line torn by a crash, or something else's."""
+
+    def points(self, split: str, key: str) -> Points:
+        """One metric over the steps; empty where it was never reported."""
+        steps = self.reports.get(split, {})
+        return [(step, steps[step][key]) for step in sorted(steps) if key in steps[step]]
+
+    def last(self, split: str, key: str) -> float | None:
+        """The metric's last value."""
+        points = self.points(split, key)
+        return points[-1][1] if points else None
+
+    def first(self, split: str, key: str) -> float | None:
+        """The metric's first value."""
+        points = self.points(split, key)
+        return points[0][1] if points else None
+
+
+def read_run(folder: Path) -> RunLog:
+    """The reports in `folder`/metrics.jsonl.
+
+    Unknown keys are kept, lines that are no report are counted, and of two reports of the same split and step the
+    later one holds: a run that went on after a crash has taken that step again.
+
+    Raises:
+        DataError: there is no such file, or no report in it.
+    """
+    path = folder / FILE
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); give the --adapter-path of a run of orpo_mlx.train."
+        ) from None
+    reports: dict[str, dict[int, dict[str, float]]] = {}
+    unread = 0
+    for line in filter(str.strip, lines):
+        found = _report(line)
+        if found is None:
+            unread += 1
+            continue
+        split, step, numbers = found
+        reports.setdefault(split, {})[step] = numbers
+    if not reports:
+        raise DataError(f"{path}: holds no report yet ({unread} lines that are none); train for a step first.")
+    return RunLog(folder.resolve().name, reports, unread)
+
+
+def _report(line: str) -> tuple[str, int, dict[str, float]] | None:
+    """Split, step and finite numbers of one line; None where it is no report."""
+    try:
+        row: Any = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict):
+        return None
+    split, step = row.get("split"), row.get("step")
+    if not isinstance(split, str) or not isinstance(step, int) or isinstance(step, bool):
+        return None
+    numbers = {key: float(value) for key, value in row.items() if key != "step" and _is_number(value)}
+    return split, step, numbers
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
