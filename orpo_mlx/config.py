@@ -400,8 +400,8 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
             raise ConfigError("--reference copy runs the copy at every step; leave out --precompute-reference.")
         if config.resume and config.resume_adapter_file is not None:
             raise ConfigError(
-                "--reference copy: a resumed run no longer loads what --resume-adapter-file names, so there is nothing to "
-                "copy; use --reference shared."
+                "--reference copy: a resumed run no longer loads what --resume-adapter-file names, so nothing can be "
+                "copied; use --reference shared."
             )
     data_reading(config)
     config = dataclasses.replace(config, memory=_memory_mode(config))

@@ -79,7 +79,7 @@ def test_peak_cache_and_footprint_are_flat_after_the_first_epoch(tmp_path: Path)
         # Which pairs share a step differs from epoch to epoch.
         assert max(getattr(s, name) for s in rest) <= 1.05 * max(getattr(s, name) for s in first) + 0.01, name
     # And no creeping: the last epochs are where the second was.
-    assert max(s.footprint for s in found[-EPOCH:]) <= 1.02 * max(s.footprint for s in found[EPOCH : 2 * EPOCH])
+    assert max(s.footprint for s in found[-EPOCH:]) <= 1.05 * max(s.footprint for s in found[EPOCH : 2 * EPOCH])
 
 
 if __name__ == "__main__":

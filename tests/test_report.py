@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from orpo_mlx import loop as loop_module
 from orpo_mlx import report
 from orpo_mlx import train as train_module
 from orpo_mlx.config import make_config
@@ -69,6 +70,7 @@ def test_train_writes_it(settings: dict[str, Any], monkeypatch: pytest.MonkeyPat
         assert (folder / "report.html").is_file() == bool(seen[-1])
 
     monkeypatch.setattr(train_module, "refresh_report", count)
+    monkeypatch.setattr(loop_module, "refresh_report", count)
     train(
         make_config(
             {
