@@ -20,6 +20,9 @@ _BLOCK_BYTES = 4 << 20
 _KEPT_BYTES = 8 << 20
 _FEWEST_ROWS = 32
 _FAR = 1e9
+# e^-50 = 2e-22 is nothing beside a weight of 1 in float32. Smaller ones, times a small gradient, leave the range of
+# normal numbers, and CPUs take some hundred cycles for each number outside of it.
+_LOWEST = -50.0
 
 model_attention = mx.fast.scaled_dot_product_attention
 """MLX's own, whatever stands in its place later."""
@@ -161,7 +164,7 @@ def _weights(queries: mx.array, keys: mx.array, added: mx.array | None) -> tuple
     if added is not None:
         batch, heads, rows, _ = queries.shape
         scores = (scores.reshape(batch, heads, rows, -1) + added).reshape(scores.shape)
-    weights = exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = exp(scores - scores.max(axis=-1, keepdims=True), lowest=_LOWEST)
     total = weights.astype(mx.float32).sum(axis=-1, keepdims=True)
     return weights, total.astype(weights.dtype)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from orpo_mlx import attention as attention_module
-from orpo_mlx.attention import attention, fits
+from orpo_mlx.attention import Block, attention, fits
 
 Array = np.ndarray[Any, Any]
 SCALE = 0.3
@@ -120,3 +120,14 @@ def test_calls_that_are_left_to_mlx() -> None:
     assert not fits(q, "causal", {"sinks": mx.zeros(4)})
     assert not fits(q[:, :, :1], None, {})
     assert not fits(q, mx.zeros((1, 4, 5, 5)), {})
+
+
+def test_weights_of_hidden_keys_stay_clear_of_subnormal_numbers() -> None:
+    # Gradients as small as 1e-12 times such a weight are still normal float32 numbers, which start at 1.2e-38.
+    q, k = mx.random.normal((1, 2, 16, 8)), mx.random.normal((1, 2, 16, 8))
+    block = Block(0, 16, 0, 16)
+    weights, total = attention_module._weights(q, k, attention_module._added("causal", block, q, k))
+    smallest = weights.min().item()
+    assert smallest == 0 or 1e-26 < smallest < 1e-20
+    # And they are nothing beside the others.
+    assert (total + 16 * smallest == total).all().item()

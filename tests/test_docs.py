@@ -71,7 +71,7 @@ def test_commands_bounds_and_types_of_conversions_are_there() -> None:
 
 def test_every_file_of_an_adapter_path_is_there(settings: dict[str, Any], data: Path) -> None:
     (data / "train.jsonl").write_text((data / "train.jsonl").read_text() + "{\n")
-    settings |= {"method": "dpo", "skip_bad_rows": True, "save_best": True}
+    settings |= {"method": "dpo", "skip_bad_rows": True, "save_best": True, "report": True}
     train(make_config(settings), Reporter(Console(quiet=True)))
     text = (DOCS / "resuming.md").read_text(encoding="utf-8")
     for path in Path(settings["adapter_path"]).rglob("*"):
