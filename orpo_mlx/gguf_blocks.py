@@ -15,6 +15,7 @@ import numpy as np
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 _GROUP = 32
+_MLX_READS = ("Q4_0", "Q4_1", "Q8_0")
 
 
 class Groups(NamedTuple):
@@ -32,6 +33,9 @@ class Groups(NamedTuple):
 def expand(kind: str, data: Bytes, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     """A tensor as floating point: those types as they are, quantised ones computed in float32 and rounded to `dtype`.
 
+    To float16, the types that MLX's own reader knows are expanded as its quantised layers expand them, in float16, so
+    that a model is the same whether it is run quantised or not.
+
     Args:
         kind: name of the tensor's type.
         data: its bytes.
@@ -42,6 +46,9 @@ def expand(kind: str, data: Bytes, shape: tuple[int, ...], dtype: mx.Dtype) -> m
         return mx.array(data.view(np.uint16)).view(mx.bfloat16).reshape(shape)
     if kind in ("F32", "F16"):
         return mx.array(data.view(np.float32 if kind == "F32" else np.float16)).reshape(shape)
+    if dtype == mx.float16 and kind in _MLX_READS:
+        packed, scales, biases, bits = pack(kind, data, shape)
+        return mx.dequantize(packed, scales, biases, group_size=_GROUP, bits=bits)
     groups = _take_apart(kind, data)
     numbers = groups.quants.astype(np.float32) * groups.scales[..., None] + groups.offsets[..., None]
     return mx.array(numbers.reshape(shape)).astype(dtype)
