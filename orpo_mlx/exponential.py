@@ -17,7 +17,7 @@ _LOG2_E = 1 / math.log(2)
 _ROUNDER = 12582912.0
 # 2^f for |f| <= 1/2, interpolated at Chebyshev's points: within 2e-7, with a term less than the series needs.
 _SERIES = np.polynomial.Chebyshev.interpolate(np.exp2, 5, domain=[-0.5, 0.5]).convert(kind=np.polynomial.Polynomial)
-_TERMS = [1.0, *_SERIES.coef[1:].tolist()]
+_TERMS: list[float] = [1.0, *_SERIES.coef[1:].tolist()]
 _EXPONENT_BITS = 23
 
 
