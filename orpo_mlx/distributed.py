@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -121,10 +121,16 @@ class Ranks:
         for rank, theirs in enumerate(everyone):
             for name, value in everyone[0].items():
                 if theirs.get(name) != value:
+                    self._wait_for_all()
                     raise TrainingError(
                         f"rank {rank} has {name} {_short(theirs.get(name))}, rank 0 has {_short(value)}; "
                         "start all ranks with the same settings, model and data"
                     )
+
+    def _wait_for_all(self) -> None:
+        """Let every rank come this far: one that ends at once takes from the others what they have not read yet."""
+        with suppress(TrainingError):
+            self.gather(None)
 
     def _all_gather(self, array: Any) -> Any:
         gathered = mx.distributed.all_gather(mx.array(array), group=self._group)

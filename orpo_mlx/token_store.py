@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import bisect
+import errno
 import hashlib
 import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -129,7 +131,10 @@ class StoreWriter:
             self._rows.append(np.array(rows, np.int64))
 
     def close(self, report: RowReport) -> TokenStore:
-        """Finish the files, move the folder to its place, and open it."""
+        """Finish the files, open them, and move their folder to its place.
+
+        Opened first: another process that reads the same rows may put its own, equal, store there at any moment.
+        """
         self._file.close()
         index = np.concatenate(self._rows) if self._rows else np.zeros((0, 6), np.int64)
         np.save(self._folder / _INDEX, index)
@@ -141,9 +146,21 @@ class StoreWriter:
             "report": report.to_json(),
         }
         (self._folder / _HEADER).write_text(json.dumps(header), encoding="utf-8")
-        shutil.rmtree(self._target, ignore_errors=True)
-        self._folder.rename(self._target)
-        return TokenStore(self._target)
+        store = TokenStore(self._folder)
+        self._put_in_place()
+        return store
+
+    def _put_in_place(self) -> None:
+        if self._target.exists():
+            damaged = Path(tempfile.mkdtemp(prefix=".damaged-", dir=self._target.parent))
+            with suppress(FileNotFoundError):
+                self._target.rename(damaged)
+            shutil.rmtree(damaged, ignore_errors=True)
+        try:
+            self._folder.rename(self._target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 def _sha256(path: Path, index: npt.NDArray[np.int64]) -> str:

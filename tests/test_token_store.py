@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +57,27 @@ def test_no_pairs(tmp_path: Path) -> None:
     store = write(tmp_path / "store", [])
     assert len(store) == 0
     assert list(store) == []
+
+
+def write_in_a_process(folder: Path, start: Barrier) -> None:
+    pairs = placed(make_pairs(100))
+    for number in range(60):
+        start.wait(timeout=60)
+        assert list(write(folder / str(number), pairs)) == pairs
+
+
+def test_processes_that_write_the_same_store_at_once_all_have_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(3)
+    writers = [context.Process(target=write_in_a_process, args=(tmp_path / "stores", start)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(timeout=120)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    left = sorted(path.name for path in (tmp_path / "stores").iterdir())
+    assert left == sorted(str(number) for number in range(60))
+    assert all(len(TokenStore(tmp_path / "stores" / name)) == 100 for name in left)
 
 
 def test_a_store_that_was_not_closed_leaves_nothing(tmp_path: Path) -> None:
