@@ -287,5 +287,9 @@ def run(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of `scripts/compare_methods.py`; the exit status."""
+    """Command line; the exit status."""
     return exit_status(PROG, lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,7 +15,7 @@ from orpo_mlx.config import TrainingConfig, recipe, resolve
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.methods import PARAMETERS
 
-PROG = "python scripts/compare_methods.py"
+PROG = "orpo-mlx compare"
 LABELS = ("given", "swapped", "shuffled")
 BUDGETS = {"steps": int, "pair_tokens": int, "seconds": float}
 
@@ -98,7 +98,7 @@ def parse(argv: Sequence[str] | None) -> Plan:
     Raises:
         ConfigError: flags that cannot be used together, or with a comparison.
     """
-    own, rest = _parser().parse_known_args(argv)
+    own, rest = build_parser().parse_known_args(argv)
     arguments = tuple(rest)
     config = resolve(arguments, PROG)
     _check_shared(config)
@@ -124,7 +124,8 @@ def parse(argv: Sequence[str] | None) -> Plan:
     )  # fmt: skip
 
 
-def _parser() -> OneLineParser:
+def build_parser() -> OneLineParser:
+    """The command line of `compare`."""
     parser = OneLineParser(
         prog=PROG,
         description="Train methods side by side under one budget and report what each costs and reaches.",

@@ -274,6 +274,7 @@ def add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> dict[
         field = _FIELDS[name]
         group, kind = groups[field.metadata["group"]], field.metadata["kind"]
         flag = f"--{name.replace('_', '-')}"
+        help_text = field.metadata["help"].replace("%", "%%")  # argparse formats it.
         if kind is dict:
             continue
         if kind is bool:
@@ -284,15 +285,13 @@ def add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> dict[
                 action="store_const",
                 const=not field.default,
                 default=argparse.SUPPRESS,
-                help=field.metadata["help"],
+                help=help_text,
             )
             continue
         choices = field.metadata.get("choices")
         metavar = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X"}.get(kind, "NAME")
         shown = "" if field.default is None else f" (default: {field.default})"
-        group.add_argument(
-            flag, dest=name, metavar=metavar, default=argparse.SUPPRESS, help=field.metadata["help"] + shown
-        )
+        group.add_argument(flag, dest=name, metavar=metavar, default=argparse.SUPPRESS, help=help_text + shown)
     return groups
 
 

@@ -47,7 +47,7 @@ from orpo_mlx.shrinking import AFFINE_BITS, AFFINE_GROUPS, MODES, quantisation
 from orpo_mlx.staging import staged_folder
 from orpo_mlx.verification import MERGED, ROUNDED
 
-PROG = "scripts/convert.py"
+PROG = "orpo-mlx convert"
 
 
 def convert_hf(source: str, task: Task) -> None:

@@ -62,12 +62,8 @@ def remedies(config: TrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
         yield " ".join(flags.values()), config
 
 
-def parse(argv: Sequence[str] | None) -> tuple[TrainingConfig, float | None, int | None]:
-    """Settings, the Mac's memory in GiB, and the prompt's tokens.
-
-    Raises:
-        ConfigError: flags that cannot be used.
-    """
+def build_parser() -> OneLineParser:
+    """The flags `fit` has beside those of `train`."""
     parser = OneLineParser(
         prog=PROG,
         description="Predicted peak of MLX's memory in a training step, what it is made of, and whether it fits.",
@@ -79,7 +75,16 @@ def parse(argv: Sequence[str] | None) -> tuple[TrainingConfig, float | None, int
         "--mode", metavar="MODE", choices=tuple(MODES), help=f"train's --memory: {', '.join(MODES)} (default: fast)"
     )
     parser.add_argument("--prompt-tokens", metavar="N", help="of the tokens of a pair's side (default: half of them)")
-    own, arguments = parser.parse_known_args(argv)
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> tuple[TrainingConfig, float | None, int | None]:
+    """Settings, the Mac's memory in GiB, and the prompt's tokens.
+
+    Raises:
+        ConfigError: flags that cannot be used.
+    """
+    own, arguments = build_parser().parse_known_args(argv)
     config = resolve([*arguments, *(("--memory", own.mode) if own.mode else ())], PROG)
     memory = None if own.memory is None else _above_0("--memory", own.memory, float)
     prompt = None if own.prompt_tokens is None else int(_above_0("--prompt-tokens", own.prompt_tokens, int))

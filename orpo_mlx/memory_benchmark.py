@@ -33,7 +33,7 @@ from orpo_mlx.sources import find_splits
 from orpo_mlx.step import optimiser_step
 from orpo_mlx.types import TokenizedPair
 
-PROG = "python scripts/compare_memory.py"
+PROG = "orpo-mlx memory"
 _GIB = 2**30
 _DEFAULTS = ("--iters", "3")
 _FIXED = ("--no-shuffle", "--no-memory-check")
@@ -197,16 +197,12 @@ def _in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of `scripts/compare_memory.py`; the exit status."""
+    """Command line; the exit status."""
     return exit_status(PROG, lambda: _run(argv))
 
 
-def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None, list[str], Path | None]:
-    """Methods, the flags for all of them, the file to write, the memory modes, and the file to publish.
-
-    Raises:
-        ConfigError: flags that cannot be used.
-    """
+def build_parser() -> OneLineParser:
+    """The flags `memory` has beside those of `train`."""
     parser = OneLineParser(
         prog=PROG,
         description=f"{(__doc__ or '').strip()} Rows are taken in file order.",
@@ -222,7 +218,16 @@ def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None
         metavar="FILE",
         help="write the figures there without paths, to be sent in: docs/memory.md",
     )
-    own, arguments = parser.parse_known_args(argv)
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None, list[str], Path | None]:
+    """Methods, the flags for all of them, the file to write, the memory modes, and the file to publish.
+
+    Raises:
+        ConfigError: flags that cannot be used.
+    """
+    own, arguments = build_parser().parse_known_args(argv)
     methods = [name.strip() for name in own.methods.split(",")]
     if any(word.split("=")[0] == "--method" for word in arguments):
         raise ConfigError("--method: this command measures several; give --methods orpo,dpo.")

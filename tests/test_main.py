@@ -1,0 +1,78 @@
+"""The one command for all programs of the package."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import orpo_mlx
+from orpo_mlx.main import COMMANDS, main
+from tests.conftest import write_rows
+
+_HEAVY = ("mlx_lm", "transformers", "datasets", "matplotlib", "pyarrow", "huggingface_hub")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], []])
+def test_help_lists_every_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40
+    for name, command in COMMANDS.items():
+        assert [line for line in lines if line.split()[:1] == [name] and line.endswith(command.summary)]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"orpo-mlx {orpo_mlx.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("trian", "orpo-mlx: error: no command 'trian', expected one of .*; did you mean train?\n"),
+        ("zzz\x1b", r"orpo-mlx: error: no command 'zzz\\x1b', expected one of .*[a-z]\.\n"),
+    ],
+)
+def test_a_command_that_is_unknown(word: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word]) == 2
+    assert re.fullmatch(expected.replace("?", r"\?"), capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_a_module_with_main(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = importlib.import_module(COMMANDS[name].module)
+    assert (module.__doc__ or "").strip()
+    assert callable(module.main)
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--no-such-flag"])
+    assert caught.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_arguments_and_status_are_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [])
+    assert main(["report", str(tmp_path / "nothing")]) == 2
+    assert main(["score", "--data", str(rows), "--output", str(tmp_path)]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "nothing" in first
+    assert f"--output {tmp_path}" in second
+
+
+def test_the_list_of_commands_loads_no_library() -> None:
+    code = (
+        "import sys, orpo_mlx.main\n"
+        "assert orpo_mlx.main.main(['--help']) == 0\n"
+        f"print(sorted(set({_HEAVY!r}) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "orpo_mlx", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"orpo-mlx {orpo_mlx.__version__}\n"

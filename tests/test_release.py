@@ -1,0 +1,130 @@
+"""What is sent out: a wheel and a source archive, installed where there is no repository."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import orpo_mlx
+from orpo_mlx.main import COMMANDS
+from orpo_mlx.methods import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+_IMPORT_SECONDS = 0.3
+_USER = """from orpo_mlx.config import TrainingConfig, make_config
+config: TrainingConfig = make_config({"method": "dpo"})
+size: int = config.batch_size
+"""
+
+
+def run(*words: object, cwd: Path, status: int = 0, **environment: str) -> str:
+    """Output and errors of a program that knows nothing of this repository."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(
+        list(map(str, words)), cwd=cwd, env={**clean, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout[-3000:]
+    return done.stdout
+
+
+def environment(folder: Path, *requirements: object) -> Path:
+    """The scripts folder of a new virtual environment; the test is left out where no package index can be reached."""
+    venv.create(folder, with_pip=True)
+    bin_folder = folder / "bin"
+    words = [bin_folder / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=folder)
+    if done.returncode and "No matching distribution" in done.stderr:
+        pytest.skip(f"pip finds no {requirements}: {done.stderr.splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return bin_folder
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The wheel and the source archive, built of a copy of what is under version control or beside it."""
+    folder = tmp_path_factory.mktemp("release")
+    source = shutil.copytree(
+        ROOT, folder / "source", ignore=shutil.ignore_patterns(".git", ".venv", "venv", "*.egg-info", "build", "runs")
+    )
+    tools = environment(folder / "tools", "build", "setuptools>=77")
+    run(tools / "python", "-m", "build", "--no-isolation", "--outdir", folder / "dist", cwd=source)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    (sdist,) = (folder / "dist").glob("*.tar.gz")
+    return {"wheel": wheel, "sdist": sdist}
+
+
+@pytest.fixture(scope="module")
+def installed(archives: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scripts folder of an environment that has the wheel and what it depends on, and nothing else."""
+    extra = "[cpu]" if sys.platform == "linux" else ""
+    return environment(tmp_path_factory.mktemp("installed") / "venv", f"{archives['wheel']}{extra}")
+
+
+def test_versions_agree() -> None:
+    assert version("orpo-mlx") == orpo_mlx.__version__
+
+
+@pytest.mark.slow
+def test_the_source_archive_has_all_that_the_tests_need(archives: dict[str, Path]) -> None:
+    with tarfile.open(archives["sdist"]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for name in (
+        "orpo_mlx/py.typed", "orpo_mlx/main.py", "README.md", "LICENSE", "CHANGELOG.md", "SECURITY.md", "docs/data.md",
+        "data/train.jsonl", "data/facts.json", "scripts/setup.sh", "tests/conftest.py", "tests/oracle.py",
+    ):  # fmt: skip
+        assert name in names, name
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
+
+
+@pytest.mark.slow
+def test_the_wheel_works_without_the_repository(installed: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    command, away = installed / "orpo-mlx", tmp_path / "away"
+    away.mkdir()
+    listed = run(command, "--help", cwd=away)
+    assert all(name in listed for name in COMMANDS)
+    for name in COMMANDS:
+        assert run(command, name, "--help", cwd=away).startswith("usage: ")
+    assert all(name in run(command, "train", "--list-methods", cwd=away) for name in METHODS)
+    small = ["--batch-size", "2", "--iters", "2", "--samples", "0", "--no-memory-check"]
+    paths = ["--model", settings["model"], "--data", settings["data"], "--adapter-path", away / "adapters"]
+    run(command, "train", *paths, *small, cwd=away, ORPO_MLX_CACHE="off")
+    assert (away / "adapters" / "adapters.safetensors").is_file()
+    assert (away / "adapters" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_without_the_demo_data_a_sentence_says_what_is_missing(installed: Path, tmp_path: Path) -> None:
+    said = run(installed / "orpo-mlx", "train", cwd=tmp_path, status=2)
+    assert len(said.splitlines()) == 1
+    assert "--data data: no such file or folder; expected a folder with a train split" in said
+
+
+@pytest.mark.slow
+def test_types_are_seen_from_outside(installed: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "mypy", "--strict", "--python-executable", installed / "python", "user.py"]
+    (tmp_path / "user.py").write_text(_USER)
+    assert "Success" in run(*words, cwd=tmp_path)
+    (tmp_path / "user.py").write_text(_USER.replace("size: int", "size: str"))
+    assert "Incompatible types in assignment" in run(*words, cwd=tmp_path, status=1)
+
+
+@pytest.mark.slow
+def test_importing_takes_little_beyond_mlx(installed: Path, tmp_path: Path) -> None:
+    code = "import time; begin = time.process_time(); import {}; print(time.process_time() - begin)"
+
+    def seconds(name: str) -> float:
+        found = [run(installed / "python", "-c", code.format(name), cwd=tmp_path) for _ in range(5)]
+        return min(float(text.splitlines()[-1]) for text in found)
+
+    # MLX's core alone would leave out what every user of it imports.
+    assert seconds("orpo_mlx") - seconds("mlx.core") < _IMPORT_SECONDS
