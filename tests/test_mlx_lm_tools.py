@@ -84,8 +84,11 @@ def test_generate_and_server_give_the_same_text(model_folder: Path, adapters: Pa
 def test_a_fused_model_has_the_log_probs_of_the_adapters(model_folder: Path, adapters: Path, tmp_path: Path) -> None:
     fused = tmp_path / "fused"
     run("fuse", "--model", str(model_folder), "--adapter-path", str(adapters), "--save-path", str(fused))
-    rows = [{"prompt": PROMPT, "chosen": ANSWER, "rejected": "no"}, {"prompt": "Why?", "chosen": "So.", "rejected": ""}]
-    data = write_rows(tmp_path / "rows.jsonl", rows[:1] + [{**rows[1], "rejected": "Because."}])
+    rows = [
+        {"prompt": PROMPT, "chosen": ANSWER, "rejected": "no"},
+        {"prompt": "Why?", "chosen": "So.", "rejected": "No"},
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
     scored = {}
     for name, argv in {
         "base": ["--model", str(model_folder)],

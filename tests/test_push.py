@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 from huggingface_hub import CommitOperationAdd
-from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 
 from orpo_mlx import push as module
 from orpo_mlx.config import make_config
-from orpo_mlx.errors import ConfigError, TrainingError
-from orpo_mlx.push import contents, main
+from orpo_mlx.errors import ConfigError
+from orpo_mlx.push import main
 from orpo_mlx.reporting import Reporter
 from orpo_mlx.train import main as train_main
 from orpo_mlx.train import train
@@ -145,13 +144,3 @@ def test_an_interrupted_push_says_what_is_saved(adapters: Path, hub: Hub, capsys
     hub.refuses = KeyboardInterrupt()
     assert main([str(adapters), "me/mine"]) == 130
     assert f"interrupted: the adapters are saved in {adapters}; to push again" in capsys.readouterr().err
-
-
-def test_an_error_of_the_hub_is_a_sentence(adapters: Path, hub: Hub) -> None:
-    import httpx
-
-    response = httpx.Response(403, request=httpx.Request("POST", "https://hub.test"))
-    hub.refuses = HfHubHTTPError("403 Forbidden", response=response)
-    with pytest.raises(TrainingError, match="403 Forbidden"):
-        module.push(adapters, "me/mine")
-    assert contents(adapters)

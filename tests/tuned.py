@@ -12,7 +12,7 @@ from orpo_mlx.reporting import Reporter
 from orpo_mlx.train import train
 from tests.conftest import SMALL, write_rows
 
-PROMPT, ANSWER = "Say it.", "well done"
+PROMPT, ANSWER = "Say it.", "Sure."
 
 
 def tuned_adapters(folder: Path, model: Path, **settings: Any) -> Path:
@@ -21,7 +21,7 @@ def tuned_adapters(folder: Path, model: Path, **settings: Any) -> Path:
     for split in ("train", "valid", "test"):
         write_rows(data / f"{split}.jsonl", [{"prompt": PROMPT, "chosen": ANSWER, "rejected": "no"}] * 2)
     adapters = folder / "adapters"
-    values = {**SMALL, "iters": 60, "learning_rate": 1e-2, "steps_per_report": 20, **settings}
+    values = {**SMALL, "method": "sft", "iters": 150, "learning_rate": 1e-2, "steps_per_report": 50, **settings}
     values |= {"model": str(model), "data": str(data), "adapter_path": str(adapters)}
     train(make_config(values), Reporter(Console(quiet=True)))
     return adapters
