@@ -74,7 +74,9 @@ class Conversation:
         if isinstance(held, int) and can_trim_prompt_cache(self._cache):
             # Of the last token no keys and values may be there yet; of one after it, they may.
             common = min(common, held)
-            if trim_prompt_cache(self._cache, held - common) == held - common:
+            # mlx-lm annotates this as a list; it is the number of tokens cut off.
+            cut: Any = trim_prompt_cache(self._cache, held - common)
+            if cut == held - common:
                 return ids[common:]
         self._cache = make_prompt_cache(self._model)
         return ids

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from orpo_mlx.checkpoint import write_text
 from orpo_mlx.config import TrainingConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlx_lm import generate
+from mlx_lm import generate, stream_generate
 from mlx_lm.sample_utils import make_sampler
 from rich.console import Console
 
@@ -95,7 +95,7 @@ def test_a_later_turn_is_answered_as_without_a_cache(model_folder: Path, adapter
 def test_only_what_is_new_is_run_again(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from orpo_mlx import conversation as module
 
-    lengths, real = [], module.stream_generate
+    lengths, real = list[int](), stream_generate
 
     def counted(model: Any, tokenizer: Any, prompt: list[int], **arguments: Any) -> Any:
         lengths.append(len(prompt))

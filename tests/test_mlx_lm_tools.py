@@ -86,7 +86,7 @@ def test_a_fused_model_has_the_log_probs_of_the_adapters(model_folder: Path, ada
     run("fuse", "--model", str(model_folder), "--adapter-path", str(adapters), "--save-path", str(fused))
     rows = [
         {"prompt": PROMPT, "chosen": ANSWER, "rejected": "no"},
-        {"prompt": "Why?", "chosen": "So.", "rejected": "No"},
+        {"prompt": "Why?", "chosen": "So", "rejected": "I"},
     ]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     scored = {}
