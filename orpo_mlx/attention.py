@@ -9,6 +9,7 @@ The result is attention itself, not an approximation of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -64,49 +65,70 @@ def attention(
         (B, heads, L, D'), of q's dtype.
     """
     blocks = _blocks(mask, q, k, rows)
-    in_blocks = on_cpu()
     if keep is None:
         keep = sum((block.last - block.first) * (block.high - block.low) for block in blocks) <= _most_kept(q)
-    keep = keep and in_blocks
+    in_blocks = on_cpu()
+    work = _Work(blocks, scale, mask, keep and in_blocks)
 
     def forward(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
-        if not in_blocks:
-            return [model_attention(q, k, v, scale=scale, mask=mask)]
-        outputs: list[mx.array] = []
-        kept: list[mx.array] = []
-        for block in blocks:
-            parts = [_rows(q, block), _keys(k, block), _keys(v, block)]
-            parts = mx.depends(parts, outputs[-1:]) if outputs else parts
-            weights, total = _weights(parts[0] * scale, parts[1], _added(mask, block, q, k))
-            outputs.append(((weights @ parts[2]) / total).reshape(*parts[0].shape[:3], -1))
-            kept += [weights, total]
-        return [mx.concatenate(outputs, axis=2), *(kept if keep else [])]
+        return _forward(q, k, v, work) if in_blocks else [model_attention(q, k, v, scale=scale, mask=mask)]
 
     function: Any = mx.custom_function(forward)
 
     @function.vjp  # type: ignore[untyped-decorator]
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
-        q, k, v = primals
-        grad_q: list[mx.array] = []
-        grad_k, grad_v = mx.zeros_like(k), mx.zeros_like(v)
-        for number, block in enumerate(blocks):
-            parts = [_rows(each, block) for each in (q, cotangents[0], outputs[0])]
-            parts = mx.depends(parts, [grad_q[-1], grad_k, grad_v]) if grad_q else parts
-            queries, keys = parts[0] * scale, _keys(k, block)
-            weights, total = (
-                outputs[1 + 2 * number : 3 + 2 * number] if keep else _weights(queries, keys, _added(mask, block, q, k))
-            )
-            # Weights are not normalised: rows of the small arrays are divided instead.
-            grads = _grouped(parts[1], k) / total
-            inner = (grads * _grouped(parts[2], k)).sum(axis=-1, keepdims=True)
-            slopes = weights * (grads @ _keys(v, block).swapaxes(-1, -2) - inner)
-            grad_q.append(((slopes @ keys) * scale).reshape(parts[0].shape))
-            grad_k = grad_k + _put_back(slopes.swapaxes(-1, -2) @ _grouped(queries, k), block, k)
-            grad_v = grad_v + _put_back(weights.swapaxes(-1, -2) @ grads, block, v)
-        return mx.concatenate(grad_q, axis=2), grad_k, grad_v
+        return _backward(primals, cotangents[0], outputs, work)
 
     result: mx.array = function(q, k, v)[0]
     return result
+
+
+class _Work(NamedTuple):
+    """What forward and backward pass have in common beside the arrays."""
+
+    blocks: list[Block]
+    scale: float
+    mask: Any
+    keep: bool
+
+
+def _forward(q: mx.array, k: mx.array, v: mx.array, work: _Work) -> list[mx.array]:
+    """The attention's value and, where they are kept, every block's weights and their row sums."""
+    outputs: list[mx.array] = []
+    kept: list[mx.array] = []
+    for block in work.blocks:
+        parts = [_rows(q, block), _keys(k, block), _keys(v, block)]
+        parts = mx.depends(parts, outputs[-1:]) if outputs else parts
+        weights, total = _weights(parts[0] * work.scale, parts[1], _added(work.mask, block, q, k))
+        outputs.append(((weights @ parts[2]) / total).reshape(*parts[0].shape[:3], -1))
+        kept += [weights, total]
+    return [mx.concatenate(outputs, axis=2), *(kept if work.keep else [])]
+
+
+def _backward(
+    primals: Sequence[mx.array], cotangent: mx.array, outputs: Sequence[mx.array], work: _Work
+) -> tuple[mx.array, ...]:
+    """Gradients towards q, k and v, block by block; `outputs` are those of `_forward`."""
+    q, k, v = primals
+    grad_q: list[mx.array] = []
+    grad_k, grad_v = mx.zeros_like(k), mx.zeros_like(v)
+    for number, block in enumerate(work.blocks):
+        parts = [_rows(each, block) for each in (q, cotangent, outputs[0])]
+        parts = mx.depends(parts, [grad_q[-1], grad_k, grad_v]) if grad_q else parts
+        queries, keys = parts[0] * work.scale, _keys(k, block)
+        weights, total = (
+            outputs[1 + 2 * number : 3 + 2 * number]
+            if work.keep
+            else _weights(queries, keys, _added(work.mask, block, q, k))
+        )
+        # Weights are not normalised: rows of the small arrays are divided instead.
+        grads = _grouped(parts[1], k) / total
+        inner = (grads * _grouped(parts[2], k)).sum(axis=-1, keepdims=True)
+        slopes = weights * (grads @ _keys(v, block).swapaxes(-1, -2) - inner)
+        grad_q.append(((slopes @ keys) * work.scale).reshape(parts[0].shape))
+        grad_k = grad_k + _put_back(slopes.swapaxes(-1, -2) @ _grouped(queries, k), block, k)
+        grad_v = grad_v + _put_back(weights.swapaxes(-1, -2) @ grads, block, v)
+    return mx.concatenate(grad_q, axis=2), grad_k, grad_v
 
 
 def fits(q: mx.array, mask: Any, options: dict[str, Any]) -> bool:

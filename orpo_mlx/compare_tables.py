@@ -68,6 +68,31 @@ def quality(results: Results) -> Table:
     return Table(header, tuple(rows))
 
 
+def overview(results: Results) -> Table:
+    """The few figures of each method that a reader in a hurry looks for, the base model first."""
+    base = results["base"]
+    header = (
+        "", "held-out accuracy, mean log-prob", "NLL of chosen, nats/token", "reply, tokens", "training, s",
+        "pair tokens/s", "peak memory, GiB (MLX)",
+    )  # fmt: skip
+    first = (
+        Cell("base model"), interval_cell(base["accuracy_interval"]), number(base["nll"], "{:.3f}"),
+        number(base["reply_tokens"], "{:.1f}"), *(Cell("–") for _ in range(3)),
+    )  # fmt: skip
+    forms = {
+        "nll": "{:.3f}", "reply_tokens": "{:.1f}", "training_s": "{:.0f}", "pair_tokens_per_s": "{:.0f}",
+        "peak_memory_gib": "{:.2f}",
+    }  # fmt: skip
+    rows = [
+        (
+            Cell(arm["name"]), interval_cell(arm["accuracy_interval"]),
+            *(number(arm["summary"][key]["mean"], form) for key, form in forms.items()),
+        )
+        for arm in results["methods"]
+    ]  # fmt: skip
+    return Table(header, (first, *rows))
+
+
 def cost(results: Results) -> Table:
     """What each method's training took."""
     columns: dict[str, Callable[[Mapping[str, Any]], Cell]] = {

@@ -212,6 +212,9 @@ class TrainingConfig:
         "reports",
         check=_POSITIVE,
     )
+    push_to_hub: str | None = _option(
+        None, "owner/name: send adapters, model card and figures to this model repository at the end", str, "reports"
+    )
 
     resume: bool = _option(
         False, "go on from the newest whole checkpoint in --adapter-path, with its settings", bool, "resume"

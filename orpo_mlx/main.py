@@ -29,6 +29,8 @@ COMMANDS = {
     "train": Command("orpo_mlx.train", "align a model with preference pairs"),
     "score": Command("orpo_mlx.score", "log-probs of pairs under a model, a row each"),
     "report": Command("orpo_mlx.report", "draw training runs as a page and a picture"),
+    "chat": Command("orpo_mlx.chat", "talk with a tuned model, with the base model beside it"),
+    "push": Command("orpo_mlx.push", "send adapters, model card and figures to the Hub"),
     "convert": Command("orpo_mlx.convert", "checkpoints and adapters of every kind, in and out"),
     "compare": Command("orpo_mlx.compare", "train methods side by side under one budget"),
     "memory": Command("orpo_mlx.memory_benchmark", "memory and seconds of a training step, method by method"),

@@ -11,17 +11,20 @@ from typing import Any
 from orpo_mlx import compare_tables as tables
 from orpo_mlx.checkpoint import save_json, write_text
 from orpo_mlx.compare_report import facts
+from orpo_mlx.compare_tables import number
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.page import Cell, Table, markdown_text
 
 FOLDER = PurePath("docs", "results")
-DOCUMENTS = ("README.md", "docs/comparison.md", "docs/memory.md")
-"""Where `<!-- results: NAME TABLE -->` (or `<!-- results: memory -->`) and `<!-- end of results -->` may stand."""
+DOCUMENTS = ("README.md", "docs/comparison.md", "docs/data.md", "docs/memory.md")
+"""Where `<!-- results: NAME TABLE -->` and `<!-- end of results -->` may stand. `memory` in the place of both is every
+published measurement of memory; `memory START` compares the modes in those whose file names begin so; `figures NAME`
+is a table that another program printed."""
 
 _MARKED = re.compile(r"<!-- results: (?P<what>[a-z0-9_ -]+) -->\n.*?<!-- end of results -->", re.S)
 _MEMORY_SETTINGS = (
     "model", "data", "dtype", "batch_size", "grad_accumulation_steps", "micro_batch_tokens", "max_seq_length", "iters",
-    "fine_tune_type", "num_layers", "lora_parameters", "optimizer",
+    "fine_tune_type", "num_layers", "lora_parameters", "optimizer", "share_prompt", "plain_head", "segment_layers",
 )  # fmt: skip
 
 
@@ -29,8 +32,23 @@ def _facts(results: Mapping[str, Any]) -> str:
     return "\n".join(f"- {key}: {markdown_text(value)}" for key, value in facts(results).items())
 
 
+def _taken(results: Mapping[str, Any]) -> str:
+    """One sentence on how and where the figures were taken."""
+    machine, versions = results["machine"], results["versions"]
+    device = machine.get("device_name") or machine["platform"]
+    kept = ", ".join(f"{name} {versions[name]}" for name in ("orpo-mlx", "mlx", "mlx-lm", "python"))
+    pairs = results["settings"]["batch_size"] * results["settings"]["grad_accumulation_steps"]
+    return (
+        f"Means over {results['seeds']} seeds, {results['budget']['words']} of {pairs} pairs each; in brackets, 95 % "
+        f"intervals. Taken {results['date'][:10]} on {machine['cores']} cores of {device} "
+        f"({machine['platform']}), {kept}, by `{results['command']}`."
+    )
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "facts": _facts,
+    "taken": _taken,
+    "overview": lambda results: tables.overview(results).markdown(),
     "claims": lambda results: tables.claims(results).markdown(),
     "quality": lambda results: tables.quality(results).markdown(),
     "cost": lambda results: tables.cost(results).markdown(),
@@ -85,19 +103,55 @@ def memory_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
                 Cell(settings["model"]),
                 Cell(str(pairs), pairs),
                 Cell(row["method"]),
-                Cell(row["memory"]),
+                Cell(_mode(row, settings)),
             )
             figures = (
                 (Cell(row["error"]), Cell("–"), Cell("–"))
                 if "error" in row
                 else (
-                    tables.number(row["peak_memory_gib"], "{:.2f}"),
-                    tables.number(row["step_s_median"], "{:.2f}"),
-                    tables.number(row["pair_tokens_per_s"], "{:.0f}"),
+                    number(row["peak_memory_gib"], "{:.2f}"),
+                    number(row["step_s_median"], "{:.2f}"),
+                    number(row["pair_tokens_per_s"], "{:.0f}"),
                 )
             )
             rows.append((*start, *figures, Cell(record["date"][:10])))
     return Table(header, tuple(rows))
+
+
+def _mode(row: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """The memory mode of a row with the switches that were off."""
+    switches = {"--no-share-prompt": not settings.get("share_prompt", True), "--plain-head": settings.get("plain_head")}
+    return " ".join([row["memory"], *(flag for flag, given in switches.items() if given)])
+
+
+def modes_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Modes and switches against `plain` on the same batches: each idea's share. A method is compared with itself."""
+    header = (
+        "method", "--memory", "all batches, s", "speed, plain = 1", "step, s (median)", "step of a first epoch, s",
+        "peak, GiB (MLX)", "peak, plain = 1",
+    )  # fmt: skip
+    found = [(row, _mode(row, record["settings"])) for record in records.values() for row in record["methods"]]
+    plain = {row["method"]: row for row, mode in found if mode == "plain"}
+    rows = []
+    for row, mode in sorted(found, key=lambda each: each[0]["method"] != "orpo"):
+        base = plain[row["method"]]
+        rows.append(
+            (
+                Cell(row["method"]), Cell(mode), number(sum(row["steps_s"]), "{:.1f}"),
+                number(sum(base["steps_s"]) / sum(row["steps_s"]), "{:.2f}"), number(row["step_s_median"], "{:.2f}"),
+                number(row["step_s_median"] + row["reference_s"], "{:.2f}"),
+                number(row["peak_memory_gib"], "{:.2f}"),
+                number(row["peak_memory_gib"] / base["peak_memory_gib"], "{:.2f}"),
+            )
+        )  # fmt: skip
+    return Table(header, tuple(rows))
+
+
+def figures(record: Mapping[str, Any]) -> str:
+    """A table of figures a program printed, and how they were taken."""
+    rows = tuple(tuple(Cell(str(value)) for value in row) for row in record["rows"])
+    table = Table(tuple(record["columns"]), rows).markdown()
+    return f"{table}\n\nTaken {record['date']} on {record['machine']}, by `{record['command']}`."
 
 
 def add_results(source: Path, root: Path, name: str, *, replies: bool) -> Path:
@@ -107,8 +161,8 @@ def add_results(source: Path, root: Path, name: str, *, replies: bool) -> Path:
         DataError: it is not one.
         ConfigError: the name cannot stand in a marker.
     """
-    if not re.fullmatch(r"[a-z0-9_-]+", name) or name == "memory":
-        raise ConfigError(f"--name {name}: expected small letters, digits, - and _, and not 'memory'.")
+    if not re.fullmatch(r"[a-z0-9_-]+", name) or name in ("memory", "figures"):
+        raise ConfigError(f"--name {name}: expected small letters, digits, - and _, and not 'memory' or 'figures'.")
     results = dict(_read(source))
     try:
         for make in TABLES.values():
@@ -148,11 +202,14 @@ def stale_documents(root: Path, *, write: bool) -> list[str]:
 
 
 def _block(what: str, root: Path) -> str:
-    if what == "memory":
-        files = sorted((root / FOLDER / "memory").glob("*.json"))
-        body = memory_table({file.name: _read(file) for file in files}).markdown() if files else "None yet."
+    name, _, table = what.partition(" ")
+    if name == "memory":
+        files = sorted((root / FOLDER / "memory").glob(f"{table}*.json"), key=lambda file: file.stem)
+        make = modes_table if table else memory_table
+        body = make({file.name: _read(file) for file in files}).markdown() if files else "None yet."
+    elif name == "figures":
+        body = figures(_read(root / FOLDER / "figures" / f"{table}.json"))
     else:
-        name, _, table = what.partition(" ")
         if table not in TABLES:
             raise DataError(f"<!-- results: {what} -->: no table {table!r}, expected one of {', '.join(TABLES)}.")
         file = root / FOLDER / f"{name}.json"

@@ -21,7 +21,7 @@ from orpo_mlx.samples import Reply
 
 _WIDE = 110
 
-_CLOSING_ROWS = {
+CLOSING_ROWS = {
     "preference accuracy, mean log-prob": ("accuracies/mean_logps", "{:.1%}"),
     "preference accuracy, summed log-prob": ("accuracies/sum_logps", "{:.1%}"),
     "preference accuracy, the method's reward": ("rewards/accuracies", "{:.1%}"),
@@ -133,7 +133,7 @@ class Reporter:
         for split in before:
             table.add_column(f"{split} before", justify="right")
             table.add_column(f"{split} after", justify="right")
-        for title, (key, form) in _CLOSING_ROWS.items():
+        for title, (key, form) in CLOSING_ROWS.items():
             cells = [form.format(side[split][key]) for split in before for side in (before, after)]
             table.add_row(title, *cells)
         self.console.print(table)

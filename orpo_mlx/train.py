@@ -25,9 +25,12 @@ from orpo_mlx.lock import locked
 from orpo_mlx.loop import Loop
 from orpo_mlx.lora import adapter_weights
 from orpo_mlx.memory_plan import plan_memory
+from orpo_mlx.model_card import FILE as CARD
+from orpo_mlx.model_card import write_card
 from orpo_mlx.order import groups_to_come, steps_of_adapter_file
 from orpo_mlx.prepare import Run, adapter_config, prepare, run_record
 from orpo_mlx.progress import Held, Progress
+from orpo_mlx.push import check_ready, push
 from orpo_mlx.reference_table import ReferenceTable
 from orpo_mlx.report import refresh_report
 from orpo_mlx.reporting import MetricsFile, Reporter
@@ -71,6 +74,8 @@ def train(config: TrainingConfig, reporter: Reporter | None = None, ranks: Ranks
         Interrupted: SIGINT or SIGTERM came; what was done is saved.
     """
     reporter = reporter or Reporter()
+    if config.push_to_hub is not None:
+        check_ready(config.push_to_hub, "--push-to-hub")
     settle()
     ranks = ranks or find_ranks(config.rank_timeout)
     ranks.timeout_s = config.rank_timeout
@@ -155,6 +160,8 @@ def _train(run: Run, reporter: Reporter) -> Held:
     if config.report and run.ranks.first:
         refresh_report(run.folder)
     _close(run, progress, reporter)
+    if run.ranks.first:
+        _publish(run, progress.before, after, reporter)
     return after
 
 
@@ -165,6 +172,14 @@ def _close(run: Run, progress: Progress, reporter: Reporter) -> None:
         step, loss = progress.best
         reporter.say(f"The lowest validation loss, {loss:.4f}, was at step {step}: {run.folder / BEST}/.")
     reporter.say(f"\nAdapters, metrics and settings are in {run.folder}/.")
+
+
+def _publish(run: Run, before: Held, after: Held, reporter: Reporter) -> None:
+    """Write the model card, and send everything to the Hub where that was asked for."""
+    if not write_card(run.folder, before, after):
+        reporter.say(f"{run.folder / CARD} was changed by hand and stays as it is; move it away to have a new one.")
+    if run.config.push_to_hub is not None:
+        reporter.say(f"Pushed to {push(run.folder, run.config.push_to_hub)}")
 
 
 def _refuse_unfinished(folder: Path, config: TrainingConfig) -> None:

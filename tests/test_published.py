@@ -31,6 +31,8 @@ def test_every_marker_has_an_end_and_every_result_a_marker() -> None:
     assert "demo claims" in found
     for file in (ROOT / "docs" / "results").glob("*.json"):
         assert any(mark.split()[0] == file.stem for mark in found), file
+    for file in (ROOT / "docs" / "results" / "figures").glob("*.json"):
+        assert f"figures {file.stem}" in found, file
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def test_texts_stay_at_home_where_they_must(documents: Path, comparison: Path) -
 
 
 def test_published_memory_has_a_row_each(documents: Path) -> None:
-    settings = {"model": "m", "batch_size": 2, "grad_accumulation_steps": 2}
+    settings = {"model": "m", "batch_size": 2, "grad_accumulation_steps": 2, "plain_head": True}
     figures = {"peak_memory_gib": 1.25, "step_s_median": 2.0, "pair_tokens_per_s": 99.0}
     rows: list[dict[str, Any]] = [
         {"method": "orpo", "memory": "fast", **figures},
@@ -86,8 +88,43 @@ def test_published_memory_has_a_row_each(documents: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "m9.json").write_text(json.dumps(record))
     lines = regenerated("<!-- results: memory -->\n\n<!-- end of results -->", documents).splitlines()
-    assert lines[3] == "| Apple M9 | m | 4 | orpo | fast | 1.25 | 2.00 | 99 | 2026-11-23 |"
-    assert lines[4] == "| Apple M9 | m | 4 | dpo | fast | killed | – | – | 2026-11-23 |"
+    assert lines[3] == "| Apple M9 | m | 4 | orpo | fast --plain-head | 1.25 | 2.00 | 99 | 2026-11-23 |"
+    assert lines[4] == "| Apple M9 | m | 4 | dpo | fast --plain-head | killed | – | – | 2026-11-23 |"
+
+
+def test_modes_are_compared_with_the_plain_one_of_the_same_method(documents: Path) -> None:
+    def row(method: str, memory: str, seconds: list[float], peak: float, reference: float = 0.0) -> dict[str, Any]:
+        return {
+            "method": method, "memory": memory, "steps_s": seconds, "step_s_median": seconds[0],
+            "reference_s": reference, "peak_memory_gib": peak,
+        }  # fmt: skip
+
+    folder = documents / "docs" / "results" / "memory"
+    folder.mkdir(parents=True)
+    plain = [row("dpo", "plain", [6.0, 4.0], 4.0, 1.0), row("orpo", "plain", [8.0, 8.0], 8.0)]
+    (folder / "m.json").write_text(
+        json.dumps({"settings": {}, "methods": [*plain, row("dpo", "fast", [2.0, 2.0], 2.0)]})
+    )
+    switched = {"settings": {"share_prompt": False}, "methods": [row("orpo", "fast", [4.0, 4.0], 2.0)]}
+    (folder / "m-other.json").write_text(json.dumps(switched))
+    (folder / "other.json").write_text(json.dumps(switched))
+    lines = regenerated("<!-- results: memory m -->\n\n<!-- end of results -->", documents).splitlines()
+    assert lines[3:-1] == [
+        "| orpo | plain | 16.0 | 1.00 | 8.00 | 8.00 | 8.00 | 1.00 |",
+        "| orpo | fast --no-share-prompt | 8.0 | 2.00 | 4.00 | 4.00 | 2.00 | 0.25 |",
+        "| dpo | plain | 10.0 | 1.00 | 6.00 | 7.00 | 4.00 | 1.00 |",
+        "| dpo | fast | 4.0 | 2.50 | 2.00 | 2.00 | 2.00 | 0.50 |",
+    ]
+
+
+def test_figures_stand_with_how_they_were_taken(documents: Path) -> None:
+    folder = documents / "docs" / "results" / "figures"
+    folder.mkdir(parents=True)
+    taken = {"date": "2026-01-02", "machine": "a Mac", "command": "make it"}
+    (folder / "odd.json").write_text(json.dumps({**taken, "columns": ["a|", "b"], "rows": [["x|y", 1.5]]}))
+    text = regenerated("<!-- results: figures odd -->\n\n<!-- end of results -->", documents)
+    assert "| x\\|y | 1.5 |" in text
+    assert "Taken 2026-01-02 on a Mac, by `make it`." in text
 
 
 def test_what_cannot_be_published(documents: Path, tmp_path: Path, comparison: Path) -> None:
@@ -95,7 +132,7 @@ def test_what_cannot_be_published(documents: Path, tmp_path: Path, comparison: P
     other.write_text('{"schema": 1}')
     with pytest.raises(DataError, match=r"is not a results\.json"):
         add_results(other, documents, "tiny", replies=True)
-    for name in ("memory", "A b"):
+    for name in ("memory", "figures", "A b"):
         with pytest.raises(ConfigError, match="--name"):
             add_results(comparison / "results.json", documents, name, replies=True)
     with pytest.raises(DataError, match="no table 'odd', expected one of facts"):
