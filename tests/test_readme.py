@@ -1,74 +1,156 @@
-"""What the README says exists, and its commands parse."""
+"""Every command in README.md and docs/ parses, and runs; every file they lead to is there."""
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
-import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from orpo_mlx.chat import build_parser as build_chat_parser
 from orpo_mlx.compare_plan import parse as parse_comparison
 from orpo_mlx.config import resolve
-from orpo_mlx.convert import build_parser as build_convert_parser
 from orpo_mlx.fit import parse as parse_fit
+from orpo_mlx.main import COMMANDS
 from orpo_mlx.memory_benchmark import parse as parse_benchmark
-from orpo_mlx.methods import METHODS
-from orpo_mlx.push import build_parser as build_push_parser
-from orpo_mlx.report import build_parser as build_report_parser
-from orpo_mlx.score import build_parser as build_score_parser
+from tests.conftest import write_rows
+from tests.documents import DOCUMENTS, LINES, ROOT, Line, lines_of
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TEXT = README + "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for line in block.splitlines() if line]
+_SCREENS = 150
 
 
-def test_there_are_commands() -> None:
-    assert len(COMMANDS) >= 4
+def parse_training(words: Sequence[str]) -> object:
+    """Flags only: the config files that the documents name are the reader's own."""
+    files = {index + shift for index, word in enumerate(words) if word in ("-c", "--config") for shift in (0, 1)}
+    return resolve([word for index, word in enumerate(words) if index not in files])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_names_files_and_flags_that_exist(command: str) -> None:
-    for part in command.split("&&"):
-        words = shlex.split(part)
-        if words[:2] == ["pip", "install"]:
-            continue
-        if words[0] == "mlx.launch":
-            words = words[words.index(".venv/bin/python") :]
-        if words[0].startswith("scripts/"):
-            assert (ROOT / words[0]).is_file()
-            assert all(flag in (ROOT / words[0]).read_text() for flag in words[1:])
-        elif words[1] == "scripts/compare_memory.py":
-            parse_benchmark(words[2:])
-        elif words[1] == "scripts/convert.py":
-            build_convert_parser().parse_args(words[2:])
-        elif words[1] == "scripts/compare_methods.py":
-            parse_comparison(words[2:])
-        elif words[1:3] == ["-m", "orpo_mlx.train"]:
-            resolve([word for word in words[3:] if word not in ("-c", "run.yaml")])
-        elif words[1:3] == ["-m", "orpo_mlx.fit"]:
-            parse_fit(words[3:])
-        elif words[1:3] == ["-m", "orpo_mlx.score"]:
-            build_score_parser().parse_args(words[3:])
-        elif words[1:3] == ["-m", "orpo_mlx.report"]:
-            build_report_parser().parse_args(words[3:])
-        elif words[1:3] == ["-m", "orpo_mlx.chat"]:
-            build_chat_parser().parse_args(words[3:])
-        elif words[1:3] == ["-m", "orpo_mlx.push"]:
-            build_push_parser().parse_args(words[3:])
+# Commands whose flags are checked by more than their own parser.
+PARSE: dict[str, Callable[[Sequence[str]], object]] = {
+    "train": parse_training, "fit": parse_fit, "compare": parse_comparison, "memory": parse_benchmark,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: f"{line.document}: {' '.join(line.words)[:60]}")
+def test_a_command_names_files_and_flags_that_exist(line: Line) -> None:
+    ours = line.ours()
+    if ours is not None:
+        name, words = ours
+        if name in PARSE:
+            PARSE[name](words)
         else:
-            assert words[1] == "-m"
-            assert words[2] in ("pytest", "mlx_lm")
+            importlib.import_module(COMMANDS[name].module).build_parser().parse_args(words)
+    elif line.words[0].startswith("scripts/"):
+        text = (ROOT / line.words[0]).read_text(encoding="utf-8")
+        assert all(flag in text for flag in line.words[1:])
+    elif line.words[:2] != ["pip", "install"]:
+        assert line.words[1] == "-m"
+        assert line.words[2] in ("pytest", "mlx_lm")
+        files = [word for word in line.words[3:] if word.startswith("tests/")]
+        assert all((ROOT / file).is_file() for file in files)
 
 
-def test_every_module_is_in_the_table() -> None:
-    for path in (ROOT / "orpo_mlx").glob("[a-z]*.py"):
-        assert f"`{path.name}`" in README or path.name == "errors.py", path.name
+def test_the_readme_is_short_and_leads_to_every_document() -> None:
+    assert len(README.splitlines()) <= _SCREENS
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert "(docs/README.md)" in README
+    for path in (ROOT / "docs").glob("*.md"):
+        assert path.name == "README.md" or f"]({path.name})" in index, path.name
 
 
-def test_the_table_of_methods_is_the_registry() -> None:
-    for name, method in METHODS.items():
-        equation, reference = method.equation.replace("|", r"\|"), "yes" if method.needs_reference else "no"
-        assert f"| `{name}` | {equation} | {reference} | {method.source} |" in README
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+# What cannot be run here: it needs the network, other machines, this very suite, or does not end.
+NOT_RUN = ("scripts/setup.sh", "pip", "pytest", "mlx.launch", "server", "--push-to-hub")
+
+# Models and data that a reader has, and tests do not.
+SUBSTITUTES = [
+    (r"(mlx-community|Qwen|HuggingFaceTB)/\S+", "model"),
+    (r"my_pairs/(test\.jsonl)?", r"data/\1"),
+    (r"\.\./shared/data", "data"),
+    (r"pairs\.jsonl", "data/train.jsonl"),
+    (r"--keep-quantized", "--verify"),  # The tiny GGUF file has no quantised blocks to keep.
+]
+
+_SMALL = ["--model", "model", "--data", "data", "--batch-size", "2", "--max-seq-length", "256"]
+_TRAIN = [*_SMALL, "--no-memory-check", "--samples", "1"]
+# What makes a command small; a flag given twice has its last value.
+ADDED = {
+    "train": _TRAIN,
+    "fit": _SMALL,
+    "inspect": _SMALL,
+    "memory": [*_SMALL, "--iters", "1"],
+    "compare": [
+        *_SMALL, "--methods", "orpo,dpo", "--seeds", "1", "--steps", "2", "--learning-rates", "1e-3", "--beta-factors",
+        "", "--sanity", "", "--valid-pairs", "2", "--test-pairs", "2", "--curve-points", "1",
+    ],
+    "chat": ["--max-tokens", "4"],
+    "convert hf": ["--group-size", "32"],
+    "convert peft-to-mlx": ["--overwrite"],
+    "convert mlx-to-peft": ["--overwrite"],
+    "generate": ["--max-tokens", "4"],
+}  # fmt: skip
+
+
+def as_run(line: Line) -> list[str] | None:
+    """The words to run for a line of a document, or None where it is not run."""
+    if any(word in NOT_RUN for word in line.words):
+        return None
+    ours = line.ours()
+    if ours is None:
+        name, words = line.words[3], [sys.executable, *line.words[1:]]
+    else:
+        name, words = ours[0], [sys.executable, "-m", "orpo_mlx", ours[0], *ours[1]]
+    for pattern, replacement in SUBSTITUTES:
+        words = [re.sub(f"^{pattern}$", replacement, word) for word in words]
+    kind = f"{name} {ours[1][0]}" if ours and ours[1] else name
+    return [*words, *ADDED.get(name, ADDED.get(kind, []))]
+
+
+def run(words: Sequence[str], folder: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ORPO_MLX_CACHE": str(folder / "cache")}
+    done = subprocess.run(
+        words, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-2000:]}"
+    return done.stdout
+
+
+@pytest.fixture
+def readers_folder(tmp_path: Path, model_folder: Path) -> Path:
+    """A folder with what the documents take for granted: data, a model, a run, a GGUF file, a PEFT adapter."""
+    from tests.test_gguf import write_gguf
+
+    (tmp_path / "model").symlink_to(model_folder)
+    for split, count in (("train", 8), ("valid", 4), ("test", 4)):
+        rows: list[dict[str, Any]] = [
+            {"prompt": f"{split} {n}?", "chosen": f"Yes, {n}.", "rejected": f"No, {'so ' * n}{n}."}
+            for n in range(count)
+        ]
+        write_rows(tmp_path / "data" / f"{split}.jsonl", rows)
+    (tmp_path / "run.yaml").write_text("method: dpo\nmodel: model\ndata: data\n")
+    write_gguf(tmp_path / "model.Q4_K_M.gguf")
+    program = [sys.executable, "-m", "orpo_mlx"]
+    run([*program, "train", *_TRAIN], tmp_path)
+    run([*program, "convert", "mlx-to-peft", "adapters", "lora-from-peft", "--model", "model"], tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if lines_of(path)], ids=lambda path: path.name)
+def test_every_command_runs_one_after_the_other(path: Path, readers_folder: Path) -> None:
+    for line in lines_of(path):
+        words = as_run(line)
+        if words is not None:
+            run(words, readers_folder)
