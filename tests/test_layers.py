@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
 LAYERS = [
-    {"_blas", "allocator", "errors", "exponential", "gguf_blocks", "signals", "types", "watch"},
+    {"_blas", "allocator", "conversation", "errors", "exponential", "gguf_blocks", "signals", "types", "watch"},
     {
         "cache",
         "distributed",
@@ -49,8 +49,8 @@ LAYERS = [
     {"reference_copy"},
     {"compare_plan", "divergence", "intervals"},
     {"evaluation", "prepare", "reporting", "report", "chapter", "score", "inspection"},
-    {"gradients", "inspect", "order", "verification"},
-    {"finite", "resume", "conversion"},
+    {"chat", "gradients", "inspect", "model_card", "order", "verification"},
+    {"finite", "resume", "conversion", "push"},
     {"step", "convert"},
     {"memory", "loop"},
     {"memory_plan"},
@@ -62,6 +62,8 @@ LAYERS = [
     {"compare_report"},
     {"compare", "published"},
     {"memory_benchmark"},
+    {"main"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
