@@ -17,8 +17,8 @@ import numpy as np
 
 from orpo_mlx.exponential import exp, on_cpu
 
-_BLOCK_BYTES = 4 << 20
-_KEPT_BYTES = 8 << 20
+_BLOCK_BYTES = 2 << 20
+KEPT_BYTES = 8 << 20
 _FEWEST_ROWS = 32
 _FAR = 1e9
 # e^-50 = 2e-22 is nothing beside a weight of 1 in float32. Smaller ones, times a small gradient, leave the range of
@@ -45,7 +45,7 @@ def attention(
     *,
     scale: float,
     mask: Any = None,
-    keep: bool | None = None,
+    kept_bytes: int = KEPT_BYTES,
     rows: int | None = None,
 ) -> mx.array:
     """softmax(scale·q kᵀ + mask) v.
@@ -57,18 +57,16 @@ def attention(
         scale: multiplies the scores.
         mask: None, "causal" (the last row sees all K keys), or (L, K) or (B, 1, L, K): boolean, true where a row sees
             a key, or numbers that are added to the scores.
-        keep: keep the weights for the backward pass, where the forward pass makes them (on a CPU); None: while they
-            take no more than 8 MiB, so that memory does not grow with the square of the length.
-        rows: query rows of a block; None takes what fits 4 MiB of scores.
+        kept_bytes: keep the weights for the backward pass, where the forward pass makes them (on a CPU), while they
+            take no more than this, so that memory does not grow with the square of the length.
+        rows: query rows of a block; None takes what fits 2 MiB of scores.
 
     Returns:
         (B, heads, L, D'), of q's dtype.
     """
     blocks = _blocks(mask, q, k, rows)
-    if keep is None:
-        keep = sum((block.last - block.first) * (block.high - block.low) for block in blocks) <= _most_kept(q)
     in_blocks = on_cpu()
-    work = _Work(blocks, scale, mask, keep and in_blocks)
+    work = _Work(blocks, scale, mask, in_blocks and _weight_bytes(blocks, q) <= kept_bytes)
 
     def forward(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
         return _forward(q, k, v, work) if in_blocks else [model_attention(q, k, v, scale=scale, mask=mask)]
@@ -137,9 +135,10 @@ def fits(q: mx.array, mask: Any, options: dict[str, Any]) -> bool:
     return q.shape[2] > 1 and known_mask and all(value is None for value in options.values())
 
 
-def _most_kept(q: mx.array) -> int:
-    """Pairs of row and key whose weights take `_KEPT_BYTES`."""
-    return _KEPT_BYTES // (q.itemsize * q.shape[0] * q.shape[1])
+def _weight_bytes(blocks: Sequence[Block], q: mx.array) -> int:
+    """What the weights of all blocks take."""
+    cells = sum((block.last - block.first) * (block.high - block.low) for block in blocks)
+    return cells * q.itemsize * q.shape[0] * q.shape[1]
 
 
 def _blocks(mask: Any, q: mx.array, k: mx.array, rows: int | None) -> list[Block]:

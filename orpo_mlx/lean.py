@@ -1,7 +1,8 @@
 """What mlx-lm's layers call, exchanged for the length of a `with` block for the same functions at a lower price.
 
-Attention goes to `attention.attention`; SwiGLU keeps nothing for the backward pass but its two arguments, and its
-sigmoid where that costs more to compute again than to keep. Layers that call neither run as they are.
+Attention goes to `attention.attention`; SwiGLU keeps nothing for the backward pass but its two arguments; a LoRA layer
+adds its low-rank part inside of a matrix product, both ways, rather than in passes of their own over its output. Layers
+that call none of them run as they are.
 """
 
 from __future__ import annotations
@@ -14,51 +15,93 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations
+from mlx_lm.tuner.lora import LoRALinear
 
-from orpo_mlx.attention import attention, fits, model_attention
-from orpo_mlx.exponential import on_cpu, sigmoid
+from orpo_mlx.attention import KEPT_BYTES, attention, fits, model_attention
+from orpo_mlx.exponential import sigmoid
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """gate · σ(gate) · up, elementwise; on a CPU, σ(gate) is kept for the backward pass."""
-    keep = on_cpu()
+    """gate · σ(gate) · up, elementwise; σ(gate) is computed again in the backward pass."""
 
-    def forward(gate: mx.array, up: mx.array) -> list[mx.array]:
-        share = sigmoid(gate)
-        return [gate * share * up, *([share] if keep else [])]
+    def forward(gate: mx.array, up: mx.array) -> mx.array:
+        return gate * sigmoid(gate) * up
 
     function: Any = mx.custom_function(forward)
 
     @function.vjp  # type: ignore[untyped-decorator]
-    def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
+    def backward(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, mx.array]:
         gate, up = primals
-        share = outputs[1] if keep else sigmoid(gate)
-        slope = cotangents[0] * share
+        share = sigmoid(gate)
+        slope = cotangent * share
         return slope * up * (1 + gate * (1 - share)), slope * gate
 
-    result: mx.array = function(gate, up)[0]
+    result: mx.array = function(gate, up)
     return result
 
 
+def lora_linear(layer: LoRALinear, x: mx.array) -> mx.array:
+    """linear(x) + scale · (x A) B, and its gradients towards x, A and B; the linear layer itself is frozen.
+
+    Both sums are made by the product that makes their last term (addmm), so no array of the output's or the input's
+    size is written and read again for them. mlx-lm's own call is taken where LoRA dropout is on, or where A and B are
+    not of x's dtype, since the low-rank part is then rounded before it is added.
+    """
+    linear, scale = layer.linear, layer.scale
+    same = x.dtype == layer.lora_a.dtype == layer.lora_b.dtype
+    if not same or layer.dropout(x) is not x or linear.trainable_parameters():
+        plain: mx.array = model_lora_linear(layer, x)
+        return plain
+
+    def forward(x: mx.array, a: mx.array, b: mx.array) -> list[mx.array]:
+        narrow = x @ a
+        return [mx.addmm(linear(x), narrow, b, alpha=scale), narrow]
+
+    function: Any = mx.custom_function(forward)
+
+    @function.vjp  # type: ignore[untyped-decorator]
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array, mx.array]:
+        x, a, b = primals
+        cotangent, narrow = cotangents[0], outputs[1]
+        slope = cotangent @ b.T
+        (through_linear,) = mx.vjp(linear, [x], [cotangent])[1]
+        grad_x = mx.addmm(through_linear, slope, a.T, alpha=scale)
+        return grad_x, scale * (_flat(x).T @ _flat(slope)), scale * (_flat(narrow).T @ _flat(cotangent))
+
+    result: mx.array = function(x, layer.lora_a, layer.lora_b)[0]
+    return result
+
+
+def _flat(x: mx.array) -> mx.array:
+    return x.reshape(-1, x.shape[-1])
+
+
+model_lora_linear = LoRALinear.__call__
+"""mlx-lm's own, whatever stands in its place later."""
+
+
 @contextmanager
-def lean_layers(model: nn.Module) -> Iterator[None]:
-    """Within the block, the layers of `model` call the functions of this package."""
+def lean_layers(model: nn.Module, kept_bytes: int = KEPT_BYTES) -> Iterator[None]:
+    """Within the block, the layers of `model` call the functions of this package, `attention` with `kept_bytes`."""
 
     def patched_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, **rest: Any) -> Any:
         if fits(q, mask, rest):
-            return attention(q, k, v, scale=scale, mask=mask)
+            return attention(q, k, v, scale=scale, mask=mask, kept_bytes=kept_bytes)
         return model_attention(q, k, v, scale=scale, mask=mask, **rest)
 
     fast: Any = mx.fast
     callers = [module for module in _modules_of(model) if getattr(module, "swiglu", None) is activations.swiglu]
     before = fast.scaled_dot_product_attention
     fast.scaled_dot_product_attention = patched_attention
+    lora: Any = LoRALinear
+    lora.__call__ = lora_linear
     for module in callers:
         module.swiglu = swiglu
     try:
         yield
     finally:
         fast.scaled_dot_product_attention = before
+        lora.__call__ = model_lora_linear
         for module in callers:
             module.swiglu = activations.swiglu
 

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from orpo_mlx.attention import KEPT_BYTES
 from orpo_mlx.batching import collate
 from orpo_mlx.head import close, find_head, head_logps, token_logps, trained_head_logps
 from orpo_mlx.lean import lean_layers
@@ -54,6 +55,7 @@ class PairScorer:
         share_prompt: False runs the prompt once per completion.
         split_head: False computes the logits of every position.
         lean: False runs the model's layers exactly as mlx-lm wrote them.
+        kept_attention_bytes: see `attention`.
     """
 
     def __init__(
@@ -63,8 +65,9 @@ class PairScorer:
         share_prompt: bool = True,
         split_head: bool = True,
         lean: bool = True,
+        kept_attention_bytes: int = KEPT_BYTES,
     ) -> None:
-        self.model = model
+        self.model, self._kept_attention_bytes = model, kept_attention_bytes
         self.lean = self.shares_prompt = self._padded_prefix = False
         with without_dropout(model):
             self.head = find_head(model) if split_head else None
@@ -113,19 +116,24 @@ class PairScorer:
 
     def _predict(self, parts: list[tuple[mx.array, mx.array, mx.array]], gradient: bool) -> list[mx.array]:
         """Log-probs of the masked targets from the states before them, all parts through the head together."""
-        picks, states, targets = [], [], []
+        picks: list[mx.array | None] = []
+        states, targets = [], []
         for hidden, ids, mask in parts:
-            flat = mx.array(np.flatnonzero(np.array(mask)).astype(np.int32))
+            rows, tokens = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1)
+            wanted = np.flatnonzero(np.array(mask))
+            # Without padding there is nothing to pick, and no gradient to scatter.
+            flat = None if wanted.size == ids.size else mx.array(wanted.astype(np.int32))
             picks.append(flat)
-            states.append(mx.take(hidden.reshape(-1, hidden.shape[-1]), flat, axis=0))
-            targets.append(mx.take(ids.reshape(-1), flat))
+            states.append(rows if flat is None else mx.take(rows, flat, axis=0))
+            targets.append(tokens if flat is None else mx.take(tokens, flat))
         logps = self._head_logps(mx.concatenate(states), mx.concatenate(targets), gradient)
         grids = []
         start = 0
-        for flat, (_, ids, _) in zip(picks, parts, strict=True):
-            grid = mx.zeros(ids.size, mx.float32).at[flat].add(logps[start : start + flat.size])
+        for pick, (_, ids, _) in zip(picks, parts, strict=True):
+            found = logps[start : start + (ids.size if pick is None else pick.size)]
+            start += found.size
+            grid = found if pick is None else mx.zeros(ids.size, mx.float32).at[pick].add(found)
             grids.append(grid.reshape(ids.shape))
-            start += flat.size
         return grids
 
     def _head_logps(self, states: mx.array, targets: mx.array, gradient: bool) -> mx.array:
@@ -143,7 +151,7 @@ class PairScorer:
 
     def layers(self) -> AbstractContextManager[None]:
         """The context in which the model's layers are to be called."""
-        return lean_layers(self.model) if self.lean else nullcontext()
+        return lean_layers(self.model, self._kept_attention_bytes) if self.lean else nullcontext()
 
     def streams(self, batch: Batch, run: Run) -> tuple[mx.array, ...]:
         """`run` on each token sequence of a batch, in a fixed order: prompts before the completions that need them."""

@@ -15,10 +15,12 @@ class Mode(NamedTuple):
     """Whether layers call `lean`'s functions rather than mlx-lm's."""
     kept_layers: float = 1.0
     """Share of the layers, from the last, that are not run again in the backward pass."""
+    kept_attention_mib: int = 8
+    """A layer keeps the attention weights of one token sequence while they take no more than this."""
 
 
 MODES = {
-    "fast": Mode("keeps everything a backward pass wants"),
+    "fast": Mode("keeps everything a backward pass wants", kept_attention_mib=16),
     "balanced": Mode("runs the first 60 % of the layers again, in segments", kept_layers=0.4),
     "thrift": Mode("runs every layer again, in segments", kept_layers=0.0),
     "plain": Mode("mlx-lm's own forward, all logits, prompts twice", share_prompt=False, split_head=False, lean=False),

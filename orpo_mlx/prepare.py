@@ -150,6 +150,7 @@ def spend_memory(config: TrainingConfig, model: nn.Module) -> tuple[PairScorer, 
         share_prompt=mode.share_prompt and config.share_prompt,
         split_head=mode.split_head and not config.plain_head,
         lean=mode.lean,
+        kept_attention_bytes=mode.kept_attention_mib << 20,
     )
     walk = None
     if mode.kept_layers < 1:

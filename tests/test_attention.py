@@ -56,10 +56,10 @@ def masks(length: int, keys: int) -> dict[str, tuple[Any, Array | None]]:
 
 
 @pytest.mark.parametrize("rows", [1, 4, 100])
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 20])
 @pytest.mark.parametrize("name", masks(3, 3))
 @pytest.mark.parametrize(("length", "keys"), [(9, 9), (5, 12)])
-def test_value_and_gradients(name: str, length: int, keys: int, keep: bool, rows: int) -> None:
+def test_value_and_gradients(name: str, length: int, keys: int, kept_bytes: int, rows: int) -> None:
     rng = np.random.default_rng(0)
     # Two rows that see nothing at the start of a padded prompt mean nothing, so keys begin before the queries there.
     keys = keys + 2 if name == "rows" else keys
@@ -69,7 +69,7 @@ def test_value_and_gradients(name: str, length: int, keys: int, keep: bool, rows
     primals = [mx.array(each.astype(np.float32)) for each in (q, k, v)]
 
     def run(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return attention(q, k, v, scale=SCALE, mask=given, keep=keep, rows=rows)
+        return attention(q, k, v, scale=SCALE, mask=given, kept_bytes=kept_bytes, rows=rows)
 
     outputs, gradients = mx.vjp(run, primals, [mx.array(cotangent.astype(np.float32))])
     for found, expected in zip([*outputs, *gradients], reference(q, k, v, seen, cotangent), strict=True):
@@ -98,6 +98,23 @@ def test_on_other_devices_the_fused_kernel_runs_forward(name: str, monkeypatch: 
     for found, expected in zip(gradients(), here, strict=True):
         np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-4, atol=1e-5)
     assert len(calls) == 1
+
+
+def test_weights_are_made_once_while_they_take_no_more_than_the_bytes_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = mx.random.normal((1, 4, 64, 8)), mx.random.normal((1, 2, 64, 8))
+    taken = 4 * 64 * 64 * 4  # heads, rows, keys, bytes
+    made: list[int] = []
+    weights = attention_module._weights
+
+    def counted(*arguments: Any) -> tuple[mx.array, mx.array]:
+        made.append(1)
+        return weights(*arguments)
+
+    monkeypatch.setattr(attention_module, "_weights", counted)
+    for kept_bytes, times in ((taken, 1), (taken - 1, 2)):
+        made.clear()
+        mx.eval(mx.vjp(lambda q, most=kept_bytes: attention(q, k, k, scale=SCALE, kept_bytes=most), [q], [q])[1])
+        assert len(made) == times
 
 
 def test_memory_grows_with_the_length_not_its_square() -> None:
