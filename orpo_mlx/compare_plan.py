@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orpo_mlx.cli import OneLineParser
-from orpo_mlx.config import TrainingConfig, recipe, resolve
+from orpo_mlx.command_line import resolve
+from orpo_mlx.config import TrainingConfig, recipe
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.methods import PARAMETERS
 

@@ -23,7 +23,8 @@ from orpo_mlx.allocator import settle
 from orpo_mlx.batching import TrainingOrder, micro_batches
 from orpo_mlx.checkpoint import save_json
 from orpo_mlx.cli import OneLineParser, exit_status
-from orpo_mlx.config import TrainingConfig, resolve
+from orpo_mlx.command_line import resolve
+from orpo_mlx.config import TrainingConfig
 from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.footprint import process_footprint
 from orpo_mlx.prepare import Run, prepare, versions

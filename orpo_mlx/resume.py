@@ -24,7 +24,8 @@ from orpo_mlx.checkpoint import (
     whole_checkpoints,
     write_checkpoint,
 )
-from orpo_mlx.config import TrainingConfig, check_settings, group_of
+from orpo_mlx.config import TrainingConfig, group_of
+from orpo_mlx.config_checks import check_settings
 from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.lora import adapter_weights, load_adapter_file
 from orpo_mlx.order import epoch_and_step, order_digest, place_metadata, total_steps

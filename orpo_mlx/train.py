@@ -18,7 +18,8 @@ from rich.console import Console
 from orpo_mlx.allocator import settle
 from orpo_mlx.checkpoint import Checkpoint, remove_all, save_json, write_text
 from orpo_mlx.cli import exit_status
-from orpo_mlx.config import TrainingConfig, resolve
+from orpo_mlx.command_line import resolve
+from orpo_mlx.config import TrainingConfig
 from orpo_mlx.distributed import Ranks, find_ranks
 from orpo_mlx.errors import TrainingError, printable
 from orpo_mlx.lock import locked

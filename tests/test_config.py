@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.config import TrainingConfig, make_config, read_config_file, recipe, resolve
+from orpo_mlx.command_line import read_config_file, resolve
+from orpo_mlx.config import TrainingConfig, recipe
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.methods import METHODS, PARAMETERS
 

@@ -13,7 +13,7 @@ import pytest
 
 from orpo_mlx import memory_benchmark
 from orpo_mlx.batching import collate
-from orpo_mlx.config import make_config
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.logprobs import PairScorer, pair_logps
 from orpo_mlx.memory_benchmark import compare, main, measure, table
 from tests.conftest import make_model, make_pairs

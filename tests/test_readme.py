@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from orpo_mlx.command_line import resolve
 from orpo_mlx.compare_plan import parse as parse_comparison
-from orpo_mlx.config import resolve
 from orpo_mlx.fit import parse as parse_fit
 from orpo_mlx.main import COMMANDS
 from orpo_mlx.memory_benchmark import parse as parse_benchmark

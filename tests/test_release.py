@@ -20,7 +20,8 @@ from orpo_mlx.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 _IMPORT_SECONDS = 0.3
-_USER = """from orpo_mlx.config import TrainingConfig, make_config
+_USER = """from orpo_mlx.config import TrainingConfig
+from orpo_mlx.config_checks import make_config
 config: TrainingConfig = make_config({"method": "dpo"})
 size: int = config.batch_size
 """

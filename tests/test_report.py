@@ -12,7 +12,7 @@ import pytest
 from orpo_mlx import loop as loop_module
 from orpo_mlx import report
 from orpo_mlx import train as train_module
-from orpo_mlx.config import make_config
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.report import main, refresh_report, write_report
 from orpo_mlx.train import train

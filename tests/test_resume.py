@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from orpo_mlx.config import make_config
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.prepare import Run
 from orpo_mlx.reporting import Reporter

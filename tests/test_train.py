@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from mlx_lm import load as mlx_lm_load
 
-from orpo_mlx.config import make_config
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.gradients import window_gradient
 from orpo_mlx.lora import adapter_weights
