@@ -15,6 +15,18 @@ from orpo_mlx.config import FIELDS, GROUPS, TrainingConfig, flag_of
 from orpo_mlx.config_checks import check_settings, coerce, make_config
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.methods import describe
+from orpo_mlx.mlx_lm_keys import without_mlx_lm_keys
+from orpo_mlx.settled import CHECKPOINT, FILE, FLAG, Settled, as_yaml
+
+Earlier = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""From the settings given by flags and a file to those that an earlier run left for this one."""
+
+_REPLACES = {
+    "iters": ("epochs",),
+    "epochs": ("iters",),
+    "memory": ("grad_checkpoint", "segment_layers"),
+    "grad_checkpoint": ("memory",),
+}
 
 
 class _ListMethods(argparse.Action):
@@ -28,6 +40,7 @@ def build_parser(prog: str = "python -m orpo_mlx.train") -> OneLineParser:
     parser = OneLineParser(
         prog=prog,
         description="Align a language model with preference pairs (ORPO, DPO and others).",
+        epilog="What a config file switches on, --no-NAME switches off, and --NAME the other way round.",
         allow_abbrev=False,
     )
     groups = add_settings(parser, tuple(FIELDS))
@@ -35,7 +48,11 @@ def build_parser(prog: str = "python -m orpo_mlx.train") -> OneLineParser:
         "-c",
         "--config",
         metavar="FILE",
-        help="YAML file with these settings, and lora_parameters and optimizer_config",
+        help="YAML file with these settings, lora_parameters, lr_schedule and optimizer_config; mlx_lm.lora's keys are "
+        "taken as well",
+    )
+    groups["what"].add_argument(
+        "--print-config", action="store_true", help="print all settings as a file for --config, and leave"
     )
     groups["what"].add_argument(
         "--list-methods", action=_ListMethods, nargs=0, default=argparse.SUPPRESS, help="print all methods and leave"
@@ -55,21 +72,21 @@ def add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> dict[
         if kind is dict:
             continue
         if kind is bool:
-            flag = flag if not field.default else f"--no-{flag[2:]}"
-            group.add_argument(
-                flag,
-                dest=name,
-                action="store_const",
-                const=not field.default,
-                default=argparse.SUPPRESS,
-                help=help_text,
-            )
+            _add_switch(group, name, flag, bool(field.default), help_text)
             continue
         choices = field.metadata.get("choices")
         metavar = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X"}.get(kind, "NAME")
+        metavar = "SIZE" if field.metadata.get("size") else metavar
         shown = "" if field.default is None else f" (default: {field.default})"
         group.add_argument(flag, dest=name, metavar=metavar, default=argparse.SUPPRESS, help=help_text + shown)
     return groups
+
+
+def _add_switch(group: argparse._ArgumentGroup, name: str, flag: str, default: bool, help_text: str) -> None:
+    """The flag that sets a switch to what it is not by default and, without a line in --help, the one back."""
+    for word, value in ((flag, True), (f"--no-{flag[2:]}", False)):
+        shown = argparse.SUPPRESS if value == default else help_text
+        group.add_argument(word, dest=name, action="store_const", const=value, default=argparse.SUPPRESS, help=shown)
 
 
 def parse_settings(
@@ -86,30 +103,30 @@ def parse_settings(
 
 
 def resolve(
-    argv: Sequence[str] | None = None,
-    prog: str = "python -m orpo_mlx.train",
-    earlier: Callable[[str], Mapping[str, Any]] = lambda folder: {},
+    argv: Sequence[str] | None = None, prog: str = "python -m orpo_mlx.train", earlier: Earlier = lambda values: {}
 ) -> TrainingConfig:
-    """Settings from a command line: flags over the `--config` file over defaults.
+    """Settings from a command line: flags over the `--config` file over what `earlier` finds over defaults.
 
-    With `--resume`, the settings that `earlier` finds in the adapter path come before the defaults.
+    With `--print-config` they are printed, and the program leaves with status 0.
 
     Raises:
         ConfigError: an unknown key, or a value that cannot be used; names the flag or the file and key.
     """
-    given, args = parse_settings(build_parser(prog), argv)
-    values = {} if args.config is None else read_config_file(Path(args.config))
-    values = {**values, **given}
-    if values.get("resume"):
-        values = {**_left_of(earlier(values.get("adapter_path", FIELDS["adapter_path"].default)), values), **values}
-    return make_config(values)
+    flags, args = parse_settings(build_parser(prog), argv)
+    file = {} if args.config is None else _left_of(read_config_file(Path(args.config), flags), flags)
+    values = {**file, **flags}
+    found = _left_of(earlier(values), values)
+    config = make_config({**found, **values})
+    if args.print_config:
+        print(as_yaml(Settled(config, {FLAG: flags, FILE: file, CHECKPOINT: found})), end="")
+        raise SystemExit(0)
+    return config
 
 
-def _left_of(earlier: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Earlier settings without those that settings given now take the place of under another name."""
-    instead = ({"iters", "epochs"}, {"memory", "grad_checkpoint", "segment_layers"})
-    gone = {name for names in instead if names & set(values) for name in names}
-    return {name: value for name, value in earlier.items() if name not in gone}
+def _left_of(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `lower` without those that `upper` replaces under another name."""
+    gone = {name for given in upper for name in _REPLACES.get(given, ())}
+    return {name: value for name, value in lower.items() if name not in gone}
 
 
 def _joined_numbers(argv: Sequence[str]) -> list[str]:
@@ -131,8 +148,8 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, checked.
+def read_config_file(path: Path, flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The settings in a YAML file, checked; `flags` are those of the command line.
 
     Raises:
         ConfigError: it cannot be read, is not a table, or holds an unknown key or a wrong value.
@@ -150,4 +167,4 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if not isinstance(table, dict):
         found = "nothing" if table is None else f"a {type(table).__name__}"
         raise ConfigError(f"{path}: found {found}, expected a table of settings (key: value).")
-    return check_settings(table, str(path))
+    return check_settings(without_mlx_lm_keys(table, flags or {}, str(path)), str(path))

@@ -62,6 +62,13 @@ class TrainingConfig:
     model: str = _option(DEFAULT_MODEL, "Hub id, local folder or .gguf file", str, "what")
     data: str = _option("data", "folder of splits, file, or Hub id owner/name[:config][@revision]", str, "what")
     adapter_path: str = _option("adapters", "folder to write adapters, metrics and settings into", str, "what")
+    test: bool = _option(
+        False,
+        "train nothing: evaluate the held-out splits with the adapters of --resume-adapter-file, or those in "
+        "--adapter-path",
+        bool,
+        "what",
+    )
 
     columns: str | None = _option(None, "columns under other names: prompt=question,rejected=worse", str, "data")
     min_margin: float | None = _option(
@@ -107,7 +114,7 @@ class TrainingConfig:
     )
     learning_rate: float = _option(1e-4, "learning rate", float, "training", check=POSITIVE)
     lr_schedule: dict[str, Any] | None = _option(None, "mlx-lm's schedule: name, arguments, warmup", dict, "training")
-    optimizer: str = _option("adamw", "optimiser", str, "training", choices=OPTIMIZERS)
+    optimizer: str = _option("adamw", "optimiser", str, "training", choices=OPTIMIZERS, lower=True)
     optimizer_config: dict[str, Any] = _option(
         DEFAULT_OPTIMIZER_CONFIG, "arguments of each optimiser", dict, "training"
     )
@@ -176,6 +183,15 @@ class TrainingConfig:
         int,
         "memory",
         check=POSITIVE,
+    )
+    clear_cache_threshold: int | None = _option(
+        None,
+        "clear MLX's cache after a step that leaves more than this in it, in bytes or as 500MB, 4GB; default: as the "
+        "allocator does",
+        int,
+        "memory",
+        check=NOT_NEGATIVE,
+        size=True,
     )
     grad_checkpoint: bool = _option(False, "mlx_lm.lora's name for --memory thrift", bool, "memory")
     share_prompt: bool = _option(True, "run each prompt once per completion, for comparison", bool, "memory")

@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_lm.utils import _parse_size
+
 from orpo_mlx.config import (
     DEFAULT_LORA,
     DEFAULT_OPTIMIZER_CONFIG,
@@ -18,10 +20,24 @@ from orpo_mlx.config import (
     Check,
     TrainingConfig,
     data_reading,
+    flag_of,
     recipe,
 )
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.modes import MODES
+
+ELSEWHERE = {
+    "lora_layers": "num_layers",
+    "use_dora": "fine_tune_type",
+    "train_type": "fine_tune_type",
+    "train_mode": "method",
+    "gradient_accumulation_steps": "grad_accumulation_steps",
+    "max_length": "max_seq_length",
+    "num_train_epochs": "epochs",
+    "max_steps": "iters",
+    "output_dir": "adapter_path",
+}
+"""What older mlx-lm, mlx-lm-lora and TRL call settings, where the name alone does not lead to ours."""
 
 
 def check_settings(table: Mapping[Any, Any], place: str) -> dict[str, Any]:
@@ -33,7 +49,7 @@ def check_settings(table: Mapping[Any, Any], place: str) -> dict[str, Any]:
     values = {}
     for key, value in table.items():
         if key not in FIELDS:
-            near = difflib.get_close_matches(str(key), FIELDS, n=1)
+            near = [ELSEWHERE[key]] if key in ELSEWHERE else difflib.get_close_matches(str(key), FIELDS, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known keys are {', '.join(FIELDS)}."
             raise ConfigError(f"{place}: unknown key {key!r}{hint}")
         if value is not None:
@@ -48,6 +64,19 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
         ConfigError: settings that contradict each other, or nested tables with unknown keys.
     """
     config = TrainingConfig(**dict(values))
+    _check_together(config)
+    if config.reference == "copy":
+        _check_copied_reference(config)
+    data_reading(config)
+    return dataclasses.replace(
+        config,
+        memory=_memory_mode(config),
+        lora_parameters=_lora_parameters(config),
+        optimizer_config=_optimizer_tables(config),
+    )
+
+
+def _check_together(config: TrainingConfig) -> None:
     if config.iters is not None and config.epochs is not None:
         raise ConfigError("--iters and --epochs both say how long to train; give one of them.")
     if config.report_every is not None and not config.report:
@@ -60,18 +89,24 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
         raise ConfigError("--resume-with-changes says how --resume goes on; add that.")
     if config.resume and config.overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite starts anew; give one of them.")
-    if config.reference == "copy":
-        if not recipe(config).needs_reference:
-            raise ConfigError(f"--reference copy: method {config.method} compares with no reference; leave it out.")
-        if config.precompute_reference:
-            raise ConfigError("--reference copy runs the copy at every step; leave out --precompute-reference.")
-        if config.resume and config.resume_adapter_file is not None:
-            raise ConfigError(
-                "--reference copy: a resumed run no longer loads what --resume-adapter-file names, so nothing can be "
-                "copied; use --reference shared."
-            )
-    data_reading(config)
-    config = dataclasses.replace(config, memory=_memory_mode(config))
+    for name in ("resume", "overwrite", "push_to_hub"):
+        if config.test and getattr(config, name):
+            raise ConfigError(f"--test trains nothing and leaves the run as it is; leave out {flag_of(name)}.")
+
+
+def _check_copied_reference(config: TrainingConfig) -> None:
+    if not recipe(config).needs_reference:
+        raise ConfigError(f"--reference copy: method {config.method} compares with no reference; leave it out.")
+    if config.precompute_reference:
+        raise ConfigError("--reference copy runs the copy at every step; leave out --precompute-reference.")
+    if config.resume and config.resume_adapter_file is not None:
+        raise ConfigError(
+            "--reference copy: a resumed run no longer loads what --resume-adapter-file names, so nothing can be "
+            "copied; use --reference shared."
+        )
+
+
+def _lora_parameters(config: TrainingConfig) -> dict[str, Any]:
     lora = {**DEFAULT_LORA, **config.lora_parameters}
     _check_table("lora_parameters", lora, {"rank", "scale", "dropout", "keys"})
     for key, check in (("rank", POSITIVE), ("scale", POSITIVE), ("dropout", NOT_NEGATIVE)):
@@ -83,6 +118,10 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
         raise ConfigError(
             f"lora_parameters.keys: found {keys!r}, expected a list of module names such as self_attn.q_proj."
         )
+    return lora
+
+
+def _optimizer_tables(config: TrainingConfig) -> dict[str, Any]:
     _check_table("optimizer_config", config.optimizer_config, set(OPTIMIZERS))
     optimizers = {}
     for key in OPTIMIZERS:
@@ -90,7 +129,7 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
         if not isinstance(table, dict):
             raise ConfigError(f"optimizer_config.{key}: found {table!r}, expected a table.")
         optimizers[key] = {**DEFAULT_OPTIMIZER_CONFIG[key], **table}
-    return dataclasses.replace(config, lora_parameters=lora, optimizer_config=optimizers)
+    return optimizers
 
 
 def _memory_mode(config: TrainingConfig) -> str:
@@ -124,17 +163,29 @@ def coerce(name: str, value: Any, place: str) -> Any:
     """
     metadata = FIELDS[name].metadata
     kind: type = metadata["kind"]
+    if metadata.get("size") and isinstance(value, str):
+        value = _bytes(value, place)
     if kind in (int, float):
         return _number(value, kind, metadata.get("check"), place)
     if not isinstance(value, kind):
         names = {dict: "a table", bool: "true or false", str: "text"}
         raise ConfigError(f"{place}: found {value!r}, expected {names[kind]}.")
+    if metadata.get("lower"):
+        value = str(value).lower()
     choices = metadata.get("choices")
     if choices and value not in choices:
         near = difflib.get_close_matches(value, choices, n=1)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise ConfigError(f"{place}: found {value!r}, expected one of {', '.join(choices)}{hint}")
     return value
+
+
+def _bytes(value: str, place: str) -> int:
+    """Bytes of a size as mlx-lm reads it: a number, alone or with M, MB, G or GB (powers of ten)."""
+    try:
+        return int(_parse_size(value))
+    except (ArithmeticError, KeyError, ValueError):
+        raise ConfigError(f"{place}: found {value!r}, expected bytes, or a size such as 500MB or 4GB.") from None
 
 
 def _number(value: Any, kind: type[int] | type[float], check: Check | None, place: str) -> int | float:

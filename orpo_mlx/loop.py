@@ -11,13 +11,13 @@ import mlx.core as mx
 
 from orpo_mlx.config import DEFAULT_MAX_SKIPPED
 from orpo_mlx.errors import HalfAppliedError, NonFiniteError, TrainingError
-from orpo_mlx.evaluation import evaluate
+from orpo_mlx.held_out import evaluate_splits
 from orpo_mlx.metrics import MetricMeans
-from orpo_mlx.order import held_out_pairs, total_steps, training_order
+from orpo_mlx.order import total_steps, training_order
 from orpo_mlx.prepare import Run
 from orpo_mlx.progress import Best, Held, Progress
 from orpo_mlx.report import refresh_report
-from orpo_mlx.reporting import MetricsFile, Reporter, eval_line, step_numbers, train_line
+from orpo_mlx.reporting import MetricsFile, Reporter, step_numbers, train_line
 from orpo_mlx.resume import mark_best, random_state, save, set_random_state
 from orpo_mlx.signals import Interrupted, StopSignals
 from orpo_mlx.step import optimiser_step
@@ -83,30 +83,10 @@ class Loop:
 
     def evaluate(self, names: Sequence[str]) -> Held:
         """Evaluate the held-out splits among `names`, at the present step."""
-        run, step = self.run, self.progress.step
-        held: Held = {}
-        for name, pairs in held_out_pairs(run).items():
-            if name not in names:
-                continue
-            suspects: list[TokenizedPair] = []
-            with self._reporter.bar(f"evaluating {name}", len(pairs), "pairs") as advance:
-
-                def progress(done: int, advance: Callable[[int], None] = advance) -> None:
-                    advance(done)
-                    if self.run.ranks.size == 1:
-                        self._stop.check()
-
-                held[name] = evaluate(
-                    run.scorer, pairs, run.method.loss, batch_size=run.config.batch_size, nll=run.config.nll,
-                    reference=run.reference, untrained=step == 0, progress=progress, suspects=suspects.extend,
-                    ranks=run.ranks,
-                )  # fmt: skip
-            self._metrics.write(step, name, held[name])
-            self._reporter.say(eval_line(step, name, held[name]))
-            if suspects:
-                places = ", ".join(pair.place for pair in suspects[:4])
-                self._reporter.say(f"Warning: not finite at step {step} on {len(suspects)} {name} pairs: {places}.")
-        return held
+        return evaluate_splits(
+            self.run, names, step=self.progress.step, untrained=self.progress.step == 0, reporter=self._reporter,
+            metrics_file=self._metrics, stop=self._stop,
+        )  # fmt: skip
 
     def _step(self, window: Sequence[TokenizedPair]) -> MetricMeans | None:
         """One step and its part of the report; None where it was passed over."""

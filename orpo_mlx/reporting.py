@@ -127,15 +127,16 @@ class Reporter:
     def closing_table(
         self, before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
     ) -> None:
-        """Held-out metrics before and after training, per split."""
-        table = Table(title="Held-out pairs, before and after training", title_justify="left")
+        """Held-out metrics per split, before and after training; those after it alone where none are known before."""
+        title = "Held-out pairs, before and after training" if before else "Held-out pairs"
+        table = Table(title=title, title_justify="left")
         table.add_column("")
-        for split in before:
-            table.add_column(f"{split} before", justify="right")
-            table.add_column(f"{split} after", justify="right")
-        for title, (key, form) in CLOSING_ROWS.items():
-            cells = [form.format(side[split][key]) for split in before for side in (before, after)]
-            table.add_row(title, *cells)
+        for split in after:
+            for when in ("before", "after") if before else ("",):
+                table.add_column(f"{split} {when}".rstrip(), justify="right")
+        for row, (key, form) in CLOSING_ROWS.items():
+            sides = (before, after) if before else (after,)
+            table.add_row(row, *(form.format(side[split][key]) for split in after for side in sides))
         self.console.print(table)
 
     def replies(self, before: Sequence[Reply], after: Sequence[Reply]) -> None:

@@ -39,7 +39,7 @@ _ADAPTERS, _OPTIMIZER, _REFERENCE, _STATE = (
     "adapters.safetensors", "optimizer.safetensors", "reference.safetensors", "state.json",
 )  # fmt: skip
 
-_NEVER_TAKEN = {"adapter_path", "resume", "resume_with_changes", "overwrite", "trust_remote_code"}
+_NEVER_TAKEN = {"adapter_path", "resume", "resume_with_changes", "overwrite", "trust_remote_code", "test"}
 """Settings that a checkpoint has no say in; remote code runs only where this very command asks for it."""
 _FREE_GROUPS = {"memory", "machines", "reports", "resume"}
 _FREE = {

@@ -7,7 +7,7 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from orpo_mlx.command_line import resolve
 from orpo_mlx.config import TrainingConfig
 from orpo_mlx.distributed import Ranks, find_ranks
 from orpo_mlx.errors import TrainingError, printable
+from orpo_mlx.evaluate_only import evaluate_only, settings_of_adapters
 from orpo_mlx.lock import locked
 from orpo_mlx.loop import Loop
 from orpo_mlx.lora import adapter_weights
@@ -63,12 +64,13 @@ _SAMPLED_FROM = 1000
 
 def train(config: TrainingConfig, reporter: Reporter | None = None, ranks: Ranks | None = None) -> Held:
     """Train adapters with one method and write them, checkpoints, `metrics.jsonl` and `run.json` into
-    `config.adapter_path`; with `config.resume`, go on from the newest whole checkpoint there.
+    `config.adapter_path`; with `config.resume`, go on from the newest whole checkpoint there. With `config.test`,
+    nothing is trained and the adapters that are there are evaluated.
 
     Where `mlx.launch` has started several processes (`ranks`), they train as one, and rank 0 writes and speaks.
 
     Returns:
-        The held-out metrics after training, by split.
+        The held-out metrics after training, or of those adapters, by split.
 
     Raises:
         UserError: settings, data or model cannot be used, or the run cannot go on.
@@ -80,6 +82,8 @@ def train(config: TrainingConfig, reporter: Reporter | None = None, ranks: Ranks
     settle()
     ranks = ranks or find_ranks(config.rank_timeout)
     ranks.timeout_s = config.rank_timeout
+    if config.test:
+        return evaluate_only(config, reporter, ranks)
     with ExitStack() as stack:
         if not ranks.first:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="orpo_mlx-"))
@@ -204,8 +208,7 @@ def _announce(run: Run, reporter: Reporter, checkpoint: Checkpoint | None) -> No
     if run.loaded.note:
         reporter.say(run.loaded.note)
     for name, split in run.splits.items():
-        report = split.report
-        reporter.say(f"{name}: {len(split.pairs)} pairs from {split.source.name} ({report.shape}){report.summary()}")
+        reporter.say(split.summary(name))
     lines = [line for split in run.splits.values() for line in split.report.left_out]
     listing = run.folder / "left_out.txt"
     listing.unlink(missing_ok=True)
@@ -302,7 +305,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(argv: Sequence[str] | None) -> None:
     ranks = find_ranks(TrainingConfig.rank_timeout)
 
-    def earlier(folder: str) -> dict[str, Any]:
+    def earlier(values: Mapping[str, Any]) -> dict[str, Any]:
+        if values.get("test"):
+            return settings_of_adapters(values)
+        if not values.get("resume"):
+            return {}
+        folder = values.get("adapter_path", TrainingConfig.adapter_path)
         settings = settings_of_newest(folder) if ranks.first else {}
         taken: dict[str, Any] = json.loads(ranks.from_first(json.dumps(settings).encode()))
         return taken

@@ -35,7 +35,7 @@ def test_tables_come_from_the_file_and_keep_the_other_defaults(tmp_path: Path) -
     assert config.optimizer_config["adamw"] == {"bias_correction": True, "weight_decay": 0.1}
 
 
-_ALONE = ("epochs", "method", "reference", "report_every", *PARAMETERS)
+_ALONE = ("epochs", "method", "reference", "report_every", "test", *PARAMETERS)
 
 
 def test_every_flag_sets_its_field() -> None:
