@@ -15,7 +15,7 @@ from orpo_mlx.config import FIELDS, GROUPS, TrainingConfig, flag_of
 from orpo_mlx.config_checks import check_settings, coerce, make_config
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.methods import describe
-from orpo_mlx.mlx_lm_keys import without_mlx_lm_keys
+from orpo_mlx.mlx_lm_keys import KEYS, without_mlx_lm_keys
 from orpo_mlx.settled import CHECKPOINT, FILE, FLAG, Settled, as_yaml
 
 Earlier = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -167,4 +167,4 @@ def read_config_file(path: Path, flags: Mapping[str, Any] | None = None) -> dict
     if not isinstance(table, dict):
         found = "nothing" if table is None else f"a {type(table).__name__}"
         raise ConfigError(f"{path}: found {found}, expected a table of settings (key: value).")
-    return check_settings(without_mlx_lm_keys(table, flags or {}, str(path)), str(path))
+    return check_settings(without_mlx_lm_keys(table, flags or {}, str(path)), str(path), KEYS)

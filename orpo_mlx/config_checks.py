@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_lm.utils import _parse_size
@@ -40,8 +40,10 @@ ELSEWHERE = {
 """What older mlx-lm, mlx-lm-lora and TRL call settings, where the name alone does not lead to ours."""
 
 
-def check_settings(table: Mapping[Any, Any], place: str) -> dict[str, Any]:
+def check_settings(table: Mapping[Any, Any], place: str, also: Sequence[str] = ()) -> dict[str, Any]:
     """The settings of a table, each as its type; those that are None are left out.
+
+    `also` are keys that an unknown one may be meant for besides.
 
     Raises:
         ConfigError: an unknown key or a wrong value; names `place`.
@@ -49,7 +51,7 @@ def check_settings(table: Mapping[Any, Any], place: str) -> dict[str, Any]:
     values = {}
     for key, value in table.items():
         if key not in FIELDS:
-            near = [ELSEWHERE[key]] if key in ELSEWHERE else difflib.get_close_matches(str(key), FIELDS, n=1)
+            near = [ELSEWHERE[key]] if key in ELSEWHERE else difflib.get_close_matches(str(key), [*FIELDS, *also], n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known keys are {', '.join(FIELDS)}."
             raise ConfigError(f"{place}: unknown key {key!r}{hint}")
         if value is not None:

@@ -68,6 +68,14 @@ def test_the_closing_table_has_every_split() -> None:
     assert out.getvalue().count("100.0%") == 4
 
 
+def test_the_closing_table_of_a_test_has_no_before() -> None:
+    report, out = reporter()
+    report.closing_table({}, {"valid": METRICS, "test": METRICS})
+    assert "before" not in out.getvalue()
+    assert "after" not in out.getvalue()
+    assert out.getvalue().count("100.0%") == 2
+
+
 def test_metrics_are_one_object_a_line(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file.write(1, "train", {"loss": 0.5})
