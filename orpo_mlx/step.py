@@ -40,6 +40,7 @@ def optimiser_step(run: Run, window: Sequence[TokenizedPair], step: int) -> Metr
     except BaseException as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise HalfAppliedError(f"step {step}: {reason}, while the step was applied") from error
+    del gradients  # What is freed after the cache was looked at would be in it all the same.
     clear_cache_above(run.config.clear_cache_threshold)
     return means
 

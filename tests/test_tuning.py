@@ -51,7 +51,8 @@ def test_two_steps_are_those_of_mlxs_optimiser(settings: dict[str, Any], optimiz
 def test_the_optimisers_are_those_of_mlx_lm() -> None:
     from mlx_lm.lora import CONFIG_DEFAULTS
 
-    assert set(OPTIMIZERS) == set(CONFIG_DEFAULTS["optimizer_config"]) == set(CLASSES)
+    theirs: Any = CONFIG_DEFAULTS["optimizer_config"]
+    assert set(OPTIMIZERS) == set(theirs) == set(CLASSES)
 
 
 SCHEDULES = {
