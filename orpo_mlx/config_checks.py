@@ -172,14 +172,13 @@ def coerce(name: str, value: Any, place: str) -> Any:
     if not isinstance(value, kind):
         names = {dict: "a table", bool: "true or false", str: "text"}
         raise ConfigError(f"{place}: found {value!r}, expected {names[kind]}.")
-    if metadata.get("lower"):
-        value = str(value).lower()
+    chosen: Any = str(value).lower() if metadata.get("lower") else value
     choices = metadata.get("choices")
-    if choices and value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1)
+    if choices and chosen not in choices:
+        near = difflib.get_close_matches(chosen, choices, n=1)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise ConfigError(f"{place}: found {value!r}, expected one of {', '.join(choices)}{hint}")
-    return value
+    return chosen
 
 
 def _bytes(value: str, place: str) -> int:

@@ -236,7 +236,8 @@ def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None
     if modes and any(word.split("=")[0] == "--memory" for word in arguments):
         raise ConfigError("--memory: several modes are measured; leave out --memory or --modes.")
     for method, mode in itertools.product(methods, _mode_flags(modes)):
-        resolve(_command(method, [*arguments, *mode]), PROG)
+        if resolve(_command(method, [*arguments, *mode]), PROG).test:
+            raise ConfigError("--test: this command measures training; leave it out.")
     for flag, file in (("--json", own.json), ("--publish", own.publish)):
         if file is not None and (file.is_dir() or not file.parent.is_dir()):
             raise ConfigError(f"{flag} {file}: cannot be written there; give a file in a folder that exists.")
