@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +80,16 @@ def evaluate_only(config: TrainingConfig, reporter: Reporter, ranks: Ranks) -> H
     note = _other_reference(run, adapters)
     if note is not None:
         reporter.say(note)
-    metrics_file = MetricsFile(run.folder / METRICS)
     try:
         with StopSignals() as stop:
             _precompute_reference(run, reporter, stop)
             load_adapter_file(run.loaded.model, adapters, config.lora_parameters["scale"])
-            held = evaluate_splits(
-                run, ("valid", "test"), step=steps_taken(adapters), untrained=False, reporter=reporter,
-                metrics_file=metrics_file, stop=stop,
-            )  # fmt: skip
+            with closing(MetricsFile(run.folder / METRICS)) as metrics_file:
+                held = evaluate_splits(
+                    run, ("valid", "test"), step=steps_taken(adapters), untrained=False, reporter=reporter,
+                    metrics_file=metrics_file, stop=stop,
+                )  # fmt: skip
     finally:
-        metrics_file.close()
         if run.reference is not None:
             run.reference.table.save()
     reporter.closing_table({}, held)
