@@ -81,7 +81,7 @@ def test_a_size_that_is_none(value: Any) -> None:
 
 def test_an_optimiser_in_capitals_is_the_same_as_in_mlx_lm() -> None:
     assert check_settings({"optimizer": "AdamW"}, "file") == {"optimizer": "adamw"}
-    with pytest.raises(ConfigError, match="file: optimizer: found 'AdamX', expected one of .*; did you mean adam"):
+    with pytest.raises(ConfigError, match=r"file: optimizer: found 'AdamX', expected one of .*; did you mean adam"):
         check_settings({"optimizer": "AdamX"}, "file")
 
 

@@ -25,15 +25,21 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 _SCREENS = 150
 
 
-def parse_training(words: Sequence[str]) -> object:
-    """Flags only: the config files that the documents name are the reader's own."""
+def without_files(words: Sequence[str]) -> list[str]:
+    """Flags only: the config files that the documents name are the reader's own, or tested in tests/test_recipes.py."""
     files = {index + shift for index, word in enumerate(words) if word in ("-c", "--config") for shift in (0, 1)}
-    return resolve([word for index, word in enumerate(words) if index not in files])
+    return [word for index, word in enumerate(words) if index not in files]
+
+
+def parse_training(words: Sequence[str]) -> object:
+    """A training run's settings; `--print-config` would leave."""
+    return resolve([word for word in without_files(words) if word != "--print-config"])
 
 
 # Commands whose flags are checked by more than their own parser.
 PARSE: dict[str, Callable[[Sequence[str]], object]] = {
-    "train": parse_training, "fit": parse_fit, "compare": parse_comparison, "memory": parse_benchmark,
+    "train": parse_training, "fit": lambda words: parse_fit(without_files(words)), "compare": parse_comparison,
+    "memory": parse_benchmark,
 }  # fmt: skip
 
 
@@ -79,6 +85,7 @@ SUBSTITUTES = [
     (r"my_pairs/(test\.jsonl)?", r"data/\1"),
     (r"\.\./shared/data", "data"),
     (r"pairs\.jsonl", "data/train.jsonl"),
+    (r"(?:data/configs/\S+|lora)\.yaml", "run.yaml"),
     (r"--keep-quantized", "--verify"),  # The tiny GGUF file has no quantised blocks to keep.
 ]
 
