@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from orpo_mlx import memory
-from orpo_mlx.blueprint import Blueprint, build, read_blueprint
+from orpo_mlx.blueprint import Blueprint, build, read_blueprint, weight_bytes
 from orpo_mlx.command_line import resolve
 from orpo_mlx.fit import predicted
 from orpo_mlx.memory import recommended_working_set
@@ -60,15 +60,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mlx-community/Qwen3-4B-4bit": {**_QWEN3, **_sizes(2560, 9728, 36, 32, tied=True)},
     "mlx-community/Llama-3.2-3B-Instruct-4bit": {**_LLAMA3, **_sizes(3072, 8192, 28, 24, tied=True)},
     "mlx-community/Llama-3.1-8B-Instruct-4bit": {**_LLAMA3, **_sizes(4096, 14336, 32, 32, tied=False)},
-    "mlx-community/gemma-3-12b-it-4bit": {
-        "model_type": "gemma3",
-        "vocab_size": 262208,
-        "text_config": {
-            "model_type": "gemma3_text", "head_dim": 256, "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
-            "rope_theta": 1e6, "rope_local_base_freq": 1e4, "query_pre_attn_scalar": 256, "sliding_window": 1024,
-            "sliding_window_pattern": 6, "max_position_embeddings": 131072, **_sizes(3840, 15360, 48, 16, tied=True),
-        },
+    "mlx-community/gemma-3-1b-it-4bit": {
+        "model_type": "gemma3_text", "head_dim": 256, "num_key_value_heads": 1, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6, "rope_local_base_freq": 1e4, "query_pre_attn_scalar": 256, "sliding_window": 512,
+        "sliding_window_pattern": 6, "max_position_embeddings": 32768, "vocab_size": 262144,
+        **_sizes(1152, 6912, 26, 4, tied=True),
     },
+    "mlx-community/Qwen3-14B-4bit": {**_QWEN3, **_sizes(5120, 17408, 40, 40, tied=False)},
     "mlx-community/Qwen3-32B-4bit": {**_QWEN3, **_sizes(5120, 25600, 64, 64, tied=False)},
     "mlx-community/Llama-3.3-70B-Instruct-4bit": {**_LLAMA3, **_sizes(8192, 28672, 80, 64, tied=False)},
 }  # fmt: skip
@@ -88,10 +86,9 @@ def write_headers(folder: Path, config: dict[str, Any]) -> Path:
     model.set_dtype(mx.bfloat16)
     nn.quantize(model, 64, 4)
     header, end = {}, 0
-    tied = (config.get("text_config") or config)["tie_word_embeddings"]
     for name, array in dict(tree_flatten(model.parameters())).items():
         # mlx-lm's class of Gemma 3 has a head until it sees that the weights have none.
-        if tied and "lm_head" in name:
+        if config["tie_word_embeddings"] and "lm_head" in name:
             continue
         start, end = end, end + array.nbytes
         header[name] = {"dtype": _DTYPES[array.dtype], "shape": array.shape, "data_offsets": [start, end]}
@@ -149,8 +146,15 @@ def cheap_probes() -> Iterator[None]:
         library.quantized_matmul, probe.build = real
 
 
+def weights_gib(folder: Path, dtype: str) -> float:
+    """GiB of a model's weights, those of its floating-point numbers in a dtype."""
+    blueprint = read_blueprint(str(folder), dtype=dtype)
+    return weight_bytes(build(blueprint, blueprint.layers)) / 2**30
+
+
 def predictions(folder: Path, names: Sequence[str] = ()) -> Iterator[list[Any]]:
-    """A row of the published table for each config, or for those named: its peak where its model computes in float32.
+    """A row of the published table for each config, or for those named: its peak with the weights as they are in the
+    checkpoint and all else in float32.
 
     A Mac computes these models in bfloat16, which takes less; on a CPU that would take hours. `--memory auto` is
     predicted as the smallest mode it may take.
@@ -159,11 +163,12 @@ def predictions(folder: Path, names: Sequence[str] = ()) -> Iterator[list[Any]]:
         if names and path.stem not in names:
             continue
         config = resolve(["-c", str(path)])
-        assert config.memory == "auto"
-        config = dataclasses.replace(config, memory=AUTOMATIC[-1])
+        if config.memory == "auto":
+            config = dataclasses.replace(config, memory=AUTOMATIC[-1])
         model = write_headers(folder / path.stem, ARCHITECTURES[config.model])
         with cheap_probes():
-            peak = predicted(config, read_blueprint(str(model), dtype="float32")).peak
+            prediction = predicted(config, read_blueprint(str(model), dtype="float32"))
+        peak = prediction.peak - prediction.weights + weights_gib(model, "bfloat16")
         size = mac_gib(path)
         yield [path.name, size, config.method, config.max_seq_length, config.memory, round(peak, 2),
                round(recommended_working_set(size), 2)]  # fmt: skip

@@ -33,7 +33,7 @@ PUBLISHED = {row[0]: row for row in json.loads((ROOT / "docs/results/figures/rec
 # Billions of parameters of the text model, as the models' cards and papers have them.
 PARAMETERS = {
     "SmolLM2-1.7B": 1.71, "Qwen3-1.7B": 1.72, "Qwen3-4B": 4.02, "Llama-3.2-3B": 3.21, "Llama-3.1-8B": 8.03,
-    "gemma-3-12b": 11.8, "Qwen3-32B": 32.8, "Llama-3.3-70B": 70.6,
+    "gemma-3-1b": 1.0, "Qwen3-14B": 14.8, "Qwen3-32B": 32.8, "Llama-3.3-70B": 70.6,
 }  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def test_a_config_is_predicted_to_fit_its_mac(path: Path) -> None:
     name, size, method, tokens, memory, peak, recommended = PUBLISHED[path.name]
     assert (method, tokens) == (config.method, config.max_seq_length)
     # What auto takes where nothing faster fits.
-    assert (config.memory, memory) == ("auto", AUTOMATIC[-1])
+    assert memory == (AUTOMATIC[-1] if config.memory == "auto" else config.memory)
     assert size == mac_gib(path)
     assert recommended == pytest.approx(recommended_working_set(size), abs=0.005)
     assert (1 + TOLERANCE) * peak <= recommended
@@ -95,7 +95,7 @@ def test_a_prediction_without_products_is_the_prediction(memory: str, tmp_path: 
     real = predicted(config, blueprint)
     with cheap_probes():
         cheap = predicted(config, blueprint)
-    assert cheap.peak == pytest.approx(real.peak, rel=0.05)
+    assert cheap.peak == pytest.approx(real.peak, rel=TOLERANCE)
     assert (cheap.weights, cheap.adapters, cheap.optimiser) == (real.weights, real.adapters, real.optimiser)
 
 
@@ -105,7 +105,7 @@ def test_the_published_predictions_are_what_is_predicted(tmp_path: Path) -> None
     assert len(found) == 2
     for row in found:
         assert row == [
-            pytest.approx(value, rel=0.05) if isinstance(value, float) else value for value in PUBLISHED[row[0]]
+            pytest.approx(value, rel=TOLERANCE) if isinstance(value, float) else value for value in PUBLISHED[row[0]]
         ]
 
 
