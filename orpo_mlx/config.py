@@ -21,6 +21,7 @@ from orpo_mlx.methods import PARAMETERS, Recipe, describe
 from orpo_mlx.methods import resolve as resolve_method
 from orpo_mlx.models import DEFAULT_MODEL, DTYPES
 from orpo_mlx.modes import MODES
+from orpo_mlx.services import SERVICES, check_reporting
 from orpo_mlx.shapes import PAIRINGS
 from orpo_mlx.tokenization import TRUNCATIONS
 
@@ -204,6 +205,14 @@ class TrainingConfig:
         False, "save and keep the checkpoint of the lowest validation loss as well; best/ leads to it", bool, "reports"
     )
     samples: int = _option(3, "sample replies before and after training", int, "reports", check=_NOT_NEGATIVE)
+    sample_every: int | None = _option(
+        None, "steps between sample replies during training; default: before and after only", int, "reports",
+        check=_POSITIVE,
+    )  # fmt: skip
+    report_to: str | None = _option(
+        None, f"services to report to, separated by commas: {', '.join(SERVICES)}", str, "reports"
+    )
+    project_name: str | None = _option(None, "project that --report-to files the run under", str, "reports")
     report: bool = _option(True, "write no report.html and report.png", bool, "reports")
     report_every: int | None = _option(
         None,
@@ -387,6 +396,9 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
         raise ConfigError("--iters and --epochs both say how long to train; give one of them.")
     if config.report_every is not None and not config.report:
         raise ConfigError("--no-report: --report-every asks for reports; give one of them.")
+    if config.sample_every is not None and config.samples == 0:
+        raise ConfigError("--sample-every: --samples 0 leaves no prompt to answer; give --samples 1 or more.")
+    check_reporting(config.report_to, config.project_name)
     if not recipe(config).needs_reference and config.precompute_reference:
         raise ConfigError(f"--precompute-reference: method {config.method} compares with no reference; leave it out.")
     if config.max_skipped is not None and config.on_nonfinite != "skip":

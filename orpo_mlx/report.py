@@ -1,4 +1,4 @@
-"""A training run, or several laid over each other, as a page and a picture, from `metrics.jsonl` alone."""
+"""A training run, or several laid over each other, as a page and a picture, from the lines they left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orpo_mlx.checkpoint import write_atomically, write_text
 from orpo_mlx.cli import OneLineParser, exit_status
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.page import Cell, Table, page, picture, text
-from orpo_mlx.run_log import RunLog, read_run
+from orpo_mlx.run_log import RunLog, Sample, read_run, read_samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,6 +50,11 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     parts.append(
         f'<h2>Over the steps</h2>\n<p class="faint">{text(_KEY)}</p>\n<div class="charts">{"".join(pictures)}</div>'
     )
+    for run, folder in zip(runs, folders, strict=True):
+        samples = read_samples(folder)
+        if samples:
+            title = "Sample replies" if len(runs) == 1 else f"Sample replies: {run.name}"
+            parts.append(f"<h2>{text(title)}</h2>\n{_samples(samples).html()}")
     unread = [f"{run.name}: {_lines(run.unread)} of metrics.jsonl passed over." for run in runs if run.unread]
     parts += [f'<p class="faint">{text(line)}</p>' for line in unread]
     names = ", ".join(run.name for run in runs)
@@ -58,6 +63,19 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     picture_bytes = png(list(panels.values()), LIGHT, columns=min(2, len(panels)))
     write_atomically(written[1], lambda temporary: _put(temporary, picture_bytes))
     return written
+
+
+def _samples(samples: Sequence[Sample]) -> Table:
+    rows = [
+        (
+            Cell(sample.prompt),
+            Cell(str(sample.step), sample.step),
+            Cell(str(sample.tokens), sample.tokens),
+            Cell(sample.text),
+        )
+        for sample in samples
+    ]
+    return Table(("prompt", "step", "tokens", "reply"), tuple(rows), prose=True)
 
 
 def _lines(count: int) -> str:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from orpo_mlx.errors import TrainingError, printable_lines
+from orpo_mlx.errors import printable_lines
+from orpo_mlx.line_file import LineFile
 from orpo_mlx.samples import Reply
 
 _WIDE = 110
@@ -31,71 +28,17 @@ CLOSING_ROWS = {
 }
 
 
-class FileMark(NamedTuple):
-    """How far a file has come."""
-
-    size: int
-    """Bytes."""
-    sha256: str
-    """Of those bytes."""
-
-
-class MetricsFile:
-    """`metrics.jsonl`: one JSON object per report, appended in one piece.
-
-    A run that goes on from a checkpoint cuts off what was appended after it (`since`), since those steps are run
-    again: every step is in the file once. Cutting a file is one operation of the file system; interrupted before or
-    after, it is done again, or found done, when the run is next resumed. What is not finite is written as null.
-
-    Raises:
-        OSError: the file cannot be written.
-        TrainingError: the file does not begin with what the checkpoint knows of it.
-    """
-
-    def __init__(self, path: Path, since: FileMark | None = None) -> None:
-        self._path = path
-        self._size, self._digest = 0, hashlib.sha256()
-        if since is not None and path.exists():
-            self._take_up(since)
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        os.ftruncate(self._handle, self._size)
-
-    def _take_up(self, since: FileMark) -> None:
-        with self._path.open("rb") as file:
-            self._digest.update(file.read(since.size))
-            self._size = file.tell()
-        if (self._size, self._digest.hexdigest()) != since:
-            raise TrainingError(
-                f"{self._path}: its first {since.size} bytes are not those the checkpoint was saved with; put the file "
-                "back, or move it away to begin a new one"
-            )
+class MetricsFile(LineFile):
+    """`metrics.jsonl`: a line for each report, appended in one piece; what is not finite is written as null."""
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         """Append one report.
 
         Raises:
-            OSError: the disk is full; part of the line may be in the file, where the next write replaces it.
+            OSError: see `LineFile.append`.
         """
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        line = (json.dumps({"step": step, "split": split, **finite}, allow_nan=False) + "\n").encode()
-        try:
-            done = 0
-            while done < len(line):
-                done += os.pwrite(self._handle, line[done:], self._size + done)
-        except OSError as error:
-            error.filename = str(self._path)
-            raise
-        self._size += len(line)
-        self._digest.update(line)
-
-    def mark(self) -> FileMark:
-        """How far the file has come, once all of that is on the disk."""
-        os.fsync(self._handle)
-        return FileMark(self._size, self._digest.hexdigest())
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._handle)
+        self.append([{"step": step, "split": split, **finite}])
 
 
 class Reporter:
@@ -144,6 +87,12 @@ class Reporter:
             self.say(f"\nprompt  {_one_line(first.prompt)}")
             self.say(f"before  [{first.tokens} tokens] {_one_line(first.text)}")
             self.say(f"after   [{second.tokens} tokens] {_one_line(second.text)}")
+
+    def samples(self, step: int, replies: Sequence[Reply]) -> None:
+        """Sample replies in the middle of a run."""
+        for reply in replies:
+            self.say(f"step {step}  prompt  {_one_line(reply.prompt)}")
+            self.say(f"step {step}  reply   [{reply.tokens} tokens] {_one_line(reply.text)}")
 
 
 def train_line(step: int, total: int, metrics: Mapping[str, float]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from orpo_mlx.errors import DataError
 
 FILE = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 
 Points = list[tuple[int, float]]
 """Steps and values, steps ascending."""
@@ -39,6 +40,46 @@ class RunLog(NamedTuple):
         """The metric's first value."""
         points = self.points(split, key)
         return points[0][1] if points else None
+
+
+class Sample(NamedTuple):
+    """A sample reply in the middle of a run."""
+
+    step: int
+    prompt: str
+    text: str
+    tokens: int
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """The replies in `folder`/samples.jsonl, prompt by prompt, then by step; empty where there is no such file.
+
+    Lines that are no reply are passed over.
+    """
+    try:
+        lines = (folder / SAMPLES).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = [sample for sample in map(_sample, filter(str.strip, lines)) if sample is not None]
+    order = list(dict.fromkeys(sample.prompt for sample in found))
+    return sorted(found, key=lambda sample: (order.index(sample.prompt), sample.step))
+
+
+def _sample(line: str) -> Sample | None:
+    row = _row(line)
+    try:
+        return Sample(int(row["step"]), str(row["prompt"]), str(row["text"]), int(row["tokens"]))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def _row(line: str) -> dict[str, Any]:
+    """The JSON object of a line; empty where it is none."""
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def read_run(folder: Path) -> RunLog:
@@ -73,12 +114,7 @@ def read_run(folder: Path) -> RunLog:
 
 def _report(line: str) -> tuple[str, int, dict[str, float]] | None:
     """Split, step and finite numbers of one line; None where it is no report."""
-    try:
-        row: Any = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict):
-        return None
+    row = _row(line)
     split, step = row.get("split"), row.get("step")
     if not isinstance(split, str) or not isinstance(step, int) or isinstance(step, bool):
         return None

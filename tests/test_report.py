@@ -11,7 +11,7 @@ import pytest
 
 from orpo_mlx import loop as loop_module
 from orpo_mlx import report
-from orpo_mlx import train as train_module
+from orpo_mlx import training as training_module
 from orpo_mlx.config import make_config
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.report import main, refresh_report, write_report
@@ -69,7 +69,7 @@ def test_train_writes_it(settings: dict[str, Any], monkeypatch: pytest.MonkeyPat
         refresh_report(folder)
         assert (folder / "report.html").is_file() == bool(seen[-1])
 
-    monkeypatch.setattr(train_module, "refresh_report", count)
+    monkeypatch.setattr(training_module, "refresh_report", count)
     monkeypatch.setattr(loop_module, "refresh_report", count)
     train(
         make_config(

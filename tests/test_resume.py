@@ -32,7 +32,7 @@ LONG = {"iters": 9, "save_every": 2, "steps_per_report": 2, "steps_per_eval": 4,
 
 
 def run_quietly(settings: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return train(make_config(settings), Reporter(Console(quiet=True)))
+    return train(make_config(settings), Reporter(Console(quiet=True))).after
 
 
 def fail_before(step: int, monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> None:

@@ -54,7 +54,7 @@ def rows(settings: dict[str, Any], split: str | None = None) -> list[dict[str, A
 def run_quietly(settings: dict[str, Any]) -> dict[str, dict[str, float]]:
     from rich.console import Console
 
-    return train(make_config(settings), Reporter(Console(quiet=True)))
+    return train(make_config(settings), Reporter(Console(quiet=True))).after
 
 
 @pytest.mark.parametrize("method", METHODS)
