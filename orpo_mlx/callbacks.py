@@ -24,10 +24,12 @@ class TrainingCallback(Protocol):
         """Called every `steps_per_report` steps with `iteration`, `train_loss`, `learning_rate`,
         `iterations_per_second`, `tokens_per_second`, `trained_tokens`, `peak_memory` (GB), and the metrics under TRL's
         names, such as `rewards/accuracies`: means since the last report."""
+        return None
 
     def on_val_loss_report(self, val_info: dict[str, Any], /) -> None:
         """Called before the first step and every `steps_per_eval` steps with `iteration`, `val_loss`, `val_time`
         (seconds), and the other metrics of the valid split, such as `val_rewards/accuracies`."""
+        return None
 
 
 class Named(NamedTuple):

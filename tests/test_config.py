@@ -33,6 +33,7 @@ def test_tables_come_from_the_file_and_keep_the_other_defaults(tmp_path: Path) -
     assert config.optimizer_config["adamw"] == {"bias_correction": True, "weight_decay": 0.1}
 
 
+_TEXTS = {"columns": "prompt=text", "report_to": "wandb,tensorboard"}
 _ALONE = ("epochs", "method", "reference", "report_every", *PARAMETERS)
 
 
@@ -50,7 +51,7 @@ def test_every_flag_sets_its_field() -> None:
             argv.append(f"--no-{flag[2:]}" if field.default else flag)
             expected[field.name] = not field.default
             continue
-        value = choices[-1] if choices else "prompt=text" if field.name == "columns" else values[kind]
+        value = choices[-1] if choices else _TEXTS.get(field.name, values[kind])
         argv += [flag, str(value)]
         expected[field.name] = value
     config = resolve([*argv, "--method", "dpo"])
@@ -101,6 +102,16 @@ def test_memory_flags_that_contradict_each_other(argv: list[str], complaint: str
         (["--num-layers", "-2"], "--num-layers: found '-2', expected a whole number -1 (all) or greater than 0"),
         (["--method", "orop"], "--method orop: no method 'orop'"),
         (["--method", "sft", "--beta", "1"], "--beta: method sft has no such parameter"),
+        (
+            ["--report-to", "wandb,tensorbord"],
+            "--report-to wandb,tensorbord: found 'tensorbord', expected one of wandb, ",
+        ),
+        (["--report-to", "tensorbord"], "did you mean tensorboard?"),
+        (["--report-to", ""], "found '', expected one of wandb, swanlab, tensorboard."),
+        (["--project-name", "p"], "--project-name: is a project of --report-to wandb or swanlab; add that"),
+        (["--project-name", "p", "--report-to", "tensorboard"], "--project-name: is a project of"),
+        (["--sample-every", "0"], "--sample-every: found '0', expected a whole number greater than 0"),
+        (["--sample-every", "5", "--samples", "0"], "--sample-every: --samples 0 leaves no prompt to answer"),
         (["--iters", "5", "--epochs", "1"], "--iters and --epochs both say how long to train"),
         (["-c", "nowhere.yaml"], "--config nowhere.yaml: cannot be read"),
     ],

@@ -9,18 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
 LAYERS = [
-    {
-        "_blas",
-        "allocator",
-        "conversation",
-        "errors",
-        "exponential",
-        "gguf_blocks",
-        "services",
-        "signals",
-        "types",
-        "watch",
-    },
+    {"_blas", "allocator", "conversation", "errors", "exponential", "gguf_blocks", "signals", "types", "watch"},
     {
         "cache",
         "distributed",
@@ -31,6 +20,7 @@ LAYERS = [
         "row_report",
         "rows",
         "safetensors_files",
+        "services",
         "shrinking",
         "staging",
         "turns",

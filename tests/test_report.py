@@ -52,6 +52,17 @@ def test_the_table_holds_the_figures(tmp_path: Path) -> None:
     assert paths[1].read_bytes().startswith(b"\x89PNG")
 
 
+def test_sample_replies_are_shown_as_text(tmp_path: Path) -> None:
+    one, two = metrics(tmp_path, "one", [3.0]), metrics(tmp_path, "two", [1.0])
+    row = {"step": 5, "prompt": "<b>who?</b>", "text": "<script>me</script>", "tokens": 3}
+    (one / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    page = write_report([one], tmp_path)[0].read_text()
+    assert "<h2>Sample replies</h2>" in page
+    assert ["&lt;b&gt;who?&lt;/b&gt;", "5", "3", "&lt;script&gt;me&lt;/script&gt;"] in cells(page)
+    page = write_report([one, two], tmp_path)[0].read_text()
+    assert page.count("<h2>Sample replies: one</h2>") == page.count("Sample replies") == 1
+
+
 def test_runs_of_one_name_go_by_their_paths_and_torn_lines_are_told(tmp_path: Path) -> None:
     runs = [metrics(tmp_path / side, "run", [1.0]) for side in ("a", "b")]
     with (runs[0] / "metrics.jsonl").open("a") as file:

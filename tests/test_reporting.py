@@ -61,6 +61,12 @@ def test_data_is_never_read_as_markup_or_control_codes() -> None:
     assert "[3 tokens] a b" in out.getvalue()
 
 
+def test_samples_along_the_way_are_text_too() -> None:
+    report, out = reporter()
+    report.samples(20, [Reply("[red]x[/red]", "a\x1b[2J\nb", 3)])
+    assert out.getvalue() == "step 20  prompt  [red]x[/red]\nstep 20  reply   [3 tokens] a [2J b\n"
+
+
 def test_the_closing_table_has_every_split() -> None:
     report, out = reporter()
     report.closing_table({"valid": METRICS, "test": METRICS}, {"valid": METRICS, "test": METRICS})

@@ -82,7 +82,7 @@ def test_a_signal_before_the_first_step_says_that_nothing_was_saved(
         os.kill(os.getpid(), signal.SIGTERM)
         return []
 
-    monkeypatch.setattr("orpo_mlx.samples.sample_replies", remind)
+    monkeypatch.setattr("orpo_mlx.samples.Sampler.__call__", remind)
     assert main(flags(settings)) == 143
     assert "interrupted: nothing was saved." in capfd.readouterr().err
 
