@@ -103,6 +103,7 @@ class Loop:
         with self._reporter.bar("training", self.total, "steps") as advance, self._saved_if_it_ends():
             pairs, progress = self.run.splits["train"].pairs, self.progress
             self._agree()
+            advance(progress.step)
             held = self._what_is_due() if progress.step else {}
             windows = iter(training_order(self.run, progress.step))
             while progress.step < self.total:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +17,9 @@ from orpo_mlx.line_file import LineFile
 from orpo_mlx.samples import Reply
 
 _WIDE = 110
+_WARNING = "Warning"
+# Rich's own 30 s hold no two steps of a large model, and then there is no time remaining at all.
+_ESTIMATED_OVER_S = 3600.0
 
 CLOSING_ROWS = {
     "preference accuracy, mean log-prob": ("accuracies/mean_logps", "{:.1%}"),
@@ -49,23 +52,58 @@ class Reporter:
         self._progress: Progress | None = None
 
     def say(self, line: str) -> None:
-        """Plain text; what comes from data or file names is never read as markup or obeyed by the terminal."""
-        self.console.print(Text(printable_lines(line)), soft_wrap=True)
+        """Plain text; what comes from data or file names is never read as markup or obeyed by the terminal.
+
+        A terminal has lines broken between words, a file as they are.
+        """
+        style = "yellow" if line.startswith(_WARNING) else ""
+        self.console.print(Text(printable_lines(line), style), soft_wrap=not self.console.is_terminal)
 
     @contextmanager
     def bar(self, what: str, total: int, unit: str) -> Iterator[Any]:
-        """A progress bar; yields `advance(done, note="")`. Nothing is drawn where output is not a terminal."""
-        columns: list[ProgressColumn] = [MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
-        # Where the line is short, the numbers go before the bar and its words.
-        if self.console.width >= _WIDE:
-            columns = [TextColumn("{task.description}"), BarColumn(), TextColumn(unit), *columns]
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(what, total=total, note="")
+        """A progress bar; yields `advance(done, note="")`. Nothing is drawn where output is not a terminal.
 
-            def advance(done: int, note: str = "") -> None:
+        A bar inside another one's block is drawn below it.
+        """
+        with self._bars() as progress:
+            # Where there is no room for a description, it stands where the numbers will.
+            note = "" if self._wide else what
+            task = progress.add_task(what, total=total, unit=unit, note=note)
+
+            def advance(done: int, note: str = note) -> None:
                 progress.update(task, completed=done, note=note)
 
-            yield advance
+            try:
+                yield advance
+            finally:
+                progress.refresh()
+                progress.remove_task(task)
+
+    @property
+    def _wide(self) -> bool:
+        return self.console.width >= _WIDE
+
+    @contextmanager
+    def _bars(self) -> Iterator[Progress]:
+        """The one display of all bars: a terminal has room for one, and rich before 14.1 refuses a second."""
+        if self._progress is not None:
+            yield self._progress
+            return
+        columns: list[ProgressColumn] = [MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+        # Where the line is short, the numbers go before the bar and its words.
+        if self._wide:
+            columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[unit]}"), *columns]
+        progress = Progress(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal,
+            speed_estimate_period=_ESTIMATED_OVER_S,
+        )  # fmt: skip
+        # Some versions of rich end even a disabled display with an empty line.
+        with progress if self.console.is_terminal else nullcontext():
+            self._progress = progress
+            try:
+                yield progress
+            finally:
+                self._progress = None
 
     def closing_table(
         self, before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]

@@ -128,10 +128,8 @@ def run(words: Sequence[str], folder: Path) -> str:
 
 
 @pytest.fixture
-def readers_folder(tmp_path: Path, model_folder: Path) -> Path:
-    """A folder with what the documents take for granted: data, a model, a run, a GGUF file, a PEFT adapter."""
-    from tests.test_gguf import write_gguf
-
+def data_and_model(tmp_path: Path, model_folder: Path) -> Path:
+    """A folder with data and a model."""
     (tmp_path / "model").symlink_to(model_folder)
     for split, count in (("train", 8), ("valid", 4), ("test", 4)):
         rows: list[dict[str, Any]] = [
@@ -139,6 +137,15 @@ def readers_folder(tmp_path: Path, model_folder: Path) -> Path:
             for n in range(count)
         ]
         write_rows(tmp_path / "data" / f"{split}.jsonl", rows)
+    return tmp_path
+
+
+@pytest.fixture
+def readers_folder(data_and_model: Path) -> Path:
+    """A folder with what the documents take for granted: data, a model, a run, a GGUF file, a PEFT adapter."""
+    from tests.test_gguf import write_gguf
+
+    tmp_path = data_and_model
     (tmp_path / "run.yaml").write_text("method: dpo\nmodel: model\ndata: data\n")
     write_gguf(tmp_path / "model.Q4_K_M.gguf")
     program = [sys.executable, "-m", "orpo_mlx"]
@@ -154,3 +161,37 @@ def test_every_command_runs_one_after_the_other(path: Path, readers_folder: Path
         words = as_run(line)
         if words is not None:
             run(words, readers_folder)
+
+
+def python_of(path: Path) -> list[str]:
+    """The Python blocks of a document, on a tiny model for as many steps as it takes."""
+    small = "batch_size=2, max_seq_length=256, memory_check=False, samples=0, val_batches=1, test_batches=0"
+    return [
+        block.replace("mlx-community/Qwen3-0.6B-4bit", "model").replace("my_pairs/", "data")
+        .replace("iters=100", f"iters=2, {small}").replace("iters=120", "iters=4")
+        for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
+    ]  # fmt: skip
+
+
+def test_the_readmes_python_runs_and_is_short(
+    data_and_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = python_of(ROOT / "README.md")
+    assert f"<!-- python example -->\n```python\n{block.splitlines()[0]}" in README
+    assert len(block.splitlines()) <= 15
+    monkeypatch.chdir(data_and_model)
+    exec(block, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"adapters [01]\.\d+ 0\.0\d+", lines[-1])
+    assert [line.split()[0] for line in lines if re.fullmatch(r"\d \d+\.\d+ \d\.\d+", line)] == ["0", "2"]
+
+
+def test_the_python_of_the_python_document_runs(
+    data_and_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(data_and_model)
+    names: dict[str, Any] = {}
+    for block in python_of(ROOT / "docs" / "python.md"):
+        exec(block, names)
+    assert names["result"].steps == 4
+    assert "Goes on from step 2" in capsys.readouterr().out

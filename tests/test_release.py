@@ -24,6 +24,19 @@ _USER = """from orpo_mlx.config import TrainingConfig, make_config
 config: TrainingConfig = make_config({"method": "dpo"})
 size: int = config.batch_size
 """
+_CALLER = """import orpo_mlx.train
+from orpo_mlx import TrainingCallback, TrainingConfig, TrainingResult, train
+
+
+class Watch(TrainingCallback):
+    def on_train_loss_report(self, train_info: dict[str, object], /) -> None:
+        print(train_info)
+
+
+result: TrainingResult = train(TrainingConfig(method="dpo"), callbacks=[Watch()])
+accuracy: float = result.after["valid"]["rewards/accuracies"]
+steps: int = result.steps
+"""
 
 
 def run(*words: object, cwd: Path, status: int = 0, **environment: str) -> str:
@@ -116,6 +129,10 @@ def test_types_are_seen_from_outside(installed: Path, tmp_path: Path) -> None:
     assert "Success" in run(*words, cwd=tmp_path)
     (tmp_path / "user.py").write_text(_USER.replace("size: int", "size: str"))
     assert "Incompatible types in assignment" in run(*words, cwd=tmp_path, status=1)
+    (tmp_path / "user.py").write_text(_CALLER)
+    assert "Success" in run(*words, cwd=tmp_path)
+    (tmp_path / "user.py").write_text(_CALLER.replace("[Watch()]", "[3]").replace("steps: int", "steps: str"))
+    assert "Found 2 errors" in run(*words, cwd=tmp_path, status=1)
 
 
 @pytest.mark.slow

@@ -22,7 +22,6 @@ from tests.conftest import write_rows
 from tests.nights import same
 from tests.test_resume import fail_before
 
-
 _SHORT = 5
 
 
