@@ -123,7 +123,7 @@ class Failing(Recording):
     ("where", "step", "error", "said"),
     [
         ("train", 4, ValueError("no\nsuch key."), "ValueError: no such key"),
-        ("train", 6, SystemExit(3), "SystemExit: 3"),
+        pytest.param("train", 6, SystemExit(3), "SystemExit: 3", marks=pytest.mark.slow),
         ("val", 3, AssertionError(), "AssertionError"),
         ("val", 6, OSError(28, "No space left on device"), r"OSError: \[Errno 28\] No space left on device"),
     ],
@@ -165,7 +165,7 @@ def test_a_callback_stops_a_run_as_ctrl_c_does(settings: dict[str, Any]) -> None
     assert steps(failing.train) == [2, 4]
 
 
-@pytest.mark.parametrize("save_every", [1, 3, 100])
+@pytest.mark.parametrize("save_every", [3, *(pytest.param(every, marks=pytest.mark.slow) for every in (1, 100))])
 def test_steps_after_the_last_save_are_told_again_only_by_the_run_that_takes_them_again(
     settings: dict[str, Any], save_every: int
 ) -> None:

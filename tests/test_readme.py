@@ -165,7 +165,9 @@ def test_every_command_runs_one_after_the_other(path: Path, readers_folder: Path
 
 def python_of(path: Path) -> list[str]:
     """The Python blocks of a document, on a tiny model for as many steps as it takes."""
-    small = "batch_size=2, max_seq_length=256, memory_check=False, samples=0, val_batches=1, test_batches=0"
+    small = (
+        "batch_size=2, max_seq_length=256, memory_check=False, samples=0, val_batches=1, test_batches=0, report=False"
+    )
     return [
         block.replace("mlx-community/Qwen3-0.6B-4bit", "model").replace("my_pairs/", "data")
         .replace("iters=100", f"iters=2, {small}").replace("iters=120", "iters=4")

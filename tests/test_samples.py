@@ -103,7 +103,7 @@ def test_samples_along_the_way_change_no_number(
     assert not (folder / "samples.jsonl").exists()
 
 
-@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("lost", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_samples_of_each_step_once(texts: dict[str, Any], tmp_path: Path, lost: bool) -> None:
     texts |= {"sample_every": 1}
     train(make_config({**texts, "adapter_path": str(tmp_path / "whole")}), quiet())

@@ -188,7 +188,7 @@ def test_tensorboard_has_every_report_and_starts_anew_with_a_new_run(settings: d
     assert len(list((folder / "tensorboard").rglob("events*"))) == 2
 
 
-@pytest.mark.parametrize("lost", [0, 1, 2])
+@pytest.mark.parametrize("lost", [2, *(pytest.param(lost, marks=pytest.mark.slow) for lost in (0, 1))])
 def test_tensorboard_of_a_resumed_run_has_each_step_once(settings: dict[str, Any], lost: int) -> None:
     settings |= {**LONG, "report_to": "tensorboard", "steps_per_report": 1, "steps_per_eval": 2}
     folder = Path(settings["adapter_path"])

@@ -42,7 +42,7 @@ for call in (train, orpo_mlx.train, module, function):
 """
 
 
-@pytest.mark.parametrize("order", _ORDERS)
+@pytest.mark.parametrize("order", [_ORDERS[0], *(pytest.param(order, marks=pytest.mark.slow) for order in _ORDERS[1:])])
 def test_one_name_is_the_module_and_the_function_in_any_order_of_imports(order: str) -> None:
     done = subprocess.run([sys.executable, "-c", order + _BOTH], capture_output=True, text=True)
     assert done.stderr == ""
