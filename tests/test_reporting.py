@@ -85,7 +85,7 @@ def test_the_time_remaining_is_that_of_slow_steps_too(seconds: float, left: str)
     with report.bar("training", 12, "steps") as advance:
         assert report._progress is not None
         clock = itertools.count(0.0, seconds)
-        report._progress.get_time = lambda: now  # type: ignore[method-assign]
+        report._progress.get_time = lambda: now
         # A resumed run begins where it was, which took no time.
         for done in (3, 4, 5, 6):
             now = next(clock)
