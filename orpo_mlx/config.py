@@ -49,6 +49,7 @@ class _Check:
 
 _POSITIVE = _Check("greater than 0", lambda value: value > 0)
 _NOT_NEGATIVE = _Check("0 or more", lambda value: value >= 0)
+_PORT = _Check("from 0 to 65535", lambda value: 0 <= value <= 65535)
 _ALL_OR_COUNT = _Check("-1 (all) or greater than 0", lambda value: value == -1 or value > 0)
 _ALL_OR_SOME = _Check("-1 (all) or 0 or more", lambda value: value >= -1)
 
@@ -211,6 +212,13 @@ class TrainingConfig:
         int,
         "reports",
         check=_POSITIVE,
+    )
+    watch: int | None = _option(
+        None,
+        "serve a page that draws the run as it goes on, on this machine only, at this port; 0: any that is free",
+        int,
+        "reports",
+        check=_PORT,
     )
     push_to_hub: str | None = _option(
         None, "owner/name: send adapters, model card and figures to this model repository at the end", str, "reports"

@@ -102,7 +102,7 @@ class Loop:
                     ranks=run.ranks,
                 )  # fmt: skip
             self._metrics.write(step, name, held[name])
-            self._reporter.say(eval_line(step, name, held[name]))
+            self._reporter.figures(eval_line(step, name, held[name]))
             if suspects:
                 places = ", ".join(pair.place for pair in suspects[:4])
                 self._reporter.say(f"Warning: not finite at step {step} on {len(suspects)} {name} pairs: {places}.")
@@ -185,7 +185,7 @@ class Loop:
             report["skipped"] = progress.skipped
         self._metrics.write(progress.step, "train", report)
         if progress.means.pairs:
-            self._reporter.say(train_line(progress.step, self.total, report))
+            self._reporter.figures(train_line(progress.step, self.total, report))
         progress.start_report()
 
     def _save(self) -> None:

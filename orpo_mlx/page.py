@@ -37,6 +37,8 @@ pre { background: var(--shade); padding: .6rem; white-space: pre-wrap; overflow-
 pre code { padding: 0; }
 """
 
+_LIVE = "connect-src 'self'; "
+
 _SCRIPT = """
 "use strict";
 for (const table of document.querySelectorAll("table.sortable")) {
@@ -132,11 +134,20 @@ def definition_list(values: Mapping[str, str]) -> str:
     )
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """The whole document. Its policy lets it fetch nothing and run no script but its own."""
+def page(title: str, parts: Sequence[str], *, style: str = "", script: str = _SCRIPT, live: bool = False) -> str:
+    """The whole document. Its policy lets it run no script but its own, and fetch nothing.
+
+    Args:
+        title: of the page; its heading, too.
+        parts: HTML, one after the other.
+        style: rules beside those of every page.
+        script: run at the end of the page.
+        live: whether it may ask the server it came from for more.
+    """
+    style = _STYLE + style
     policy = (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{_sha256(_STYLE)}'; "
-        f"script-src 'sha256-{_sha256(_SCRIPT)}'; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src data:; style-src 'sha256-{_sha256(style)}'; "
+        f"script-src 'sha256-{_sha256(script)}'; {_LIVE if live else ''}base-uri 'none'; form-action 'none'"
     )
     body = "\n".join(parts)
     return (
@@ -144,8 +155,8 @@ def page(title: str, parts: Sequence[str]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
-        f"<title>{text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{text(title)}</h1>\n"
-        f"{body}\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+        f"<title>{text(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<h1>{text(title)}</h1>\n"
+        f"{body}\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from orpo_mlx.alarms import DivergenceWatch
 from orpo_mlx.metrics import MetricMeans
 from orpo_mlx.samples import Reply
-from orpo_mlx.watch import DivergenceWatch
 
 Held = dict[str, dict[str, float]]
 """Metrics by split."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from orpo_mlx.errors import TrainingError, printable_lines
 from orpo_mlx.samples import Reply
 
 _WIDE = 110
+_REMEMBERED = 40
 
 CLOSING_ROWS = {
     "preference accuracy, mean log-prob": ("accuracies/mean_logps", "{:.1%}"),
@@ -103,10 +105,16 @@ class Reporter:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
-        self._progress: Progress | None = None
+        self.said: deque[str] = deque(maxlen=_REMEMBERED)
+        """The newest lines, without the figures."""
 
     def say(self, line: str) -> None:
         """Plain text; what comes from data or file names is never read as markup or obeyed by the terminal."""
+        self.said.append(line)
+        self.figures(line)
+
+    def figures(self, line: str) -> None:
+        """A line of figures, which `metrics.jsonl` has as well."""
         self.console.print(Text(printable_lines(line)), soft_wrap=True)
 
     @contextmanager

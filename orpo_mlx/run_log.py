@@ -14,6 +14,43 @@ FILE = "metrics.jsonl"
 Points = list[tuple[int, float]]
 """Steps and values, steps ascending."""
 
+SPLITS = ("train", "valid", "test")
+KEY = "Lines: training. Dashes with dots: valid. Open squares: test."
+"""How the splits are told apart in a chart."""
+
+
+class Chart(NamedTuple):
+    """Metrics that are drawn together over the steps."""
+
+    title: str
+    """With the unit."""
+    keys: tuple[str, ...]
+    caption: str
+    factor: float = 1.0
+    """From the metric's unit to the title's."""
+
+
+LOSS = Chart("loss (nats)", ("loss",), "Loss of the method; losses of different methods are not comparable.")
+ACCURACY = Chart(
+    "preference accuracy (%)",
+    ("accuracies/mean_logps",),
+    "Pairs whose chosen side has the higher mean log-prob.",
+    100.0,
+)
+MARGIN = Chart(
+    "reward margin (nats)",
+    ("rewards/margins",),
+    "The method's reward of the chosen side minus that of the rejected one.",
+)
+REWARDS = Chart(
+    "rewards (nats)",
+    ("rewards/chosen", "rewards/rejected"),
+    "The method's reward of each side: its margin, taken apart.",
+)
+LEARNING_RATE = Chart("learning rate", ("learning_rate",), "As of the last step of a report.")
+SPEED = Chart("throughput (pair tokens/s)", ("pair_tokens_per_s",), "Training, from report to report.")
+MEMORY = Chart("peak memory (GiB)", ("peak_memory_gib",), "MLX's peak since the run began.")
+
 
 class RunLog(NamedTuple):
     """What a run reported."""

@@ -7,8 +7,8 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,16 @@ from orpo_mlx.checkpoint import Checkpoint, remove_all, save_json, write_text
 from orpo_mlx.cli import exit_status
 from orpo_mlx.config import TrainingConfig, resolve
 from orpo_mlx.distributed import Ranks, find_ranks
-from orpo_mlx.errors import TrainingError, printable
+from orpo_mlx.errors import TrainingError, UserError, printable
+from orpo_mlx.live import GOING_ON, PREPARING, Feed
+from orpo_mlx.live_server import serving
 from orpo_mlx.lock import locked
 from orpo_mlx.loop import Loop
 from orpo_mlx.lora import adapter_weights
 from orpo_mlx.memory_plan import plan_memory
 from orpo_mlx.model_card import FILE as CARD
 from orpo_mlx.model_card import write_card
-from orpo_mlx.order import groups_to_come, steps_of_adapter_file
+from orpo_mlx.order import groups_to_come, steps_of_adapter_file, total_steps
 from orpo_mlx.prepare import Run, adapter_config, prepare, run_record
 from orpo_mlx.progress import Held, Progress
 from orpo_mlx.push import check_ready, push
@@ -90,7 +92,8 @@ def train(config: TrainingConfig, reporter: Reporter | None = None, ranks: Ranks
             if not (config.resume or config.overwrite):
                 _refuse_unfinished(folder, config)
 
-        return _train(prepare(config, hold, ranks), reporter)
+        page = stack.enter_context(watched(config, reporter)) if ranks.first else None
+        return _train(prepare(config, hold, ranks), reporter, page)
 
 
 def _checkpoint_and_state(run: Run, reporter: Reporter) -> tuple[Checkpoint, State] | tuple[None, None]:
@@ -113,7 +116,7 @@ def _checkpoint_and_state(run: Run, reporter: Reporter) -> tuple[Checkpoint, Sta
     return (None, None) if checkpoint is None or state is None else (checkpoint, state)
 
 
-def _train(run: Run, reporter: Reporter) -> Held:
+def _train(run: Run, reporter: Reporter, page: Feed | None) -> Held:
     config = run.config
     checkpoint, state = _checkpoint_and_state(run, reporter)
     # The prediction draws random numbers; the run's own, of dropout, must not depend on it.
@@ -127,8 +130,10 @@ def _train(run: Run, reporter: Reporter) -> Held:
         progress = state.progress
         progress.resumed_at.append(progress.step)
     metrics_file = MetricsFile(run.folder / "metrics.jsonl", None if state is None else state.metrics)
-    save_json(run.folder / "run.json", {**run_record(run), "resumed_at": progress.resumed_at})
+    save_json(run.folder / "run.json", {**run_record(run), **_course(run, progress)})
     save_json(run.folder / "adapter_config.json", adapter_config(run))
+    if page is not None:
+        page.state = GOING_ON
     try:
         with StopSignals() as stop:
             if checkpoint is not None:
@@ -163,6 +168,31 @@ def _train(run: Run, reporter: Reporter) -> Held:
     if run.ranks.first:
         _publish(run, progress.before, after, reporter)
     return after
+
+
+@contextmanager
+def watched(config: TrainingConfig, reporter: Reporter) -> Iterator[Feed | None]:
+    """Serve the page of `--watch`, where that was asked for.
+
+    Raises:
+        ConfigError: the port cannot be had.
+    """
+    if config.watch is None:
+        yield None
+        return
+    feed = Feed(Path(config.adapter_path).expanduser(), lambda: list(reporter.said), PREPARING)
+    with serving(feed, config.watch, "--watch") as server:
+        reporter.say(f"The run can be watched at {server.address}, on this machine.")
+        try:
+            yield feed
+        except (UserError, KeyboardInterrupt) as error:
+            reporter.said.append(str(error))
+            raise
+
+
+def _course(run: Run, progress: Progress) -> dict[str, Any]:
+    """What `run.json` says of the steps: how many there will be, and where the run was taken up again."""
+    return {"total_steps": total_steps(run.config, len(run.splits["train"].pairs)), "resumed_at": progress.resumed_at}
 
 
 def _close(run: Run, progress: Progress, reporter: Reporter) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
 LAYERS = [
-    {"_blas", "allocator", "conversation", "errors", "exponential", "gguf_blocks", "signals", "types", "watch"},
+    {"_blas", "alarms", "allocator", "conversation", "errors", "exponential", "gguf_blocks", "signals", "types"},
     {
         "cache",
         "distributed",
