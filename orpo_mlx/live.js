@@ -1,7 +1,7 @@
 "use strict";
 
 const SVG = "http://www.w3.org/2000/svg";
-const MARGIN = {left: 56, right: 10, top: 8, bottom: 22};
+const MARGIN = {left: 56, right: 20, top: 8, bottom: 22};
 const RETRIES = 3, RETRY_MS = 2000, PACES = 20;
 
 const element = (id) => document.getElementById(id);
@@ -134,6 +134,7 @@ function stateWords() {
   const of = facts.total === null ? "" : ` of ${facts.total}`;
   const gone = facts.last || lost ? " This page is no longer served; the drawing stays as it is." : "";
   if (lost && facts.state !== "ended") return `No answer: the run, or its page, has ended.${gone}`;
+  if (facts.state === "") return "Waiting for the run.";
   if (facts.state === "preparing") return `The run is being prepared.${gone}`;
   if (facts.state === "going on") return `The run is going on.${gone}`;
   if (facts.total !== null && newest >= facts.total) return `The run is done: all ${facts.total} steps.${gone}`;
@@ -281,7 +282,7 @@ function drawChart(number, from, to, cursor) {
   const x = (step) => MARGIN.left + (step - from) / span * inner.width;
   const y = (value) => MARGIN.top + (high - value) / (high - low) * inner.height;
   const parts = [];
-  const rows = ticks(low, high, 5, false);
+  const rows = ticks(low, high, 6, false);
   for (const tick of rows.found) {
     const words = Math.abs(tick) >= 1e6 || (rows.digits > 4) ? tick.toExponential(1) : tick.toFixed(rows.digits);
     parts.push(node("path", {class: "grid", d: `M${MARGIN.left} ${y(tick)}H${width - MARGIN.right}`}));

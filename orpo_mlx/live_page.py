@@ -21,7 +21,8 @@ _SKELETON = """
 <label>Steps <select id="range"><option value="1">all</option><option value="0.5">last half</option>
 <option value="0.1">last tenth</option></select></label>
 <label>Training averaged over <select id="average"><option value="1">1 report</option>
-<option value="5">5 reports</option><option value="20">20 reports</option><option value="100">100 reports</option></select></label>
+<option value="5">5 reports</option><option value="20">20 reports</option>
+<option value="100">100 reports</option></select></label>
 <label id="looking">Look at step <input id="cursor" type="range" min="0" max="0" value="0" step="1">
 <output id="looked" for="cursor">newest</output></label>
 <button id="pause" type="button" aria-pressed="false">Pause</button>
@@ -47,7 +48,7 @@ def live_page(name: str) -> str:
     colours = "".join(f".colour{number} {{ color: {style(number).color}; }}\n" for number in range(_COLOURS))
     parts = [
         _SKELETON,
-        f'<p class="faint">{text(KEY)}</p>',
+        f'<p class="faint">Over optimiser steps. {text(KEY)}</p>',
         f'<div id="charts" class="charts" data-what="{data}"></div>',
     ]
     return page(

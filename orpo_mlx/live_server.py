@@ -22,6 +22,8 @@ LARGEST_PORT = 65535
 _HOST = re.compile(r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?", re.IGNORECASE)
 _PAGE = re.compile(r"[0-9a-f]{1,32}")
 _MOST_THREADS = 32
+_POLL_S = 0.2
+"""Between two looks whether the server is to end."""
 _PACE_S = 0.5
 """The least time between two answers to one page."""
 _HOLD_S = 20.0
@@ -51,6 +53,7 @@ class LiveServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = _MOST_THREADS
 
     def __init__(self, feed: Feed, port: int, flag: str) -> None:
         self.feed = feed
@@ -219,7 +222,7 @@ def serving(feed: Feed, port: int, flag: str) -> Iterator[LiveServer]:
         ConfigError: the port cannot be had.
     """
     server = LiveServer(feed, port, flag)
-    threading.Thread(target=server.serve_forever, name="orpo_mlx live page", daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(_POLL_S,), name="live page", daemon=True).start()
     try:
         yield server
     finally:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from orpo_mlx.alarms import ALWAYS_RIGHT, ALWAYS_WRONG, FALLING, SPAN, DivergenceWatch
+from orpo_mlx.progress import Progress
 
 
 def told(chosen: list[float], rejected: list[float], accuracy: list[float]) -> list[str]:
@@ -49,3 +50,11 @@ def test_accuracy_that_does_not_move(value: float, text: str) -> None:
     rising, falling = series(0.02, seed=0), series(-0.02, seed=1)
     assert told(rising, falling, [value] * length) == [text.format(span=SPAN)]
     assert told(rising, falling, ([value] * (SPAN - 1) + [0.5]) * 3) == []
+
+
+def test_a_checkpoint_keeps_it_under_the_name_it_always_had() -> None:
+    progress = Progress()
+    progress.watch.add({"rewards/chosen": 0.5, "rewards/rejected": 0.25, "rewards/accuracies": 1.0})
+    saved = progress.to_json()
+    assert saved["watch"] == {"seen": [[0.5, 0.25, 1.0]], "said": []}
+    assert Progress.from_json(json.loads(json.dumps(saved))).watch.to_json() == saved["watch"]
