@@ -38,8 +38,8 @@ _ADAPTERS, _OPTIMIZER, _REFERENCE, _STATE = (
     "adapters.safetensors", "optimizer.safetensors", "reference.safetensors", "state.json",
 )  # fmt: skip
 
-_NEVER_TAKEN = {"adapter_path", "resume", "resume_with_changes", "overwrite", "trust_remote_code"}
-"""Settings that a checkpoint has no say in; remote code runs only where this very command asks for it."""
+_NEVER_TAKEN = {"adapter_path", "resume", "resume_with_changes", "overwrite", "trust_remote_code", "watch"}
+"""Settings that a checkpoint has no say in; remote code runs, and a port is opened, only where this very command asks."""
 _FREE_GROUPS = {"memory", "machines", "reports", "resume"}
 _FREE = {
     "adapter_path", "trust_remote_code", "memory_check", "micro_batch_tokens", "precompute_reference", "iters",

@@ -214,13 +214,13 @@ def test_an_unfinished_run_is_not_written_over_by_mistake(
     assert main(flags({**settings, **LONG})) == 0
 
 
-def test_a_checkpoint_never_lets_remote_code_run(settings: dict[str, Any]) -> None:
+def test_a_checkpoint_never_lets_remote_code_run_or_opens_a_port(settings: dict[str, Any]) -> None:
     from orpo_mlx.resume import settings_of_newest
 
-    folder = interrupted({**settings, **LONG, "trust_remote_code": True})
+    folder = interrupted({**settings, **LONG, "trust_remote_code": True, "watch": 0})
     taken = settings_of_newest(str(folder))
     assert taken["learning_rate"] == 1e-3
-    assert not {"trust_remote_code", "resume", "adapter_path"} & set(taken)
+    assert not {"trust_remote_code", "resume", "adapter_path", "watch"} & set(taken)
 
 
 @pytest.mark.parametrize("start", [SLOW("full"), "warm"])
