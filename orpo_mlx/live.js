@@ -214,6 +214,12 @@ function thinned(one, columns) {
   return points;
 }
 
+/* A tick, to the decimal place by which ticks differ. */
+function inWords(tick, place, high) {
+  if (place >= -4 && high < 1e6) return tick.toFixed(Math.max(0, -place));
+  return tick === 0 ? "0" : tick.toExponential(Math.max(0, Math.floor(Math.log10(Math.abs(tick)) + 1e-9) - place));
+}
+
 /* Round numbers between two bounds. */
 function ticks(low, high, most, whole) {
   const rough = (high - low) / most, power = 10 ** Math.floor(Math.log10(rough));
@@ -223,7 +229,8 @@ function ticks(low, high, most, whole) {
   for (let tick = Math.ceil(low / step - 1e-9); tick * step <= high + step * 1e-9 && found.length < 20; tick += 1) {
     found.push(tick * step);
   }
-  return {found, digits: Math.max(0, -Math.floor(Math.log10(step) + 1e-9))};
+  const place = Math.floor(Math.log10(step) + 1e-9);
+  return {found, words: found.map((tick) => inWords(tick, place, high))};
 }
 
 function bounds(chart, lines) {
@@ -283,11 +290,10 @@ function drawChart(number, from, to, cursor) {
   const y = (value) => MARGIN.top + (high - value) / (high - low) * inner.height;
   const parts = [];
   const rows = ticks(low, high, 6, false);
-  for (const tick of rows.found) {
-    const words = Math.abs(tick) >= 1e6 || (rows.digits > 4) ? tick.toExponential(1) : tick.toFixed(rows.digits);
+  rows.found.forEach((tick, at) => {
     parts.push(node("path", {class: "grid", d: `M${MARGIN.left} ${y(tick)}H${width - MARGIN.right}`}));
-    parts.push(node("text", {x: MARGIN.left - 6, y: y(tick) + 4, "text-anchor": "end"}, words));
-  }
+    parts.push(node("text", {x: MARGIN.left - 6, y: y(tick) + 4, "text-anchor": "end"}, rows.words[at]));
+  });
   for (const tick of ticks(from, Math.max(to, from + 1), Math.max(2, Math.floor(inner.width / 90)), true).found) {
     parts.push(node("text", {x: x(tick), y: height - 6, "text-anchor": "middle"}, String(tick)));
   }

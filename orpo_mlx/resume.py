@@ -39,7 +39,7 @@ _ADAPTERS, _OPTIMIZER, _REFERENCE, _STATE = (
 )  # fmt: skip
 
 _NEVER_TAKEN = {"adapter_path", "resume", "resume_with_changes", "overwrite", "trust_remote_code", "watch"}
-"""Settings that a checkpoint has no say in; remote code runs, and a port is opened, only where this very command asks."""
+"""Settings that a checkpoint has no say in; remote code runs, and a port opens, only where this very command asks."""
 _FREE_GROUPS = {"memory", "machines", "reports", "resume"}
 _FREE = {
     "adapter_path", "trust_remote_code", "memory_check", "micro_batch_tokens", "precompute_reference", "iters",

@@ -12,6 +12,7 @@ import pytest
 
 from orpo_mlx import live_server
 from orpo_mlx.live import ENDED, GOING_ON, Feed
+from orpo_mlx.live_page import CHARTS
 from orpo_mlx.live_server import LiveServer, serving
 from tests.browser import Browser
 
@@ -99,6 +100,24 @@ def test_it_draws_what_comes_and_starts_over_where_the_file_is_cut(browser: Brow
     assert browser.run("document.documentElement.scrollWidth") <= 400
     assert browser.complaints() == []
     assert all(url.startswith(served.server.address) for url in browser.requests())
+
+
+@pytest.mark.parametrize(
+    "values", [[1e-4], [1e-4, 0.0], [2e9, 2e9 + 5], [1e-30], [-3.5, 0.125], [0.0], [1234.5, 1234.6]]
+)
+def test_no_two_ticks_have_the_same_words(browser: Browser, served: Served, values: list[float]) -> None:
+    served.write([row(step, learning_rate=value) for step, value in enumerate(values, 1)])
+    served.open()
+    served.wait_for("place", f"step {len(values)} of 40")
+    plot = [chart.title for chart in CHARTS].index("learning rate")
+    texts = f"document.querySelectorAll('.plot')[{plot}].querySelectorAll('[text-anchor=end]')"
+    words = browser.run(f"[...{texts}].map((text) => text.textContent)")
+    numbers = [float(word) for word in words]
+    assert len(set(words)) == len(words) >= 2
+    assert numbers == sorted(numbers)
+    assert max(abs(a - b) for a in numbers for b in values) <= 2 * max(
+        max(values) - min(values), max(map(abs, values)), 1
+    )
 
 
 def test_what_files_say_is_text(browser: Browser, served: Served) -> None:
