@@ -120,11 +120,15 @@ class Reporter:
     @contextmanager
     def bar(self, what: str, total: int, unit: str) -> Iterator[Any]:
         """A progress bar; yields `advance(done, note="")`. Nothing is drawn where output is not a terminal."""
+        if not self.console.is_terminal:
+            # Switched off, the bar of rich before 14.3 still prints an empty line.
+            yield lambda done, note="": None
+            return
         columns: list[ProgressColumn] = [MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
         # Where the line is short, the numbers go before the bar and its words.
         if self.console.width >= _WIDE:
             columns = [TextColumn("{task.description}"), BarColumn(), TextColumn(unit), *columns]
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+        with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(what, total=total, note="")
 
             def advance(done: int, note: str = "") -> None:
