@@ -35,3 +35,9 @@ def settle() -> None:
         if mallopt is not None:
             mallopt(_TRIM_THRESHOLD, _NEVER_TRIM)
             mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+
+
+def clear_cache_above(threshold: int | None) -> None:
+    """Give back what MLX keeps for reuse if that is more than `threshold` bytes; None: never."""
+    if threshold is not None and mx.get_cache_memory() > threshold:
+        mx.clear_cache()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from math import lcm, prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ class Blueprint(NamedTuple):
     """Of floating-point weights once loaded."""
     quantised: frozenset[str]
     """Names of the modules whose weights are quantised."""
+    tensors: frozenset[str] = frozenset()
+    """Names of the tensors in the safetensors files; none where it is another kind of file."""
 
 
 def read_blueprint(name: str, *, dtype: str | None = None) -> Blueprint:
@@ -47,10 +50,11 @@ def read_blueprint(name: str, *, dtype: str | None = None) -> Blueprint:
     if path.is_file():
         config, checkpoint_dtype = gguf_config(path)
         quantised: frozenset[str] = frozenset()
+        tensors: frozenset[str] = frozenset()
     else:
-        config, (checkpoint_dtype, quantised) = _folder_config(path), _headers(path)
-    layers = _layer_count(path, config)
-    return Blueprint(config, layers, layer_period(config, layers), loaded_dtype(dtype) or checkpoint_dtype, quantised)
+        config, (checkpoint_dtype, quantised, tensors) = _folder_config(path), _headers(path)
+    layers, kept = _layer_count(path, config), loaded_dtype(dtype) or checkpoint_dtype
+    return Blueprint(config, layers, layer_period(config, layers), kept, quantised, tensors)
 
 
 def build(blueprint: Blueprint, layers: int) -> nn.Module:
@@ -65,6 +69,7 @@ def build(blueprint: Blueprint, layers: int) -> nn.Module:
         model: nn.Module = model_class(args_class.from_dict(config))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"config.json: mlx-lm cannot build this model ({' '.join(str(error).split())}).") from None
+    _tie_head(model, blueprint.tensors)
     table = config.get("quantization") or {}
     if blueprint.quantised:
 
@@ -77,6 +82,16 @@ def build(blueprint: Blueprint, layers: int) -> nn.Module:
     model.freeze()
     model.eval()
     return model
+
+
+def _tie_head(model: nn.Module, tensors: frozenset[str]) -> None:
+    """Leave out a head that the checkpoint has not: some of mlx-lm's classes find that out when weights are loaded."""
+    own = next((name for name in dict(tree_flatten(model.parameters())) if name.endswith("lm_head.weight")), None)
+    if own is None or not tensors or any(name.endswith("lm_head.weight") for name in tensors):
+        return
+    # Other classes need the arrays themselves, and have no such head to leave out.
+    with suppress(AttributeError, KeyError, ValueError, TypeError, IndexError):
+        model.sanitize({name: mx.zeros(()) for name in tensors})
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -93,19 +108,21 @@ def _folder_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}/config.json: cannot be read ({' '.join(str(error).split())}).") from None
 
 
-def _headers(path: Path) -> tuple[mx.Dtype, frozenset[str]]:
-    """The dtype most of the floating-point bytes have, and the modules with scales, from all safetensors headers."""
+def _headers(path: Path) -> tuple[mx.Dtype, frozenset[str], frozenset[str]]:
+    """The dtype most of the floating-point bytes have, the modules with scales, and the names of all tensors, from all
+    safetensors headers."""
     sizes: Counter[str] = Counter()
-    quantised = set()
+    quantised, names = set(), set()
     for file in sorted(path.glob("model*.safetensors")):
         for name, tensor in read_header(file).tensors.items():
+            names.add(name)
             if tensor.dtype in _HEADER_DTYPES:
                 sizes[tensor.dtype] += prod(tensor.shape)
             if name.endswith(".scales"):
                 quantised.add(name.removesuffix(".scales"))
     if not sizes:
         raise ModelError(f"{path}: no model*.safetensors with floating-point weights in this folder.")
-    return _HEADER_DTYPES[sizes.most_common(1)[0][0]], frozenset(quantised)
+    return _HEADER_DTYPES[sizes.most_common(1)[0][0]], frozenset(quantised), frozenset(names)
 
 
 def _layer_count(path: Path, config: Mapping[str, Any]) -> int:

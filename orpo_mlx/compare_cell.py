@@ -19,8 +19,8 @@ from orpo_mlx.allocator import settle
 from orpo_mlx.batching import TrainingOrder, micro_batches
 from orpo_mlx.checkpoint import save_adapters, save_json
 from orpo_mlx.cli import exit_status
+from orpo_mlx.command_line import resolve
 from orpo_mlx.compare_plan import PROG, Budget
-from orpo_mlx.config import resolve
 from orpo_mlx.divergence import distinct_n, sampled_kl
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.footprint import process_footprint

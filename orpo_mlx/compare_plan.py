@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orpo_mlx.cli import OneLineParser
-from orpo_mlx.config import TrainingConfig, recipe, resolve
+from orpo_mlx.command_line import resolve
+from orpo_mlx.config import TrainingConfig, recipe
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.methods import PARAMETERS
 
@@ -22,7 +23,8 @@ BUDGETS = {"steps": int, "pair_tokens": int, "seconds": float}
 _OWN = ("method", "seed", "iters", "epochs", "learning_rate", "lr_schedule", "adapter_path", "resume_adapter_file")
 _UNUSED = (
     *("reference", "precompute_reference", "steps_per_report", "steps_per_eval", "val_batches", "test_batches"),
-    *("save_every", "samples", "report", "report_every", "push_to_hub", "memory_check", *PARAMETERS),
+    *("test", "save_every", "samples", "sample_every", "report", "report_every", "report_to", "project_name", "watch"),
+    *("push_to_hub", "memory_check", *PARAMETERS),
 )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from orpo_mlx.blueprint import Blueprint, read_blueprint
 from orpo_mlx.cli import OneLineParser, exit_status
-from orpo_mlx.config import TrainingConfig, resolve
+from orpo_mlx.command_line import resolve
+from orpo_mlx.config import TrainingConfig
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.memory import Prediction, made_window, predict, recommended_working_set
 from orpo_mlx.modes import MODES

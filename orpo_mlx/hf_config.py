@@ -21,6 +21,9 @@ _ROPE_FIELDS = ("rope_theta", "partial_rotary_factor")
 # mlx-lm's own names for a setting, where they are not Hugging Face's.
 _MLX_NAMES = {"rope_theta": ("rotary_emb_base",), "partial_rotary_factor": ("rotary_pct",)}
 
+# Names that a checkpoint of a later transformers has, and the table of an earlier one does not know.
+_RENAMED_LATER = {"num_experts": "num_local_experts"}
+
 
 def normalise_config(config: Mapping[str, Any], place: str) -> dict[str, Any]:
     """`config` with RoPE settings and renamed keys where mlx-lm's model class looks for them.
@@ -50,7 +53,7 @@ def normalise_config(config: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 def _with_old_names(config: dict[str, Any], accepted: set[str]) -> dict[str, Any]:
     """Settings that transformers saves under another name than mlx-lm's class asks for, by transformers' own table."""
-    renamed = _attribute_map(str(config.get("model_type")))
+    renamed = {**_RENAMED_LATER, **_attribute_map(str(config.get("model_type")))}
     for name in accepted - set(config):
         for other in (renamed.get(name), *(theirs for theirs, ours in renamed.items() if ours == name)):
             if other in config:

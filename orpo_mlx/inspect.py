@@ -8,7 +8,9 @@ from pathlib import Path
 
 from orpo_mlx.checkpoint import json_text, write_text
 from orpo_mlx.cli import OneLineParser, exit_status
-from orpo_mlx.config import add_settings, data_reading, make_config, parse_settings
+from orpo_mlx.command_line import add_settings, parse_settings
+from orpo_mlx.config import data_reading
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.errors import ConfigError, printable, printable_lines
 from orpo_mlx.inspection import as_text, draw_lengths, inspect_splits
 from orpo_mlx.models import find

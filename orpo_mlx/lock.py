@@ -42,3 +42,22 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def is_held_by_a_living_process(folder: Path) -> bool:
+    """Whether the process that last held `folder` lives, as far as this machine knows.
+
+    Trying the lock instead would let a run that starts at that moment find it taken. A process id that has gone to
+    another program since is taken for the run.
+    """
+    try:
+        owner = int((folder / LOCK).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return False
+    try:
+        os.kill(owner, 0)
+    except PermissionError:  # It lives, and is another user's.
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return owner > 0

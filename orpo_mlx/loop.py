@@ -6,22 +6,35 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import mlx.core as mx
 
+from orpo_mlx.callbacks import Callbacks
 from orpo_mlx.config import DEFAULT_MAX_SKIPPED
 from orpo_mlx.errors import HalfAppliedError, NonFiniteError, TrainingError
-from orpo_mlx.evaluation import evaluate
+from orpo_mlx.held_out import evaluate_splits
+from orpo_mlx.line_file import FileMark, LineFile
 from orpo_mlx.metrics import MetricMeans
-from orpo_mlx.order import held_out_pairs, total_steps, training_order
+from orpo_mlx.order import total_steps, training_order
 from orpo_mlx.prepare import Run
 from orpo_mlx.progress import Best, Held, Progress
 from orpo_mlx.report import refresh_report
-from orpo_mlx.reporting import MetricsFile, Reporter, eval_line, step_numbers, train_line
-from orpo_mlx.resume import mark_best, random_state, save, set_random_state
+from orpo_mlx.reporting import MetricsFile, Reporter, step_numbers, train_line
+from orpo_mlx.resume import mark_best, random_numbers_kept, random_state, save, set_random_state
+from orpo_mlx.samples import Reply, Sampler
 from orpo_mlx.signals import Interrupted, StopSignals
 from orpo_mlx.step import optimiser_step
 from orpo_mlx.types import TokenizedPair
+
+
+class Outlets(NamedTuple):
+    """What a run tells of itself, and to whom."""
+
+    reporter: Reporter
+    metrics: MetricsFile
+    sampler: Sampler
+    callbacks: Callbacks
 
 
 class Loop:
@@ -33,8 +46,7 @@ class Loop:
     Args:
         run: what is trained.
         progress: how far it has come.
-        reporter: where it says so.
-        metrics_file: where it is written down.
+        outlets: where it says so.
         stop: how it is asked to end.
         saved_step: the step of the checkpoint it was resumed from; None for a new run.
         keep_reference: called after each save.
@@ -44,19 +56,41 @@ class Loop:
         self,
         run: Run,
         progress: Progress,
-        reporter: Reporter,
-        metrics_file: MetricsFile,
+        outlets: Outlets,
         stop: StopSignals,
         *,
         saved_step: int | None = None,
         keep_reference: Callable[[], None] = lambda: None,
     ) -> None:
-        self.run, self.progress = run, progress
-        self._reporter, self._metrics, self._stop, self._keep_reference = reporter, metrics_file, stop, keep_reference
+        self.run, self.progress, self.outlets = run, progress, outlets
+        self._reporter, self._metrics = outlets.reporter, outlets.metrics
+        self._stop, self._keep_reference = stop, keep_reference
         self._saved_step = saved_step
+        self._due: tuple[int, dict[str, FileMark]] | None = None
+        self._replies: list[Reply] | None = None
+        self.peak_memory_gib = 0.0
+        """MLX's peak since the first step."""
         self._asked: int | None = None
         self._randoms = [random_state()]
         self.total = total_steps(run.config, len(run.splits["train"].pairs))
+
+    def look_before(self) -> None:
+        """What is to be compared with at the end: sample replies and held-out metrics before the first step.
+
+        Raises:
+            Interrupted, TrainingError: the run ends before it has begun.
+        """
+        progress = self.progress
+        with random_numbers_kept():
+            progress.replies_before = self.outlets.sampler(0)
+        try:
+            progress.before = self.evaluate(("valid", "test"))
+        except TrainingError as error:
+            raise TrainingError(f"{error}; nothing was saved") from error.__cause__
+
+    def replies_after(self) -> list[Reply]:
+        """Sample replies after the last step."""
+        return self.outlets.sampler(self.total) if self._replies is None else self._replies
 
     def steps(self) -> Held:
         """All steps that are left; the last evaluation's metrics.
@@ -69,6 +103,7 @@ class Loop:
         with self._reporter.bar("training", self.total, "steps") as advance, self._saved_if_it_ends():
             pairs, progress = self.run.splits["train"].pairs, self.progress
             self._agree()
+            advance(progress.step)
             held = self._what_is_due() if progress.step else {}
             windows = iter(training_order(self.run, progress.step))
             while progress.step < self.total:
@@ -79,34 +114,15 @@ class Loop:
                     rate = progress.pair_tokens / max(progress.seconds, 1e-9)
                     advance(progress.step, step_numbers(means.means(), rate, mx.get_peak_memory() / 2**30))
                 held = self._what_is_due()
+            self.peak_memory_gib = mx.get_peak_memory() / 2**30
         return held
 
     def evaluate(self, names: Sequence[str]) -> Held:
         """Evaluate the held-out splits among `names`, at the present step."""
-        run, step = self.run, self.progress.step
-        held: Held = {}
-        for name, pairs in held_out_pairs(run).items():
-            if name not in names:
-                continue
-            suspects: list[TokenizedPair] = []
-            with self._reporter.bar(f"evaluating {name}", len(pairs), "pairs") as advance:
-
-                def progress(done: int, advance: Callable[[int], None] = advance) -> None:
-                    advance(done)
-                    if self.run.ranks.size == 1:
-                        self._stop.check()
-
-                held[name] = evaluate(
-                    run.scorer, pairs, run.method.loss, batch_size=run.config.batch_size, nll=run.config.nll,
-                    reference=run.reference, untrained=step == 0, progress=progress, suspects=suspects.extend,
-                    ranks=run.ranks,
-                )  # fmt: skip
-            self._metrics.write(step, name, held[name])
-            self._reporter.say(eval_line(step, name, held[name]))
-            if suspects:
-                places = ", ".join(pair.place for pair in suspects[:4])
-                self._reporter.say(f"Warning: not finite at step {step} on {len(suspects)} {name} pairs: {places}.")
-        return held
+        return evaluate_splits(
+            self.run, names, step=self.progress.step, untrained=self.progress.step == 0, reporter=self._reporter,
+            metrics_file=self._metrics, stop=self._stop, told=self.outlets.callbacks.report_validation,
+        )  # fmt: skip
 
     def _step(self, window: Sequence[TokenizedPair]) -> MetricMeans | None:
         """One step and its part of the report; None where it was passed over."""
@@ -123,11 +139,15 @@ class Loop:
             set_random_state(before)
             raise
         # A clock that goes backwards costs a figure of speed, never a step.
-        progress.seconds += max(time.perf_counter() - started, 0.0)
+        seconds = max(time.perf_counter() - started, 0.0)
+        progress.seconds += seconds
+        progress.training_seconds += seconds
         progress.step += 1
         if means is not None:
             progress.means.merge(means)
-            progress.pair_tokens += sum(pair.pair_tokens for pair in window)
+            tokens = sum(pair.pair_tokens for pair in window)
+            progress.pair_tokens += tokens
+            progress.trained_tokens += tokens
             for warning in progress.watch.add(means.means()):
                 self._reporter.say(f"Warning, step {progress.step}: {warning}")
         return means
@@ -153,12 +173,13 @@ class Loop:
         self._reporter.say(f"Passed over ({progress.skipped} of at most {most}): {error}.")
 
     def _what_is_due(self) -> Held:
-        """Report, save and evaluate, as the settings say for this step."""
+        """Report, save, evaluate and sample, as the settings say for this step."""
         config, progress = self.run.config, self.progress
         step, last = progress.step, progress.step == self.total
         evaluates = last or step % config.steps_per_eval == 0
         if progress.reported < step and (last or step % config.steps_per_report == 0):
             self._report()
+        self._due = (step, self._marks())
         every = config.report_every
         if every is not None and step % every == 0 and not last and self.run.ranks.first:
             refresh_report(self.run.folder)
@@ -166,11 +187,11 @@ class Loop:
             self._save()
             self._keep_reference()
         self._end_if_asked()
-        if not evaluates:
-            return {}
-        held = self.evaluate(("valid", "test") if last else ("valid",))
-        if config.save_best:
+        held = self.evaluate(("valid", "test") if last else ("valid",)) if evaluates else {}
+        if config.save_best and evaluates:
             self._compare(held["valid"]["loss"])
+        if config.sample_every is not None and (last or step % config.sample_every == 0):
+            self._sample()
         return held
 
     def _report(self) -> None:
@@ -185,11 +206,34 @@ class Loop:
             report["skipped"] = progress.skipped
         self._metrics.write(progress.step, "train", report)
         if progress.means.pairs:
-            self._reporter.say(train_line(progress.step, self.total, report))
+            self._reporter.figures(train_line(progress.step, self.total, report))
+        steps, seconds = progress.step - progress.reported, progress.seconds
         progress.start_report()
+        self.outlets.callbacks.report_training(
+            progress.step, report, steps=steps, seconds=seconds, trained_tokens=progress.trained_tokens
+        )
+
+    def _sample(self) -> None:
+        with random_numbers_kept():
+            self._replies = self.outlets.sampler(self.progress.step)
+        if self.progress.step < self.total:
+            self._reporter.samples(self.progress.step, self._replies)
+
+    def _files(self) -> dict[str, LineFile]:
+        file = self.outlets.sampler.file
+        return {"metrics": self._metrics, **({} if file is None else {"samples": file})}
+
+    def _marks(self) -> dict[str, FileMark]:
+        return {name: file.mark() for name, file in self._files().items()}
 
     def _save(self) -> None:
-        self._saved_step = save(self.run, self.progress, self._metrics.mark(), self._randoms).step
+        # Also where the run ends after its evaluation: resumed, the step's evaluation is done and written once more.
+        step, marks = self._due or (None, {})
+        if step != self.progress.step:
+            marks = self._marks()
+        for file in self._files().values():
+            file.sync()
+        self._saved_step = save(self.run, self.progress, marks, self._randoms).step
 
     def _compare(self, loss: float) -> None:
         """Remember this step if its validation loss is the lowest so far."""

@@ -30,7 +30,7 @@ def add_adapters(model: nn.Module, fine_tune_type: str, num_layers: int, lora_pa
         lora_parameters: mlx-lm's `rank`, `scale`, `dropout` and optional `keys` (module names within a block).
 
     Raises:
-        ConfigError: more layers than the model has, or keys that match nothing.
+        ConfigError: more layers than the model has, keys that match nothing, or "full" for quantised weights.
     """
     blocks = len(model.layers)
     if num_layers > blocks:
@@ -41,6 +41,11 @@ def add_adapters(model: nn.Module, fine_tune_type: str, num_layers: int, lora_pa
     if fine_tune_type == "full":
         for block in model.layers[-max(num_layers, 0) :]:
             block.unfreeze()
+        if any(array.dtype == mx.uint32 for array in adapter_weights(model).values()):
+            raise ConfigError(
+                "--fine-tune-type full: this model's weights are quantised and have no gradient; use lora or dora, or "
+                "a model that is not quantised."
+            )
     else:
         linear_to_lora_layers(model, num_layers, dict(lora_parameters), use_dora=fine_tune_type == "dora")
     trained = dict(tree_flatten(model.trainable_parameters()))

@@ -244,8 +244,9 @@ def aot(logps: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0)
 
 def aot_unpaired(logps: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> LossOutput:
     """AOT, unpaired (Melnyk et al. 2024, section 3): as DPO, z = β (sort(h(y_w)) - sort(h(y_l))) over the batch."""
-    chosen, rejected = _log_ratios(logps)
-    return _smoothed(logps, beta * (mx.sort(chosen) - mx.sort(rejected)), beta, label_smoothing)
+    # Not mx.sort, whose gradient MLX 0.31 gives to the wrong pairs.
+    chosen, rejected = (side[mx.stop_gradient(mx.argsort(side))] for side in _log_ratios(logps))
+    return _smoothed(logps, beta * (chosen - rejected), beta, label_smoothing)
 
 
 def apo_zero(logps: PairLogProbs, *, beta: float = 0.1) -> LossOutput:

@@ -28,6 +28,7 @@ COMMANDS = {
     "fit": Command("orpo_mlx.fit", "predict the memory of a run, and whether it fits a Mac"),
     "train": Command("orpo_mlx.train", "align a model with preference pairs"),
     "score": Command("orpo_mlx.score", "log-probs of pairs under a model, a row each"),
+    "watch": Command("orpo_mlx.watch", "a page that draws a run as it goes on"),
     "report": Command("orpo_mlx.report", "draw training runs as a page and a picture"),
     "chat": Command("orpo_mlx.chat", "talk with a tuned model, with the base model beside it"),
     "push": Command("orpo_mlx.push", "send adapters, model card and figures to the Hub"),

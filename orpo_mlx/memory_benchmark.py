@@ -23,7 +23,8 @@ from orpo_mlx.allocator import settle
 from orpo_mlx.batching import TrainingOrder, micro_batches
 from orpo_mlx.checkpoint import save_json
 from orpo_mlx.cli import OneLineParser, exit_status
-from orpo_mlx.config import TrainingConfig, resolve
+from orpo_mlx.command_line import resolve
+from orpo_mlx.config import TrainingConfig
 from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.footprint import process_footprint
 from orpo_mlx.prepare import Run, prepare, versions
@@ -235,7 +236,8 @@ def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None
     if modes and any(word.split("=")[0] == "--memory" for word in arguments):
         raise ConfigError("--memory: several modes are measured; leave out --memory or --modes.")
     for method, mode in itertools.product(methods, _mode_flags(modes)):
-        resolve(_command(method, [*arguments, *mode]), PROG)
+        if resolve(_command(method, [*arguments, *mode]), PROG).test:
+            raise ConfigError("--test: this command measures training; leave it out.")
     for flag, file in (("--json", own.json), ("--publish", own.publish)):
         if file is not None and (file.is_dir() or not file.parent.is_dir()):
             raise ConfigError(f"{flag} {file}: cannot be written there; give a file in a folder that exists.")

@@ -100,10 +100,14 @@ def copy_companions(source: Path, folder: Path, *, code: bool = False) -> list[s
 def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar in bytes on stderr; yields `advance(bytes)`. Nothing is drawn where it is not a terminal."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        # Switched off, the bar of rich before 14.3 still prints an empty line.
+        yield lambda size: None
+        return
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=total)
 
         def advance(size: int) -> None:

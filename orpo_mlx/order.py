@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from orpo_mlx.batching import TrainingOrder, length_order, micro_batches, side_lengths, steps_per_epoch
 from orpo_mlx.config import TrainingConfig
@@ -62,6 +63,12 @@ def steps_of_adapter_file(run: Run) -> int:
     metadata = adapter_metadata(run.config.resume_adapter_file)
     step = metadata.get(_STEP_KEY, "")
     return int(step) if step.isdecimal() and metadata.get(_ORDER_KEY) == order_digest(run) else 0
+
+
+def steps_taken(adapters: Path) -> int:
+    """The steps that an adapter file (or the one in a folder) says it has taken, 0 where it says nothing."""
+    step = adapter_metadata(adapters).get(_STEP_KEY, "")
+    return int(step) if step.isdecimal() else 0
 
 
 def held_out_pairs(run: Run) -> dict[str, Sequence[TokenizedPair]]:

@@ -16,7 +16,7 @@ _STYLE = """
   :root { --paper: #16181c; --ink: #e8e8e8; --faint: #a8a8a8; --rule: #3d4148; --shade: #22262c; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 70rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 1rem; max-width: 90rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
 p, ul { max-width: 46rem; } .faint { color: var(--faint); }
@@ -24,11 +24,12 @@ p, ul { max-width: 46rem; } .faint { color: var(--faint); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--rule); text-align: right; vertical-align: top; }
 th:first-child, td:first-child, .text th, .text td { text-align: left; } thead th { vertical-align: bottom; }
-.text td { min-width: 8rem; }
+.text td { min-width: 8rem; } table:not(.text) td { white-space: nowrap; }
+table:not(.text) td:first-child { min-width: min(12rem, 40vw); white-space: normal; }
 th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid; }
-th button::after { content: " \\2195"; color: var(--faint); }
-th[aria-sort=ascending] button::after { content: " \\2191"; color: inherit; }
-th[aria-sort=descending] button::after { content: " \\2193"; color: inherit; }
+th button::after { content: "\\a0\\2195"; color: var(--faint); }
+th[aria-sort=ascending] button::after { content: "\\a0\\2191"; color: inherit; }
+th[aria-sort=descending] button::after { content: "\\a0\\2193"; color: inherit; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } img { display: block; width: 100%; max-width: 40rem; height: auto; }
 figcaption { color: var(--faint); font-size: .9rem; }
@@ -36,6 +37,8 @@ code { background: var(--shade); padding: .1em .3em; border-radius: .2em; overfl
 pre { background: var(--shade); padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere; border-radius: .3rem; }
 pre code { padding: 0; }
 """
+
+_LIVE = "connect-src 'self'; "
 
 _SCRIPT = """
 "use strict";
@@ -132,11 +135,20 @@ def definition_list(values: Mapping[str, str]) -> str:
     )
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """The whole document. Its policy lets it fetch nothing and run no script but its own."""
+def page(title: str, parts: Sequence[str], *, style: str = "", script: str = _SCRIPT, live: bool = False) -> str:
+    """The whole document. Its policy lets it run no script but its own, and fetch nothing.
+
+    Args:
+        title: of the page; its heading, too.
+        parts: HTML, one after the other.
+        style: rules beside those of every page.
+        script: run at the end of the page.
+        live: whether it may ask the server it came from for more.
+    """
+    style = _STYLE + style
     policy = (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{_sha256(_STYLE)}'; "
-        f"script-src 'sha256-{_sha256(_SCRIPT)}'; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src data:; style-src 'sha256-{_sha256(style)}'; "
+        f"script-src 'sha256-{_sha256(script)}'; {_LIVE if live else ''}base-uri 'none'; form-action 'none'"
     )
     body = "\n".join(parts)
     return (
@@ -144,8 +156,8 @@ def page(title: str, parts: Sequence[str]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
-        f"<title>{text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{text(title)}</h1>\n"
-        f"{body}\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+        f"<title>{text(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<h1>{text(title)}</h1>\n"
+        f"{body}\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 

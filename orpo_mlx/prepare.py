@@ -31,6 +31,8 @@ from orpo_mlx.segments import ValueAndGrad, find_walk, whole_value_and_grad
 from orpo_mlx.sources import find_splits
 from orpo_mlx.splits import Lengths, Split, tokenized_split
 
+HELD_OUT = ("test", "valid")
+
 _OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "adam": optim.Adam,
     "adamw": optim.AdamW,
@@ -83,8 +85,10 @@ def prepare(
     """
     _optimizer(config)
     reading = data_reading(config)
-    sources = find_splits(config.data)
-    if config.save_best and (config.val_batches == 0 or "valid" not in sources):
+    sources = find_splits(config.data, HELD_OUT) if config.test else find_splits(config.data)
+    if config.test:
+        sources.pop("train", None)
+    elif config.save_best and (config.val_batches == 0 or "valid" not in sources):
         raise ConfigError("--save-best goes by the validation loss: give a valid split and --val-batches other than 0.")
     if config.reference == "copy" and ranks is not None and ranks.size > 1:
         raise ConfigError("--reference copy: is for comparisons on one process; leave it out under mlx.launch.")

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from orpo_mlx.alarms import DivergenceWatch
 from orpo_mlx.metrics import MetricMeans
 from orpo_mlx.samples import Reply
-from orpo_mlx.watch import DivergenceWatch
 
 Held = dict[str, dict[str, float]]
 """Metrics by split."""
@@ -34,6 +34,10 @@ class Progress:
     """Of the steps since then; so are the next two."""
     pair_tokens: int = 0
     seconds: float = 0.0
+    trained_tokens: int = 0
+    """Of prompts and completions, since the run began; so is the next."""
+    training_seconds: float = 0.0
+    """Spent in steps."""
     skipped: int = 0
     """Steps passed over since the run began."""
     best: Best | None = None
@@ -77,6 +81,9 @@ class Progress:
             raise ValueError("a negative count")
         return cls(
             **counts,
+            # Checkpoints of earlier versions do not have these two.
+            trained_tokens=int(value.get("trained_tokens", 0)),
+            training_seconds=float(value.get("training_seconds", 0.0)),
             means=MetricMeans.from_json(value["means"]),
             seconds=float(value["seconds"]),
             best=None if best is None else Best(int(best["step"]), float(best["loss"])),

@@ -16,7 +16,7 @@ from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.page import Cell, Table, markdown_text
 
 FOLDER = PurePath("docs", "results")
-DOCUMENTS = ("README.md", "docs/comparison.md", "docs/data.md", "docs/memory.md")
+DOCUMENTS = ("README.md", "docs/comparison.md", "docs/data.md", "docs/memory.md", "docs/recipes.md")
 """Where `<!-- results: NAME TABLE -->` and `<!-- end of results -->` may stand. `memory` in the place of both is every
 published measurement of memory; `memory START` compares the modes in those whose file names begin so; `figures NAME`
 is a table that another program printed."""

@@ -1,4 +1,4 @@
-"""A training run, or several laid over each other, as a page and a picture, from `metrics.jsonl` alone."""
+"""A training run, or several laid over each other, as a page and a picture, from the lines they left."""
 
 from __future__ import annotations
 
@@ -13,25 +13,19 @@ from orpo_mlx.checkpoint import write_atomically, write_text
 from orpo_mlx.cli import OneLineParser, exit_status
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.page import Cell, Table, page, picture, text
-from orpo_mlx.run_log import RunLog, read_run
+from orpo_mlx.run_log import ACCURACY, KEY, LOSS, MARGIN, SPEED, SPLITS, Chart, RunLog, Sample, read_run, read_samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PROG = "python -m orpo_mlx.report"
 
-_CHARTS = (
-    ("loss", "loss (nats)", 1.0),
-    ("accuracies/mean_logps", "preference accuracy (%)", 100.0),
-    ("rewards/margins", "reward margin (nats)", 1.0),
-    ("pair_tokens_per_s", "throughput (pair tokens/s)", 1.0),
-)
-_HELD_OUT = ("valid", "test")
+_CHARTS = (LOSS, ACCURACY, MARGIN, SPEED)
+_HELD_OUT = SPLITS[1:]
 _LINES: dict[str, tuple[str, str, Any]] = {
     "train": ("-", "", "full"), "valid": ("--", "o", "full"), "test": ("", "s", "none"),
 }  # fmt: skip
 """Line, marker and its filling by split; a test has no values between its markers."""
-_KEY = "Lines: training. Dashes with dots: valid. Open squares: test."
 
 
 def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
@@ -42,14 +36,19 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
         OSError: `output` cannot be written.
     """
     runs = _named(folders, [read_run(folder) for folder in folders])
-    panels = {title: _panel(runs, key, title, factor) for key, title, factor in _CHARTS if _drawn(runs, key)}
+    panels = {chart: _panel(runs, chart) for chart in _CHARTS if _drawn(runs, chart.keys[0])}
     parts = [_summary(runs).html()]
     pictures = [
-        picture(title, png([panel], LIGHT), png([panel], DARK), _caption(title)) for title, panel in panels.items()
+        picture(chart.title, png([panel], LIGHT), png([panel], DARK), chart.caption) for chart, panel in panels.items()
     ]
     parts.append(
-        f'<h2>Over the steps</h2>\n<p class="faint">{text(_KEY)}</p>\n<div class="charts">{"".join(pictures)}</div>'
+        f'<h2>Over the steps</h2>\n<p class="faint">{text(KEY)}</p>\n<div class="charts">{"".join(pictures)}</div>'
     )
+    for run, folder in zip(runs, folders, strict=True):
+        samples = read_samples(folder)
+        if samples:
+            title = "Sample replies" if len(runs) == 1 else f"Sample replies: {run.name}"
+            parts.append(f"<h2>{text(title)}</h2>\n{_samples(samples).html()}")
     unread = [f"{run.name}: {_lines(run.unread)} of metrics.jsonl passed over." for run in runs if run.unread]
     parts += [f'<p class="faint">{text(line)}</p>' for line in unread]
     names = ", ".join(run.name for run in runs)
@@ -58,6 +57,19 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     picture_bytes = png(list(panels.values()), LIGHT, columns=min(2, len(panels)))
     write_atomically(written[1], lambda temporary: _put(temporary, picture_bytes))
     return written
+
+
+def _samples(samples: Sequence[Sample]) -> Table:
+    rows = [
+        (
+            Cell(sample.prompt),
+            Cell(str(sample.step), sample.step),
+            Cell(str(sample.tokens), sample.tokens),
+            Cell(sample.text),
+        )
+        for sample in samples
+    ]
+    return Table(("prompt", "step", "tokens", "reply"), tuple(rows), prose=True)
 
 
 def _lines(count: int) -> str:
@@ -90,13 +102,14 @@ def _drawn(runs: Sequence[RunLog], key: str) -> bool:
     return any(run.points(split, key) for run in runs for split in run.reports)
 
 
-def _panel(runs: Sequence[RunLog], key: str, title: str, factor: float) -> Panel:
-    """One metric of every run; a panel's key is `_KEY`."""
+def _panel(runs: Sequence[RunLog], chart: Chart) -> Panel:
+    """One metric of every run; a panel's key is `KEY`."""
+    (key,) = chart.keys
 
     def draw(axes: Axes, theme: Theme) -> None:
         for number, run in enumerate(runs):
             named = False
-            for place, split in enumerate(("train", *_HELD_OUT)):
+            for place, split in enumerate(SPLITS):
                 points = run.points(split, key)
                 if not points:
                     continue
@@ -105,27 +118,19 @@ def _panel(runs: Sequence[RunLog], key: str, title: str, factor: float) -> Panel
                 dash, marker, fill = _LINES[split]
                 steps, values = zip(*points, strict=True)
                 axes.plot(
-                    steps, [factor * value for value in values], color=look.color, linestyle=dash,
+                    steps, [chart.factor * value for value in values], color=look.color, linestyle=dash,
                     marker=marker or ("." if len(points) == 1 else ""), fillstyle=fill, markersize=6, linewidth=1.5,
                     label=split if len(runs) == 1 else "" if named else label(run.name),
                 )  # fmt: skip
                 named = True
         axes.set_xlabel("optimiser step")
-        axes.set_ylabel(title)
+        axes.set_ylabel(chart.title)
         whole_steps(axes)
-        if factor == 100:
+        if chart.factor == 100:
             axes.set_ylim(-3, 103)
         legend(axes)
 
     return draw
-
-
-def _caption(title: str) -> str:
-    return {
-        "loss (nats)": "Loss of the method; losses of different methods are not comparable.",
-        "preference accuracy (%)": "Pairs whose chosen side has the higher mean log-prob.",
-        "reward margin (nats)": "The method's reward of the chosen side minus that of the rejected one.",
-    }.get(title, "Training, from report to report.")
 
 
 def _summary(runs: Sequence[RunLog]) -> Table:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from orpo_mlx.errors import TrainingError, printable_lines
+from orpo_mlx.errors import printable_lines
+from orpo_mlx.line_file import LineFile
 from orpo_mlx.samples import Reply
 
 _WIDE = 110
+_REMEMBERED = 40
+_WARNING = "Warning"
+# Rich's own 30 s hold no two steps of a large model, and then there is no time remaining at all.
+_ESTIMATED_OVER_S = 3600.0
 
 CLOSING_ROWS = {
     "preference accuracy, mean log-prob": ("accuracies/mean_logps", "{:.1%}"),
@@ -31,71 +33,17 @@ CLOSING_ROWS = {
 }
 
 
-class FileMark(NamedTuple):
-    """How far a file has come."""
-
-    size: int
-    """Bytes."""
-    sha256: str
-    """Of those bytes."""
-
-
-class MetricsFile:
-    """`metrics.jsonl`: one JSON object per report, appended in one piece.
-
-    A run that goes on from a checkpoint cuts off what was appended after it (`since`), since those steps are run
-    again: every step is in the file once. Cutting a file is one operation of the file system; interrupted before or
-    after, it is done again, or found done, when the run is next resumed. What is not finite is written as null.
-
-    Raises:
-        OSError: the file cannot be written.
-        TrainingError: the file does not begin with what the checkpoint knows of it.
-    """
-
-    def __init__(self, path: Path, since: FileMark | None = None) -> None:
-        self._path = path
-        self._size, self._digest = 0, hashlib.sha256()
-        if since is not None and path.exists():
-            self._take_up(since)
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        os.ftruncate(self._handle, self._size)
-
-    def _take_up(self, since: FileMark) -> None:
-        with self._path.open("rb") as file:
-            self._digest.update(file.read(since.size))
-            self._size = file.tell()
-        if (self._size, self._digest.hexdigest()) != since:
-            raise TrainingError(
-                f"{self._path}: its first {since.size} bytes are not those the checkpoint was saved with; put the file "
-                "back, or move it away to begin a new one"
-            )
+class MetricsFile(LineFile):
+    """`metrics.jsonl`: a line for each report, appended in one piece; what is not finite is written as null."""
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         """Append one report.
 
         Raises:
-            OSError: the disk is full; part of the line may be in the file, where the next write replaces it.
+            OSError: see `LineFile.append`.
         """
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        line = (json.dumps({"step": step, "split": split, **finite}, allow_nan=False) + "\n").encode()
-        try:
-            done = 0
-            while done < len(line):
-                done += os.pwrite(self._handle, line[done:], self._size + done)
-        except OSError as error:
-            error.filename = str(self._path)
-            raise
-        self._size += len(line)
-        self._digest.update(line)
-
-    def mark(self) -> FileMark:
-        """How far the file has come, once all of that is on the disk."""
-        os.fsync(self._handle)
-        return FileMark(self._size, self._digest.hexdigest())
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._handle)
+        self.append([{"step": step, "split": split, **finite}])
 
 
 class Reporter:
@@ -104,38 +52,81 @@ class Reporter:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
         self._progress: Progress | None = None
+        self.said: deque[str] = deque(maxlen=_REMEMBERED)
+        """The newest lines, without the figures."""
 
     def say(self, line: str) -> None:
-        """Plain text; what comes from data or file names is never read as markup or obeyed by the terminal."""
-        self.console.print(Text(printable_lines(line)), soft_wrap=True)
+        """Plain text; what comes from data or file names is never read as markup or obeyed by the terminal.
+
+        A terminal has lines broken between words, a file as they are.
+        """
+        self.said.append(line)
+        self.figures(line)
+
+    def figures(self, line: str) -> None:
+        """A line of figures, which `metrics.jsonl` has as well."""
+        style = "yellow" if line.startswith(_WARNING) else ""
+        self.console.print(Text(printable_lines(line), style), soft_wrap=not self.console.is_terminal)
 
     @contextmanager
     def bar(self, what: str, total: int, unit: str) -> Iterator[Any]:
-        """A progress bar; yields `advance(done, note="")`. Nothing is drawn where output is not a terminal."""
-        columns: list[ProgressColumn] = [MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
-        # Where the line is short, the numbers go before the bar and its words.
-        if self.console.width >= _WIDE:
-            columns = [TextColumn("{task.description}"), BarColumn(), TextColumn(unit), *columns]
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(what, total=total, note="")
+        """A progress bar; yields `advance(done, note="")`. Nothing is drawn where output is not a terminal.
 
-            def advance(done: int, note: str = "") -> None:
+        A bar inside another one's block is drawn below it.
+        """
+        with self._bars() as progress:
+            # Where there is no room for a description, it stands where the numbers will.
+            note = "" if self._wide else what
+            task = progress.add_task(what, total=total, unit=unit, note=note)
+
+            def advance(done: int, note: str = note) -> None:
                 progress.update(task, completed=done, note=note)
 
-            yield advance
+            try:
+                yield advance
+            finally:
+                progress.refresh()
+                progress.remove_task(task)
+
+    @property
+    def _wide(self) -> bool:
+        return self.console.width >= _WIDE
+
+    @contextmanager
+    def _bars(self) -> Iterator[Progress]:
+        """The one display of all bars: a terminal has room for one, and rich before 14.1 refuses a second."""
+        if self._progress is not None:
+            yield self._progress
+            return
+        columns: list[ProgressColumn] = [MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+        # Where the line is short, the numbers go before the bar and its words.
+        if self._wide:
+            columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[unit]}"), *columns]
+        progress = Progress(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal,
+            speed_estimate_period=_ESTIMATED_OVER_S,
+        )  # fmt: skip
+        # Some versions of rich end even a disabled display with an empty line.
+        with progress if self.console.is_terminal else nullcontext():
+            self._progress = progress
+            try:
+                yield progress
+            finally:
+                self._progress = None
 
     def closing_table(
         self, before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
     ) -> None:
-        """Held-out metrics before and after training, per split."""
-        table = Table(title="Held-out pairs, before and after training", title_justify="left")
+        """Held-out metrics per split, before and after training; those after it alone where none are known before."""
+        title = "Held-out pairs, before and after training" if before else "Held-out pairs"
+        table = Table(title=title, title_justify="left")
         table.add_column("")
-        for split in before:
-            table.add_column(f"{split} before", justify="right")
-            table.add_column(f"{split} after", justify="right")
-        for title, (key, form) in CLOSING_ROWS.items():
-            cells = [form.format(side[split][key]) for split in before for side in (before, after)]
-            table.add_row(title, *cells)
+        for split in after:
+            for when in ("before", "after") if before else ("",):
+                table.add_column(f"{split} {when}".rstrip(), justify="right")
+        for row, (key, form) in CLOSING_ROWS.items():
+            sides = (before, after) if before else (after,)
+            table.add_row(row, *(form.format(side[split][key]) for split in after for side in sides))
         self.console.print(table)
 
     def replies(self, before: Sequence[Reply], after: Sequence[Reply]) -> None:
@@ -144,6 +135,12 @@ class Reporter:
             self.say(f"\nprompt  {_one_line(first.prompt)}")
             self.say(f"before  [{first.tokens} tokens] {_one_line(first.text)}")
             self.say(f"after   [{second.tokens} tokens] {_one_line(second.text)}")
+
+    def samples(self, step: int, replies: Sequence[Reply]) -> None:
+        """Sample replies in the middle of a run."""
+        for reply in replies:
+            self.say(f"step {step}  prompt  {_one_line(reply.prompt)}")
+            self.say(f"step {step}  reply   [{reply.tokens} tokens] {_one_line(reply.text)}")
 
 
 def train_line(step: int, total: int, metrics: Mapping[str, float]) -> str:

@@ -24,13 +24,14 @@ from orpo_mlx.checkpoint import (
     whole_checkpoints,
     write_checkpoint,
 )
-from orpo_mlx.config import TrainingConfig, check_settings, group_of
+from orpo_mlx.config import TrainingConfig, group_of
+from orpo_mlx.config_checks import check_settings
 from orpo_mlx.errors import ConfigError, TrainingError
+from orpo_mlx.line_file import FileMark
 from orpo_mlx.lora import adapter_weights, load_adapter_file
 from orpo_mlx.order import epoch_and_step, order_digest, place_metadata, total_steps
 from orpo_mlx.prepare import Run, adapter_config, versions
 from orpo_mlx.progress import Progress
-from orpo_mlx.reporting import FileMark
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
@@ -38,8 +39,8 @@ _ADAPTERS, _OPTIMIZER, _REFERENCE, _STATE = (
     "adapters.safetensors", "optimizer.safetensors", "reference.safetensors", "state.json",
 )  # fmt: skip
 
-_NEVER_TAKEN = {"adapter_path", "resume", "resume_with_changes", "overwrite", "trust_remote_code"}
-"""Settings that a checkpoint has no say in; remote code runs only where this very command asks for it."""
+_NEVER_TAKEN = {"adapter_path", "resume", "resume_with_changes", "overwrite", "trust_remote_code", "test", "watch"}
+"""Settings that a checkpoint has no say in; remote code runs, and a port opens, only where this very command asks."""
 _FREE_GROUPS = {"memory", "machines", "reports", "resume"}
 _FREE = {
     "adapter_path", "trust_remote_code", "memory_check", "micro_batch_tokens", "precompute_reference", "iters",
@@ -64,6 +65,8 @@ class State(NamedTuple):
     model: str
     versions: Mapping[str, str]
     metrics: FileMark
+    samples: FileMark | None
+    """None where no sample replies were kept."""
 
     @property
     def finished(self) -> bool:
@@ -91,10 +94,21 @@ def random_state_of(rank: int, states: Sequence[tuple[int, int]]) -> tuple[int, 
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
-def save(run: Run, progress: Progress, metrics: FileMark, randoms: Sequence[tuple[int, int]]) -> Checkpoint:
+@contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """Whatever draws random numbers in this block, the run's own, of dropout, do not depend on it."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+def save(run: Run, progress: Progress, marks: Mapping[str, FileMark], randoms: Sequence[tuple[int, int]]) -> Checkpoint:
     """Save a run as it stands after `progress.step` steps, then remove the checkpoints that are one too many.
 
-    Only rank 0 writes. `randoms` are the random states of all ranks.
+    Only rank 0 writes. `marks` say how far the files of `metrics` and `samples` had come; `randoms` are the random
+    states of all ranks.
 
     Raises:
         TrainingError: a weight is not finite, or the disk cannot be written; earlier checkpoints are untouched.
@@ -106,7 +120,7 @@ def save(run: Run, progress: Progress, metrics: FileMark, randoms: Sequence[tupl
             raise TrainingError(f"{name} is not finite after step {progress.step}, so it is not saved")
     if not run.ranks.first:
         return Checkpoint(run.folder / CHECKPOINTS, progress.step)
-    state = _describe(run, progress, metrics, randoms)
+    state = _describe(run, progress, marks, randoms)
 
     def write(folder: Path) -> None:
         save_safetensors(folder / _ADAPTERS, weights, place)
@@ -185,13 +199,14 @@ def read_state(checkpoint: Checkpoint) -> State:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         randoms = [(int(high), int(low)) for high, low in state["random_states"]]
-        metrics = FileMark(int(state["metrics"]["size"]), str(state["metrics"]["sha256"]))
+        metrics = _mark(state["metrics"])
+        samples = _mark(state["samples"]) if "samples" in state else None
         progress = Progress.from_json(state["progress"])
         total, first_step = int(state["total_steps"]), int(state["first_step"])
         texts = [{str(k): str(v) for k, v in state[name].items()} for name in ("data", "versions")]
         settings, order, model = dict(state["settings"]), str(state["order"]), str(state["model"])
         words = [word for pair in randoms for word in pair]
-        if not words or not all(0 <= word < 1 << 32 for word in words) or min(metrics.size, first_step) < 0:
+        if not words or not all(0 <= word < 1 << 32 for word in words) or first_step < 0:
             raise ValueError("a number out of range")
         if progress.step != checkpoint.step:
             raise ValueError(f"step {progress.step}, expected {checkpoint.step}")
@@ -199,7 +214,14 @@ def read_state(checkpoint: Checkpoint) -> State:
         reason = " ".join(str(error).split())[:200]
         raise TrainingError(f"{path}: not the state of a run ({type(error).__name__}: {reason})") from None
     checked = check_settings(settings, str(path))
-    return State(progress, total, first_step, checked, randoms, order, texts[0], model, texts[1], metrics)
+    return State(progress, total, first_step, checked, randoms, order, texts[0], model, texts[1], metrics, samples)
+
+
+def _mark(value: Mapping[str, Any]) -> FileMark:
+    mark = FileMark(int(value["size"]), str(value["sha256"]))
+    if mark.size < 0:
+        raise ValueError("a negative size")
+    return mark
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -313,7 +335,9 @@ def restore(run: Run, checkpoint: Checkpoint, state: State) -> list[str]:
     return notes
 
 
-def _describe(run: Run, progress: Progress, metrics: FileMark, randoms: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def _describe(
+    run: Run, progress: Progress, marks: Mapping[str, FileMark], randoms: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
     epoch, step = epoch_and_step(run, progress.step)
     return {
         "step": progress.step,
@@ -323,7 +347,7 @@ def _describe(run: Run, progress: Progress, metrics: FileMark, randoms: Sequence
         "first_step": run.first_step,
         "progress": progress.to_json(),
         "random_states": list(randoms),
-        "metrics": metrics._asdict(),
+        **{name: mark._asdict() for name, mark in marks.items()},
         "order": order_digest(run),
         "data": {name: split.sha256 for name, split in run.splits.items()},
         "model": run.model_digest,

@@ -10,9 +10,47 @@ from typing import Any, NamedTuple
 from orpo_mlx.errors import DataError
 
 FILE = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 
 Points = list[tuple[int, float]]
 """Steps and values, steps ascending."""
+
+SPLITS = ("train", "valid", "test")
+KEY = "Lines: training. Dashes with dots: valid. Open squares: test."
+"""How the splits are told apart in a chart."""
+
+
+class Chart(NamedTuple):
+    """Metrics that are drawn together over the steps."""
+
+    title: str
+    """With the unit."""
+    keys: tuple[str, ...]
+    caption: str
+    factor: float = 1.0
+    """From the metric's unit to the title's."""
+
+
+LOSS = Chart("loss (nats)", ("loss",), "Loss of the method; losses of different methods are not comparable.")
+ACCURACY = Chart(
+    "preference accuracy (%)",
+    ("accuracies/mean_logps",),
+    "Pairs whose chosen side has the higher mean log-prob.",
+    100.0,
+)
+MARGIN = Chart(
+    "reward margin (nats)",
+    ("rewards/margins",),
+    "The method's reward of the chosen side minus that of the rejected one.",
+)
+REWARDS = Chart(
+    "rewards (nats)",
+    ("rewards/chosen", "rewards/rejected"),
+    "The method's reward of each side: its margin, taken apart.",
+)
+LEARNING_RATE = Chart("learning rate", ("learning_rate",), "As of the last step of a report.")
+SPEED = Chart("throughput (pair tokens/s)", ("pair_tokens_per_s",), "Training, from report to report.")
+MEMORY = Chart("peak memory (GiB)", ("peak_memory_gib",), "MLX's peak since the run began.")
 
 
 class RunLog(NamedTuple):
@@ -39,6 +77,46 @@ class RunLog(NamedTuple):
         """The metric's first value."""
         points = self.points(split, key)
         return points[0][1] if points else None
+
+
+class Sample(NamedTuple):
+    """A sample reply in the middle of a run."""
+
+    step: int
+    prompt: str
+    text: str
+    tokens: int
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """The replies in `folder`/samples.jsonl, prompt by prompt, then by step; empty where there is no such file.
+
+    Lines that are no reply are passed over.
+    """
+    try:
+        lines = (folder / SAMPLES).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = [sample for sample in map(_sample, filter(str.strip, lines)) if sample is not None]
+    order = list(dict.fromkeys(sample.prompt for sample in found))
+    return sorted(found, key=lambda sample: (order.index(sample.prompt), sample.step))
+
+
+def _sample(line: str) -> Sample | None:
+    row = _row(line)
+    try:
+        return Sample(int(row["step"]), str(row["prompt"]), str(row["text"]), int(row["tokens"]))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def _row(line: str) -> dict[str, Any]:
+    """The JSON object of a line; empty where it is none."""
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def read_run(folder: Path) -> RunLog:
@@ -73,12 +151,7 @@ def read_run(folder: Path) -> RunLog:
 
 def _report(line: str) -> tuple[str, int, dict[str, float]] | None:
     """Split, step and finite numbers of one line; None where it is no report."""
-    try:
-        row: Any = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict):
-        return None
+    row = _row(line)
     split, step = row.get("split"), row.get("step")
     if not isinstance(split, str) or not isinstance(step, int) or isinstance(step, bool):
         return None

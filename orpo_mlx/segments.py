@@ -196,7 +196,10 @@ def find_walk(scorer: PairScorer, *, segment_layers: int, kept_layers: int) -> L
     walk, batch = LayerWalk(scorer, segment_layers=segment_layers, kept_layers=kept_layers), probe_batch(padded=False)
 
     def share(states: States) -> tuple[mx.array, States]:
-        return sum((part.astype(mx.float32).square().mean() for part in states), mx.array(0.0)), states
+        # Weighted: the plain mean square of what an RMS norm has normalised is a constant, and its gradient is noise.
+        squares = [part.astype(mx.float32).square() for part in states]
+        weighted = [(square * mx.linspace(0.5, 1.5, square.shape[-1])).mean() for square in squares]
+        return sum(weighted, mx.array(0.0)), states
 
     with without_dropout(model):
         try:

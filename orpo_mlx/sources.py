@@ -80,32 +80,33 @@ class HubSource:
         return _sha256(Path(entry["filename"]) for entry in self._dataset.cache_files)
 
 
-def find_splits(data: str | Path) -> dict[str, Source]:
+def find_splits(data: str | Path, needed: Sequence[str] = ("train",)) -> dict[str, Source]:
     """Map "train", "valid" and "test" to their sources.
 
-    `data` is a file, which is the train split alone; a folder; or a Hub id with an optional configuration and revision,
-    `owner/name:configuration@revision`. In a folder, a split is the file (or the shards, or the sub-folder of files)
-    that carries its name: `train.jsonl`, `anything.validation.parquet`, `data/test-00000-of-00002.parquet`.
+    `data` is a file, which is the first of the `needed` splits alone; a folder; or a Hub id with an optional
+    configuration and revision, `owner/name:configuration@revision`. In a folder, a split is the file (or the shards, or
+    the sub-folder of files) that carries its name: `train.jsonl`, `anything.validation.parquet`,
+    `data/test-00000-of-00002.parquet`.
 
     Raises:
-        DataError: nothing there, no train split, or two files for one split.
+        DataError: nothing there, none of the splits `needed`, or two files for one split.
     """
     path = Path(data).expanduser()
     if path.is_file():
-        return {"train": FileSource([path])}
+        return {needed[0]: FileSource([path])}
     if path.is_dir():
-        return _folder_splits(path)
+        return _folder_splits(path, needed)
     hub = _HUB_ID.match(str(data))
     if hub is None or path.suffix.lower() in READERS or str(data).startswith("."):
         kinds = ", ".join(READERS)
         raise DataError(
-            f"--data {data}: no such file or folder; expected a folder with a train split, a file ({kinds}), or a Hub "
-            "id such as owner/name."
+            f"--data {data}: no such file or folder; expected a folder with a {needed[0]} split, a file ({kinds}), or "
+            "a Hub id such as owner/name."
         )
-    return _hub_splits(str(data), hub["id"], hub["config"], hub["revision"])
+    return _hub_splits(str(data), hub["id"], hub["config"], hub["revision"], needed)
 
 
-def _folder_splits(folder: Path) -> dict[str, Source]:
+def _folder_splits(folder: Path, needed: Sequence[str]) -> dict[str, Source]:
     for entry in (folder, *sorted(folder.iterdir())):
         if entry.is_dir() and entry.suffix.lower() in READERS:
             raise DataError(f"{entry}: is a folder, expected a file.")
@@ -124,9 +125,10 @@ def _folder_splits(folder: Path) -> dict[str, Source]:
             raise DataError(f"{folder}: several files for the {split} split ({found}); keep one, or give its path.")
         if candidates:
             splits[split] = FileSource(candidates[0])
-    if "train" not in splits:
+    if not any(name in splits for name in needed):
         present = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
-        raise DataError(f"{folder}: no train.jsonl (or *.train.jsonl, .csv, .parquet, ...) in it, found {present}.")
+        first = needed[0]
+        raise DataError(f"{folder}: no {first}.jsonl (or *.{first}.jsonl, .csv, .parquet, ...) in it, found {present}.")
     return splits
 
 
@@ -150,7 +152,9 @@ def _are_shards(paths: Sequence[Path], folder: Path) -> bool:
     return all(_SHARD.match(path.stem) or path.parent not in (folder, folder / "data") for path in paths)
 
 
-def _hub_splits(data: str, name: str, config: str | None, revision: str | None) -> dict[str, Source]:
+def _hub_splits(
+    data: str, name: str, config: str | None, revision: str | None, needed: Sequence[str]
+) -> dict[str, Source]:
     from datasets import load_dataset
 
     try:
@@ -167,11 +171,11 @@ def _hub_splits(data: str, name: str, config: str | None, revision: str | None) 
         chosen = next((candidate for candidate in candidates if candidate in found), None)
         if chosen is not None:
             splits[split] = HubSource(f"{data}/{chosen}", found[chosen])
-    if "train" not in splits and len(found) == 1:
+    if not any(name in splits for name in needed) and len(found) == 1:
         (only,) = found
-        splits["train"] = HubSource(f"{data}/{only}", found[only])
-    if "train" not in splits:
-        raise DataError(f"--data {data}: no train split, found {', '.join(map(str, found))}.")
+        splits[needed[0]] = HubSource(f"{data}/{only}", found[only])
+    if not any(name in splits for name in needed):
+        raise DataError(f"--data {data}: no {needed[0]} split, found {', '.join(map(str, found))}.")
     return splits
 
 

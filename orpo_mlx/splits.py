@@ -55,6 +55,11 @@ class Split:
         """What became of its rows."""
         return self.pairs.report
 
+    def summary(self, name: str) -> str:
+        """What was read and what was left out, in one line."""
+        report = self.report
+        return f"{name}: {len(self.pairs)} pairs from {self.source.name} ({report.shape}){report.summary()}"
+
     def raw(self) -> Iterator[Pair]:
         """Its pairs that are text, read again."""
         for row in read_pairs(self.source, self.reading, RowReport()):

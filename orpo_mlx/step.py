@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
+from orpo_mlx.allocator import clear_cache_above
 from orpo_mlx.errors import HalfAppliedError
 from orpo_mlx.finite import require_finite
 from orpo_mlx.gradients import gradient_norm, window_gradient
@@ -39,6 +40,8 @@ def optimiser_step(run: Run, window: Sequence[TokenizedPair], step: int) -> Metr
     except BaseException as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise HalfAppliedError(f"step {step}: {reason}, while the step was applied") from error
+    del gradients  # What is freed after the cache was looked at would be in it all the same.
+    clear_cache_above(run.config.clear_cache_threshold)
     return means
 
 

@@ -1,84 +1,59 @@
-"""A watch on runs that go wrong while every number is finite."""
+"""The page of a run that another process trains, or that has ended."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections import deque
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import re
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
-SPAN = 40
-"""Steps that are looked at together."""
-_BLOCKS = 4
+from orpo_mlx.cli import OneLineParser, exit_status
+from orpo_mlx.errors import ConfigError, printable
+from orpo_mlx.live import Feed
+from orpo_mlx.live_server import LARGEST_PORT, serving
+from orpo_mlx.run_log import FILE
 
-FALLING = (
-    "Rewards of both sides have been falling for {span} steps: the model is unlearning the chosen answers as well; "
-    "a lower --learning-rate, a method with a likelihood term (orpo, cpo, or a sum with sft), or other pairs may help."
-)
-ALWAYS_RIGHT = (
-    "The reward's accuracy has been 1 for {span} steps: these pairs have nothing left to teach, and training on moves "
-    "the model for nothing."
-)
-ALWAYS_WRONG = (
-    "The reward's accuracy has been 0 for {span} steps: look whether chosen and rejected are the wrong way round, and "
-    "whether --learning-rate is far too low or far too high."
-)
+PROG = "python -m orpo_mlx.watch"
 
 
-class _Seen(NamedTuple):
-    chosen: float
-    rejected: float
-    accuracy: float
+def build_parser() -> OneLineParser:
+    """The command line of `watch`."""
+    parser = OneLineParser(
+        prog=PROG,
+        description="Serve a page that draws a run as it goes on, on this machine only, until Ctrl-C.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="ADAPTER_PATH", help="--adapter-path of a run, that trains or has ended")
+    parser.add_argument("--port", metavar="N", default="0", help="port; 0, the default: any that is free")
+    return parser
 
 
-class DivergenceWatch:
-    """Looks at the last `SPAN` steps' mean rewards and accuracy, and has a sentence for each trouble, once.
-
-    Falling means: the mean over each quarter of the span is below the quarter before, and the fall from the first to
-    the last quarter is larger than one step's spread within them, on both sides.
-    """
-
-    def __init__(self) -> None:
-        self._seen: deque[_Seen] = deque(maxlen=SPAN)
-        self._said: list[str] = []
-
-    def add(self, metrics: Mapping[str, float]) -> list[str]:
-        """Take in one step's metrics; what there is to say now."""
-        self._seen.append(_Seen(metrics["rewards/chosen"], metrics["rewards/rejected"], metrics["rewards/accuracies"]))
-        if len(self._seen) < SPAN:
-            return []
-        accuracies = {seen.accuracy for seen in self._seen}
-        troubles = {
-            FALLING: all(_falls([seen[side] for seen in self._seen]) for side in (0, 1)),
-            ALWAYS_RIGHT: accuracies == {1.0},
-            ALWAYS_WRONG: accuracies == {0.0},
-        }
-        new = [text for text, holds in troubles.items() if holds and text not in self._said]
-        self._said += new
-        return [text.format(span=SPAN) for text in new]
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it."""
-        return {"seen": [list(seen) for seen in self._seen], "said": self._said}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> DivergenceWatch:
-        """What `to_json` gave.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is something else.
-        """
-        watch = cls()
-        watch._seen.extend(_Seen(*(float(number) for number in seen)) for seen in value["seen"])
-        watch._said = [str(text) for text in value["said"]]
-        return watch
+def _port(words: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", words) or int(words) > LARGEST_PORT:
+        raise ConfigError(f"--port {words}: expected a whole number from 0 to {LARGEST_PORT}")
+    return int(words)
 
 
-def _falls(values: list[float]) -> bool:
-    size = len(values) // _BLOCKS
-    blocks = [values[start : start + size] for start in range(0, len(values), size)]
-    means = [math.fsum(block) / size for block in blocks]
-    squares = [(value - mean) ** 2 for block, mean in zip(blocks, means, strict=True) for value in block]
-    spread = math.sqrt(math.fsum(squares) / len(squares))
-    return all(later < earlier for earlier, later in itertools.pairwise(means)) and (means[0] - means[-1] > spread)
+def _run(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    folder, port = Path(args.folder).expanduser(), _port(args.port)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; give the --adapter-path of a run of orpo_mlx.train")
+    with serving(Feed(folder), port, "--port") as server, suppress(KeyboardInterrupt):
+        if not (folder / FILE).exists():
+            print(printable(f"{folder} holds no {FILE} yet: the page waits for it."))
+        print(
+            f"{printable(folder.name)} can be watched at {server.address}, on this machine; Ctrl-C ends it.", flush=True
+        )
+        threading.Event().wait()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status. Ctrl-C is how it ends."""
+    return exit_status(PROG, lambda: _run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

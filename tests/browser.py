@@ -65,13 +65,13 @@ class Browser:
                 return result
             self.events.append(answer)
 
-    def open(self, path: Path, *, width: int = 1200, scheme: str = "light") -> None:
-        """Open a file and wait until it and its pictures are there."""
+    def open(self, place: Path | str, *, width: int = 1200, scheme: str = "light") -> None:
+        """Open a file or an address and wait until it and its pictures are there."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
         )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.call("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=place if isinstance(place, str) else place.as_uri())
         ends = time.monotonic() + _TIMEOUT_S
         while self.run("document.readyState") != "complete":
             assert time.monotonic() < ends, "the page does not finish loading"
@@ -82,6 +82,18 @@ class Browser:
         result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
+
+    def wait(self, script: str) -> None:
+        """Until an expression in the page is true."""
+        ends = time.monotonic() + _TIMEOUT_S
+        while not self.run(script):
+            assert time.monotonic() < ends, f"never true: {script}"
+            time.sleep(0.05)
+
+    def press(self, key: str, code: int) -> None:
+        """One key, down and up; `code` as `KeyboardEvent.keyCode`."""
+        for kind in ("rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
     def complaints(self) -> list[dict[str, Any]]:
         """Errors, exceptions and console messages so far."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from orpo_mlx.allocator import settle, working_set_bytes
+from orpo_mlx.allocator import clear_cache_above, settle, working_set_bytes
 
 
 @pytest.mark.parametrize(("info", "limits"), [({}, []), ({"max_recommended_working_set_size": 1000}, [1000, 100])])
@@ -25,3 +25,13 @@ def test_settling_twice_is_settling_once() -> None:
     settle()
     settle()
     assert float(mx.ones((1000, 1000)).sum()) == 1e6
+
+
+@pytest.mark.parametrize(("threshold", "cleared"), [(None, False), (10**9, False), (0, True)])
+def test_the_cache_is_cleared_where_it_has_grown_past_the_threshold(threshold: int | None, cleared: bool) -> None:
+    mx.clear_cache()
+    mx.eval(mx.ones((1000, 1000)) + 1)
+    kept = mx.get_cache_memory()
+    assert kept > 0
+    clear_cache_above(threshold)
+    assert mx.get_cache_memory() == (0 if cleared else kept)

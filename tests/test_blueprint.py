@@ -53,6 +53,19 @@ def test_a_quantised_model(tmp_path: Path) -> None:
     assert not hasattr(built.lm_head, "bits")
 
 
+def test_a_head_that_the_checkpoint_has_not_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3's class makes a head of its own, and lets go of it when it loads weights without one."""
+    text = {**CONFIGS["gemma"], "model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 16}
+    monkeypatch.setitem(CONFIGS, "gemma3_text", text)
+    folder = write_model_folder(tmp_path / "model", "gemma3_text", tokenizer=False)
+    weights: Any = mx.load(str(folder / "model.safetensors"))
+    assert weights.pop("lm_head.weight") is not None
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    built = build(read_blueprint(str(folder)), 2)
+    assert shapes(built) == shapes(load(str(folder)).model)
+    assert "lm_head" not in built
+
+
 def test_a_gguf_file(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf")
     assert shapes(build(read_blueprint(str(path)), 2)) == shapes(load(str(path)).model)

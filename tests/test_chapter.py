@@ -22,7 +22,7 @@ def test_metrics_are_the_chapters_and_steps_learn() -> None:
     )
     ratio = oracle.printed_odds_ratio(chosen, rejected)
     add_adapters(model, "lora", -1, {"rank": 4, "scale": 10.0, "dropout": 0.0})
-    optimizer = optim.Adam(learning_rate=1e-2)
+    optimizer = optim.Adam(learning_rate=1e-3)
     first = orpo_mlx.orpo_training_step(model, batch, optimizer)
     assert set(first) == {"loss", "accuracy", "odds_ratio"}
     loss = -np.log(ratio / (1 + ratio)) + 0.5 * (rejected - chosen)

@@ -14,7 +14,7 @@ import pytest
 
 from orpo_mlx.batching import collate
 from orpo_mlx.compare_cell import Picked, judge, relabel, run_cell, spread_out, three_splits, train_cell
-from orpo_mlx.config import make_config
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.logprobs import PairScorer, pair_logps
 from orpo_mlx.prepare import prepare

@@ -64,6 +64,8 @@ def test_budgets(words: list[str], budget: tuple[str, float], share: float) -> N
         ([*BASE, "--beta-factors", "0"], "--beta-factors 0: expected"),
         ([*BASE, "--iters", "3"], "--iters: a comparison sets this itself"),
         ([*BASE, "--beta", "3"], "--beta: a comparison sets this itself"),
+        ([*BASE, "--report-to", "tensorboard"], "--report-to: a comparison sets this itself"),
+        ([*BASE, "--sample-every", "3"], "--sample-every: a comparison sets this itself"),
         ([*BASE, "--learning-rate", "3"], "--learning-rate: a comparison sets this itself"),
         ([*BASE, "--fine-tune-type", "full"], "the base model must stay at hand"),
         (["--steps", "3", "--output", __file__], "is a file; give a folder"),

@@ -150,8 +150,9 @@ def test_a_rank_that_dies_or_hangs_ends_the_others(night: dict[str, Any], tmp_pa
     second.kill()
     second.communicate()
     assert status == 2
-    expected = "have not answered for 3 s (--rank-timeout)" if number == signal.SIGSTOP else "rank is lost"
-    assert f"{expected}" in err
+    too_long = "have not answered for 3 s (--rank-timeout)"
+    # The ring of MLX 0.31 does not tell that a connection broke.
+    assert too_long in err or (number == signal.SIGKILL and "rank is lost" in err)
     assert "--resume" in err
     assert newest(folder)[0] is not None
 

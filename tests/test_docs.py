@@ -15,7 +15,7 @@ from mlx_lm.utils import load_tokenizer
 from rich.console import Console
 
 from orpo_mlx import errors, losses
-from orpo_mlx.config import make_config
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.convert import build_parser
 from orpo_mlx.data import Reading
 from orpo_mlx.gguf_file import BLOCKS

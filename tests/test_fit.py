@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.config import TrainingConfig, make_config
+from orpo_mlx.config import TrainingConfig
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.fit import PROG, main, parse, predicted, remedies, verdict
 from orpo_mlx.memory import Prediction
 from orpo_mlx.models import LoadedModel

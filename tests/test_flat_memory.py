@@ -33,7 +33,7 @@ def samples(folder: Path) -> list[Sample]:
 
     from orpo_mlx.allocator import settle
     from orpo_mlx.batching import TrainingOrder
-    from orpo_mlx.config import make_config
+    from orpo_mlx.config_checks import make_config
     from orpo_mlx.footprint import process_footprint
     from orpo_mlx.prepare import prepare
     from orpo_mlx.step import optimiser_step

@@ -18,7 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orpo_mlx.checkpoint import Checkpoint, defect, whole_checkpoints, write_checkpoint
-from orpo_mlx.config import TrainingConfig, make_config, read_config_file
+from orpo_mlx.command_line import read_config_file
+from orpo_mlx.config import TrainingConfig
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.data import Reading, load_pairs
 from orpo_mlx.errors import UserError
 from orpo_mlx.lora import adapter_weights, load_adapter_file

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from orpo_mlx.blueprint import read_blueprint
-from orpo_mlx.config import make_config
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.memory import (
     TOLERANCE,
     Prediction,

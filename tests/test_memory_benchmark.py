@@ -13,7 +13,7 @@ import pytest
 
 from orpo_mlx import memory_benchmark
 from orpo_mlx.batching import collate
-from orpo_mlx.config import make_config
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.logprobs import PairScorer, pair_logps
 from orpo_mlx.memory_benchmark import compare, main, measure, table
 from tests.conftest import make_model, make_pairs
@@ -125,6 +125,7 @@ def test_a_process_that_dies_is_named_and_the_rest_go_on(
         (["--methods", "orpo,"], "--method"),
         (["--method", "orpo"], "--method: this command measures several"),
         (["--method=orpo"], "--method: this command measures several"),
+        (["--test"], "--test: this command measures training; leave it out."),
         (["--iters", "0"], "--iters: found '0'"),
         (["--modes", "fast,slow"], "--memory: found 'slow', expected one of auto, fast, balanced, thrift, plain"),
         (["--modes", "fast", "--memory", "thrift"], "--memory: several modes are measured"),

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from orpo_mlx import memory_plan
-from orpo_mlx.config import TrainingConfig, make_config
+from orpo_mlx.config import TrainingConfig
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.errors import ModelError, TrainingError
 from orpo_mlx.memory import Prediction
 from orpo_mlx.memory_plan import plan_memory

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 from rich.console import Console
 
-from orpo_mlx.config import make_config
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.model_card import card_text, shareable, write_card
 from orpo_mlx.reporting import Reporter
 from orpo_mlx.train import train
@@ -35,7 +35,7 @@ def record(**settings: Any) -> dict[str, Any]:
 
 
 def test_training_writes_a_card_with_its_figures(settings: dict[str, Any]) -> None:
-    after = train(make_config({**settings, "method": "dpo", "beta": 0.37}), Reporter(Console(quiet=True)))
+    after = train(make_config({**settings, "method": "dpo", "beta": 0.37}), Reporter(Console(quiet=True))).after
     folder = Path(settings["adapter_path"])
     card = ModelCard((folder / "README.md").read_text(encoding="utf-8"))
     run = json.loads((folder / "run.json").read_text())

@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd
 from rich.console import Console
 
 from orpo_mlx import push as module
-from orpo_mlx.config import make_config
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.push import main
 from orpo_mlx.reporting import Reporter

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from orpo_mlx.command_line import resolve
 from orpo_mlx.compare_plan import parse as parse_comparison
-from orpo_mlx.config import resolve
 from orpo_mlx.fit import parse as parse_fit
 from orpo_mlx.main import COMMANDS
 from orpo_mlx.memory_benchmark import parse as parse_benchmark
@@ -25,15 +25,21 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 _SCREENS = 150
 
 
-def parse_training(words: Sequence[str]) -> object:
-    """Flags only: the config files that the documents name are the reader's own."""
+def without_files(words: Sequence[str]) -> list[str]:
+    """Flags only: the config files that the documents name are the reader's own, or tested in tests/test_recipes.py."""
     files = {index + shift for index, word in enumerate(words) if word in ("-c", "--config") for shift in (0, 1)}
-    return resolve([word for index, word in enumerate(words) if index not in files])
+    return [word for index, word in enumerate(words) if index not in files]
+
+
+def parse_training(words: Sequence[str]) -> object:
+    """A training run's settings; `--print-config` would leave."""
+    return resolve([word for word in without_files(words) if word != "--print-config"])
 
 
 # Commands whose flags are checked by more than their own parser.
 PARSE: dict[str, Callable[[Sequence[str]], object]] = {
-    "train": parse_training, "fit": parse_fit, "compare": parse_comparison, "memory": parse_benchmark,
+    "train": parse_training, "fit": lambda words: parse_fit(without_files(words)), "compare": parse_comparison,
+    "memory": parse_benchmark,
 }  # fmt: skip
 
 
@@ -71,7 +77,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 # What cannot be run here: it needs the network, other machines, this very suite, or does not end.
-NOT_RUN = ("scripts/setup.sh", "pip", "pytest", "mlx.launch", "server", "--push-to-hub")
+NOT_RUN = ("scripts/setup.sh", "pip", "pytest", "mlx.launch", "server", "watch", "--push-to-hub")
 
 # Models and data that a reader has, and tests do not.
 SUBSTITUTES = [
@@ -79,6 +85,8 @@ SUBSTITUTES = [
     (r"my_pairs/(test\.jsonl)?", r"data/\1"),
     (r"\.\./shared/data", "data"),
     (r"pairs\.jsonl", "data/train.jsonl"),
+    (r"(?:data/configs/\S+|lora)\.yaml", "run.yaml"),
+    (r"8000", "0"),  # A port that may be taken here.
     (r"--keep-quantized", "--verify"),  # The tiny GGUF file has no quantised blocks to keep.
 ]
 
@@ -128,10 +136,8 @@ def run(words: Sequence[str], folder: Path) -> str:
 
 
 @pytest.fixture
-def readers_folder(tmp_path: Path, model_folder: Path) -> Path:
-    """A folder with what the documents take for granted: data, a model, a run, a GGUF file, a PEFT adapter."""
-    from tests.test_gguf import write_gguf
-
+def data_and_model(tmp_path: Path, model_folder: Path) -> Path:
+    """A folder with data and a model."""
     (tmp_path / "model").symlink_to(model_folder)
     for split, count in (("train", 8), ("valid", 4), ("test", 4)):
         rows: list[dict[str, Any]] = [
@@ -139,6 +145,15 @@ def readers_folder(tmp_path: Path, model_folder: Path) -> Path:
             for n in range(count)
         ]
         write_rows(tmp_path / "data" / f"{split}.jsonl", rows)
+    return tmp_path
+
+
+@pytest.fixture
+def readers_folder(data_and_model: Path) -> Path:
+    """A folder with what the documents take for granted: data, a model, a run, a GGUF file, a PEFT adapter."""
+    from tests.test_gguf import write_gguf
+
+    tmp_path = data_and_model
     (tmp_path / "run.yaml").write_text("method: dpo\nmodel: model\ndata: data\n")
     write_gguf(tmp_path / "model.Q4_K_M.gguf")
     program = [sys.executable, "-m", "orpo_mlx"]
@@ -154,3 +169,39 @@ def test_every_command_runs_one_after_the_other(path: Path, readers_folder: Path
         words = as_run(line)
         if words is not None:
             run(words, readers_folder)
+
+
+def python_of(path: Path) -> list[str]:
+    """The Python blocks of a document, on a tiny model for as many steps as it takes."""
+    small = (
+        "batch_size=2, max_seq_length=256, memory_check=False, samples=0, val_batches=1, test_batches=0, report=False"
+    )
+    return [
+        block.replace("mlx-community/Qwen3-0.6B-4bit", "model").replace("my_pairs/", "data")
+        .replace("iters=100", f"iters=2, {small}").replace("iters=120", "iters=4")
+        for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
+    ]  # fmt: skip
+
+
+def test_the_readmes_python_runs_and_is_short(
+    data_and_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = python_of(ROOT / "README.md")
+    assert f"<!-- python example -->\n```python\n{block.splitlines()[0]}" in README
+    assert len(block.splitlines()) <= 15
+    monkeypatch.chdir(data_and_model)
+    exec(block, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"adapters [01]\.\d+ 0\.0\d+", lines[-1])
+    assert [line.split()[0] for line in lines if re.fullmatch(r"\d \d+\.\d+ \d\.\d+", line)] == ["0", "2"]
+
+
+def test_the_python_of_the_python_document_runs(
+    data_and_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(data_and_model)
+    names: dict[str, Any] = {}
+    for block in python_of(ROOT / "docs" / "python.md"):
+        exec(block, names)
+    assert names["result"].steps == 4
+    assert "Goes on from step 2" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from orpo_mlx.batching import collate
-from orpo_mlx.config import make_config
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.lora import add_adapters
 from orpo_mlx.prepare import change_memory, prepare

@@ -7,22 +7,42 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import venv
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 import orpo_mlx
 from orpo_mlx.main import COMMANDS
 from orpo_mlx.methods import METHODS
+from tests.bounds import oldest
 
 ROOT = Path(__file__).resolve().parent.parent
 _IMPORT_SECONDS = 0.3
-_USER = """from orpo_mlx.config import TrainingConfig, make_config
+_OLD_PYTHONS = ((3, 11), (3, 10))
+_ARITHMETIC = (
+    "train", "training", "resume", "checkpoint", "lora", "logprobs", "losses", "head", "shared_prompt", "segments",
+    "lean", "reference", "hf_config", "tokenization", "mlx_lm_tools", "score",
+)  # fmt: skip
+_USER = """from orpo_mlx import TrainingConfig
+from orpo_mlx.config_checks import make_config
 config: TrainingConfig = make_config({"method": "dpo"})
 size: int = config.batch_size
+"""
+_CALLER = """import orpo_mlx.train
+from orpo_mlx import TrainingCallback, TrainingConfig, TrainingResult, train
+
+
+class Watch(TrainingCallback):
+    def on_train_loss_report(self, train_info: dict[str, object], /) -> None:
+        print(train_info)
+
+
+result: TrainingResult = train(TrainingConfig(method="dpo"), callbacks=[Watch()])
+accuracy: float = result.after["valid"]["rewards/accuracies"]
+steps: int = result.steps
 """
 
 
@@ -37,9 +57,9 @@ def run(*words: object, cwd: Path, status: int = 0, **environment: str) -> str:
     return done.stdout
 
 
-def environment(folder: Path, *requirements: object) -> Path:
+def environment(folder: Path, *requirements: object, python: str = sys.executable) -> Path:
     """The scripts folder of a new virtual environment; the test is left out where no package index can be reached."""
-    venv.create(folder, with_pip=True)
+    subprocess.run([python, "-m", "venv", str(folder)], check=True)
     bin_folder = folder / "bin"
     words = [bin_folder / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=folder)
@@ -100,6 +120,10 @@ def test_the_wheel_works_without_the_repository(installed: Path, settings: dict[
     run(command, "train", *paths, *small, cwd=away, ORPO_MLX_CACHE="off")
     assert (away / "adapters" / "adapters.safetensors").is_file()
     assert (away / "adapters" / "report.html").is_file()
+    # The live page is made of files beside the modules.
+    assert "can be watched at http://127.0.0.1:" in run(
+        command, "train", *paths, *small, "--watch", "0", cwd=away, ORPO_MLX_CACHE="off"
+    )
 
 
 @pytest.mark.slow
@@ -116,6 +140,10 @@ def test_types_are_seen_from_outside(installed: Path, tmp_path: Path) -> None:
     assert "Success" in run(*words, cwd=tmp_path)
     (tmp_path / "user.py").write_text(_USER.replace("size: int", "size: str"))
     assert "Incompatible types in assignment" in run(*words, cwd=tmp_path, status=1)
+    (tmp_path / "user.py").write_text(_CALLER)
+    assert "Success" in run(*words, cwd=tmp_path)
+    (tmp_path / "user.py").write_text(_CALLER.replace("[Watch()]", "[3]").replace("steps: int", "steps: str"))
+    assert "Found 2 errors" in run(*words, cwd=tmp_path, status=1)
 
 
 @pytest.mark.slow
@@ -128,3 +156,37 @@ def test_importing_takes_little_beyond_mlx(installed: Path, tmp_path: Path) -> N
 
     # MLX's core alone would leave out what every user of it imports.
     assert seconds("orpo_mlx") - seconds("mlx.core") < _IMPORT_SECONDS
+
+
+def python_of_the_oldest() -> str:
+    """A Python for which the oldest versions were built; the test is left out where there is none."""
+    names = [sys.executable] if sys.version_info[:2] in _OLD_PYTHONS else []
+    names += [f"python{major}.{minor}" for major, minor in _OLD_PYTHONS]
+    for name in filter(None, map(shutil.which, names)):
+        if subprocess.run([name, "-c", "import venv"], capture_output=True).returncode == 0:
+            return name
+    pytest.skip(f"none of {', '.join(names)} is here")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["oldest", "newest"])
+def test_the_suite_passes_with_the_oldest_and_the_newest_versions_allowed(
+    end: str, archives: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of the newest what pip finds, of the oldest each lower bound; both with the tests that do the arithmetic."""
+    constraints = tmp_path / "constraints.txt"
+    constraints.write_text("\n".join(oldest() if end == "oldest" else []))
+    python = python_of_the_oldest() if end == "oldest" else sys.executable
+    extras = "[cpu,dev]" if sys.platform == "linux" else "[dev]"
+    here = environment(tmp_path / "venv", "-c", constraints, f"{archives['wheel']}{extras}", python=python) / "python"
+    code = "import sys; from importlib.metadata import version; print(*(version(name) for name in sys.argv[1:]))"
+    bounds = [bound.split("==") for bound in oldest()]
+    found = run(here, "-c", code, *(name for name, _ in bounds), cwd=tmp_path).split()
+    for (name, bound), there in zip(bounds, found, strict=True):
+        assert Version(there) == Version(bound) if end == "oldest" else Version(there) >= Version(bound), name
+    # Without the package beside them, the tests have to take the installed one.
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    files = [f"tests/test_{name}.py" for name in _ARITHMETIC]
+    said = run(here, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, cwd=tmp_path)
+    assert " passed" in said.splitlines()[-1]

@@ -11,8 +11,8 @@ import pytest
 
 from orpo_mlx import loop as loop_module
 from orpo_mlx import report
-from orpo_mlx import train as train_module
-from orpo_mlx.config import make_config
+from orpo_mlx import training as training_module
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.report import main, refresh_report, write_report
 from orpo_mlx.train import train
@@ -52,6 +52,17 @@ def test_the_table_holds_the_figures(tmp_path: Path) -> None:
     assert paths[1].read_bytes().startswith(b"\x89PNG")
 
 
+def test_sample_replies_are_shown_as_text(tmp_path: Path) -> None:
+    one, two = metrics(tmp_path, "one", [3.0]), metrics(tmp_path, "two", [1.0])
+    row = {"step": 5, "prompt": "<b>who?</b>", "text": "<script>me</script>", "tokens": 3}
+    (one / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    page = write_report([one], tmp_path)[0].read_text()
+    assert "<h2>Sample replies</h2>" in page
+    assert ["&lt;b&gt;who?&lt;/b&gt;", "5", "3", "&lt;script&gt;me&lt;/script&gt;"] in cells(page)
+    page = write_report([one, two], tmp_path)[0].read_text()
+    assert page.count("<h2>Sample replies: one</h2>") == page.count("Sample replies") == 1
+
+
 def test_runs_of_one_name_go_by_their_paths_and_torn_lines_are_told(tmp_path: Path) -> None:
     runs = [metrics(tmp_path / side, "run", [1.0]) for side in ("a", "b")]
     with (runs[0] / "metrics.jsonl").open("a") as file:
@@ -69,7 +80,7 @@ def test_train_writes_it(settings: dict[str, Any], monkeypatch: pytest.MonkeyPat
         refresh_report(folder)
         assert (folder / "report.html").is_file() == bool(seen[-1])
 
-    monkeypatch.setattr(train_module, "refresh_report", count)
+    monkeypatch.setattr(training_module, "refresh_report", count)
     monkeypatch.setattr(loop_module, "refresh_report", count)
     train(
         make_config(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from orpo_mlx.config import make_config
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.prepare import Run
 from orpo_mlx.reporting import Reporter
@@ -32,7 +32,7 @@ LONG = {"iters": 9, "save_every": 2, "steps_per_report": 2, "steps_per_eval": 4,
 
 
 def run_quietly(settings: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return train(make_config(settings), Reporter(Console(quiet=True)))
+    return train(make_config(settings), Reporter(Console(quiet=True))).after
 
 
 def fail_before(step: int, monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> None:
@@ -214,13 +214,13 @@ def test_an_unfinished_run_is_not_written_over_by_mistake(
     assert main(flags({**settings, **LONG})) == 0
 
 
-def test_a_checkpoint_never_lets_remote_code_run(settings: dict[str, Any]) -> None:
+def test_a_checkpoint_never_lets_remote_code_run_or_opens_a_port(settings: dict[str, Any]) -> None:
     from orpo_mlx.resume import settings_of_newest
 
-    folder = interrupted({**settings, **LONG, "trust_remote_code": True})
+    folder = interrupted({**settings, **LONG, "trust_remote_code": True, "watch": 0})
     taken = settings_of_newest(str(folder))
     assert taken["learning_rate"] == 1e-3
-    assert not {"trust_remote_code", "resume", "adapter_path"} & set(taken)
+    assert not {"trust_remote_code", "resume", "adapter_path", "watch"} & set(taken)
 
 
 @pytest.mark.parametrize("start", [SLOW("full"), "warm"])

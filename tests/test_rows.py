@@ -102,7 +102,11 @@ def test_blank_lines_keep_line_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("x.jsonl", gzip.compress(b'{"a": 1}'), "x.jsonl:1: the file is compressed with gzip; run gunzip on it"),
+        (
+            "x.jsonl",
+            gzip.compress(b'{"a": 1}', mtime=0),
+            "x.jsonl:1: the file is compressed with gzip; run gunzip on it",
+        ),
         ("x.csv", b"PAR1....", "x.csv:1: the file is a Parquet file; name it .parquet"),
         ("x.jsonl", b"\xff\xfe{\x00", "x.jsonl:1: the file is UTF-16 text; save it as UTF-8"),
         ("x.parquet", b"nothing of the sort", "x.parquet:1: not a Parquet file, or a damaged one"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orpo_mlx.errors import DataError
-from orpo_mlx.run_log import read_run
+from orpo_mlx.run_log import Sample, read_run, read_samples
 
 LINES = """\
 {"step": 0, "split": "valid", "loss": 2.5, "accuracies/mean_logps": 0.5}
@@ -45,3 +45,17 @@ def test_nothing_to_read_is_one_sentence(tmp_path: Path, text: str | None, expec
         (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(DataError, match=expected):
         read_run(tmp_path)
+
+
+def test_samples_are_read_prompt_by_prompt_and_what_is_none_is_passed_over(tmp_path: Path) -> None:
+    assert read_samples(tmp_path) == []
+    text = """\
+{"step": 0, "prompt": "b", "text": "x", "tokens": 1}
+{"step": 0, "prompt": "a", "text": "y", "tokens": 2}
+{"step": 5, "prompt": "b", "text": "z", "tokens": 3}
+{"step": "five", "prompt": "b", "text": "z", "tokens": 3}
+{"step": 5, "prompt": "b"}
+[]
+{"step": 5, "pro"""
+    (tmp_path / "samples.jsonl").write_text(text)
+    assert read_samples(tmp_path) == [Sample(0, "b", "x", 1), Sample(5, "b", "z", 3), Sample(0, "a", "y", 2)]

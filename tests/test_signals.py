@@ -59,7 +59,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr("orpo_mlx.loop.optimiser_step", step)
         if where == "evaluation":
-            patch.setattr("orpo_mlx.loop.evaluate", evaluating)
+            patch.setattr("orpo_mlx.held_out.evaluate", evaluating)
         before = signal.getsignal(number)
         assert main(flags(settings)) == status
         assert signal.getsignal(number) == before
@@ -82,7 +82,7 @@ def test_a_signal_before_the_first_step_says_that_nothing_was_saved(
         os.kill(os.getpid(), signal.SIGTERM)
         return []
 
-    monkeypatch.setattr("orpo_mlx.train._replies", remind)
+    monkeypatch.setattr("orpo_mlx.samples.Sampler.__call__", remind)
     assert main(flags(settings)) == 143
     assert "interrupted: nothing was saved." in capfd.readouterr().err
 

@@ -159,3 +159,13 @@ def test_another_commit_than_was_asked_for_is_not_taken(monkeypatch: pytest.Monk
     assert list(find_splits("owner/name@0123456")) == ["train"]
     with pytest.raises(DataError, match="commit fedcba9 is not in the cache of data sets"):
         find_splits("owner/name@fedcba9")
+
+
+def test_a_test_needs_a_held_out_split_and_no_train_split(tmp_path: Path) -> None:
+    held_out = ("test", "valid")
+    (tmp_path / "valid.jsonl").write_text("{}\n")
+    assert list(find_splits(tmp_path, held_out)) == ["valid"]
+    assert list(find_splits(tmp_path / "valid.jsonl", held_out)) == ["test"]
+    (tmp_path / "valid.jsonl").rename(tmp_path / "train.jsonl")
+    with pytest.raises(DataError, match=r"no test.jsonl \(or \*.test.jsonl, .* found train.jsonl"):
+        find_splits(tmp_path, held_out)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from mlx_lm import load as mlx_lm_load
 
-from orpo_mlx.config import make_config
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.gradients import window_gradient
 from orpo_mlx.lora import adapter_weights
@@ -54,7 +54,7 @@ def rows(settings: dict[str, Any], split: str | None = None) -> list[dict[str, A
 def run_quietly(settings: dict[str, Any]) -> dict[str, dict[str, float]]:
     from rich.console import Console
 
-    return train(make_config(settings), Reporter(Console(quiet=True)))
+    return train(make_config(settings), Reporter(Console(quiet=True))).after
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from orpo_mlx.config import make_config
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.models import offline_gguf
 from orpo_mlx.reporting import Reporter
 from orpo_mlx.train import train

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from orpo_mlx.config import make_config
+from orpo_mlx.config_checks import make_config
 from orpo_mlx.reporting import Reporter
 from orpo_mlx.train import train
 from tests.conftest import SMALL, write_rows

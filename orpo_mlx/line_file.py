@@ -1,0 +1,81 @@
+"""Files of one JSON object a line that a resumed run continues without gap or duplicate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from orpo_mlx.errors import TrainingError
+
+
+class FileMark(NamedTuple):
+    """How far a file has come."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Of those bytes."""
+
+
+class LineFile:
+    """One JSON object a line, each call's lines appended in one piece.
+
+    A run that goes on from a checkpoint cuts off what was appended after it (`since`), since those steps are run
+    again: every step is in the file once. Cutting a file is one operation of the file system; interrupted before or
+    after, it is done again, or found done, when the run is next resumed.
+
+    Raises:
+        OSError: the file cannot be written.
+        TrainingError: the file does not begin with what the checkpoint knows of it.
+    """
+
+    def __init__(self, path: Path, since: FileMark | None = None) -> None:
+        self._path = path
+        self._size, self._digest = 0, hashlib.sha256()
+        if since is not None and path.exists():
+            self._take_up(since)
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.ftruncate(self._handle, self._size)
+
+    def _take_up(self, since: FileMark) -> None:
+        with self._path.open("rb") as file:
+            self._digest.update(file.read(since.size))
+            self._size = file.tell()
+        if (self._size, self._digest.hexdigest()) != since:
+            raise TrainingError(
+                f"{self._path}: its first {since.size} bytes are not those the checkpoint was saved with; put the file "
+                "back, or move it away to begin a new one"
+            )
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append objects without NaN or infinity.
+
+        Raises:
+            OSError: the disk is full; part of the lines may be in the file, where the next call replaces it.
+        """
+        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+        try:
+            done = 0
+            while done < len(lines):
+                done += os.pwrite(self._handle, lines[done:], self._size + done)
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
+        self._size += len(lines)
+        self._digest.update(lines)
+
+    def mark(self) -> FileMark:
+        """How far the file has come."""
+        return FileMark(self._size, self._digest.hexdigest())
+
+    def sync(self) -> None:
+        """Wait until all of it is on the disk."""
+        os.fsync(self._handle)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._handle)

@@ -1,0 +1,224 @@
+"""Flags over file over an earlier run over defaults, and one sentence for each thing that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo_mlx.command_line import read_config_file, resolve
+from orpo_mlx.config import TrainingConfig, recipe
+from orpo_mlx.errors import ConfigError
+from orpo_mlx.methods import METHODS, PARAMETERS
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_over_file_over_defaults(tmp_path: Path) -> None:
+    file = write(tmp_path, "batch_size: 2\nlearning_rate: 1e-5\nmethod: dpo\n")
+    config = resolve(["-c", file, "--batch-size", "8"])
+    assert (config.batch_size, config.learning_rate, config.method) == (8, 1e-5, "dpo")
+    assert config.seed == TrainingConfig().seed
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "expected"),
+    [
+        ("iters: 1000", ["--epochs", "2"], {"iters": None, "epochs": 2.0}),
+        ("epochs: 3", ["--iters", "5"], {"iters": 5, "epochs": None}),
+        ("grad_checkpoint: true", ["--memory", "fast"], {"grad_checkpoint": False, "memory": "fast"}),
+        ("memory: fast", ["--grad-checkpoint"], {"grad_checkpoint": True, "memory": "thrift"}),
+        ("{memory: thrift, segment_layers: 2}", ["--memory", "fast"], {"memory": "fast", "segment_layers": None}),
+        ("{memory: thrift, segment_layers: 2}", ["--segment-layers", "4"], {"memory": "thrift", "segment_layers": 4}),
+        ("{shuffle: false, save_best: true}", ["--shuffle", "--no-save-best"], {"shuffle": True, "save_best": False}),
+    ],
+)
+def test_a_flag_wins_over_what_the_file_says_under_another_name(
+    tmp_path: Path, text: str, argv: list[str], expected: dict[str, Any]
+) -> None:
+    config = resolve(["-c", write(tmp_path, text), *argv])
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_an_earlier_run_comes_between_the_file_and_the_defaults(tmp_path: Path) -> None:
+    file = write(tmp_path, "batch_size: 2\nresume: true\nepochs: 2\n")
+    asked: list[Mapping[str, Any]] = []
+
+    def earlier(values: Mapping[str, Any]) -> dict[str, Any]:
+        asked.append(values)
+        return {"batch_size": 16, "seed": 16, "keep": 16, "iters": 16}
+
+    config = resolve(["-c", file, "--keep", "5"], earlier=earlier)
+    assert (config.batch_size, config.keep, config.seed, config.save_every) == (2, 5, 16, TrainingConfig().save_every)
+    assert (config.iters, config.epochs) == (None, 2.0)
+    assert asked == [{"batch_size": 2, "resume": True, "epochs": 2.0, "keep": 5}]
+
+
+def test_tables_come_from_the_file_and_keep_the_other_defaults(tmp_path: Path) -> None:
+    file = write(tmp_path, "lora_parameters: {rank: 4}\noptimizer_config: {adamw: {weight_decay: 0.1}}\n")
+    config = resolve(["-c", file])
+    assert config.lora_parameters == {"rank": 4, "dropout": 0.0, "scale": 20.0}
+    assert config.optimizer_config["adamw"] == {"bias_correction": True, "weight_decay": 0.1}
+
+
+_TEXTS = {"columns": "prompt=text", "report_to": "wandb,tensorboard"}
+_ALONE = ("epochs", "method", "reference", "report_every", "test", *PARAMETERS)
+
+
+def test_every_flag_sets_its_field() -> None:
+    argv: list[str] = []
+    expected: dict[str, Any] = {}
+    values: dict[type, Any] = {int: 1, float: 0.5, str: "text"}
+    for field in dataclasses.fields(TrainingConfig):
+        kind, choices = field.metadata["kind"], field.metadata.get("choices")
+        flag = f"--{field.name.replace('_', '-')}"
+        # Flags that are tried one by one below: they contradict others.
+        if kind is dict or field.metadata["group"] in ("memory", "resume") or field.name in _ALONE:
+            continue
+        if kind is bool:
+            argv.append(f"--no-{flag[2:]}" if field.default else flag)
+            expected[field.name] = not field.default
+            continue
+        value = choices[-1] if choices else _TEXTS.get(field.name, values[kind])
+        argv += [flag, str(value)]
+        expected[field.name] = value
+    config = resolve([*argv, "--method", "dpo"])
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--learning-rate", "-1e-4"], "--learning-rate: found '-1e-4', expected a number greater than 0"),
+        (["--learning-rate", "fast"], "--learning-rate: found 'fast'"),
+        (["--learning-rate", "nan"], "--learning-rate: found 'nan'"),
+        (["--batch-size", "0"], "--batch-size: found '0', expected a whole number greater than 0"),
+        (["--batch-size", "2.5"], "--batch-size: found '2.5'"),
+        (["--num-layers", "-2"], "--num-layers: found '-2', expected a whole number -1 (all) or greater than 0"),
+        (["--method", "orop"], "--method orop: no method 'orop'"),
+        (["--method", "sft", "--beta", "1"], "--beta: method sft has no such parameter"),
+        (
+            ["--report-to", "wandb,tensorbord"],
+            "--report-to wandb,tensorbord: found 'tensorbord', expected one of wandb, ",
+        ),
+        (["--report-to", "tensorbord"], "did you mean tensorboard?"),
+        (["--report-to", ""], "found '', expected one of wandb, swanlab, tensorboard."),
+        (["--project-name", "p"], "--project-name: is a project of --report-to wandb or swanlab; add that"),
+        (["--project-name", "p", "--report-to", "tensorboard"], "--project-name: is a project of"),
+        (["--sample-every", "0"], "--sample-every: found '0', expected a whole number greater than 0"),
+        (["--sample-every", "5", "--samples", "0"], "--sample-every: --samples 0 leaves no prompt to answer"),
+        (["--iters", "5", "--epochs", "1"], "--iters and --epochs both say how long to train"),
+        (["-c", "nowhere.yaml"], "--config nowhere.yaml: cannot be read"),
+    ],
+)
+def test_a_bad_flag(argv: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(argv)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("parameter", PARAMETERS)
+def test_every_loss_parameter_has_its_flag(parameter: str) -> None:
+    method = next(name for name, method in METHODS.items() if parameter in method.defaults)
+    config = resolve(["--method", method, f"--{parameter.replace('_', '-')}", "0.25"])
+    assert recipe(config).parameters[method][parameter] == 0.25
+
+
+def printed(argv: list[str], capsys: pytest.CaptureFixture[str], **given: Any) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        resolve([*argv, "--print-config"], **given)
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_printed_settings_name_their_origin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, "learning_rate: 1e-5\nseed: 3\nlora_parameters: {rank: 4}\n")
+    argv = ["-c", file, "--seed", "4", "--grad-checkpoint"]
+    lines = printed(argv, capsys, earlier=lambda _: {"keep": 7, "seed": 9}).splitlines()
+    for line in (
+        "seed: 4  # flag", "learning_rate: 1.0e-05  # file", "keep: 7  # checkpoint", "batch_size: 4  # default",
+        "memory: thrift  # flag", "grad_checkpoint: true  # flag", "  rank: 4  # file", "  scale: 20.0  # default",
+        "iters: null  # default",
+    ):  # fmt: skip
+        assert line in lines, line
+    names = [line.split(":")[0] for line in lines if line and line[0] not in "# "]
+    assert sorted(names) == sorted(field.name for field in dataclasses.fields(TrainingConfig))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--test"],
+        ["--no-shuffle", "--resume", "--clear-cache-threshold", "4GB"],
+        ["--method", "sigmoid + 0.2*sft", "--beta", "0.3", "--epochs", "2", "--grad-checkpoint"],
+        [
+            "--data",
+            "a: b # c",
+            "--adapter-path",
+            "1e-5",
+            "--model",
+            "null",
+            "--columns",
+            'prompt="q: 1",rejected=é\u202e',
+        ],
+    ],
+)
+def test_the_printed_settings_are_taken_back(
+    argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (
+        "lora_parameters: {keys: [self_attn.q_proj, '1e3'], rank: 2}\noptimizer_config: {adamw: {betas: [0.9, 0.98]}}\n"
+        "lr_schedule: {name: cosine_decay, warmup: 10, warmup_init: 1e-7, arguments: [1e-5, 1000, 1e-7]}\n"
+    )
+    argv = [*argv, "-c", write(tmp_path, text)]
+    out = printed(argv, capsys)
+    assert all(line.isprintable() for line in out.splitlines())
+    (tmp_path / "again.yaml").write_text(out)
+    assert resolve(["-c", str(tmp_path / "again.yaml")]) == resolve(argv)
+
+
+def test_list_methods_prints_and_leaves(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        resolve(["--list-methods"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f"{name}\n" in out for name in METHODS)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("learning_rte: 1e-5", "unknown key 'learning_rte'; did you mean learning_rate?"),
+        ("batch_size: true", "batch_size: found True, expected a whole number"),
+        ("batch_size: many", "batch_size: found 'many'"),
+        ("shuffle: 1", "shuffle: found 1, expected true or false"),
+        ("model: 7", "model: found 7, expected text"),
+        ("lora_parameters: 8", "lora_parameters: found 8, expected a table"),
+        ("- a\n- b", "found a list, expected a table of settings"),
+        ("", "found nothing, expected a table of settings"),
+        ("a: [1", "not valid YAML"),
+    ],
+)
+def test_a_bad_file_names_the_file_and_key(tmp_path: Path, text: str, expected: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        read_config_file(Path(file))
+    assert file in str(caught.value)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_flag_is_one_sentence_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        resolve(["--metod", "orpo"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

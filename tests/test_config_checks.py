@@ -1,0 +1,107 @@
+"""Values of settings, and what they say of each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orpo_mlx.command_line import resolve
+from orpo_mlx.config_checks import check_settings, make_config
+from orpo_mlx.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        ([], "memory", "auto"),
+        (["--memory", "plain"], "memory", "plain"),
+        (["--grad-checkpoint"], "memory", "thrift"),
+        (["--grad-checkpoint", "--memory", "thrift"], "memory", "thrift"),
+        (["--grad-checkpoint", "--segment-layers", "3"], "segment_layers", 3),
+        (["--memory", "fast", "--plain-head"], "plain_head", True),
+        (["--memory", "thrift", "--no-share-prompt"], "share_prompt", False),
+    ],
+)
+def test_memory_flags(argv: list[str], name: str, value: Any) -> None:
+    assert getattr(resolve(argv), name) == value
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--grad-checkpoint", "--memory", "fast"], "--grad-checkpoint means --memory thrift"),
+        (["--segment-layers", "2"], "--segment-layers: --memory auto runs no segments"),
+        (["--segment-layers", "2", "--memory", "fast"], "--segment-layers: --memory fast runs no segments"),
+        (["--plain-head", "--memory", "thrift"], "--plain-head: --memory thrift needs the head"),
+        (["--plain-head", "--memory", "plain"], "--memory plain sets"),
+        (["--no-share-prompt", "--memory", "plain"], "--memory plain sets"),
+        (["--memory", "thirft"], "did you mean thrift"),
+    ],
+)
+def test_memory_flags_that_contradict_each_other(argv: list[str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        resolve(argv)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"lora_parameters": {"alpha": 16}}, "lora_parameters.alpha: unknown key.*scale"),
+        ({"lora_parameters": {"rank": 0}}, "lora_parameters.rank: found 0"),
+        ({"lora_parameters": {"dropout": 1.0}}, "lora_parameters.dropout: found 1.0"),
+        (
+            {"lora_parameters": {"keys": "q_proj"}},
+            "lora_parameters.keys: found 'q_proj', expected a list of module names",
+        ),
+        ({"lora_parameters": {"keys": []}}, r"lora_parameters.keys: found \[\]"),
+        ({"lora_parameters": {7: 1}}, "lora_parameters.7: unknown key"),
+        ({"optimizer_config": {"adamw": 5}}, "optimizer_config.adamw: found 5, expected a table"),
+        ({"optimizer_config": {"adamx": {}}}, "optimizer_config.adamx: unknown key"),
+    ],
+)
+def test_a_bad_table(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        make_config(values)
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [(0, 0), ("0", 0), (1_000, 1_000), ("4GB", 4 * 10**9), ("1.5G", 1_500_000_000), ("500 mb", 500 * 10**6)],
+)
+def test_a_size_is_read_as_mlx_lm_reads_it(value: Any, size: int) -> None:
+    assert check_settings({"clear_cache_threshold": value}, "file") == {"clear_cache_threshold": size}
+
+
+@pytest.mark.parametrize("value", ["much", "4TB", "", "GB", "-4GB", "1.2.3", -1, 1.5, True])
+def test_a_size_that_is_none(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"file: clear_cache_threshold: found .*, expected"):
+        check_settings({"clear_cache_threshold": value}, "file")
+
+
+def test_an_optimiser_in_capitals_is_the_same_as_in_mlx_lm() -> None:
+    assert check_settings({"optimizer": "AdamW"}, "file") == {"optimizer": "adamw"}
+    with pytest.raises(ConfigError, match=r"file: optimizer: found 'AdamX', expected one of .*; did you mean adam"):
+        check_settings({"optimizer": "AdamX"}, "file")
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("lora_layers", "num_layers"), ("train_mode", "method"), ("use_dora", "fine_tune_type"), ("iter", "iters"),
+        ("learning_rte", "learning_rate"), ("max_length", "max_seq_length"),
+        ("gradient_accumulation_steps", "grad_accumulation_steps"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_is_refused_with_the_nearest_name(key: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^file: unknown key '{key}'; did you mean {near}\?$"):
+        check_settings({key: 1}, "file")
+
+
+@pytest.mark.parametrize(
+    ("other", "flag"),
+    [({"resume": True}, "--resume"), ({"overwrite": True}, "--overwrite"), ({"push_to_hub": "a/b"}, "--push-to-hub")],
+)
+def test_a_test_leaves_the_run_as_it_is(other: dict[str, Any], flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"--test trains nothing and leaves the run as it is; leave out {flag}."):
+        make_config({"test": True, **other})
