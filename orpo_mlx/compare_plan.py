@@ -22,7 +22,7 @@ BUDGETS = {"steps": int, "pair_tokens": int, "seconds": float}
 _OWN = ("method", "seed", "iters", "epochs", "learning_rate", "lr_schedule", "adapter_path", "resume_adapter_file")
 _UNUSED = (
     *("reference", "precompute_reference", "steps_per_report", "steps_per_eval", "val_batches", "test_batches"),
-    *("save_every", "samples", "report", "report_every", "push_to_hub", "memory_check", *PARAMETERS),
+    *("save_every", "samples", "report", "report_every", "push_to_hub", "watch", "memory_check", *PARAMETERS),
 )
 
 
