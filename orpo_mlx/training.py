@@ -201,7 +201,7 @@ def watched(config: TrainingConfig, reporter: Reporter) -> Iterator[Feed | None]
         return
     feed = Feed(Path(config.adapter_path).expanduser(), lambda: list(reporter.said), PREPARING)
     with serving(feed, config.watch, "--watch") as server:
-        reporter.say(f"The run can be watched at {server.address}, on this machine.")
+        reporter.say(f"On this machine, the run can be watched at {server.address}")
         try:
             yield feed
         except (UserError, KeyboardInterrupt) as error:

@@ -44,9 +44,7 @@ def _run(argv: Sequence[str] | None) -> None:
     with serving(Feed(folder), port, "--port") as server, suppress(KeyboardInterrupt):
         if not (folder / FILE).exists():
             print(printable(f"{folder} holds no {FILE} yet: the page waits for it."))
-        print(
-            f"{printable(folder.name)} can be watched at {server.address}, on this machine; Ctrl-C ends it.", flush=True
-        )
+        print(f"On this machine, {printable(folder.name)} can be watched at {server.address} until Ctrl-C.", flush=True)
         threading.Event().wait()
 
 

@@ -192,7 +192,8 @@ def test_the_readmes_python_runs_and_is_short(
     monkeypatch.chdir(data_and_model)
     exec(block, {})
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"adapters [01]\.\d+ 0\.0\d+", lines[-1])
+    assert re.fullmatch(r"adapters 0\.0\d+", lines[-2])
+    assert re.fullmatch(r"valid [01]\.\d+", lines[-1])
     assert [line.split()[0] for line in lines if re.fullmatch(r"\d \d+\.\d+ \d\.\d+", line)] == ["0", "2"]
 
 
