@@ -22,6 +22,8 @@ from orpo_mlx.safetensors_files import read_header
 
 _LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _PERIOD_KEYS = ("sliding_window_pattern", "full_attention_interval")
+_SHARING_KEY = "num_kv_shared_layers"
+"""How many layers at the end take their keys and values from earlier ones."""
 _HEADER_DTYPES = {"F64": mx.float32, "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
@@ -134,7 +136,10 @@ def _layer_count(path: Path, config: Mapping[str, Any]) -> int:
 
 
 def layer_period(config: Mapping[str, Any], layers: int) -> int:
-    """After how many layers the pattern of layers repeats, 1 where all are alike: from lists with an entry for each."""
+    """After how many layers the pattern of layers repeats, 1 where all are alike: from lists with an entry for each.
+
+    Twice that where the last layers take keys and values from earlier ones, so that there are earlier ones.
+    """
     periods = [1]
     for key, value in config.items():
         if key in _PERIOD_KEYS and isinstance(value, int):
@@ -143,17 +148,20 @@ def layer_period(config: Mapping[str, Any], layers: int) -> int:
             periods.append(layer_period(value, layers))
         elif isinstance(value, list) and len(value) == layers:
             periods.append(next(size for size in range(1, layers + 1) if value[size:] == value[: layers - size]))
-    return min(lcm(*periods), layers)
+    return min(lcm(*periods) * (2 if config.get(_SHARING_KEY) else 1), layers)
 
 
 def _with_layers(config: Mapping[str, Any], total: int, layers: int) -> dict[str, Any]:
-    """`config` with another number of layers; lists with an entry for each layer are cut to it."""
+    """`config` with another number of layers; lists with an entry for each layer are cut to it, and layers that share
+    keys and values keep their part of the whole, up to a half."""
     changed = dict(config)
     for key, value in config.items():
         if key in _LAYER_KEYS:
             changed[key] = layers
         elif isinstance(value, list) and len(value) == total:
             changed[key] = value[:layers]
+        elif key == _SHARING_KEY and layers < total:
+            changed[key] = min(round(value * layers / total), layers // 2)
         elif key == "text_config":
             changed[key] = _with_layers(value, total, layers)
     return changed

@@ -26,7 +26,8 @@ Rows = slice | mx.array
 _SUM_BLOCK = 128
 _TILE_ROWS, _TILE_TOKENS = 256, 2048
 _CHUNK_BYTES = 4 << 20
-_BACKBONES = ("model", "transformer", "backbone", "gpt_neox", "language_model")
+_WRAPPED = "language_model"
+_BACKBONES = ("model", "transformer", "backbone", "gpt_neox", _WRAPPED)
 _PROBE_TOLERANCE = 1e-3
 _SEEDS = 1 << 30
 
@@ -76,21 +77,29 @@ class ModelHead:
 
     Args:
         model: an mlx-lm model.
-        backbone_name: the attribute of it that maps ids to hidden states.
+        backbone_name: what in it maps ids to hidden states, as in the names of its parameters ("model",
+            "language_model.model").
         vocabulary: number of logits.
         tiles: whether the head may be run for some tokens only; `find_head` proves it.
     """
 
     def __init__(self, model: nn.Module, backbone_name: str, vocabulary: int, *, tiles: bool) -> None:
         self.model, self.backbone_name, self.vocabulary, self.tiles = model, backbone_name, vocabulary, tiles
+        wrapper, _, self._name = backbone_name.rpartition(".")
+        self._owner = _inner(model, wrapper)
+
+    @property
+    def backbone(self) -> Any:
+        """Ids (R, L) to hidden states (R, L, H)."""
+        return _inner(self._owner, self._name)
 
     def __call__(self, hidden: mx.array, rows: Rows | None = None) -> mx.array:
         """Logits (..., V) of hidden states (..., H), or of the tokens `rows` only."""
         states = hidden if hidden.ndim == 3 else hidden[None]
-        call: Callable[..., mx.array] = type(self.model).__call__
+        call: Callable[..., mx.array] = type(self._owner).__call__
         dummy_ids = mx.zeros(states.shape[:2], mx.int32)
         cut = None if rows is None else (self.vocabulary, rows)
-        logits = call(_StandIn(self.model, self.backbone_name, states, cut), dummy_ids)
+        logits = call(_StandIn(self._owner, self._name, states, cut), dummy_ids)
         return logits if hidden.ndim == 3 else logits[0]
 
     @property
@@ -300,12 +309,9 @@ def _run(function: Head, x: mx.array) -> tuple[mx.array, Head]:
 def find_head(model: nn.Module) -> ModelHead | None:
     """The model's head, proven on a few tokens to be one; None where none could be told apart from the body."""
     ids = mx.array([[1, 2, 3, 1, 2]], mx.int32)
-    for name in _BACKBONES:
-        backbone: Any = model.get(name)
-        if not isinstance(backbone, nn.Module) or not hasattr(backbone, "layers"):
-            continue
+    for name in _backbone_names(model):
         try:
-            hidden, logits = backbone(ids), model(ids)
+            hidden, logits = _inner(model, name)(ids), model(ids)
             head = ModelHead(model, name, logits.shape[-1], tiles=False)
             if close(head(hidden), logits):
                 head.tiles = _tiles_fit(head, hidden, logits)
@@ -313,6 +319,25 @@ def find_head(model: nn.Module) -> ModelHead | None:
         except (AttributeError, TypeError, ValueError):
             continue
     return None
+
+
+def _backbone_names(model: nn.Module) -> list[str]:
+    """Names that a backbone may have. Vision-language models wrap a causal language model, which has the backbone; to
+    the wrapper that whole model would look like one, with logits for states, so inner names come first."""
+    names = []
+    wrapper = model.get(_WRAPPED)
+    if isinstance(wrapper, nn.Module):
+        names = [f"{_WRAPPED}.{name}" for name in _backbone_names(wrapper)]
+    return names + [
+        name for name in _BACKBONES if isinstance(model.get(name), nn.Module) and hasattr(model[name], "layers")
+    ]
+
+
+def _inner(module: nn.Module, path: str) -> Any:
+    """The module of that dotted name; the module itself where it is empty."""
+    for name in filter(None, path.split(".")):
+        module = module[name]
+    return module
 
 
 def _tiles_fit(head: ModelHead, hidden: mx.array, logits: mx.array) -> bool:

@@ -19,7 +19,7 @@ from orpo_mlx.batching import collate
 from orpo_mlx.head import close, find_head, head_logps, token_logps, trained_head_logps
 from orpo_mlx.lean import lean_layers
 from orpo_mlx.lora import without_dropout
-from orpo_mlx.shared_prompt import PrefixCache, takes_prefix_caches
+from orpo_mlx.shared_prompt import PrefixCache, count_prefix_caches
 from orpo_mlx.types import Batch, PairLogProbs, TokenizedPair
 
 Caches = list[Any] | None
@@ -72,7 +72,8 @@ class PairScorer:
         with without_dropout(model):
             self.head = find_head(model) if split_head else None
             self.lean = lean and self._proves("lean", padded=False)
-            if share_prompt and takes_prefix_caches(model):
+            self._prefix_caches = count_prefix_caches(model) if share_prompt else 0
+            if self._prefix_caches:
                 self.shares_prompt = self._proves("shares_prompt", padded=False)
                 # Against the rows one at a time.
                 self._padded_prefix = self.shares_prompt and self._proves("_padded_prefix", padded=True)
@@ -85,7 +86,7 @@ class PairScorer:
     @property
     def backbone(self) -> Any:
         """What maps ids to states: the whole model where its head could not be told apart."""
-        return self.model if self.head is None else self.model[self.head.backbone_name]
+        return self.model if self.head is None else self.head.backbone
 
     def __call__(
         self, batch: Batch, *, with_prompt: bool = False, gradient: bool = True, states: States | None = None
@@ -159,7 +160,7 @@ class PairScorer:
             return tuple(run(rows, None) for rows in _plain_rows(batch))
         outputs = []
         for part in self._parts(batch):
-            prefix = [PrefixCache(part.left_padding, part.prompt_ids.shape[1]) for _ in self.model.layers]
+            prefix = [PrefixCache(part.left_padding, part.prompt_ids.shape[1]) for _ in range(self._prefix_caches)]
             outputs.append(run(part.prompt_ids, prefix))
             outputs += [run(ids, [layer.extend() for layer in prefix]) for ids in (part.chosen_ids, part.rejected_ids)]
         return tuple(outputs)

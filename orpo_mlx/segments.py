@@ -56,6 +56,8 @@ class LayerWalk:
         self.backbone: Any = scorer.backbone
         self.depth = len(self.backbone.layers)
         self.segment_layers, self.kept_layers = segment_layers, kept_layers
+        self._beside: int | None = None
+        self._beside = self._returned_beside()
 
     def value_and_grad(self, batch: Batch, share: Share) -> tuple[tuple[mx.array, Any], Gradients]:
         """Value and gradients of `share(scorer.states(batch))`, as `whole_value_and_grad` gives them."""
@@ -126,6 +128,12 @@ class LayerWalk:
             mx.eval(gradients)
         return dict(zip(names, gradients, strict=False)), tuple(gradients[len(names) :])
 
+    def _returned_beside(self) -> int | None:
+        """How many things layers return after their states; None where they return states alone."""
+        with self._stand_ins(0, self.depth, None) as layers:
+            self.backbone(mx.zeros((1, 1), mx.int32))
+        return layers[0].beside
+
     def _run(self, batch: Batch, streams: Streams | None, low: int, high: int, *, normed: bool = False) -> Streams:
         """States that enter layer `low` (None: ids do) to those that enter layer `high`, or to the output."""
         entering: Iterator[mx.array | None] = itertools.repeat(None) if streams is None else iter(streams)
@@ -141,7 +149,9 @@ class LayerWalk:
     @contextmanager
     def _stand_ins(self, low: int, high: int, states: mx.array | None) -> Iterator[list[_StandIn]]:
         layers = self.backbone.layers
-        self.backbone.layers = [_StandIn(layer, low <= number < high) for number, layer in enumerate(layers)]
+        self.backbone.layers = [
+            _StandIn(layer, low <= number < high, self._beside) for number, layer in enumerate(layers)
+        ]
         self.backbone.layers[0].given = states
         try:
             yield self.backbone.layers
@@ -168,18 +178,24 @@ class LayerWalk:
 class _StandIn:
     """A layer that is run or passed by, and remembers what came in and what went out."""
 
-    def __init__(self, layer: Any, runs: bool) -> None:
-        self._layer, self._runs = layer, runs
+    def __init__(self, layer: Any, runs: bool, beside: int | None) -> None:
+        self._layer, self._runs, self.beside = layer, runs, beside
         self.given: mx.array | None = None
         self.entering = self.leaving = mx.array(0.0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
-    def __call__(self, states: mx.array, *arguments: Any, **options: Any) -> mx.array:
+    def __call__(self, states: mx.array, *arguments: Any, **options: Any) -> Any:
         self.entering = states if self.given is None else self.given
-        self.leaving = self._layer(self.entering, *arguments, **options) if self._runs else self.entering
-        return self.leaving
+        if not self._runs:
+            self.leaving = self.entering
+            return self.leaving if self.beside is None else (self.leaving, *[None] * self.beside)
+        output = self._layer(self.entering, *arguments, **options)
+        # Some layers return keys and values as well, for later layers to share.
+        several = isinstance(output, tuple)
+        self.leaving, self.beside = (output[0], len(output) - 1) if several else (output, None)
+        return output
 
 
 def whole_value_and_grad(scorer: PairScorer, batch: Batch, share: Share) -> tuple[tuple[mx.array, Any], Gradients]:
@@ -193,7 +209,7 @@ def find_walk(scorer: PairScorer, *, segment_layers: int, kept_layers: int) -> L
     model = scorer.model
     if scorer.head is None or not scorer.head.is_frozen or not isinstance(scorer.backbone.get("layers"), list):
         return None
-    walk, batch = LayerWalk(scorer, segment_layers=segment_layers, kept_layers=kept_layers), probe_batch(padded=False)
+    batch = probe_batch(padded=False)
 
     def share(states: States) -> tuple[mx.array, States]:
         # Weighted: the plain mean square of what an RMS norm has normalised is a constant, and its gradient is noise.
@@ -203,6 +219,7 @@ def find_walk(scorer: PairScorer, *, segment_layers: int, kept_layers: int) -> L
 
     with without_dropout(model):
         try:
+            walk = LayerWalk(scorer, segment_layers=segment_layers, kept_layers=kept_layers)
             (_, states), gradients = walk.value_and_grad(batch, share)
         except PROBE_ERRORS:
             return None

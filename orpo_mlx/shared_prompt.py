@@ -62,9 +62,11 @@ class CompletionCache:
         return _mask(length, self._prefix.length, self.left_padding, return_array, window_size)
 
 
-def takes_prefix_caches(model: Any) -> bool:
-    """Whether every layer of the model keeps plain keys and values, rather than a recurrent state."""
-    return all(isinstance(cache, (KVCache, RotatingKVCache)) for cache in make_prompt_cache(model))
+def count_prefix_caches(model: Any) -> int:
+    """How many prefix caches a run of the model takes: one a layer, fewer where layers share keys and values, 0 where a
+    layer keeps a recurrent state instead."""
+    caches = make_prompt_cache(model)
+    return len(caches) if all(isinstance(cache, (KVCache, RotatingKVCache)) for cache in caches) else 0
 
 
 def _mask(

@@ -34,6 +34,17 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ("<|pad|>", "<|start|>", "<|end|>")
 VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
+_GEMMA4 = {
+    "model_type": "gemma4_text",
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 6,
+    "sliding_window_pattern": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
     "qwen2": {"model_type": "qwen2", "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
@@ -60,6 +71,48 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 6,
     },
+    # Wrapped, as in vision-language checkpoints.
+    "gemma3": {
+        "model_type": "gemma3",
+        "text_config": {
+            "model_type": "gemma3_text",
+            "head_dim": 16,
+            "rms_norm_eps": 1e-6,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 6,
+            "sliding_window_pattern": 2,
+        },
+    },
+    # Layers that return keys and values beside states; the last two take those of the first two.
+    "gemma4": {"model_type": "gemma4", "text_config": {**_GEMMA4, "num_kv_shared_layers": 0}},
+    "gemma4_shared": {
+        "model_type": "gemma4",
+        "text_config": {
+            **_GEMMA4,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+    },
+    # A recurrent layer and one of attention.
+    "qwen3_5": {
+        "model_type": "qwen3_5",
+        "text_config": {
+            "model_type": "qwen3_5_text",
+            "head_dim": 16,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            "partial_rotary_factor": 0.5,
+            "full_attention_interval": 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_conv_kernel_dim": 4,
+        },
+    },
     "gemma": {"model_type": "gemma", "rms_norm_eps": 1e-6, "head_dim": 16, "hidden_act": "gelu_pytorch_tanh"},
     "mamba": {
         "model_type": "mamba",
@@ -71,9 +124,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+RECURRENT = ("mamba", "qwen3_5")
+ATTENTION = [kind for kind in CONFIGS if kind not in RECURRENT]
+"""Kinds whose layers keep keys and values and nothing else."""
+
 
 def make_model(kind: str = "llama", *, seed: int = 0, vocabulary: int = VOCABULARY) -> nn.Module:
-    """A random two-layer model of a kind named in `CONFIGS`."""
+    """A small random model of a kind named in `CONFIGS`."""
     model_class, args_class = _get_classes(model_config(kind, vocabulary))
     mx.random.seed(seed)
     model: nn.Module = model_class(args_class.from_dict(model_config(kind, vocabulary)))
@@ -109,7 +166,11 @@ def model_config(kind: str, vocabulary: int = VOCABULARY) -> dict[str, Any]:
         "rope_theta": 10000.0,
         "eos_token_id": 258,
     }
-    return {**common, **CONFIGS[kind]}
+    own = CONFIGS[kind]
+    inner = own.get("text_config")
+    if inner is None:
+        return {**common, **own}
+    return {**own, "vocab_size": vocabulary, "text_config": {**common, **inner}}
 
 
 def make_pairs(

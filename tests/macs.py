@@ -44,11 +44,23 @@ _LLAMA3: dict[str, Any] = {
 }  # fmt: skip
 
 
+_GEMMA3: dict[str, Any] = {
+    "model_type": "gemma3_text", "head_dim": 256, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+    "query_pre_attn_scalar": 256, "sliding_window_pattern": 6,
+}  # fmt: skip
+
+
 def _sizes(hidden: int, inner: int, layers: int, heads: int, *, tied: bool) -> dict[str, Any]:
     return {
         "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
         "tie_word_embeddings": tied,
     }  # fmt: skip
+
+
+def _with_vision(text: dict[str, Any]) -> dict[str, Any]:
+    """Gemma 3's config where the model sees images as well; mlx-lm has the text model alone."""
+    text = {**text, "max_position_embeddings": 131072}
+    return {"model_type": "gemma3", "vocab_size": 262208, "tie_word_embeddings": True, "text_config": text}
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -61,11 +73,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mlx-community/Llama-3.2-3B-Instruct-4bit": {**_LLAMA3, **_sizes(3072, 8192, 28, 24, tied=True)},
     "mlx-community/Llama-3.1-8B-Instruct-4bit": {**_LLAMA3, **_sizes(4096, 14336, 32, 32, tied=False)},
     "mlx-community/gemma-3-1b-it-4bit": {
-        "model_type": "gemma3_text", "head_dim": 256, "num_key_value_heads": 1, "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6, "rope_local_base_freq": 1e4, "query_pre_attn_scalar": 256, "sliding_window": 512,
-        "sliding_window_pattern": 6, "max_position_embeddings": 32768, "vocab_size": 262144,
-        **_sizes(1152, 6912, 26, 4, tied=True),
+        **_GEMMA3, "num_key_value_heads": 1, "sliding_window": 512, "vocab_size": 262144,
+        "max_position_embeddings": 32768, **_sizes(1152, 6912, 26, 4, tied=True),
     },
+    "mlx-community/gemma-3-4b-it-4bit": _with_vision(
+        {**_GEMMA3, "num_key_value_heads": 4, "sliding_window": 1024, **_sizes(2560, 10240, 34, 8, tied=True)}
+    ),
+    "mlx-community/gemma-3-12b-it-4bit": _with_vision(
+        {**_GEMMA3, "num_key_value_heads": 8, "sliding_window": 1024, **_sizes(3840, 15360, 48, 16, tied=True)}
+    ),
     "mlx-community/Qwen3-14B-4bit": {**_QWEN3, **_sizes(5120, 17408, 40, 40, tied=False)},
     "mlx-community/Qwen3-32B-4bit": {**_QWEN3, **_sizes(5120, 25600, 64, 64, tied=False)},
     "mlx-community/Llama-3.3-70B-Instruct-4bit": {**_LLAMA3, **_sizes(8192, 28672, 80, 64, tied=False)},

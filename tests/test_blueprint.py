@@ -41,8 +41,9 @@ def quantised_folder(folder: Path) -> Path:
 def test_what_is_built_is_what_is_loaded(kind: str, tmp_path: Path) -> None:
     folder = write_model_folder(tmp_path / kind, kind, tokenizer=False)
     blueprint = read_blueprint(str(folder))
-    assert blueprint.layers == 2
-    assert shapes(build(blueprint, 2)) == shapes(load(str(folder)).model)
+    layers = 4 if kind == "gemma4_shared" else 2
+    assert blueprint.layers == layers
+    assert shapes(build(blueprint, layers)) == shapes(load(str(folder)).model)
 
 
 def test_a_quantised_model(tmp_path: Path) -> None:
@@ -79,6 +80,16 @@ def test_fewer_layers_and_another_dtype(tmp_path: Path) -> None:
     assert {value.dtype for _, value in dict(tree_flatten(one.parameters())).items()} == {mx.bfloat16}
     per_layer = sum(value.nbytes for value in dict(tree_flatten(whole.layers[1].parameters())).values())
     assert weight_bytes(whole) - weight_bytes(one) == per_layer
+
+
+def test_layers_that_share_keys_and_values_keep_their_part(tmp_path: Path) -> None:
+    blueprint = read_blueprint(str(write_model_folder(tmp_path / "model", "gemma4_shared", tokenizer=False)))
+    deep = {"num_hidden_layers": 8, "layer_types": ["sliding_attention", "full_attention"] * 4}
+    blueprint.config["text_config"] |= {**deep, "num_kv_shared_layers": 5}
+    blueprint = blueprint._replace(layers=8)
+    for layers, sharing in ((8, 5), (6, 3), (4, 2)):
+        built: Any = build(blueprint, layers)
+        assert sum(not layer.self_attn.has_kv for layer in built.layers) == sharing
 
 
 @pytest.mark.parametrize(
@@ -121,6 +132,8 @@ def test_a_config_without_layers_and_an_architecture_nobody_knows(tmp_path: Path
         ({"layer_types": ["a", "a", "b", "a", "a", "b", "a", "a"]}, 3),
         ({"layer_types": ["a"] * 7 + ["b"]}, 8),
         ({"sliding_window_pattern": 6}, 6),
+        ({"layer_types": ["a", "b"] * 4, "num_kv_shared_layers": 4}, 4),
+        ({"text_config": {"layer_types": ["a", "b"] * 4, "num_kv_shared_layers": 0}}, 2),
         ({"layer_types": ["a", "b"] * 4, "no_rope": [1, 1, 1, 0] * 2}, 4),
     ],
 )

@@ -15,9 +15,7 @@ from orpo_mlx import head as head_module
 from orpo_mlx.head import ModelHead, find_head, head_logps, log_sum_exp, token_logps, trained_head_logps
 from orpo_mlx.lora import add_adapters
 from tests import oracle
-from tests.conftest import CONFIGS, VOCABULARY, make_model, quantise
-
-ATTENTION = [kind for kind in CONFIGS if kind != "mamba"]
+from tests.conftest import ATTENTION, VOCABULARY, make_model, quantise
 
 
 @pytest.mark.parametrize("vocabulary", [7, 128, 300, 49_152, 151_936])
@@ -123,7 +121,7 @@ def test_logits_that_grow_from_tile_to_tile_stay_exact(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("quantised", [False, True])
-@pytest.mark.parametrize("kind", ATTENTION)
+@pytest.mark.parametrize("kind", [*ATTENTION, "qwen3_5"])
 def test_the_models_own_head_is_found_whole_and_in_tiles(kind: str, quantised: bool) -> None:
     model = make_model(kind)
     if quantised:
@@ -132,8 +130,8 @@ def test_the_models_own_head_is_found_whole_and_in_tiles(kind: str, quantised: b
     head = find_head(model)
     assert head is not None
     assert head.tiles
-    backbone: Any = model["model"]
-    hidden, logits = backbone(ids), np.array(model(ids))
+    owner: Any = model.get("language_model", model)
+    hidden, logits = owner["model"](ids), np.array(model(ids))
     np.testing.assert_allclose(np.array(head(hidden)), logits, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(np.array(head(hidden, slice(3, 50))), logits[..., 3:50], rtol=1e-4, atol=1e-4)
     rows = [9, 0, VOCABULARY - 1]

@@ -21,9 +21,8 @@ from orpo_mlx.lora import add_adapters
 from orpo_mlx.models import load
 from orpo_mlx.types import Batch, TokenizedPair
 from tests import oracle
-from tests.conftest import CONFIGS, VOCABULARY, make_model, make_pairs
+from tests.conftest import ATTENTION, CONFIGS, RECURRENT, VOCABULARY, make_model, make_pairs
 
-ATTENTION = [kind for kind in CONFIGS if kind != "mamba"]
 SWITCHES: list[dict[str, bool]] = [
     {"share_prompt": share, "split_head": split, "lean": lean}
     for share in (True, False)
@@ -73,11 +72,12 @@ def test_attention_models_share_the_prompt(kind: str) -> None:
     assert scorer.lean
 
 
-def test_a_recurrent_model_does_not_share_the_prompt() -> None:
-    assert not PairScorer(make_model("mamba")).shares_prompt
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_a_recurrent_model_does_not_share_the_prompt(kind: str) -> None:
+    assert not PairScorer(make_model(kind)).shares_prompt
 
 
-@pytest.mark.parametrize("kind", ATTENTION)
+@pytest.mark.parametrize("kind", [*ATTENTION, "qwen3_5"])
 def test_gradients_do_not_depend_on_the_path(kind: str) -> None:
     batch = collate(make_pairs(4))
     plain = adapter_gradients(kind, batch, **PLAIN_SWITCHES)

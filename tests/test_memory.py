@@ -41,7 +41,11 @@ def write_deep(folder: Path, kind: str, sizes: dict[str, Any]) -> Path:
     from mlx.utils import tree_flatten
     from mlx_lm.utils import _get_classes
 
-    config = {**model_config(kind), **sizes}
+    config = model_config(kind)
+    if "text_config" in config:
+        config["text_config"] |= sizes
+    else:
+        config |= sizes
     model_class, args_class = _get_classes(config)
     folder.mkdir()
     mx.save_safetensors(
@@ -85,6 +89,31 @@ def test_a_prediction_is_what_is_measured(deep_model: Path, settings: dict[str, 
     prediction = predict(make_config(settings), blueprint, window)
     assert prediction.peak == pytest.approx(measured(deep_model, settings, window), rel=TOLERANCE)
     assert all(part >= 0 for part in prediction)
+
+
+@pytest.mark.parametrize("memory", ["fast", "thrift"])
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("gemma3", {}),
+        ("gemma4", {"layer_types": ["sliding_attention", "full_attention"] * 8}),
+        (
+            "gemma4_shared",
+            {"layer_types": ["sliding_attention", "full_attention"] * 8, "num_kv_shared_layers": 9},
+        ),
+        ("qwen3_5", {}),
+    ],
+    ids=["gemma3", "gemma4", "gemma4_shared", "qwen3_5"],
+)
+def test_models_inside_of_others_and_layers_of_several_kinds(
+    kind: str, own: dict[str, Any], memory: str, tmp_path: Path
+) -> None:
+    sizes = {"num_hidden_layers": 16, "hidden_size": 64, "intermediate_size": 160, **own}
+    folder = write_deep(tmp_path / kind, kind, sizes)
+    settings = {"batch_size": 1, "max_seq_length": 128, "memory": memory}
+    window = made_window(make_config(settings), 64, 200)
+    prediction = predict(make_config(settings), read_blueprint(str(folder)), window)
+    assert prediction.peak == pytest.approx(measured(folder, settings, window), rel=TOLERANCE)
 
 
 def test_the_parts_are_counted(deep_model: Path) -> None:

@@ -14,10 +14,9 @@ from orpo_mlx.batching import collate
 from orpo_mlx.logprobs import PairScorer, States, pair_logps
 from orpo_mlx.lora import add_adapters
 from orpo_mlx.segments import find_walk, whole_value_and_grad
-from tests.conftest import CONFIGS, make_model, make_pairs, quantise
+from tests.conftest import ATTENTION, make_model, make_pairs, quantise
 
 BATCH = collate(make_pairs(4))
-ATTENTION = [kind for kind in CONFIGS if kind != "mamba"]
 Result = tuple[float, dict[str, Any]]
 
 
@@ -63,7 +62,7 @@ def assert_same(found: Result, expected: Result) -> None:
 
 
 @pytest.mark.parametrize("segments", [(1, 0), (1, 1), (5, 0)])
-@pytest.mark.parametrize("kind", ATTENTION)
+@pytest.mark.parametrize("kind", [*(kind for kind in ATTENTION if kind != "gemma4_shared"), "qwen3_5"])
 def test_segments_change_nothing(kind: str, segments: tuple[int, int]) -> None:
     model = trained_model(kind, "lora")
     plain = PairScorer(model, share_prompt=False, split_head=False, lean=False)
@@ -145,3 +144,7 @@ def test_models_that_cannot_be_walked_have_no_walk() -> None:
     assert find_walk(scorer, segment_layers=1, kept_layers=0) is None
     hidden = PairScorer(make_model("mamba"), split_head=False)
     assert find_walk(hidden, segment_layers=1, kept_layers=0) is None
+    # Its last layers take keys and values from earlier ones.
+    shared = PairScorer(trained_model("gemma4_shared", "lora"))
+    assert shared.splits_head
+    assert find_walk(shared, segment_layers=1, kept_layers=0) is None
