@@ -29,7 +29,10 @@ def announce(run: Run, reporter: Reporter, checkpoint: Checkpoint | None) -> Non
     if run.reference is not None:
         pass_on_notes(run.reference.table, reporter)
         if len(run.reference.table):
-            reporter.say(f"Reference log-probs of {len(run.reference.table)} pairs are known from earlier runs.")
+            reporter.say(
+                f"{len(run.reference.table)} pairs have reference log-probs from earlier runs with this model; where "
+                "this run meets them, they are not computed again."
+            )
     if run.first_step and checkpoint is None:
         reporter.say(f"Goes on in the data where {run.config.resume_adapter_file} ended, after step {run.first_step}.")
     if checkpoint is not None:

@@ -23,7 +23,7 @@ from orpo_mlx.lora import adapters_off
 from orpo_mlx.models import DTYPES, find, load
 from orpo_mlx.score import add_trained_adapters
 
-PROG = "python -m orpo_mlx.chat"
+PROG = "orpo-mlx chat"
 
 _WIDE = 100
 """Columns from which two answers stand side by side."""

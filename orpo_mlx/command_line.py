@@ -35,7 +35,7 @@ class _ListMethods(argparse.Action):
         parser.exit(0)
 
 
-def build_parser(prog: str = "python -m orpo_mlx.train") -> OneLineParser:
+def build_parser(prog: str = "orpo-mlx train") -> OneLineParser:
     """The command line of `train`, one flag per setting that is not a table."""
     parser = OneLineParser(
         prog=prog,
@@ -103,7 +103,7 @@ def parse_settings(
 
 
 def resolve(
-    argv: Sequence[str] | None = None, prog: str = "python -m orpo_mlx.train", earlier: Earlier = lambda values: {}
+    argv: Sequence[str] | None = None, prog: str = "orpo-mlx train", earlier: Earlier = lambda values: {}
 ) -> TrainingConfig:
     """Settings from a command line: flags over the `--config` file over what `earlier` finds over defaults.
 
@@ -161,7 +161,9 @@ def read_config_file(path: Path, flags: Mapping[str, Any] | None = None) -> dict
         table = yaml.load(path.read_text(encoding="utf-8"), yaml_loader)
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config {path}: not a text file in UTF-8, expected YAML.") from None
+    except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--config {path}: not valid YAML ({reason}).") from None
     if not isinstance(table, dict):

@@ -131,7 +131,7 @@ def build_parser() -> OneLineParser:
     parser = OneLineParser(
         prog=PROG,
         description="Train methods side by side under one budget and report what each costs and reaches.",
-        epilog="Flags of python -m orpo_mlx.train about model, data, batches, adapters and memory are taken as well "
+        epilog="Flags of orpo-mlx train about model, data, batches, adapters and memory are taken as well "
         "and hold for every method. A command that was interrupted goes on where it was when it is given again; "
         "methods, seeds and learning rates can be added to what is there.",
         allow_abbrev=False,

@@ -15,7 +15,7 @@ from orpo_mlx.errors import ConfigError
 from orpo_mlx.memory import Prediction, made_window, predict, recommended_working_set
 from orpo_mlx.modes import MODES
 
-PROG = "python -m orpo_mlx.fit"
+PROG = "orpo-mlx fit"
 _ORDER = ("plain", "auto", "fast", "balanced", "thrift")
 _MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
 
@@ -68,7 +68,7 @@ def build_parser() -> OneLineParser:
     parser = OneLineParser(
         prog=PROG,
         description="Predicted peak of MLX's memory in a training step, what it is made of, and whether it fits.",
-        epilog="All flags of python -m orpo_mlx.train are taken as well.",
+        epilog="All flags of orpo-mlx train are taken as well.",
         allow_abbrev=False,
     )
     parser.add_argument("--memory", metavar="GIB", help="memory of the Mac (default: say which Macs it fits)")
@@ -110,6 +110,7 @@ def _above_0(flag: str, text: str, kind: type[float] | type[int]) -> float:
 def _run(argv: Sequence[str] | None) -> None:
     config, memory, prompt = parse(argv)
     blueprint = read_blueprint(config.model, dtype=config.dtype)
+    print("A step is run on models of this shape with few layers; with a large model it takes a while.", flush=True)
     prediction = predicted(config, blueprint, prompt)
     print(f"{config.method}, {config.batch_size} pairs of {config.max_seq_length} tokens a side, predicted:")
     print(describe(prediction))

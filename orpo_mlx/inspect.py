@@ -18,7 +18,7 @@ from orpo_mlx.prepare import data_lengths
 from orpo_mlx.sources import find_splits
 from orpo_mlx.splits import tokenized_split
 
-PROG = "python -m orpo_mlx.inspect"
+PROG = "orpo-mlx inspect"
 
 _SETTINGS = (
     *("model", "trust_remote_code", "data", "columns", "min_margin", "pair_ratings", "max_seq_length", "truncate"),

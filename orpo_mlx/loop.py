@@ -272,5 +272,5 @@ class Loop:
             return f"{problem}nothing was saved"
         return (
             f"{problem}step {self._saved_step} is saved, go on with "
-            f"python -m orpo_mlx.train --resume --adapter-path {self.run.config.adapter_path}"
+            f"orpo-mlx train --resume --adapter-path {self.run.config.adapter_path}"
         )

@@ -207,7 +207,7 @@ def build_parser() -> OneLineParser:
     parser = OneLineParser(
         prog=PROG,
         description=f"{(__doc__ or '').strip()} Rows are taken in file order.",
-        epilog="All flags of python -m orpo_mlx.train are taken as well and hold for every method; --iters is 3 here.",
+        epilog="All flags of orpo-mlx train are taken as well and hold for every method; --iters is 3 here.",
         allow_abbrev=False,
     )
     parser.add_argument("--methods", default="orpo,dpo", help="names with commas between (default: %(default)s)")

@@ -137,7 +137,7 @@ def _usage(settings: Mapping[str, Any]) -> str:
     return (
         "## Use\n\nWith this folder as `adapters`:\n\n```sh\n"
         f'python -m mlx_lm generate --model {model} --adapter-path adapters --prompt "..."\n'
-        f"python -m orpo_mlx.chat --model {model} --adapter-path adapters\n```\n"
+        f"orpo-mlx chat --model {model} --adapter-path adapters\n```\n"
     )
 
 

@@ -15,7 +15,7 @@ from orpo_mlx.cli import OneLineParser, exit_status
 from orpo_mlx.errors import ConfigError, ModelError, TrainingError, printable
 from orpo_mlx.model_card import has_hub_form, shareable
 
-PROG = "python -m orpo_mlx.push"
+PROG = "orpo-mlx push"
 
 _NEEDED = ("adapters.safetensors", "adapter_config.json")
 _FILES = (*_NEEDED, "README.md", "run.json", "metrics.jsonl", "report.html", "report.png")

@@ -18,7 +18,7 @@ from orpo_mlx.run_log import ACCURACY, KEY, LOSS, MARGIN, SPEED, SPLITS, Chart, 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PROG = "python -m orpo_mlx.report"
+PROG = "orpo-mlx report"
 
 _CHARTS = (LOSS, ACCURACY, MARGIN, SPEED)
 _HELD_OUT = SPLITS[1:]

@@ -25,7 +25,7 @@ from orpo_mlx.tokenization import PairTokenizer
 from orpo_mlx.types import TokenizedPair
 from orpo_mlx.wilson import wilson
 
-PROG = "python -m orpo_mlx.score"
+PROG = "orpo-mlx score"
 
 
 def score_pairs(

@@ -41,7 +41,8 @@ def parse_services(text: str | None) -> tuple[str, ...]:
         if name not in SERVICES:
             near = difflib.get_close_matches(name, SERVICES, n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
-            raise ConfigError(f"--report-to {text}: found {name!r}, expected one of {', '.join(SERVICES)}{hint}")
+            found = repr(name) if name else "an empty name"
+            raise ConfigError(f"--report-to {text!r}: found {found}, expected some of {', '.join(SERVICES)}{hint}")
     return tuple(dict.fromkeys(names))
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from orpo_mlx.config import FIELDS, GROUPS, TrainingConfig
+from orpo_mlx.methods import PARAMETERS
 
 FLAG, FILE, CHECKPOINT, DEFAULT = "flag", "file", "checkpoint", "default"
 """Where a setting may come from, the first of them first."""
@@ -35,6 +36,8 @@ def as_yaml(settled: Settled) -> str:
         for name, field in FIELDS.items():
             if field.metadata["group"] == group:
                 value, origin = getattr(settled.config, name), settled.origin(name)
+                if value is None and name in PARAMETERS:
+                    origin += ": the method's own"
                 lines += _lines(name, value, settled.given.get(origin, {}).get(name), origin)
     return "\n".join(lines).lstrip("\n") + "\n"
 

@@ -16,7 +16,7 @@ from orpo_mlx.evaluate_only import settings_of_adapters
 from orpo_mlx.resume import settings_of_newest
 from orpo_mlx.training import train
 
-PROG = "python -m orpo_mlx.train"
+PROG = "orpo-mlx train"
 __all__ = ["PROG", "main", "train"]
 
 

@@ -13,9 +13,11 @@ from orpo_mlx.cli import OneLineParser, exit_status
 from orpo_mlx.errors import ConfigError, printable
 from orpo_mlx.live import Feed
 from orpo_mlx.live_server import LARGEST_PORT, serving
+from orpo_mlx.lock import LOCK
 from orpo_mlx.run_log import FILE
 
-PROG = "python -m orpo_mlx.watch"
+PROG = "orpo-mlx watch"
+_REMEDY = "give the --adapter-path of a run of orpo-mlx train"
 
 
 def build_parser() -> OneLineParser:
@@ -40,7 +42,10 @@ def _run(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     folder, port = Path(args.folder).expanduser(), _port(args.port)
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; give the --adapter-path of a run of orpo_mlx.train")
+        raise ConfigError(f"{folder}: no such folder; {_REMEDY}")
+    # A run that has only begun may have written nothing, or its lock.
+    if not any((folder / name).exists() for name in (FILE, LOCK)) and any(folder.iterdir()):
+        raise ConfigError(f"{folder}: holds no run (no {FILE}, no {LOCK}); {_REMEDY}")
     with serving(Feed(folder), port, "--port") as server, suppress(KeyboardInterrupt):
         if not (folder / FILE).exists():
             print(printable(f"{folder} holds no {FILE} yet: the page waits for it."))

@@ -137,7 +137,7 @@ def test_an_error_in_a_callback_ends_the_run_saved_and_resumed_it_is_the_run_it_
     config = TrainingConfig(**settings)
     expected = (
         rf"^step {step}: callbacks\[0\] \(Failing\), on_{where}_loss_report: {said}; step {step} is saved, go on with "
-        rf"python -m orpo_mlx.train --resume --adapter-path {config.adapter_path}$"
+        rf"orpo-mlx train --resume --adapter-path {config.adapter_path}$"
     )
     failing = Failing(where, step, error)
     with pytest.raises(TrainingError, match=expected) as caught:

@@ -106,10 +106,10 @@ def test_every_flag_sets_its_field() -> None:
         (["--method", "sft", "--beta", "1"], "--beta: method sft has no such parameter"),
         (
             ["--report-to", "wandb,tensorbord"],
-            "--report-to wandb,tensorbord: found 'tensorbord', expected one of wandb, ",
+            "--report-to 'wandb,tensorbord': found 'tensorbord', expected some of wandb, ",
         ),
         (["--report-to", "tensorbord"], "did you mean tensorboard?"),
-        (["--report-to", ""], "found '', expected one of wandb, swanlab, tensorboard."),
+        (["--report-to", ""], "--report-to '': found an empty name, expected some of wandb, swanlab, tensorboard."),
         (["--project-name", "p"], "--project-name: is a project of --report-to wandb or swanlab; add that"),
         (["--project-name", "p", "--report-to", "tensorboard"], "--project-name: is a project of"),
         (["--sample-every", "0"], "--sample-every: found '0', expected a whole number greater than 0"),
@@ -146,7 +146,7 @@ def test_the_printed_settings_name_their_origin(tmp_path: Path, capsys: pytest.C
     for line in (
         "seed: 4  # flag", "learning_rate: 1.0e-05  # file", "keep: 7  # checkpoint", "batch_size: 4  # default",
         "memory: thrift  # flag", "grad_checkpoint: true  # flag", "  rank: 4  # file", "  scale: 20.0  # default",
-        "iters: null  # default",
+        "iters: null  # default", "beta: null  # default: the method's own",
     ):  # fmt: skip
         assert line in lines, line
     names = [line.split(":")[0] for line in lines if line and line[0] not in "# "]
@@ -215,6 +215,13 @@ def test_a_bad_file_names_the_file_and_key(tmp_path: Path, text: str, expected: 
     assert file in str(caught.value)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(b"\xff\xfe\0")
+    with pytest.raises(ConfigError, match=r"run\.yaml: not a text file in UTF-8, expected YAML\.$"):
+        read_config_file(file)
 
 
 def test_an_unknown_flag_is_one_sentence_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,10 +26,15 @@ def test_names_are_read_as_mlx_lm_reads_them(text: str | None, names: tuple[str,
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("wanbd", "found 'wanbd'.*; did you mean wandb?"), ("wandb,", "found ''.*"), ("comet", "found 'comet'.*board.$")],
+    [
+        ("wanbd", "found 'wanbd'.*; did you mean wandb?"),
+        ("wandb,", "found an empty name, expected.*"),
+        ("", "found an empty name.*"),
+        ("comet", "found 'comet'.*board.$"),
+    ],
 )
 def test_a_name_that_is_no_service(text: str, expected: str) -> None:
-    with pytest.raises(ConfigError, match=f"--report-to {text}: {expected}"):
+    with pytest.raises(ConfigError, match=f"--report-to {text!r}: {expected}"):
         parse_services(text)
 
 

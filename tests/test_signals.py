@@ -66,7 +66,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     done = 3 if where == "step" else 4
     err = capfd.readouterr().err
     assert "Stopping after this step; a second signal leaves at once." in err
-    assert f"interrupted: step {done} is saved, go on with python -m orpo_mlx.train --resume" in err
+    assert f"interrupted: step {done} is saved, go on with orpo-mlx train --resume" in err
     checkpoint, _ = newest(folder)
     assert checkpoint is not None
     assert checkpoint.step == done

@@ -98,7 +98,7 @@ def test_a_service_whose_package_is_missing_is_a_sentence_before_anything_begins
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert main([*flags(settings), "--report-to", "tensorboard,wandb"]) == 2
     out, err = capsys.readouterr()
-    assert err == "python -m orpo_mlx.train: error: --report-to wandb: needs a package; pip install wandb.\n"
+    assert err == "orpo-mlx train: error: --report-to wandb: needs a package; pip install wandb.\n"
     assert out == ""
     assert not Path(settings["adapter_path"]).exists()
 

@@ -207,7 +207,7 @@ def test_a_run_that_ends_early_saves_what_it_learned(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert expected in err
-    assert f"python -m orpo_mlx.train --resume --adapter-path {settings['adapter_path']}" in err
+    assert f"orpo-mlx train --resume --adapter-path {settings['adapter_path']}" in err
     saved, two_steps = (
         (Path(folder) / "adapters.safetensors").read_bytes()
         for folder in (settings["adapter_path"], tmp_path / "two steps")
@@ -292,7 +292,7 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert main([*argv, *changes]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert err.startswith("python -m orpo_mlx.train: error: ")
+    assert err.startswith("orpo-mlx train: error: ")
     assert expected in err
 
 
@@ -427,7 +427,7 @@ def test_a_run_that_ends_early_keeps_its_reference(
     passes = count_reference_passes(monkeypatch)
     assert main([*flags(settings), "--overwrite"]) == 0
     assert sum(passes) == 2
-    assert "Reference log-probs of 4 pairs are known from earlier runs." in capsys.readouterr().out
+    assert "4 pairs have reference log-probs from earlier runs with this model;" in capsys.readouterr().out
 
 
 def test_a_damaged_reference_is_computed_again(
@@ -477,7 +477,7 @@ def test_a_run_beyond_the_device_is_warned_of_or_refused(
     assert main(argv) == (2 if expected == "refused" else 0)
     out, err = capsys.readouterr()
     if expected == "refused":
-        assert "a step is predicted to take 2.00 GiB, this device recommends 1.00 GiB at most; python -m" in err
+        assert "a step is predicted to take 2.00 GiB, this device recommends 1.00 GiB at most; orpo-mlx fit" in err
         assert main([*argv, "--no-memory-check"]) == 0
     else:
         assert expected in out

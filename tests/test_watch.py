@@ -69,7 +69,8 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["{0}/nowhere"], "{0}/nowhere: no such folder; give the --adapter-path of a run of orpo_mlx.train"),
+        (["{0}/nowhere"], "{0}/nowhere: no such folder; give the --adapter-path of a run of orpo-mlx train"),
+        (["{0}/other"], "{0}/other: holds no run (no metrics.jsonl, no train.lock); give the --adapter-path of a run"),
         (["{0}", "--port", "65536"], "--port 65536: expected a whole number from 0 to 65535"),
         (["{0}", "--port", "x"], "--port x: expected a whole number from 0 to 65535"),
         (["{0}", "--port", "{1}"], "--port {1}: cannot be served on 127.0.0.1 (Address already in use); give another"),
@@ -78,11 +79,14 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path: Path) -> None:
 def test_wrong_input_is_one_sentence(
     tmp_path: Path, words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    (tmp_path / "metrics.jsonl").touch()
     with serving(Feed(tmp_path), 0, "--port") as other:
         port = other.server_address[1]
         assert main([word.format(tmp_path, port) for word in words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"python -m orpo_mlx.watch: error: {expected.format(tmp_path, port)}")
+    assert line.startswith(f"orpo-mlx watch: error: {expected.format(tmp_path, port)}")
 
 
 def watched(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, at_step: Any) -> str:
@@ -143,7 +147,7 @@ def test_a_port_that_is_taken_ends_it_before_anything_is_written(
         port = other.server_address[1]
         assert train_main([*flags(settings), "--watch", str(port)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"python -m orpo_mlx.train: error: --watch {port}: cannot be served on 127.0.0.1")
+    assert line.startswith(f"orpo-mlx train: error: --watch {port}: cannot be served on 127.0.0.1")
     assert not Path(settings["adapter_path"]).exists()
 
 
