@@ -1,8 +1,8 @@
 """What mlx-lm's layers call, exchanged for the length of a `with` block for the same functions at a lower price.
 
 Attention goes to `attention.attention`; SwiGLU keeps nothing for the backward pass but its two arguments; a LoRA layer
-adds its low-rank part inside of a matrix product, both ways, rather than in passes of their own over its output. Layers
-that call none of them run as they are.
+adds its low-rank part inside of a matrix product, both ways, rather than in passes of their own over its output; the
+gated delta rule runs in chunks. Layers that call none of them run as they are.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from orpo_mlx.attention import KEPT_BYTES, attention, fits, model_attention
 from orpo_mlx.exponential import sigmoid
+from orpo_mlx.gated_delta import gated_delta_update, model_gated_delta_update
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -80,6 +81,13 @@ model_lora_linear = LoRALinear.__call__
 """mlx-lm's own, whatever stands in its place later."""
 
 
+_EXCHANGED: dict[str, tuple[Any, Any]] = {
+    "swiglu": (activations.swiglu, swiglu),
+    "gated_delta_update": (model_gated_delta_update, gated_delta_update),
+}
+"""By the name that the layers' modules have for it: mlx-lm's function and this package's."""
+
+
 @contextmanager
 def lean_layers(model: nn.Module, kept_bytes: int = KEPT_BYTES) -> Iterator[None]:
     """Within the block, the layers of `model` call the functions of this package, `attention` with `kept_bytes`."""
@@ -90,20 +98,25 @@ def lean_layers(model: nn.Module, kept_bytes: int = KEPT_BYTES) -> Iterator[None
         return model_attention(q, k, v, scale=scale, mask=mask, **rest)
 
     fast: Any = mx.fast
-    callers = [module for module in _modules_of(model) if getattr(module, "swiglu", None) is activations.swiglu]
+    callers = [
+        (module, name)
+        for module in _modules_of(model)
+        for name, (theirs, _) in _EXCHANGED.items()
+        if getattr(module, name, None) is theirs
+    ]
     before = fast.scaled_dot_product_attention
     fast.scaled_dot_product_attention = patched_attention
     lora: Any = LoRALinear
     lora.__call__ = lora_linear
-    for module in callers:
-        module.swiglu = swiglu
+    for module, name in callers:
+        setattr(module, name, _EXCHANGED[name][1])
     try:
         yield
     finally:
         fast.scaled_dot_product_attention = before
         lora.__call__ = model_lora_linear
-        for module in callers:
-            module.swiglu = activations.swiglu
+        for module, name in callers:
+            setattr(module, name, _EXCHANGED[name][0])
 
 
 def _modules_of(model: nn.Module) -> list[Any]:

@@ -19,7 +19,7 @@ from orpo_mlx.batching import collate
 from orpo_mlx.head import close, find_head, head_logps, token_logps, trained_head_logps
 from orpo_mlx.lean import lean_layers
 from orpo_mlx.lora import without_dropout
-from orpo_mlx.shared_prompt import PrefixCache, count_prefix_caches
+from orpo_mlx.shared_prompt import PrefixCaches
 from orpo_mlx.types import Batch, PairLogProbs, TokenizedPair
 
 Caches = list[Any] | None
@@ -72,8 +72,8 @@ class PairScorer:
         with without_dropout(model):
             self.head = find_head(model) if split_head else None
             self.lean = lean and self._proves("lean", padded=False)
-            self._prefix_caches = count_prefix_caches(model) if share_prompt else 0
-            if self._prefix_caches:
+            self._prefix_caches = PrefixCaches(model)
+            if share_prompt and self._prefix_caches.fit:
                 self.shares_prompt = self._proves("shares_prompt", padded=False)
                 # Against the rows one at a time.
                 self._padded_prefix = self.shares_prompt and self._proves("_padded_prefix", padded=True)
@@ -160,9 +160,9 @@ class PairScorer:
             return tuple(run(rows, None) for rows in _plain_rows(batch))
         outputs = []
         for part in self._parts(batch):
-            prefix = [PrefixCache(part.left_padding, part.prompt_ids.shape[1]) for _ in range(self._prefix_caches)]
+            prefix = self._prefix_caches(part.left_padding, part.prompt_ids.shape[1])
             outputs.append(run(part.prompt_ids, prefix))
-            outputs += [run(ids, [layer.extend() for layer in prefix]) for ids in (part.chosen_ids, part.rejected_ids)]
+            outputs += [run(ids, [layer.branch() for layer in prefix]) for ids in (part.chosen_ids, part.rejected_ids)]
         return tuple(outputs)
 
     def assemble(self, batch: Batch, outputs: Sequence[mx.array]) -> States:

@@ -74,9 +74,15 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode for the length of a `with` block."""
+    """The model in training mode but for its dropout, for the length of a `with` block.
+
+    In evaluation mode some layers run kernels on Metal that have no gradient.
+    """
     was_training = model.training
-    model.eval()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, nn.Dropout2d, nn.Dropout3d)):
+            module.eval()
     try:
         yield
     finally:

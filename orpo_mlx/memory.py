@@ -32,7 +32,8 @@ from orpo_mlx.step import optimiser_step
 from orpo_mlx.types import TokenizedPair
 
 _GIB = 2**30
-_FEWEST_LAYERS = 2
+_FEWEST_LAYERS, _FEWEST_OF_SEVERAL_KINDS = 2, 3
+"""The first layer passes no gradient on and takes less: it may not be the only one of its kind."""
 TOLERANCE = 0.1
 """How far, relative to it, a peak may be from its prediction."""
 
@@ -82,7 +83,8 @@ def predict(config: TrainingConfig, blueprint: Blueprint, window: Sequence[Token
     # Depths at which the pattern of layers, the segments and the share of kept layers come out even.
     kept_share = Fraction(MODES[config.memory].kept_layers).limit_denominator(10)
     even = lcm(blueprint.period, config.segment_layers or 1, kept_share.denominator)
-    shallow = even * -(-_FEWEST_LAYERS // even)
+    fewest = _FEWEST_LAYERS if blueprint.period == 1 else _FEWEST_OF_SEVERAL_KINDS
+    shallow = even * -(-fewest // even)
     deep = 2 * shallow
     if trained <= deep or trained > total:
         # More than there are is for the probe to refuse, as the run would.

@@ -2,8 +2,8 @@
 
 mlx-lm's attention layers talk to a cache: they ask it for the position offset and the mask, hand it new keys and values
 and attend over what it returns. These caches keep plain arrays, so gradients flow from the completions through the
-prompt's keys and values. Prompts are padded on the left: each ends in the last column, its completion starts in the
-next, and sliding windows stay contiguous.
+prompt's keys and values. Recurrent layers keep a state instead, and each completion goes on from it. Prompts are padded
+on the left: each ends in the last column, its completion starts in the next, and sliding windows stay contiguous.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 
 class PrefixCache:
@@ -38,7 +38,7 @@ class PrefixCache:
         """Causal mask of the prompt over itself."""
         return _mask(length, 0, self.left_padding, return_array, window_size)
 
-    def extend(self) -> CompletionCache:
+    def branch(self) -> CompletionCache:
         """A cache for completions that continue these prompts; any number may start from one prefix."""
         return CompletionCache(self)
 
@@ -62,11 +62,66 @@ class CompletionCache:
         return _mask(length, self._prefix.length, self.left_padding, return_array, window_size)
 
 
-def count_prefix_caches(model: Any) -> int:
-    """How many prefix caches a run of the model takes: one a layer, fewer where layers share keys and values, 0 where a
-    layer keeps a recurrent state instead."""
-    caches = make_prompt_cache(model)
-    return len(caches) if all(isinstance(cache, (KVCache, RotatingKVCache)) for cache in caches) else 0
+class RecurrentPrefix(ArraysCache):
+    """One recurrent layer's state after B prompts.
+
+    Args:
+        size: arrays that the layer keeps.
+        left_padding: (B,) padded columns of each row, or None where there are none.
+    """
+
+    def __init__(self, size: int, left_padding: mx.array | None) -> None:
+        super().__init__(size)
+        # Each layer counts its own copy down.
+        self.left_padding = None if left_padding is None else mx.array(left_padding)
+
+    def branch(self) -> ArraysCache:
+        """A cache for completions that go on from this state; any number may. The state is left as it is."""
+        completion = ArraysCache(len(self.cache))
+        completion.cache = list(self.cache)
+        return completion
+
+
+class PrefixList(CacheList):
+    """The prefix caches of a layer that keeps several."""
+
+    def branch(self) -> CacheList:
+        """Those for completions."""
+        return CacheList(*(cache.branch() for cache in self.caches))
+
+
+class PrefixCaches:
+    """Makes a model's prefix caches: one a layer, fewer where layers share keys and values.
+
+    Args:
+        model: an mlx-lm model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._like: list[Any] = make_prompt_cache(model)
+
+    @property
+    def fit(self) -> bool:
+        """Whether all that the model's layers keep is keys and values, or the state of a recurrence."""
+        return all(map(_is_known, self._like))
+
+    def __call__(self, left_padding: mx.array | None, length: int) -> list[Any]:
+        """Caches for B prompts, padded on the left to `length` columns."""
+        return [_prefix(cache, left_padding, length) for cache in self._like]
+
+
+def _is_known(cache: Any) -> bool:
+    if isinstance(cache, CacheList):
+        return all(map(_is_known, cache.caches))
+    return isinstance(cache, (KVCache, RotatingKVCache, ArraysCache))
+
+
+def _prefix(like: Any, left_padding: mx.array | None, length: int) -> Any:
+    if isinstance(like, CacheList):
+        return PrefixList(*(_prefix(cache, left_padding, length) for cache in like.caches))
+    if isinstance(like, ArraysCache):
+        return RecurrentPrefix(len(like.cache), left_padding)
+    return PrefixCache(left_padding, length)
 
 
 def _mask(

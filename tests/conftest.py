@@ -124,9 +124,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
-RECURRENT = ("mamba", "qwen3_5")
-ATTENTION = [kind for kind in CONFIGS if kind not in RECURRENT]
-"""Kinds whose layers keep keys and values and nothing else."""
+PROVABLE = [kind for kind in CONFIGS if kind != "mamba"]
+"""Kinds whose head can be told apart; mlx-lm's Mamba has it in its backbone."""
 
 
 def make_model(kind: str = "llama", *, seed: int = 0, vocabulary: int = VOCABULARY) -> nn.Module:

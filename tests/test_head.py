@@ -15,7 +15,7 @@ from orpo_mlx import head as head_module
 from orpo_mlx.head import ModelHead, find_head, head_logps, log_sum_exp, token_logps, trained_head_logps
 from orpo_mlx.lora import add_adapters
 from tests import oracle
-from tests.conftest import ATTENTION, VOCABULARY, make_model, quantise
+from tests.conftest import PROVABLE, VOCABULARY, make_model, quantise
 
 
 @pytest.mark.parametrize("vocabulary", [7, 128, 300, 49_152, 151_936])
@@ -121,7 +121,7 @@ def test_logits_that_grow_from_tile_to_tile_stay_exact(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("quantised", [False, True])
-@pytest.mark.parametrize("kind", [*ATTENTION, "qwen3_5"])
+@pytest.mark.parametrize("kind", PROVABLE)
 def test_the_models_own_head_is_found_whole_and_in_tiles(kind: str, quantised: bool) -> None:
     model = make_model(kind)
     if quantised:

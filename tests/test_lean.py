@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from mlx_lm.models import activations
 from mlx_lm.models import llama as llama_module
+from mlx_lm.models import qwen3_5 as qwen_module
 from mlx_lm.tuner.lora import LoRALinear
 
 from orpo_mlx import lean
 from orpo_mlx.attention import model_attention
+from orpo_mlx.gated_delta import gated_delta_update, model_gated_delta_update
 from orpo_mlx.lean import lean_layers, lora_linear, swiglu
 from tests.conftest import make_model
 
@@ -97,5 +99,9 @@ def test_functions_are_exchanged_within_the_block_only() -> None:
     with pytest.raises(RuntimeError, match="inside"):
         fail_inside()
     assert llama.swiglu is activations.swiglu
+    qwen: Any = qwen_module
+    with lean_layers(make_model("qwen3_5")):
+        assert qwen.gated_delta_update is gated_delta_update
+    assert qwen.gated_delta_update is model_gated_delta_update
     assert mx.fast.scaled_dot_product_attention is model_attention
     assert LoRALinear.__call__ is own

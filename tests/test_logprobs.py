@@ -21,7 +21,7 @@ from orpo_mlx.lora import add_adapters
 from orpo_mlx.models import load
 from orpo_mlx.types import Batch, TokenizedPair
 from tests import oracle
-from tests.conftest import ATTENTION, CONFIGS, RECURRENT, VOCABULARY, make_model, make_pairs
+from tests.conftest import CONFIGS, PROVABLE, VOCABULARY, make_model, make_pairs
 
 SWITCHES: list[dict[str, bool]] = [
     {"share_prompt": share, "split_head": split, "lean": lean}
@@ -64,20 +64,22 @@ def test_every_token_of_every_pair_matches_the_oracle(kind: str, switches: dict[
             np.testing.assert_allclose(prompts[row, before + 1 :], expected, rtol=2e-6, atol=5e-5)
 
 
-@pytest.mark.parametrize("kind", ATTENTION)
-def test_attention_models_share_the_prompt(kind: str) -> None:
+@pytest.mark.parametrize("kind", PROVABLE)
+def test_what_can_be_proven_is(kind: str) -> None:
     scorer = PairScorer(make_model(kind))
     assert scorer.shares_prompt
     assert scorer.splits_head
     assert scorer.lean
 
 
-@pytest.mark.parametrize("kind", RECURRENT)
-def test_a_recurrent_model_does_not_share_the_prompt(kind: str) -> None:
-    assert not PairScorer(make_model(kind)).shares_prompt
+def test_a_recurrent_model_shares_the_prompt_of_pairs_one_at_a_time() -> None:
+    scorer = PairScorer(make_model("mamba"))
+    # mlx-lm's Mamba takes no mask, so that a padded prompt would run into its state.
+    assert scorer.shares_prompt
+    assert not scorer._padded_prefix
 
 
-@pytest.mark.parametrize("kind", [*ATTENTION, "qwen3_5"])
+@pytest.mark.parametrize("kind", PROVABLE)
 def test_gradients_do_not_depend_on_the_path(kind: str) -> None:
     batch = collate(make_pairs(4))
     plain = adapter_gradients(kind, batch, **PLAIN_SWITCHES)

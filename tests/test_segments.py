@@ -11,10 +11,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from orpo_mlx.batching import collate
+from orpo_mlx.gated_delta import model_gated_delta_update
 from orpo_mlx.logprobs import PairScorer, States, pair_logps
 from orpo_mlx.lora import add_adapters
 from orpo_mlx.segments import find_walk, whole_value_and_grad
-from tests.conftest import ATTENTION, make_model, make_pairs, quantise
+from tests.conftest import PROVABLE, make_model, make_pairs, quantise
 
 BATCH = collate(make_pairs(4))
 Result = tuple[float, dict[str, Any]]
@@ -62,7 +63,7 @@ def assert_same(found: Result, expected: Result) -> None:
 
 
 @pytest.mark.parametrize("segments", [(1, 0), (1, 1), (5, 0)])
-@pytest.mark.parametrize("kind", [*(kind for kind in ATTENTION if kind != "gemma4_shared"), "qwen3_5"])
+@pytest.mark.parametrize("kind", [kind for kind in PROVABLE if kind != "gemma4_shared"])
 def test_segments_change_nothing(kind: str, segments: tuple[int, int]) -> None:
     model = trained_model(kind, "lora")
     plain = PairScorer(model, share_prompt=False, split_head=False, lean=False)
@@ -118,6 +119,22 @@ def test_dropout_is_drawn_once() -> None:
         model.load_weights([(name, start)], strict=False)
         slope = float((gradients[name] * direction).sum())
         assert (values[0] - values[1]) / 0.02 == pytest.approx(slope, rel=2e-2)
+
+
+def test_no_kernel_without_a_gradient_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In evaluation mode Qwen3.5 runs a kernel on Metal that cannot be differentiated.
+    kernels: list[bool] = []
+
+    def spy(*arguments: Any, use_kernel: bool, **rest: Any) -> Any:
+        kernels.append(use_kernel)
+        return model_gated_delta_update(*arguments, use_kernel=use_kernel, **rest)
+
+    monkeypatch.setattr("mlx_lm.models.qwen3_5.gated_delta_update", spy)
+    model = trained_model("qwen3_5", "lora")
+    assert not model.training
+    assert find_walk(PairScorer(model), segment_layers=1, kept_layers=0) is not None
+    assert set(kernels) == {False}
+    assert not model.training
 
 
 def test_models_that_cannot_be_walked_have_no_walk() -> None:

@@ -1,0 +1,130 @@
+"""The gated delta rule in chunks: the recurrence of Qwen3.5's linear attention as matrix products.
+
+mlx-lm runs it token by token where a gradient is taken, and its backward pass keeps several states for each token: with
+32 heads of 128 x 128 that is some 8 GiB a layer for 1,024 tokens. Here a state is kept for each chunk of 64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import gated_delta as model_module
+
+CHUNK = 64
+
+model_gated_delta_update: Callable[..., tuple[mx.array, mx.array]] = model_module.gated_delta_update
+"""mlx-lm's own, whatever stands in its place later."""
+
+
+def gated_delta_update(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,  # noqa: N803
+    dt_bias: mx.array,
+    state: mx.array | None = None,
+    mask: mx.array | None = None,
+    *,
+    use_kernel: bool = True,
+    **other: Any,
+) -> tuple[mx.array, mx.array]:
+    """What `mlx_lm.models.gated_delta.gated_delta_update` gives, arguments as there; computed by `gated_delta`.
+
+    A gate for each channel, other settings, and Metal's kernel where no gradient is asked for are left to mlx-lm's own.
+    """
+    on_gpu = use_kernel and mx.default_device() == mx.gpu
+    if on_gpu or a.ndim != 3 or any(value not in (None, False) for value in other.values()):
+        return model_gated_delta_update(q, k, v, a, b, A_log, dt_bias, state, mask, use_kernel=use_kernel, **other)
+    decay = -mx.exp(A_log.astype(mx.float32)) * nn.softplus(a + dt_bias)
+    beta = mx.sigmoid(b).astype(mx.float32)
+    if mask is not None:
+        decay, beta = decay * mask[..., None], beta * mask[..., None]
+    out, state = gated_delta(q, k, v, decay, beta, state)
+    return out.astype(q.dtype), state
+
+
+def gated_delta(
+    q: mx.array, k: mx.array, v: mx.array, decay: mx.array, beta: mx.array, state: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """For each head and token t, in float32:
+
+        S_t = e^γ_t S_{t-1} + β_t (v_t - e^γ_t S_{t-1} k_t) k_tᵀ,   y_t = S_t q_t
+
+    from Yang et al. 2024, "Gated Delta Networks", eq. 10, in the chunks of its section 3.3: with Γ_t = Σ_{i≤t} γ_i in a
+    chunk, the rows δ_t of what is written solve
+
+        (I + A) δ = β (V - e^Γ K S₀ᵀ),   A_ti = β_t e^(Γ_t - Γ_i) k_t·k_i for i < t
+
+    and Y = e^Γ Q S₀ᵀ + [i ≤ t] e^(Γ_t - Γ_i) (Q Kᵀ) δ, S = e^Γ_C S₀ + δᵀ e^(Γ_C - Γ) K.
+
+    Args:
+        q, k: (B, T, Hk, D); Hk divides H.
+        v: (B, T, H, Dv).
+        decay: γ ≤ 0, (B, T, H); 0 keeps the state whole.
+        beta: (B, T, H); 0 writes nothing.
+        state: S before the first token, (B, H, Dv, D) float32; None for 0.
+
+    Returns:
+        Y (B, T, H, Dv) and the state after the last token, both float32.
+    """
+    batch, length, heads, width = v.shape
+    q, k = (mx.repeat(each, heads // each.shape[2], axis=2) for each in (q, k))
+    q, k, v, decay, beta = (_in_chunks(each) for each in (q, k, v, decay[..., None], beta[..., None]))
+    total = mx.cumsum(decay, axis=-2)
+    # e^(Γ_t - Γ_i) for i <= t: never above 1, however strong the decay.
+    causal = mx.tril(mx.ones((CHUNK, CHUNK), mx.bool_))
+    ratio = mx.exp(mx.where(causal, total - total.swapaxes(-1, -2), -mx.inf))
+    inverse = unit_lower_inverse(mx.tril(beta * ratio * (k @ k.swapaxes(-1, -2)), -1))
+    grown = mx.exp(total)
+    written, read = inverse @ (beta * v), inverse @ (beta * grown * k)
+    seen = ratio * (q @ k.swapaxes(-1, -2))
+    q, kept = q * grown, k * mx.exp(total[..., -1:, :] - total)
+    if state is None:
+        state = mx.zeros((batch, heads, width, k.shape[-1]), mx.float32)
+    outputs = []
+    for chunk in range(v.shape[0]):
+        delta = written[chunk] - read[chunk] @ state.swapaxes(-1, -2)
+        outputs.append(q[chunk] @ state.swapaxes(-1, -2) + seen[chunk] @ delta)
+        state = grown[chunk, ..., -1:, :] * state + delta.swapaxes(-1, -2) @ kept[chunk]
+    whole = mx.stack(outputs).transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, width)
+    return whole[:, :length], state
+
+
+def _in_chunks(x: mx.array) -> mx.array:
+    """(B, T, H, D) to (T / CHUNK, B, H, CHUNK, D) in float32, zeros behind."""
+    batch, length, heads, width = x.shape
+    x = mx.pad(x.astype(mx.float32), [(0, 0), (0, -length % CHUNK), (0, 0), (0, 0)])
+    return x.reshape(batch, -1, CHUNK, heads, width).transpose(1, 0, 3, 2, 4)
+
+
+def _unit_lower_inverse(below: mx.array) -> mx.array:
+    size = below.shape[-1]
+    if size == 1:
+        return mx.ones_like(below)
+    half = size // 2
+    blocks = _unit_lower_inverse(mx.stack([below[..., :half, :half], below[..., half:, half:]]))
+    corner = -blocks[1] @ below[..., half:, :half] @ blocks[0]
+    upper = mx.concatenate([blocks[0], mx.zeros_like(corner)], axis=-1)
+    return mx.concatenate([upper, mx.concatenate([corner, blocks[1]], axis=-1)], axis=-2)
+
+
+def unit_lower_inverse(below: mx.array) -> mx.array:
+    """(I + L)⁻¹ of a strictly lower triangular L, (..., n, n) with n a power of two, by halves.
+
+    As stable as forward substitution: it multiplies by inverses of diagonal blocks alone. The series Σ (-L)ⁿ is not,
+    its terms grow by orders of magnitude where tokens repeat.
+    """
+    function: Any = mx.custom_function(_unit_lower_inverse)
+
+    @function.vjp  # type: ignore[untyped-decorator]
+    def backward(_: mx.array, cotangent: mx.array, inverse: mx.array) -> mx.array:
+        turned = inverse.swapaxes(-1, -2)
+        return -turned @ cotangent @ turned
+
+    result: mx.array = function(below)
+    return result
