@@ -70,6 +70,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "mlx-community/Qwen3-1.7B-4bit": {**_QWEN3, **_sizes(2048, 6144, 28, 16, tied=True)},
     "mlx-community/Qwen3-4B-4bit": {**_QWEN3, **_sizes(2560, 9728, 36, 32, tied=True)},
+    "mlx-community/Qwen3.5-4B-MLX-4bit": {
+        "model_type": "qwen3_5", "tie_word_embeddings": True,
+        "text_config": {
+            "model_type": "qwen3_5_text", "head_dim": 256, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+            "vocab_size": 248320, "max_position_embeddings": 262144, "full_attention_interval": 4,
+            "partial_rotary_factor": 0.25, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+            "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+            **_sizes(2560, 9216, 32, 16, tied=True),
+        },
+    },
     "mlx-community/Llama-3.2-3B-Instruct-4bit": {**_LLAMA3, **_sizes(3072, 8192, 28, 24, tied=True)},
     "mlx-community/Llama-3.1-8B-Instruct-4bit": {**_LLAMA3, **_sizes(4096, 14336, 32, 32, tied=False)},
     "mlx-community/gemma-3-1b-it-4bit": {

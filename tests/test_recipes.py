@@ -33,8 +33,8 @@ PUBLISHED = {row[0]: row for row in json.loads((ROOT / "docs/results/figures/rec
 # Billions of parameters of the text model, as the models' cards and papers have them.
 PARAMETERS = {
     "SmolLM2-1.7B": 1.71, "Qwen3-1.7B": 1.72, "Qwen3-4B": 4.02, "Llama-3.2-3B": 3.21, "Llama-3.1-8B": 8.03,
-    "gemma-3-1b": 1.0, "gemma-3-4b": 3.884, "gemma-3-12b": 11.771, "Qwen3-14B": 14.8, "Qwen3-32B": 32.8,
-    "Llama-3.3-70B": 70.6,
+    "gemma-3-1b": 1.0, "gemma-3-4b": 3.884, "gemma-3-12b": 11.771, "Qwen3.5-4B": 4.2, "Qwen3-14B": 14.8,
+    "Qwen3-32B": 32.8, "Llama-3.3-70B": 70.6,
 }  # fmt: skip
 
 
