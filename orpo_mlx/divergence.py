@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 
-from orpo_mlx.lora import adapters_off, without_dropout
+from orpo_mlx.lora import adapters_off, in_evaluation
 
 
 class Divergence(NamedTuple):
@@ -36,7 +36,7 @@ def sampled_kl(
     mx.random.seed(seed)
     sampler = make_sampler(temp=1.0)
     total, tokens = 0.0, 0
-    with without_dropout(model):
+    with in_evaluation(model):
         for prompt in prompts:
             reply = []
             for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_tokens, sampler=sampler):

@@ -38,7 +38,7 @@ def gated_delta_update(
     A gate for each channel, other settings, and Metal's kernel where no gradient is asked for are left to mlx-lm's own.
     """
     on_gpu = use_kernel and mx.default_device() == mx.gpu
-    if on_gpu or a.ndim != 3 or any(value not in (None, False) for value in other.values()):
+    if on_gpu or a.ndim != 3 or any(value is not None and value is not False for value in other.values()):
         return model_gated_delta_update(q, k, v, a, b, A_log, dt_bias, state, mask, use_kernel=use_kernel, **other)
     decay = -mx.exp(A_log.astype(mx.float32)) * nn.softplus(a + dt_bias)
     beta = mx.sigmoid(b).astype(mx.float32)

@@ -73,6 +73,17 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for the length of a `with` block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """The model in training mode but for its dropout, for the length of a `with` block.
 

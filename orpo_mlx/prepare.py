@@ -168,7 +168,7 @@ def spend_memory(config: TrainingConfig, model: nn.Module) -> tuple[PairScorer, 
         "This model cannot share a prompt: each prompt is run once per completion.": (
             mode.share_prompt and config.share_prompt and not scorer.shares_prompt
         ),
-        "This model's layers do not agree with this package's attention: they run as mlx-lm wrote them.": (
+        "This model's layers do not agree with this package's functions: they run as mlx-lm wrote them.": (
             mode.lean and not scorer.lean
         ),
         f"This model's layers cannot be run in segments: instead of --memory {name} it takes fast.": mode.kept_layers

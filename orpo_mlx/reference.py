@@ -103,7 +103,8 @@ class ReferenceLogProbs:
     ) -> None:
         """Compute and keep the reference log-probs of all pairs, group by group, with the weights as they are now.
 
-        Groups in the composition training will use give the very same floating-point sums as training's first step.
+        Groups in the composition training will use give the very same floating-point sums as training's first step; but
+        for layers that mlx-lm runs by a kernel of Metal where no gradient is taken, which differ by rounding.
         Pairs that are known are passed over. `progress` is called with the number of pairs done.
         """
         was_training = self.scorer.model.training

@@ -183,6 +183,11 @@ class _StandIn:
         self.given: mx.array | None = None
         self.entering = self.leaving = mx.array(0.0)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The layer's: some backbones choose masks by it."""
+        return type(self._layer)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 

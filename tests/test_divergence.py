@@ -58,6 +58,7 @@ def test_longer_replies_are_those_that_were_sampled(monkeypatch: pytest.MonkeyPa
     seen = []
 
     def spy(model: nn.Module, prompt: tuple[int, ...], reply: list[int]) -> mx.array:
+        assert not model.training
         seen.append(tuple(reply))
         return sequence_kl(model, prompt, reply)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +17,8 @@ from mlx_lm.tuner.lora import LoRALinear
 from orpo_mlx import lean
 from orpo_mlx.attention import model_attention
 from orpo_mlx.gated_delta import gated_delta_update, model_gated_delta_update
-from orpo_mlx.lean import lean_layers, lora_linear, swiglu
+from orpo_mlx.lean import lean_agrees, lean_layers, lora_linear, swiglu
+from orpo_mlx.lora import add_adapters
 from tests.conftest import make_model
 
 
@@ -105,3 +107,41 @@ def test_functions_are_exchanged_within_the_block_only() -> None:
     assert qwen.gated_delta_update is model_gated_delta_update
     assert mx.fast.scaled_dot_product_attention is model_attention
     assert LoRALinear.__call__ is own
+
+
+def deep_half(kind: str) -> nn.Module:
+    """A model of 12 layers in half precision, with rounding of its own in each."""
+    model = make_model(kind)
+    text = model.get("language_model", model)["model"]
+    text.layers = [copy.deepcopy(layer) for _ in range(6) for layer in text.layers]
+    model.set_dtype(mx.bfloat16)
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_5"])
+def test_functions_agree_one_by_one_where_whole_models_are_off_by_rounding(kind: str) -> None:
+    model = deep_half(kind)
+    ids = mx.array([[1, 2, 3, 4, 5, 6]])
+    assert lean_agrees(model, lambda: model(ids))
+
+
+@pytest.mark.parametrize("name", ["swiglu", "gated_delta_update", "attention", "lora_linear"])
+def test_each_wrong_function_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("qwen3_5")
+    add_adapters(model, "lora", -1, {"rank": 2, "scale": 4.0, "dropout": 0.0})
+
+    def off(ours: Any) -> Any:
+        def wrong(*arguments: Any, **options: Any) -> Any:
+            result = ours(*arguments, **options)
+            return (result[0], 1.01 * result[1]) if isinstance(result, tuple) else 1.01 * result
+
+        return wrong
+
+    if name in lean._EXCHANGED:
+        ours, theirs = lean._EXCHANGED[name]
+        monkeypatch.setitem(lean._EXCHANGED, name, (off(ours), theirs))
+    else:
+        monkeypatch.setattr(lean, name, off(getattr(lean, name)))
+    ids = mx.array([[1, 2, 3, 4, 5, 6]])
+    assert not lean_agrees(model, lambda: model(ids))

@@ -16,7 +16,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from orpo_mlx.batching import collate, sequence_tokens
-from orpo_mlx.logprobs import PairScorer, pair_logps
+from orpo_mlx.logprobs import PairScorer, States, pair_logps, probe_batch, same_states
 from orpo_mlx.lora import add_adapters
 from orpo_mlx.models import load
 from orpo_mlx.types import Batch, TokenizedPair
@@ -140,6 +140,44 @@ def test_row_order_padding_and_company_change_nothing(kind: str) -> None:
     alone = np.concatenate([np.array(pair_logps(scorer, collate([pair])).chosen) for pair in pairs])
     np.testing.assert_allclose(turned, together, atol=1e-5, rtol=1e-6)
     np.testing.assert_allclose(alone, together, atol=1e-5, rtol=1e-6)
+
+
+def outlier_model(kind: str) -> nn.Module:
+    """In half precision, with one channel that is far larger than all others, as trained models have them."""
+    model = make_model(kind)
+    embedding: Any = model["backbone"].embeddings if kind == "mamba" else model["model"].embed_tokens
+    shift = 30 * mx.abs(embedding.weight).mean() * (mx.arange(embedding.weight.shape[1]) == 0)
+    embedding.weight = embedding.weight + shift
+    model.set_dtype(mx.bfloat16)
+    return model
+
+
+def test_padding_that_runs_into_a_state_is_seen_in_half_precision_too() -> None:
+    # mlx-lm's Mamba takes no mask; llama's attention does.
+    assert not PairScorer(outlier_model("mamba"))._padded_prefix
+    assert PairScorer(outlier_model("llama"))._padded_prefix
+
+
+def test_what_one_large_channel_would_hide() -> None:
+    batch = probe_batch(padded=True)
+    rng = np.random.default_rng(0)
+    shapes = [(*mask.shape, 64) for mask in (batch.prompt_mask, batch.chosen_mask, batch.rejected_mask)]
+    expected = [rng.standard_normal(shape) + 100 * (np.arange(64) == 0) for shape in shapes]
+
+    def states(error: float, rows: list[float]) -> States:
+        parts = [part + error * np.array(rows)[:, None, None] * rng.standard_normal(part.shape) for part in expected]
+        first, second, third = (mx.array(part.astype(np.float32)).astype(mx.bfloat16) for part in parts)
+        return first, second, third
+
+    def same(error: float, rows: list[float]) -> bool:
+        return same_states(states(error, rows), states(0, rows), batch)
+
+    assert same(0.02, [1, 1])
+    assert not same(0.2, [0, 1])
+    # Where the row without padding is as far off, it is rounding.
+    assert same(0.2, [1, 1])
+    assert not same(0.5, [1, 1])
+    assert float(mx.abs(states(0.2, [0, 1])[1] - states(0, [0, 1])[1]).max()) < 0.05 * 100
 
 
 def test_sums_and_counts_are_each_sides_own() -> None:

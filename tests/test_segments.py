@@ -9,7 +9,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models.llama import TransformerBlock
 
+from orpo_mlx import segments as segments_module
 from orpo_mlx.batching import collate
 from orpo_mlx.gated_delta import model_gated_delta_update
 from orpo_mlx.logprobs import PairScorer, States, pair_logps
@@ -135,6 +137,12 @@ def test_no_kernel_without_a_gradient_is_run(monkeypatch: pytest.MonkeyPatch) ->
     assert find_walk(PairScorer(model), segment_layers=1, kept_layers=0) is not None
     assert set(kernels) == {False}
     assert not model.training
+
+
+def test_a_layer_is_of_its_own_class_to_those_who_ask() -> None:
+    (first, *_), kind = make_model("llama")["model"].layers, TransformerBlock
+    assert isinstance(first, kind)
+    assert isinstance(segments_module._StandIn(first, True, None), kind)
 
 
 def test_models_that_cannot_be_walked_have_no_walk() -> None:
