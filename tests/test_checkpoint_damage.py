@@ -152,7 +152,7 @@ def test_a_full_disk_ends_a_run_with_a_sentence_and_more_room_lets_it_go_on(
     assert main(argv) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert re.search(r"(cannot be saved|No space left).*; step \d is saved, go on with python -m", err), err
+    assert re.search(r"(cannot be saved|No space left).*; step \d is saved, go on with orpo-mlx", err), err
     checkpoint, problems = newest(disk / "adapters")
     assert checkpoint is not None
     assert problems == []

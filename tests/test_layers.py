@@ -28,6 +28,8 @@ LAYERS = [
     {"shapes", "sources", "token_store", "tokenization", "gguf_models", "gguf_tokenizer", "merging"},
     {
         "attention",
+        "gated_delta",
+        "head",
         "modes",
         "cli",
         "data",
@@ -45,7 +47,7 @@ LAYERS = [
         "run_log",
         "wilson",
     },
-    {"head", "lean", "metrics", "methods", "model_files", "models", "peft_adapters", "splits", "reference_table"},
+    {"lean", "metrics", "methods", "model_files", "models", "peft_adapters", "splits", "reference_table"},
     {"logprobs", "config", "samples", "blueprint", "hf_import"},
     {"reference", "segments", "progress", "callbacks", "config_checks", "mlx_lm_keys", "settled"},
     {"reference_copy", "command_line", "result", "tracking"},
