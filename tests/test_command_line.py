@@ -146,7 +146,7 @@ def test_the_printed_settings_name_their_origin(tmp_path: Path, capsys: pytest.C
     for line in (
         "seed: 4  # flag", "learning_rate: 1.0e-05  # file", "keep: 7  # checkpoint", "batch_size: 4  # default",
         "memory: thrift  # flag", "grad_checkpoint: true  # flag", "  rank: 4  # file", "  scale: 20.0  # default",
-        "iters: null  # default", "beta: null  # default: the method's own",
+        "iters: null  # default", "beta: null  # default: 0.1 (orpo)", "gamma: null  # default: orpo has none",
     ):  # fmt: skip
         assert line in lines, line
     names = [line.split(":")[0] for line in lines if line and line[0] not in "# "]
