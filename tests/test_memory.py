@@ -101,22 +101,23 @@ def test_a_prediction_is_what_is_measured(deep_model: Path, settings: dict[str, 
     assert all(part >= 0 for part in predict(make_config(settings), blueprint, window))
 
 
-@pytest.mark.parametrize("memory", ["fast", "thrift"])
 @pytest.mark.parametrize(
-    ("kind", "own"),
+    ("kind", "memory", "own"),
     [
-        ("gemma3", {}),
-        ("gemma4", {"layer_types": ["sliding_attention", "full_attention"] * 8}),
+        ("gemma3", "thrift", {}),
+        ("gemma4", "thrift", {"layer_types": ["sliding_attention", "full_attention"] * 8}),
         (
             "gemma4_shared",
+            "fast",
             {"layer_types": ["sliding_attention", "full_attention"] * 8, "num_kv_shared_layers": 9},
         ),
-        ("qwen3_5", {}),
+        ("qwen3_5", "fast", {}),
+        ("qwen3_5", "thrift", {}),
     ],
-    ids=["gemma3", "gemma4", "gemma4_shared", "qwen3_5"],
+    ids=["gemma3", "gemma4", "gemma4_shared", "qwen3_5", "qwen3_5-thrift"],
 )
 def test_models_inside_of_others_and_layers_of_several_kinds(
-    kind: str, own: dict[str, Any], memory: str, tmp_path: Path
+    kind: str, memory: str, own: dict[str, Any], tmp_path: Path
 ) -> None:
     sizes = {"num_hidden_layers": 16, "hidden_size": 64, "intermediate_size": 160, **own}
     folder = write_deep(tmp_path / kind, kind, sizes)
