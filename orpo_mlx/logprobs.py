@@ -75,9 +75,9 @@ class PairScorer:
         with without_dropout(model):
             self.head = find_head(model) if split_head else None
             self.lean = lean and self._lean_agrees()
-            self._prefix_caches = PrefixCaches(model)
-            if share_prompt and self._prefix_caches.fit:
-                self.shares_prompt = self._proves("shares_prompt", padded=False)
+            if share_prompt:
+                self._prefix_caches = PrefixCaches(model)
+                self.shares_prompt = self._prefix_caches.fit and self._proves("shares_prompt", padded=False)
                 # Against the rows one at a time.
                 self._padded_prefix = self.shares_prompt and self._proves("_padded_prefix", padded=True)
 
