@@ -10,13 +10,13 @@ from orpo_mlx._blas import load_blas
 load_blas()
 
 if TYPE_CHECKING:
-    from orpo_mlx.callbacks import TrainingCallback
     from orpo_mlx.chapter import orpo_training_step
-    from orpo_mlx.config import TrainingConfig
+    from orpo_mlx.config.settings import TrainingConfig
     from orpo_mlx.errors import UserError
-    from orpo_mlx.losses import compute_odds_ratio, odds_ratio_loss
-    from orpo_mlx.result import TrainingResult
-    from orpo_mlx.training import train
+    from orpo_mlx.losses.preference import compute_odds_ratio, odds_ratio_loss
+    from orpo_mlx.reporting.callbacks import TrainingCallback
+    from orpo_mlx.training.checkpoints.result import TrainingResult
+    from orpo_mlx.training.training import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,12 +31,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "TrainingCallback": "orpo_mlx.callbacks",
-    "TrainingConfig": "orpo_mlx.config",
-    "TrainingResult": "orpo_mlx.result",
+    "TrainingCallback": "orpo_mlx.reporting.callbacks",
+    "TrainingConfig": "orpo_mlx.config.settings",
+    "TrainingResult": "orpo_mlx.training.checkpoints.result",
     "UserError": "orpo_mlx.errors",
-    "compute_odds_ratio": "orpo_mlx.losses",
-    "odds_ratio_loss": "orpo_mlx.losses",
+    "compute_odds_ratio": "orpo_mlx.losses.preference",
+    "odds_ratio_loss": "orpo_mlx.losses.preference",
     "orpo_training_step": "orpo_mlx.chapter",
 }
 

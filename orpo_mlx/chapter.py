@@ -6,8 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from orpo_mlx.logprobs import PairScorer, pair_logps
-from orpo_mlx.losses import compute_odds_ratio, mean_logps, odds_ratio_loss
+from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
+from orpo_mlx.losses.preference import compute_odds_ratio, mean_logps, odds_ratio_loss
 from orpo_mlx.types import Batch
 
 

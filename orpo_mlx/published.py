@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from orpo_mlx import compare_tables as tables
-from orpo_mlx.checkpoint import save_json, write_text
-from orpo_mlx.compare_report import facts
-from orpo_mlx.compare_tables import number
+from orpo_mlx.compare import tables
+from orpo_mlx.compare.report import facts
+from orpo_mlx.compare.tables import number
 from orpo_mlx.errors import ConfigError, DataError
-from orpo_mlx.page import Cell, Table, markdown_text
+from orpo_mlx.reporting.html_page import Cell, Table, markdown_text
+from orpo_mlx.training.checkpoints.folders import save_json, write_text
 
 FOLDER = PurePath("docs", "results")
 DOCUMENTS = ("README.md", "docs/comparison.md", "docs/data.md", "docs/memory.md", "docs/recipes.md")

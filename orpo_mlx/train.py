@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from orpo_mlx.cli import exit_status
-from orpo_mlx.command_line import resolve
-from orpo_mlx.config import TrainingConfig
-from orpo_mlx.distributed import find_ranks
-from orpo_mlx.evaluate_only import settings_of_adapters
-from orpo_mlx.resume import settings_of_newest
-from orpo_mlx.training import train
+from orpo_mlx.config.cli import exit_status
+from orpo_mlx.config.command_line import resolve
+from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.training.checkpoints.resume import settings_of_newest
+from orpo_mlx.training.distributed import find_ranks
+from orpo_mlx.training.evaluate_only import settings_of_adapters
+from orpo_mlx.training.training import train
 
 PROG = "orpo-mlx train"
 __all__ = ["PROG", "main", "train"]

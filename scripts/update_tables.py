@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from orpo_mlx.cli import OneLineParser, exit_status
+from orpo_mlx.config.cli import OneLineParser, exit_status
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.published import add_results, stale_documents
 

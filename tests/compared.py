@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orpo_mlx import compare, compare_cell, samples
-from orpo_mlx.compare_cell import run_cell
-from orpo_mlx.compare_plan import parse
-from orpo_mlx.compare_report import write_comparison
-from orpo_mlx.reporting import Reporter
+from orpo_mlx.compare import cell as compare_cell
+from orpo_mlx.compare import runner as compare
+from orpo_mlx.compare.cell import run_cell
+from orpo_mlx.compare.plan import parse
+from orpo_mlx.compare.report import write_comparison
+from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.training import samples
 from tests.conftest import write_rows
 
 ODD = (

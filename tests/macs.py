@@ -23,12 +23,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
-from orpo_mlx import memory
-from orpo_mlx.blueprint import Blueprint, build, read_blueprint, weight_bytes
-from orpo_mlx.command_line import resolve
-from orpo_mlx.fit import predicted
-from orpo_mlx.memory import recommended_working_set
-from orpo_mlx.modes import AUTOMATIC
+from orpo_mlx.config.command_line import resolve
+from orpo_mlx.engine.memory_modes import AUTOMATIC
+from orpo_mlx.memory import predict as memory
+from orpo_mlx.memory.fit import predicted
+from orpo_mlx.memory.predict import recommended_working_set
+from orpo_mlx.memory.skeleton import Blueprint, build, read_blueprint, weight_bytes
 
 CONFIGS = Path(__file__).resolve().parent.parent / "data" / "configs"
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from orpo_mlx.activations import match_activation
-from orpo_mlx.lora import add_adapters
+from orpo_mlx.models.activations import match_activation
+from orpo_mlx.models.adapters import add_adapters
 from tests.conftest import make_model
 
 

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from orpo_mlx.alarms import ALWAYS_RIGHT, ALWAYS_WRONG, FALLING, SPAN, DivergenceWatch
-from orpo_mlx.progress import Progress
+from orpo_mlx.training.checkpoints.progress import Progress
+from orpo_mlx.training.divergence_watch import ALWAYS_RIGHT, ALWAYS_WRONG, FALLING, SPAN, DivergenceWatch
 
 
 def told(chosen: list[float], rejected: list[float], accuracy: list[float]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from orpo_mlx.allocator import clear_cache_above, settle, working_set_bytes
+from orpo_mlx.process_memory import clear_cache_above, settle, working_set_bytes
 
 
 @pytest.mark.parametrize(("info", "limits"), [({}, []), ({"max_recommended_working_set_size": 1000}, [1000, 100])])

@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from orpo_mlx import attention as attention_module
-from orpo_mlx.attention import Block, attention, fits
+from orpo_mlx.engine import attention as attention_module
+from orpo_mlx.engine.attention import Block, attention, fits
 
 Array = np.ndarray[Any, Any]
 SCALE = 0.3

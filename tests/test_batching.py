@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orpo_mlx.batching import (
+from orpo_mlx.data.batching import (
     TrainingOrder,
     collate,
     epoch_order,
@@ -18,8 +18,8 @@ from orpo_mlx.batching import (
     sequence_tokens,
     steps_per_epoch,
 )
-from orpo_mlx.row_report import RowReport
-from orpo_mlx.token_store import StoreWriter
+from orpo_mlx.data.row_counts import RowReport
+from orpo_mlx.data.token_store import StoreWriter
 from orpo_mlx.types import TokenizedPair
 from tests.conftest import make_pairs
 

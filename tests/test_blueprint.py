@@ -12,9 +12,9 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import save_model
 
-from orpo_mlx.blueprint import build, layer_period, read_blueprint, weight_bytes
 from orpo_mlx.errors import ModelError
-from orpo_mlx.models import load
+from orpo_mlx.memory.skeleton import build, layer_period, read_blueprint, weight_bytes
+from orpo_mlx.models.loading import load
 from tests.conftest import CONFIGS, make_model, model_config, write_model_folder
 from tests.test_gguf import write_gguf
 

@@ -11,13 +11,13 @@ import pytest
 from mlx_lm.tuner.callbacks import TrainingCallback as MlxLmCallback
 from rich.console import Console
 
-from orpo_mlx.callbacks import Callbacks, named_callbacks
-from orpo_mlx.callbacks import TrainingCallback as OwnCallback
-from orpo_mlx.config import TrainingConfig
-from orpo_mlx.distributed import Ranks
+from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.errors import ConfigError, TrainingError
-from orpo_mlx.reporting import Reporter
-from orpo_mlx.training import train
+from orpo_mlx.reporting.callbacks import Callbacks, named_callbacks
+from orpo_mlx.reporting.callbacks import TrainingCallback as OwnCallback
+from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.training.distributed import Ranks
+from orpo_mlx.training.training import train
 from tests.nights import records, same
 from tests.test_resume import fail_before
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import orpo_mlx
-from orpo_mlx.batching import collate
-from orpo_mlx.logprobs import PairScorer, pair_logps
-from orpo_mlx.lora import add_adapters
+from orpo_mlx.data.batching import collate
+from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
+from orpo_mlx.models.adapters import add_adapters
 from tests import oracle
 from tests.conftest import make_model, make_pairs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from orpo_mlx.charts import DARK, LIGHT, Theme, label, legend, png, style, whole_steps
+from orpo_mlx.reporting.charts import DARK, LIGHT, Theme, label, legend, png, style, whole_steps
 
 
 def test_many_things_have_styles_of_their_own() -> None:

@@ -15,11 +15,19 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.checkpoint import Checkpoint, defect, json_text, prune, remove_all, whole_checkpoints, write_checkpoint
-from orpo_mlx.prepare import Run
-from orpo_mlx.resume import newest
-from orpo_mlx.step import optimiser_step
 from orpo_mlx.train import main
+from orpo_mlx.training.checkpoints.folders import (
+    Checkpoint,
+    defect,
+    json_text,
+    prune,
+    remove_all,
+    whole_checkpoints,
+    write_checkpoint,
+)
+from orpo_mlx.training.checkpoints.resume import newest
+from orpo_mlx.training.prepare import Run
+from orpo_mlx.training.step import optimiser_step
 from tests.nights import records, same
 from tests.test_resume import LONG, interrupted, run_quietly
 from tests.test_train import flags
@@ -174,7 +182,7 @@ def test_a_disk_that_becomes_read_only(
                 monkeypatch.setattr(os, name, _read_only(getattr(os, name), disk))
         return optimiser_step(run, window, number)
 
-    monkeypatch.setattr("orpo_mlx.loop.optimiser_step", step)
+    monkeypatch.setattr("orpo_mlx.training.loop.optimiser_step", step)
     assert main([*flags({**settings, **LONG}), "--keep", "1", "--adapter-path", str(disk / "adapters")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orpo_mlx.cli import OneLineParser, exit_status
+from orpo_mlx.config.cli import OneLineParser, exit_status
 from orpo_mlx.errors import DataError
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.command_line import read_config_file, resolve
-from orpo_mlx.config import TrainingConfig, recipe
+from orpo_mlx.config.command_line import read_config_file, resolve
+from orpo_mlx.config.settings import TrainingConfig, recipe
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.methods import METHODS, PARAMETERS
+from orpo_mlx.losses.registry import METHODS, PARAMETERS
 
 
 def write(tmp_path: Path, text: str) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx import compare
-from orpo_mlx.compare_plan import PROG, parse
+from orpo_mlx.compare import runner as compare
+from orpo_mlx.compare.plan import PROG, parse
 from orpo_mlx.errors import ConfigError, TrainingError
 from tests.compared import here, quiet, short_replies, words, write_text_data
 from tests.conftest import write_rows

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orpo_mlx.batching import collate
-from orpo_mlx.compare_cell import Picked, judge, relabel, run_cell, spread_out, three_splits, train_cell
-from orpo_mlx.config_checks import make_config
+from orpo_mlx.compare.cell import Picked, judge, relabel, run_cell, spread_out, three_splits, train_cell
+from orpo_mlx.config.checks import make_config
+from orpo_mlx.data.batching import collate
+from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.errors import TrainingError
-from orpo_mlx.logprobs import PairScorer, pair_logps
-from orpo_mlx.prepare import prepare
 from orpo_mlx.train import train
+from orpo_mlx.training.prepare import prepare
 from tests.compared import quiet
 from tests.conftest import make_model, make_pairs, write_id_rows
 
@@ -92,7 +92,7 @@ def test_a_process_of_its_own_writes_the_judgement(settings: dict[str, Any], tmp
     kind = spec(
         settings, "--resume-adapter-file", settings["adapter_path"], kind="test", output=str(tmp_path / "test.json")
     )
-    command = [sys.executable, "-m", "orpo_mlx.compare_cell", json.dumps(kind)]
+    command = [sys.executable, "-m", "orpo_mlx.compare.cell", json.dumps(kind)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert all(json.loads(line)["progress"] <= 1 for line in done.stdout.splitlines())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orpo_mlx.compare_plan import Budget, parse
+from orpo_mlx.compare.plan import Budget, parse
 from orpo_mlx.errors import ConfigError
 
 BASE = ["--output", "out", "--steps", "5"]

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx import compare_tables as tables
-from orpo_mlx.compare_charts import sensitivity_panels
-from orpo_mlx.compare_report import html, markdown, write_comparison
+from orpo_mlx.compare import tables
+from orpo_mlx.compare.charts import sensitivity_panels
+from orpo_mlx.compare.report import html, markdown, write_comparison
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

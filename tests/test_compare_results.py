@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.compare_plan import parse
-from orpo_mlx.compare_results import Cells, collect
+from orpo_mlx.compare.plan import parse
+from orpo_mlx.compare.results import Cells, collect
 from orpo_mlx.errors import TrainingError
 
 RATES = (1e-5, 1e-4, 1e-3)

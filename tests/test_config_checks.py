@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.command_line import resolve
-from orpo_mlx.config_checks import check_settings, make_config
+from orpo_mlx.config.checks import check_settings, make_config
+from orpo_mlx.config.command_line import resolve
 from orpo_mlx.errors import ConfigError
 
 

@@ -11,10 +11,12 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from orpo_mlx import conversion, model_files, score
-from orpo_mlx.convert import main
-from orpo_mlx.lora import adapter_weights, add_adapters
-from orpo_mlx.models import load
+from orpo_mlx.convert import task as conversion
+from orpo_mlx.convert import write_model as model_files
+from orpo_mlx.convert.conversions import main
+from orpo_mlx.engine import score
+from orpo_mlx.models.adapters import adapter_weights, add_adapters
+from orpo_mlx.models.loading import load
 from tests.conftest import make_model, write_model_folder
 from tests.test_logprobs import oracle_logps
 

@@ -17,8 +17,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from orpo_mlx.convert import main
-from orpo_mlx.models import load
+from orpo_mlx.convert.conversions import main
+from orpo_mlx.models.loading import load
 from tests.conftest import make_model, write_model_folder
 from tests.test_convert import sharded, write_adapter_folder
 from tests.test_gguf import write_gguf
@@ -228,7 +228,7 @@ def test_gguf_files(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str
 @pytest.mark.slow
 def test_killed_at_20_moments_the_folder_is_not_there_or_verifies(tmp_path: Path) -> None:
     rng, source, target = random.Random(0), write_model_folder(tmp_path / "hf"), tmp_path / "out"
-    command = [sys.executable, "-m", "orpo_mlx.convert", "hf", str(source), str(target), "--overwrite"]
+    command = [sys.executable, "-m", "orpo_mlx.convert.conversions", "hf", str(source), str(target), "--overwrite"]
     subprocess.run(command, check=True)
     began = time.monotonic()
     subprocess.run(command, check=True)  # Once more, since the first reads every module from disk.

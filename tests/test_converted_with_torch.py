@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orpo_mlx.convert import main
-from orpo_mlx.gguf_file import read_gguf
-from orpo_mlx.gguf_tokenizer import build_tokenizer
-from orpo_mlx.models import load, offline_gguf
-from orpo_mlx.score import add_trained_adapters
+from orpo_mlx.convert.conversions import main
+from orpo_mlx.convert.verify import compare, model_logps, transformers_logps
+from orpo_mlx.engine.score import add_trained_adapters
+from orpo_mlx.models.gguf.file import read_gguf
+from orpo_mlx.models.gguf.tokenizer import build_tokenizer
+from orpo_mlx.models.loading import load, offline_gguf
 from orpo_mlx.train import main as train
 from orpo_mlx.types import TokenizedPair
-from orpo_mlx.verification import compare, model_logps, transformers_logps
 
 pytestmark = pytest.mark.slow
 

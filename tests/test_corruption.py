@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.inspect import main
+from orpo_mlx.cli.inspect import main
 from tests.conftest import write_rows
 from tests.test_rows import write as write_kind
 from tests.test_shapes import CASES, RATED, SINGLE

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.data import SCORED_WRONGLY, Reading, load_pairs, parse_columns, read_pairs
+from orpo_mlx.data.pairs import SCORED_WRONGLY, Reading, load_pairs, parse_columns, read_pairs
+from orpo_mlx.data.row_counts import RowReport
+from orpo_mlx.data.sources import FileSource
 from orpo_mlx.errors import ConfigError, DataError
-from orpo_mlx.row_report import RowReport
-from orpo_mlx.sources import FileSource
 from orpo_mlx.types import Pair, TokenizedPair
 from tests.conftest import write_rows
 

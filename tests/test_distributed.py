@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import yaml
 
-from orpo_mlx.distributed import Ranks, find_ranks
-from orpo_mlx.resume import newest, random_state_of
+from orpo_mlx.training.checkpoints.resume import newest, random_state_of
+from orpo_mlx.training.distributed import Ranks, find_ranks
 from tests.conftest import make_pairs, write_id_rows
 from tests.nights import FEW_THREADS, TIMED, adapters, records
 from tests.test_resume import fail_before, run_quietly
@@ -222,7 +222,7 @@ def test_ranks_never_draw_the_same_random_numbers() -> None:
 def test_a_rank_that_nobody_joins_ends(tmp_path: Path) -> None:
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports(2)]))
-    code = "from orpo_mlx.distributed import find_ranks; find_ranks(1.0)"
+    code = "from orpo_mlx.training.distributed import find_ranks; find_ranks(1.0)"
     environment = {**os.environ, "MLX_RANK": "0", "MLX_HOSTFILE": str(hosts)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == -signal.SIGTERM

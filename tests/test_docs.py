@@ -14,25 +14,26 @@ import pytest
 from mlx_lm.utils import load_tokenizer
 from rich.console import Console
 
-from orpo_mlx import errors, losses
-from orpo_mlx.config_checks import make_config
-from orpo_mlx.convert import build_parser
-from orpo_mlx.data import Reading
-from orpo_mlx.gguf_file import BLOCKS
-from orpo_mlx.gguf_models import ARCHITECTURES
-from orpo_mlx.inspection import inspect_splits
-from orpo_mlx.methods import METHODS, PARAMETERS, Method, describe, resolve
-from orpo_mlx.modes import MODES
-from orpo_mlx.reporting import Reporter
-from orpo_mlx.row_report import REASONS
-from orpo_mlx.rows import READERS
-from orpo_mlx.shapes import PAIRINGS, SHAPES
-from orpo_mlx.shrinking import MODES as MODES_OF_QUANTISATION
-from orpo_mlx.sources import SPLIT_NAMES, FileSource
-from orpo_mlx.splits import Lengths, tokenized_split
-from orpo_mlx.tokenization import TRUNCATIONS
+from orpo_mlx import errors
+from orpo_mlx.config.checks import make_config
+from orpo_mlx.convert.conversions import build_parser
+from orpo_mlx.convert.quantize import MODES as MODES_OF_QUANTISATION
+from orpo_mlx.convert.verify import EXACT, MERGED, ROUNDED
+from orpo_mlx.data.formats import PAIRINGS, SHAPES
+from orpo_mlx.data.pairs import Reading
+from orpo_mlx.data.readers import READERS
+from orpo_mlx.data.row_counts import REASONS
+from orpo_mlx.data.sources import SPLIT_NAMES, FileSource
+from orpo_mlx.data.splits import Lengths, tokenized_split
+from orpo_mlx.data.statistics import inspect_splits
+from orpo_mlx.data.tokenization import TRUNCATIONS
+from orpo_mlx.engine.memory_modes import MODES
+from orpo_mlx.losses import preference as losses
+from orpo_mlx.losses.registry import METHODS, PARAMETERS, Method, describe, resolve
+from orpo_mlx.models.gguf.architectures import ARCHITECTURES
+from orpo_mlx.models.gguf.file import BLOCKS
+from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.train import train
-from orpo_mlx.verification import EXACT, MERGED, ROUNDED
 from tests import oracle
 from tests.conftest import write_rows
 from tests.test_losses import as_logps

@@ -13,8 +13,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from rich.console import Console
 
-from orpo_mlx.config_checks import make_config
-from orpo_mlx.reporting import Reporter
+from orpo_mlx.config.checks import make_config
+from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.train import main, train
 from tests.conftest import make_model, make_pairs, write_id_rows
 
@@ -169,6 +169,6 @@ def test_interrupted_it_says_so(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("orpo_mlx.held_out.evaluate", interrupt)
+    monkeypatch.setattr("orpo_mlx.training.held_out.evaluate", interrupt)
     assert main(["--test", "--adapter-path", settings["adapter_path"]]) == 130
     assert "interrupted" in capsys.readouterr().err

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orpo_mlx.evaluation import evaluate
-from orpo_mlx.logprobs import PairScorer, TokenLogProbs
-from orpo_mlx.lora import add_adapters
-from orpo_mlx.methods import resolve
-from orpo_mlx.reference import ReferenceLogProbs
+from orpo_mlx.engine.pair_scorer import PairScorer, TokenLogProbs
+from orpo_mlx.losses.registry import resolve
+from orpo_mlx.models.adapters import add_adapters
+from orpo_mlx.training.evaluation import evaluate
+from orpo_mlx.training.reference import ReferenceLogProbs
 from tests.conftest import make_model, make_pairs
 from tests.test_logprobs import oracle_logps
 

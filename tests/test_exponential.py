@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from orpo_mlx.exponential import exp, on_cpu, sigmoid
+from orpo_mlx.engine.fast_exp import exp, on_cpu, sigmoid
 
 
 def test_exp_is_exact_to_1e5_relative() -> None:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from orpo_mlx.errors import NonFiniteError
-from orpo_mlx.gradients import batch_gradient
-from orpo_mlx.lora import adapter_weights
-from orpo_mlx.prepare import Run
-from orpo_mlx.step import clipped, optimiser_step
+from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.train import main
+from orpo_mlx.training.gradients import batch_gradient
+from orpo_mlx.training.prepare import Run
+from orpo_mlx.training.step import clipped, optimiser_step
 from orpo_mlx.types import PairLogProbs
 from tests.nights import records
 from tests.test_resume import LONG, assert_same, fail_before, run_quietly
@@ -27,7 +27,7 @@ NAME = "model.layers.1.self_attn.q_proj.lora_a"
 
 def spoil_row(monkeypatch: pytest.MonkeyPatch, prompt: tuple[int, ...]) -> None:
     """Let the chosen log-prob of the pair with that prompt be NaN."""
-    from orpo_mlx.logprobs import pair_logps as good
+    from orpo_mlx.engine.pair_scorer import pair_logps as good
 
     def spoiled(scorer: Any, batch: Any, **options: Any) -> PairLogProbs:
         logps = good(scorer, batch, **options)
@@ -35,7 +35,7 @@ def spoil_row(monkeypatch: pytest.MonkeyPatch, prompt: tuple[int, ...]) -> None:
         bad = mx.array([tuple(row[keep].tolist()) == prompt for row, keep in zip(ids, mask, strict=True)])
         return logps._replace(chosen=mx.where(bad, mx.nan, logps.chosen))
 
-    monkeypatch.setattr("orpo_mlx.gradients.pair_logps", spoiled)
+    monkeypatch.setattr("orpo_mlx.training.gradients.pair_logps", spoiled)
 
 
 def spoil_gradient(run: Run) -> None:
@@ -114,7 +114,7 @@ def test_no_nan_reaches_a_file(
             run.loaded.model.load_weights([(NAME, weights[NAME] * mx.nan)], strict=False)
         return means
 
-    monkeypatch.setattr("orpo_mlx.loop.optimiser_step", step)
+    monkeypatch.setattr("orpo_mlx.training.loop.optimiser_step", step)
     assert main([*flags({**settings, **LONG}), "--save-every", "1", "--micro-batch-tokens", "4096"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
@@ -151,13 +151,13 @@ def test_steps_are_passed_over_counted_and_too_many_end_the_run(
 def test_an_evaluation_that_is_not_finite_names_the_pairs_and_goes_on(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from orpo_mlx.logprobs import pair_logps as good
+    from orpo_mlx.engine.pair_scorer import pair_logps as good
 
     def spoiled(*arguments: Any, **options: Any) -> PairLogProbs:
         logps = good(*arguments, **options)
         return logps._replace(chosen=logps.chosen * mx.inf)
 
-    monkeypatch.setattr("orpo_mlx.evaluation.pair_logps", spoiled)
+    monkeypatch.setattr("orpo_mlx.training.evaluation.pair_logps", spoiled)
     assert main([*flags(settings), "--save-best", "--test-batches", "0"]) == 0
     assert "Warning: not finite at step 3 on 6 valid pairs: " in capsys.readouterr().out
     folder = Path(settings["adapter_path"])

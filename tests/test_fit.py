@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.config import TrainingConfig
-from orpo_mlx.config_checks import make_config
-from orpo_mlx.fit import PROG, main, parse, predicted, remedies, verdict
-from orpo_mlx.memory import Prediction
-from orpo_mlx.models import LoadedModel
+from orpo_mlx.config.checks import make_config
+from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.memory.fit import PROG, main, parse, predicted, remedies, verdict
+from orpo_mlx.memory.predict import Prediction
+from orpo_mlx.models.loading import LoadedModel
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_nothing_is_loaded(arguments: list[str], monkeypatch: pytest.MonkeyPatch
     def refuse(*_: Any, **__: Any) -> LoadedModel:
         raise AssertionError("loaded")
 
-    for place in ("orpo_mlx.models.load", "orpo_mlx.prepare.load", "mlx.core.load"):
+    for place in ("orpo_mlx.models.loading.load", "orpo_mlx.training.prepare.load", "mlx.core.load"):
         monkeypatch.setattr(place, refuse)
     assert main(arguments) == 0
 
@@ -50,7 +50,7 @@ def stand_in(peaks: dict[tuple[int, str, int], float], monkeypatch: pytest.Monke
         key = (config.micro_batch_tokens, config.memory, config.max_seq_length)
         return Prediction(peaks[key], 0, 0, 0, 0, 0)
 
-    monkeypatch.setattr("orpo_mlx.fit.predicted", peak)
+    monkeypatch.setattr("orpo_mlx.memory.fit.predicted", peak)
 
 
 def test_what_would_make_it_fit(
@@ -94,7 +94,7 @@ def test_verdicts() -> None:
 
 
 def test_a_longer_prompt_takes_less(model_folder: Path) -> None:
-    from orpo_mlx.blueprint import read_blueprint
+    from orpo_mlx.memory.skeleton import read_blueprint
 
     config = make_config({"batch_size": 1, "max_seq_length": 128})
     blueprint = read_blueprint(str(model_folder))

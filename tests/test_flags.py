@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from orpo_mlx import config as config_module
-from orpo_mlx.compare_plan import BUDGETS
-from orpo_mlx.config import TrainingConfig
-from orpo_mlx.main import COMMANDS, main
-from orpo_mlx.methods import PARAMETERS
+from orpo_mlx.cli.main import COMMANDS, main
+from orpo_mlx.compare.plan import BUDGETS
+from orpo_mlx.config import settings as config_module
+from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.losses.registry import PARAMETERS
 
 PACKAGE = Path(config_module.__file__).parent
 SETTINGS = {field.name for field in dataclasses.fields(TrainingConfig)}
 _SCREEN = 40
 
 # Where a command's parser is, if not in its own module.
-PARSERS = {"train": "orpo_mlx.command_line", "compare": "orpo_mlx.compare_plan"}
+PARSERS = {"train": "orpo_mlx.config.command_line", "compare": "orpo_mlx.compare.plan"}
 # Read by getattr over these names.
 BY_NAME = {*PARAMETERS, *BUDGETS}
 # Where settings are declared, checked and taken from a user, which is no use of them; and what these modules make of

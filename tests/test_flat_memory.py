@@ -31,12 +31,12 @@ def samples(folder: Path) -> list[Sample]:
     from mlx.utils import tree_flatten
     from mlx_lm.utils import _get_classes
 
-    from orpo_mlx.allocator import settle
-    from orpo_mlx.batching import TrainingOrder
-    from orpo_mlx.config_checks import make_config
+    from orpo_mlx.config.checks import make_config
+    from orpo_mlx.data.batching import TrainingOrder
     from orpo_mlx.footprint import process_footprint
-    from orpo_mlx.prepare import prepare
-    from orpo_mlx.step import optimiser_step
+    from orpo_mlx.process_memory import settle
+    from orpo_mlx.training.prepare import prepare
+    from orpo_mlx.training.step import optimiser_step
     from orpo_mlx.types import TokenizedPair
     from tests.conftest import model_config, write_id_rows
 

@@ -17,18 +17,18 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orpo_mlx.checkpoint import Checkpoint, defect, whole_checkpoints, write_checkpoint
-from orpo_mlx.command_line import read_config_file
-from orpo_mlx.config import TrainingConfig
-from orpo_mlx.config_checks import make_config
-from orpo_mlx.data import Reading, load_pairs
+from orpo_mlx.config.checks import make_config
+from orpo_mlx.config.command_line import read_config_file
+from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.data.pairs import Reading, load_pairs
+from orpo_mlx.data.splits import Lengths
+from orpo_mlx.data.tokenization import PairTokenizer, fit
+from orpo_mlx.engine.score import add_trained_adapters
 from orpo_mlx.errors import UserError
-from orpo_mlx.lora import adapter_weights, load_adapter_file
-from orpo_mlx.prepare import _optimizer
-from orpo_mlx.resume import read_state, settings_of_newest
-from orpo_mlx.score import add_trained_adapters
-from orpo_mlx.splits import Lengths
-from orpo_mlx.tokenization import PairTokenizer, fit
+from orpo_mlx.models.adapters import adapter_weights, load_adapter_file
+from orpo_mlx.training.checkpoints.folders import Checkpoint, defect, whole_checkpoints, write_checkpoint
+from orpo_mlx.training.checkpoints.resume import read_state, settings_of_newest
+from orpo_mlx.training.prepare import _optimizer
 from orpo_mlx.types import TokenizedPair
 from tests.conftest import make_model
 from tests.test_resume import LONG, interrupted

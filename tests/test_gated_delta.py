@@ -9,8 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from orpo_mlx import gated_delta as module
-from orpo_mlx.gated_delta import CHUNK, gated_delta, gated_delta_update, model_gated_delta_update, unit_lower_inverse
+from orpo_mlx.engine import gated_delta as module
+from orpo_mlx.engine.gated_delta import (
+    CHUNK,
+    gated_delta,
+    gated_delta_update,
+    model_gated_delta_update,
+    unit_lower_inverse,
+)
 
 Array = npt.NDArray[np.float64]
 NAMES = ("q", "k", "v", "decay", "beta", "state")
@@ -156,7 +162,7 @@ def test_what_it_does_not_know_is_left_to_mlx_lm(monkeypatch: pytest.MonkeyPatch
     gated_delta_update(**settled(3), use_kernel=False, lower_bound=-5.0)
     gated_delta_update(**settled(3), use_kernel=False, allow_neg_eigval=True)
     # Metal's kernel is for where no gradient is asked for.
-    monkeypatch.setattr("orpo_mlx.gated_delta.mx.default_device", lambda: mx.gpu)
+    monkeypatch.setattr("orpo_mlx.engine.gated_delta.mx.default_device", lambda: mx.gpu)
     gated_delta_update(**settled(3))
     assert calls == [
         {"use_kernel": False},

@@ -14,13 +14,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.gguf import convert_to_gguf
 from mlx_lm.models.rope_utils import Llama3RoPE
 
-from orpo_mlx.convert import main
+from orpo_mlx.convert.conversions import main
 from orpo_mlx.errors import ModelError
-from orpo_mlx.gguf import load_gguf, read_gguf_head, read_weights
-from orpo_mlx.gguf_file import read_gguf
-from orpo_mlx.gguf_models import read_config
-from orpo_mlx.gguf_tokenizer import build_tokenizer
-from orpo_mlx.models import load, offline_gguf
+from orpo_mlx.models.gguf.architectures import read_config
+from orpo_mlx.models.gguf.file import read_gguf
+from orpo_mlx.models.gguf.loading import load_gguf, read_gguf_head, read_weights
+from orpo_mlx.models.gguf.tokenizer import build_tokenizer
+from orpo_mlx.models.loading import load, offline_gguf
 from tests.conftest import CHAT_TEMPLATE, SPECIAL_TOKENS, make_model, make_tokenizer, model_config, write_model_folder
 
 NAMES = {

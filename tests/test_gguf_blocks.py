@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from orpo_mlx.gguf_blocks import can_pack, expand, pack
-from orpo_mlx.gguf_file import BLOCKS
+from orpo_mlx.models.gguf.blocks import can_pack, expand, pack
+from orpo_mlx.models.gguf.file import BLOCKS
 
 STORED = json.loads((Path(__file__).parent / "stored" / "gguf_blocks.json").read_text())["types"]
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from orpo_mlx.gradients import gradient_norm, window_gradient
-from orpo_mlx.methods import METHODS
+from orpo_mlx.losses.registry import METHODS
+from orpo_mlx.training.gradients import gradient_norm, window_gradient
 from tests.test_train import make_run
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from orpo_mlx import head as head_module
-from orpo_mlx.head import ModelHead, find_head, head_logps, log_sum_exp, token_logps, trained_head_logps
-from orpo_mlx.lora import add_adapters
+from orpo_mlx.engine import lm_head as head_module
+from orpo_mlx.engine.lm_head import ModelHead, find_head, head_logps, log_sum_exp, token_logps, trained_head_logps
+from orpo_mlx.models.adapters import add_adapters
 from tests import oracle
 from tests.conftest import PROVABLE, VOCABULARY, make_model, quantise
 

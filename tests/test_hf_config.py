@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orpo_mlx.errors import ModelError
-from orpo_mlx.hf_config import normalise_config, rope_note, unseen_window
+from orpo_mlx.models.hf_config import normalise_config, rope_note, unseen_window
 
 BASE = {
     "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orpo_mlx.inspect import main
+from orpo_mlx.cli.inspect import main
 from tests.conftest import write_rows
 
 GOOD = {"prompt": "Q", "chosen": "A", "rejected": "B"}

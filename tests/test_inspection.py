@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from mlx_lm.utils import load_tokenizer
 
-from orpo_mlx.batching import collate, epoch_order, micro_batches
-from orpo_mlx.data import Reading
-from orpo_mlx.inspection import as_text, draw_lengths, inspect_splits
-from orpo_mlx.sources import FileSource
-from orpo_mlx.splits import Lengths, Split, tokenized_split
+from orpo_mlx.data.batching import collate, epoch_order, micro_batches
+from orpo_mlx.data.pairs import Reading
+from orpo_mlx.data.sources import FileSource
+from orpo_mlx.data.splits import Lengths, Split, tokenized_split
+from orpo_mlx.data.statistics import as_text, draw_lengths, inspect_splits
 from orpo_mlx.types import TokenizedPair
 from tests.conftest import make_pairs, write_id_rows, write_rows
 

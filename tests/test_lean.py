@@ -14,11 +14,11 @@ from mlx_lm.models import llama as llama_module
 from mlx_lm.models import qwen3_5 as qwen_module
 from mlx_lm.tuner.lora import LoRALinear
 
-from orpo_mlx import lean
-from orpo_mlx.attention import model_attention
-from orpo_mlx.gated_delta import gated_delta_update, model_gated_delta_update
-from orpo_mlx.lean import lean_agrees, lean_layers, lora_linear, swiglu
-from orpo_mlx.lora import add_adapters
+from orpo_mlx.engine import patched_layers as lean
+from orpo_mlx.engine.attention import model_attention
+from orpo_mlx.engine.gated_delta import gated_delta_update, model_gated_delta_update
+from orpo_mlx.engine.patched_layers import lean_agrees, lean_layers, lora_linear, swiglu
+from orpo_mlx.models.adapters import add_adapters
 from tests.conftest import make_model
 
 

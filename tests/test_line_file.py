@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orpo_mlx.errors import TrainingError
-from orpo_mlx.line_file import LineFile
+from orpo_mlx.reporting.resumable_jsonl import LineFile
 
 
 def rows(path: Path) -> list[int]:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orpo_mlx import live
-from orpo_mlx.live import ENDED, GOING_ON, PREPARING, START, Feed, lines_after
-from orpo_mlx.lock import LOCK
+from orpo_mlx.folder_lock import LOCK
+from orpo_mlx.reporting.live import feed as live
+from orpo_mlx.reporting.live.feed import ENDED, GOING_ON, PREPARING, START, Feed, lines_after
 
 
 class Reader:

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from orpo_mlx.live_page import CHARTS, live_page
-from orpo_mlx.run_log import SPLITS, read_run
+from orpo_mlx.reporting.live.page import CHARTS, live_page
+from orpo_mlx.reporting.metrics_log import SPLITS, read_run
 from tests.test_train import run_quietly
 
 PAGE = live_page("<img src=x onerror=alert(1)>")

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx import live_server
-from orpo_mlx.live import ENDED, GOING_ON, Feed
-from orpo_mlx.live_page import CHARTS
-from orpo_mlx.live_server import LiveServer, serving
+from orpo_mlx.reporting.live import server as live_server
+from orpo_mlx.reporting.live.feed import ENDED, GOING_ON, Feed
+from orpo_mlx.reporting.live.page import CHARTS
+from orpo_mlx.reporting.live.server import LiveServer, serving
 from tests.browser import Browser
 
 EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>"

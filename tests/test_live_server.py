@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx import live_server
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.live import GOING_ON, START, Feed
-from orpo_mlx.live_server import LiveServer, serving
+from orpo_mlx.reporting.live import server as live_server
+from orpo_mlx.reporting.live.feed import GOING_ON, START, Feed
+from orpo_mlx.reporting.live.server import LiveServer, serving
 from tests.test_live import record, report
 
 

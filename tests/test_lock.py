@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orpo_mlx.errors import TrainingError
-from orpo_mlx.lock import LOCK, is_held_by_a_living_process, locked
+from orpo_mlx.folder_lock import LOCK, is_held_by_a_living_process, locked
 
 
 def test_a_second_holder_is_refused_by_the_firsts_number(tmp_path: Path) -> None:
@@ -22,7 +22,10 @@ def test_the_living_are_told_from_the_dead(tmp_path: Path) -> None:
     assert not is_held_by_a_living_process(tmp_path)
     with locked(tmp_path):
         assert is_held_by_a_living_process(tmp_path)
-    code = f"from pathlib import Path; from orpo_mlx.lock import locked; locked(Path({str(tmp_path)!r})).__enter__()"
+    code = (
+        "from pathlib import Path; from orpo_mlx.folder_lock import locked; "
+        f"locked(Path({str(tmp_path)!r})).__enter__()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert not is_held_by_a_living_process(tmp_path)
 

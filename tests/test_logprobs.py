@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from orpo_mlx.batching import collate, sequence_tokens
-from orpo_mlx.logprobs import PairScorer, States, pair_logps, probe_batch, same_states
-from orpo_mlx.lora import add_adapters
-from orpo_mlx.models import load
+from orpo_mlx.data.batching import collate, sequence_tokens
+from orpo_mlx.engine.pair_scorer import PairScorer, States, pair_logps, probe_batch, same_states
+from orpo_mlx.models.adapters import add_adapters
+from orpo_mlx.models.loading import load
 from orpo_mlx.types import Batch, TokenizedPair
 from tests import oracle
 from tests.conftest import CONFIGS, PROVABLE, VOCABULARY, make_model, make_pairs

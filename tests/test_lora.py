@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from orpo_mlx.batching import collate
+from orpo_mlx.data.batching import collate
+from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.errors import ConfigError, ModelError
-from orpo_mlx.logprobs import PairScorer, pair_logps
-from orpo_mlx.lora import adapter_weights, adapters_off, add_adapters, load_adapter_file
+from orpo_mlx.models.adapters import adapter_weights, adapters_off, add_adapters, load_adapter_file
 from tests.conftest import make_model, make_pairs
 
 LORA: dict[str, Any] = {"rank": 2, "scale": 4.0, "dropout": 0.0}

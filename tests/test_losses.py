@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import orpo_mlx
-from orpo_mlx.losses import (
+from orpo_mlx.losses.preference import (
     compute_odds_ratio,
     log1mexp,
     log_odds,
@@ -23,7 +23,7 @@ from orpo_mlx.losses import (
     mean_logps,
     odds_ratio_loss,
 )
-from orpo_mlx.methods import METHODS
+from orpo_mlx.losses.registry import METHODS
 from orpo_mlx.types import PairLogProbs
 from tests import oracle
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import orpo_mlx
-from orpo_mlx.main import COMMANDS, main
+from orpo_mlx.cli.main import COMMANDS, main
 from tests.conftest import write_rows
 
 _HEAVY = ("mlx_lm", "transformers", "datasets", "matplotlib", "pyarrow", "huggingface_hub")
@@ -65,8 +65,8 @@ def test_arguments_and_status_are_the_commands(tmp_path: Path, capsys: pytest.Ca
 
 def test_the_list_of_commands_loads_no_library() -> None:
     code = (
-        "import sys, orpo_mlx.main\n"
-        "assert orpo_mlx.main.main(['--help']) == 0\n"
+        "import sys, orpo_mlx.cli.main\n"
+        "assert orpo_mlx.cli.main.main(['--help']) == 0\n"
         f"print(sorted(set({_HEAVY!r}) & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

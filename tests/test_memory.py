@@ -9,9 +9,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from orpo_mlx.blueprint import read_blueprint
-from orpo_mlx.config_checks import make_config
-from orpo_mlx.memory import (
+from orpo_mlx.config.checks import make_config
+from orpo_mlx.memory.predict import (
     TOLERANCE,
     Prediction,
     device_working_set,
@@ -20,9 +19,10 @@ from orpo_mlx.memory import (
     predict,
     recommended_working_set,
 )  # fmt: skip
-from orpo_mlx.models import load
-from orpo_mlx.prepare import assemble
-from orpo_mlx.step import optimiser_step
+from orpo_mlx.memory.skeleton import read_blueprint
+from orpo_mlx.models.loading import load
+from orpo_mlx.training.prepare import assemble
+from orpo_mlx.training.step import optimiser_step
 from orpo_mlx.types import TokenizedPair
 from tests.conftest import make_pairs, model_config
 
@@ -144,7 +144,7 @@ def header_bytes(folder: Path) -> int:
 
 
 def weights_of(run: Any) -> dict[str, mx.array]:
-    from orpo_mlx.lora import adapter_weights
+    from orpo_mlx.models.adapters import adapter_weights
 
     return adapter_weights(run.loaded.model)
 

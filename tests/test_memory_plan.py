@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx import memory_plan
-from orpo_mlx.config import TrainingConfig
-from orpo_mlx.config_checks import make_config
+from orpo_mlx.config.checks import make_config
+from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.engine.segmented_backward import LayerWalk
 from orpo_mlx.errors import ModelError, TrainingError
-from orpo_mlx.memory import Prediction
-from orpo_mlx.memory_plan import plan_memory
-from orpo_mlx.prepare import Run, prepare
-from orpo_mlx.segments import LayerWalk
+from orpo_mlx.memory import choose_mode as memory_plan
+from orpo_mlx.memory.choose_mode import plan_memory
+from orpo_mlx.memory.predict import Prediction
+from orpo_mlx.training.prepare import Run, prepare
 
 PEAKS = {"fast": 4.0, "balanced": 2.0, "thrift": 1.0, "plain": 8.0}
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.losses import bco_pair, dpo, sft
-from orpo_mlx.methods import ALIASES, METHODS, PARAMETERS, describe, parse, resolve
+from orpo_mlx.losses.preference import bco_pair, dpo, sft
+from orpo_mlx.losses.registry import ALIASES, METHODS, PARAMETERS, describe, parse, resolve
 from tests.test_losses import as_logps, grid
 
 

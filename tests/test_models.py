@@ -8,9 +8,9 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from orpo_mlx import models
 from orpo_mlx.errors import ModelError
-from orpo_mlx.models import DEFAULT_MODEL, load
+from orpo_mlx.models import loading as models
+from orpo_mlx.models.loading import DEFAULT_MODEL, load
 from tests.conftest import write_model_folder
 
 

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo_mlx.page import Cell, Table, definition_list, markdown_text, page, picture, text
+from orpo_mlx.reporting.html_page import Cell, Table, definition_list, markdown_text, page, picture, text
 
 TABLE = Table(("name <i>", "value"), ((Cell("a|b\n*c*"), Cell("1.5 s", 1.5)), (Cell("\x1b[2J"), Cell("–"))))
 

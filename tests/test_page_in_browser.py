@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orpo_mlx.report import write_report
+from orpo_mlx.reporting.run_report import write_report
 from tests.browser import Browser
 
 

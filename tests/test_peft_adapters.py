@@ -12,8 +12,8 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from orpo_mlx.convert import main
-from orpo_mlx.peft_config import Scaling, find_targets, make_peft_config, matches, read_scaling, same_scaling
+from orpo_mlx.convert.conversions import main
+from orpo_mlx.convert.peft_config import Scaling, find_targets, make_peft_config, matches, read_scaling, same_scaling
 from tests.conftest import make_model, write_model_folder
 from tests.test_convert import write_adapter_folder
 
@@ -125,7 +125,7 @@ def test_experts_and_shared_embeddings_are_refused_by_name(tmp_path: Path, capsy
 
 
 def test_the_reference_adapter_comes_back(shared: Path, tmp_path: Path) -> None:
-    from orpo_mlx.models import offline_gguf
+    from orpo_mlx.models.loading import offline_gguf
 
     gguf = offline_gguf()
     if gguf is None:

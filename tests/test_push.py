@@ -10,11 +10,11 @@ import pytest
 from huggingface_hub import CommitOperationAdd
 from rich.console import Console
 
-from orpo_mlx import push as module
-from orpo_mlx.config_checks import make_config
+from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.push import main
-from orpo_mlx.reporting import Reporter
+from orpo_mlx.reporting import hub as module
+from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.reporting.hub import main
 from orpo_mlx.train import main as train_main
 from orpo_mlx.train import train
 
@@ -102,7 +102,7 @@ def test_a_failure_after_training_loses_nothing(
     assert error.count("\n") == 1
     assert "me/mine: the Hub did not take the push (no route to host); the adapters are saved in" in error
     again = error.rstrip(".\n").split("to push again: ")[1].split()
-    assert again == ["python", "-m", "orpo_mlx.push", folder, "me/mine"]
+    assert again == ["orpo-mlx", "push", folder, "me/mine"]
     hub.refuses = None
     assert main(again[3:]) == 0
     assert list(hub.sent) == SENT

@@ -11,17 +11,17 @@ import pytest
 import yaml
 from mlx_lm.lora import CONFIG_DEFAULTS
 
-from orpo_mlx.blueprint import read_blueprint
-from orpo_mlx.command_line import build_parser, resolve
-from orpo_mlx.config import FIELDS, TrainingConfig
-from orpo_mlx.config_checks import make_config
-from orpo_mlx.convert import build_parser as build_convert_parser
-from orpo_mlx.fit import main as fit
-from orpo_mlx.fit import predicted
-from orpo_mlx.memory import TOLERANCE, recommended_working_set
-from orpo_mlx.mlx_lm_keys import KEYS
-from orpo_mlx.modes import AUTOMATIC
-from orpo_mlx.safetensors_files import read_header
+from orpo_mlx.config.checks import make_config
+from orpo_mlx.config.command_line import build_parser, resolve
+from orpo_mlx.config.mlx_lm_keys import KEYS
+from orpo_mlx.config.settings import FIELDS, TrainingConfig
+from orpo_mlx.convert.conversions import build_parser as build_convert_parser
+from orpo_mlx.engine.memory_modes import AUTOMATIC
+from orpo_mlx.memory.fit import main as fit
+from orpo_mlx.memory.fit import predicted
+from orpo_mlx.memory.predict import TOLERANCE, recommended_working_set
+from orpo_mlx.memory.skeleton import read_blueprint
+from orpo_mlx.models.safetensors_files import read_header
 from tests.macs import ARCHITECTURES, CONFIGS, cheap_probes, mac_gib, predictions, write_headers
 from tests.test_flags import with_subcommands
 

@@ -10,10 +10,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from orpo_mlx.batching import collate
-from orpo_mlx.logprobs import PairScorer, TokenLogProbs, pair_logps
-from orpo_mlx.lora import adapter_weights, add_adapters
-from orpo_mlx.reference import ReferenceLogProbs, pair_key, with_reference
+from orpo_mlx.data.batching import collate
+from orpo_mlx.engine.pair_scorer import PairScorer, TokenLogProbs, pair_logps
+from orpo_mlx.models.adapters import adapter_weights, add_adapters
+from orpo_mlx.training.reference import ReferenceLogProbs, pair_key, with_reference
 from orpo_mlx.types import Batch, TokenizedPair
 from tests.conftest import make_model, make_pairs
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from orpo_mlx.batching import collate
-from orpo_mlx.config_checks import make_config
+from orpo_mlx.config.checks import make_config
+from orpo_mlx.data.batching import collate
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.lora import add_adapters
-from orpo_mlx.prepare import change_memory, prepare
-from orpo_mlx.reference_copy import copy_of
-from orpo_mlx.step import optimiser_step
+from orpo_mlx.models.adapters import add_adapters
+from orpo_mlx.training.prepare import change_memory, prepare
+from orpo_mlx.training.reference_copy import copy_of
+from orpo_mlx.training.step import optimiser_step
 from tests.conftest import make_model, make_pairs, quantise
 
 LORA = {"rank": 4, "dropout": 0.0, "scale": 20.0}

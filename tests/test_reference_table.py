@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from orpo_mlx import reference_table
-from orpo_mlx.lora import add_adapters
-from orpo_mlx.reference_table import ReferenceTable, identity_digest, weights_fingerprint
+from orpo_mlx.models.adapters import add_adapters
+from orpo_mlx.training import reference_store as reference_table
+from orpo_mlx.training.reference_store import ReferenceTable, identity_digest, weights_fingerprint
 from tests.conftest import make_model
 
 IDENTITY = {"weights": "abc", "nll": None}

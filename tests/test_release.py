@@ -15,8 +15,8 @@ import pytest
 from packaging.version import Version
 
 import orpo_mlx
-from orpo_mlx.main import COMMANDS
-from orpo_mlx.methods import METHODS
+from orpo_mlx.cli.main import COMMANDS
+from orpo_mlx.losses.registry import METHODS
 from tests.bounds import oldest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +27,7 @@ _ARITHMETIC = (
     "lean", "reference", "hf_config", "tokenization", "mlx_lm_tools", "score",
 )  # fmt: skip
 _USER = """from orpo_mlx import TrainingConfig
-from orpo_mlx.config_checks import make_config
+from orpo_mlx.config.checks import make_config
 config: TrainingConfig = make_config({"method": "dpo"})
 size: int = config.batch_size
 """
@@ -99,8 +99,8 @@ def test_the_source_archive_has_all_that_the_tests_need(archives: dict[str, Path
     with tarfile.open(archives["sdist"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for name in (
-        "orpo_mlx/py.typed", "orpo_mlx/main.py", "README.md", "LICENSE", "CHANGELOG.md", "SECURITY.md", "docs/data.md",
-        "data/train.jsonl", "data/facts.json", "scripts/setup.sh", "tests/conftest.py", "tests/oracle.py",
+        "orpo_mlx/py.typed", "orpo_mlx/cli/main.py", "README.md", "LICENSE", "CHANGELOG.md", "SECURITY.md",
+        "docs/data.md", "data/train.jsonl", "data/facts.json", "scripts/setup.sh", "tests/conftest.py", "tests/oracle.py",
     ):  # fmt: skip
         assert name in names, name
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx import loop as loop_module
-from orpo_mlx import report
-from orpo_mlx import training as training_module
-from orpo_mlx.config_checks import make_config
+from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.report import main, refresh_report, write_report
+from orpo_mlx.reporting import run_report as report
+from orpo_mlx.reporting.run_report import main, refresh_report, write_report
 from orpo_mlx.train import train
+from orpo_mlx.training import loop as loop_module
+from orpo_mlx.training import training as training_module
 from tests.compared import quiet
 
 

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from orpo_mlx.config_checks import make_config
+from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import ConfigError, TrainingError
-from orpo_mlx.prepare import Run
-from orpo_mlx.reporting import Reporter
-from orpo_mlx.resume import random_state, set_random_state
-from orpo_mlx.step import optimiser_step
+from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.train import main, train
+from orpo_mlx.training.checkpoints.resume import random_state, set_random_state
+from orpo_mlx.training.prepare import Run
+from orpo_mlx.training.step import optimiser_step
 from tests.conftest import make_pairs, write_id_rows
 from tests.nights import adapters, kill_and_resume, metrics, records
 from tests.test_train import flags
@@ -43,7 +43,7 @@ def fail_before(step: int, monkeypatch: pytest.MonkeyPatch, error: BaseException
             raise error or RuntimeError("the power is out")
         return optimiser_step(run, window, number)
 
-    monkeypatch.setattr("orpo_mlx.loop.optimiser_step", failing)
+    monkeypatch.setattr("orpo_mlx.training.loop.optimiser_step", failing)
 
 
 def whole_and_resumed(
@@ -215,7 +215,7 @@ def test_an_unfinished_run_is_not_written_over_by_mistake(
 
 
 def test_a_checkpoint_never_lets_remote_code_run_or_opens_a_port(settings: dict[str, Any]) -> None:
-    from orpo_mlx.resume import settings_of_newest
+    from orpo_mlx.training.checkpoints.resume import settings_of_newest
 
     folder = interrupted({**settings, **LONG, "trust_remote_code": True, "watch": 0})
     taken = settings_of_newest(str(folder))
@@ -280,7 +280,7 @@ def test_the_best_needs_a_validation(settings: dict[str, Any], data: Path, chang
 
 def test_two_processes_on_one_adapter_path(settings: dict[str, Any]) -> None:
     code = (
-        "import sys; from pathlib import Path; from orpo_mlx.lock import locked\n"
+        "import sys; from pathlib import Path; from orpo_mlx.folder_lock import locked\n"
         f"with locked(Path({settings['adapter_path']!r})):\n    print('held', flush=True); sys.stdin.read()"
     )
     Path(settings["adapter_path"]).mkdir()
@@ -307,7 +307,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(
 
     clock = iter(range(10**6, 0, -1))
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
-    monkeypatch.setattr("orpo_mlx.loop.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("orpo_mlx.training.loop.time.perf_counter", lambda: float(next(clock)))
     whole, resumed = whole_and_resumed({**settings, **LONG}, tmp_path, [6], age)
     assert_same(whole, resumed)
 
@@ -329,7 +329,7 @@ def test_what_was_half_applied_is_not_saved(settings: dict[str, Any], tmp_path: 
         return optimiser_step(run, window, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orpo_mlx.loop.optimiser_step", step)
+        patch.setattr("orpo_mlx.training.loop.optimiser_step", step)
         with pytest.raises(
             TrainingError, match=r"step 6: .*out of memory, while the step was applied; step 4 is saved"
         ):

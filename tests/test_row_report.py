@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
+from orpo_mlx.data.row_counts import RowReport
 from orpo_mlx.errors import DataError
-from orpo_mlx.row_report import RowReport
 
 
 def test_counts_first_places_and_words() -> None:

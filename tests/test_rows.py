@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from orpo_mlx.data.readers import READERS, read_rows
 from orpo_mlx.errors import DataError
-from orpo_mlx.rows import READERS, read_rows
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": f"Q{number}\n, \"é\"", "chosen": [{"role": "assistant", "content": "A"}], "rejected": f"B{number}"}
@@ -73,7 +73,7 @@ def test_a_json_list_is_the_same_however_it_is_cut_into_blocks(tmp_path: Path, m
     path = tmp_path / "rows.json"
     path.write_text("\n [" + ",\n".join(json.dumps(row) for row in rows) + "] \n")
     for block in (1, 2, 3, 17, 1000):
-        monkeypatch.setattr("orpo_mlx.rows._BLOCK", block)
+        monkeypatch.setattr("orpo_mlx.data.readers._BLOCK", block)
         assert [(row.place, row.value) for row in read_rows(path)] == [
             (f"{path}:{number + 2}", row) for number, row in enumerate(rows)
         ]

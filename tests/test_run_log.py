@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orpo_mlx.errors import DataError
-from orpo_mlx.run_log import Sample, read_run, read_samples
+from orpo_mlx.reporting.metrics_log import Sample, read_run, read_samples
 
 LINES = """\
 {"step": 0, "split": "valid", "loss": 2.5, "accuracies/mean_logps": 0.5}

@@ -11,11 +11,11 @@ import pytest
 from mlx_lm import load as mlx_lm_load
 from mlx_lm import stream_generate
 
-from orpo_mlx.config_checks import make_config
+from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import TrainingError
-from orpo_mlx.models import load
-from orpo_mlx.samples import MAX_TOKENS, pick_prompts, sample_replies
-from orpo_mlx.training import train
+from orpo_mlx.models.loading import load
+from orpo_mlx.training.samples import MAX_TOKENS, pick_prompts, sample_replies
+from orpo_mlx.training.training import train
 from orpo_mlx.types import Pair
 from tests.compared import quiet
 from tests.conftest import write_rows
@@ -53,7 +53,7 @@ def test_a_reply_that_fails_leaves_the_mode_alone(model_folder: Path, monkeypatc
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr("orpo_mlx.samples.stream_generate", fail)
+    monkeypatch.setattr("orpo_mlx.training.samples.stream_generate", fail)
     with pytest.raises(RuntimeError):
         sample_replies(loaded.model, loaded.tokenizer, pairs(1))
     assert loaded.model.training
@@ -62,7 +62,7 @@ def test_a_reply_that_fails_leaves_the_mode_alone(model_folder: Path, monkeypatc
 @pytest.fixture
 def texts(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Settings of a run of seven steps with dropout on rows of text, two of whose prompts are answered, shortly."""
-    monkeypatch.setattr("orpo_mlx.samples.MAX_TOKENS", _SHORT)
+    monkeypatch.setattr("orpo_mlx.training.samples.MAX_TOKENS", _SHORT)
     for split in ("train", "valid"):
         rows = [{"prompt": f"{split} {n}?", "chosen": f"Yes, {n}.", "rejected": "No."} for n in range(6)]
         write_rows(tmp_path / "texts" / f"{split}.jsonl", rows)

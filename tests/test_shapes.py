@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from orpo_mlx.data.formats import PROMPT_ELSEWHERE, SHAPES, read_row
+from orpo_mlx.data.messages import as_turns
 from orpo_mlx.errors import DataError
-from orpo_mlx.shapes import PROMPT_ELSEWHERE, SHAPES, read_row
-from orpo_mlx.turns import as_turns
 from orpo_mlx.types import Message, Pair, TokenizedPair
 
 Row = dict[str, Any]

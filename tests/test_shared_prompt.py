@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache
 
-from orpo_mlx.shared_prompt import PrefixCache, PrefixCaches, RecurrentPrefix
+from orpo_mlx.engine.shared_prompt import PrefixCache, PrefixCaches, RecurrentPrefix
 from tests.conftest import CONFIGS, make_model
 
 

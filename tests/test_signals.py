@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.prepare import Run
-from orpo_mlx.resume import newest
-from orpo_mlx.signals import Interrupted, StopSignals
-from orpo_mlx.step import optimiser_step
 from orpo_mlx.train import main
+from orpo_mlx.training.checkpoints.resume import newest
+from orpo_mlx.training.interrupts import Interrupted, StopSignals
+from orpo_mlx.training.prepare import Run
+from orpo_mlx.training.step import optimiser_step
 from tests.nights import same
 from tests.test_resume import LONG, run_quietly
 from tests.test_train import flags
@@ -54,12 +54,12 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
             os.kill(os.getpid(), number)
         return evaluate(*arguments, **options)
 
-    from orpo_mlx.evaluation import evaluate
+    from orpo_mlx.training.evaluation import evaluate
 
     with monkeypatch.context() as patch:
-        patch.setattr("orpo_mlx.loop.optimiser_step", step)
+        patch.setattr("orpo_mlx.training.loop.optimiser_step", step)
         if where == "evaluation":
-            patch.setattr("orpo_mlx.held_out.evaluate", evaluating)
+            patch.setattr("orpo_mlx.training.held_out.evaluate", evaluating)
         before = signal.getsignal(number)
         assert main(flags(settings)) == status
         assert signal.getsignal(number) == before
@@ -82,7 +82,7 @@ def test_a_signal_before_the_first_step_says_that_nothing_was_saved(
         os.kill(os.getpid(), signal.SIGTERM)
         return []
 
-    monkeypatch.setattr("orpo_mlx.samples.Sampler.__call__", remind)
+    monkeypatch.setattr("orpo_mlx.training.samples.Sampler.__call__", remind)
     assert main(flags(settings)) == 143
     assert "interrupted: nothing was saved." in capfd.readouterr().err
 
@@ -90,7 +90,7 @@ def test_a_signal_before_the_first_step_says_that_nothing_was_saved(
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_leaves_at_once(number: int, status: int) -> None:
     code = (
-        "import os, sys, time; from orpo_mlx.signals import StopSignals\n"
+        "import os, sys, time; from orpo_mlx.training.interrupts import StopSignals\n"
         f"with StopSignals() as stop:\n    os.kill(os.getpid(), {int(number)}); print(stop.number, flush=True)\n"
         f"    os.kill(os.getpid(), {int(number)}); time.sleep(30); print('still here')"
     )

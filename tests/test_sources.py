@@ -9,8 +9,8 @@ from typing import Any
 import datasets
 import pytest
 
+from orpo_mlx.data.sources import FileSource, find_splits
 from orpo_mlx.errors import DataError
-from orpo_mlx.sources import FileSource, find_splits
 from tests.conftest import write_rows
 
 GOOD = {"prompt": "Q", "chosen": "A", "rejected": "B"}

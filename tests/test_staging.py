@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from orpo_mlx import staging
+from orpo_mlx import files as staging
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.staging import check_space, staged_folder
+from orpo_mlx.files import check_space, staged_folder
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from orpo_mlx.staging import staged_folder
+from orpo_mlx.files import staged_folder
 with staged_folder(Path(sys.argv[1]), overwrite=True) as folder:
     for number in range(20):
         (folder / f"{number}.txt").write_text(str(number))

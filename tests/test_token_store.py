@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orpo_mlx.row_report import RowReport
-from orpo_mlx.token_store import StoreWriter, TokenStore
+from orpo_mlx.data.row_counts import RowReport
+from orpo_mlx.data.token_store import StoreWriter, TokenStore
 from orpo_mlx.types import TokenizedPair
 from tests.conftest import make_pairs
 

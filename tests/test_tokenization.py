@@ -11,11 +11,11 @@ from mlx_lm.utils import load_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from orpo_mlx.data import load_pairs
+from orpo_mlx.data.pairs import load_pairs
+from orpo_mlx.data.tokenization import Cut, PairTokenizer, fit, show_tokens
 from orpo_mlx.errors import DataError
-from orpo_mlx.gguf import read_gguf_head
-from orpo_mlx.models import offline_gguf
-from orpo_mlx.tokenization import Cut, PairTokenizer, fit, show_tokens
+from orpo_mlx.models.gguf.loading import read_gguf_head
+from orpo_mlx.models.loading import offline_gguf
 from orpo_mlx.types import Pair, TokenizedPair
 from tests.conftest import CHAT_TEMPLATE, SPECIAL_TOKENS, make_tokenizer, write_model_folder
 

@@ -16,10 +16,10 @@ from rich.console import Console
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from orpo_mlx.config_checks import make_config
+from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import TrainingError
-from orpo_mlx.reporting import Reporter
-from orpo_mlx.tracking import EventFiles
+from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.reporting.tracking import EventFiles
 from orpo_mlx.train import main, train
 from tests.compared import quiet
 from tests.nights import records

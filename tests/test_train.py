@@ -19,18 +19,18 @@ import numpy as np
 import pytest
 from mlx_lm import load as mlx_lm_load
 
-from orpo_mlx.config_checks import make_config
+from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import TrainingError
-from orpo_mlx.gradients import window_gradient
-from orpo_mlx.lora import adapter_weights
-from orpo_mlx.memory import Prediction
-from orpo_mlx.methods import METHODS
-from orpo_mlx.order import total_steps
-from orpo_mlx.prepare import Run, prepare
-from orpo_mlx.reference import ReferenceLogProbs
-from orpo_mlx.reporting import Reporter
-from orpo_mlx.step import optimiser_step
+from orpo_mlx.losses.registry import METHODS
+from orpo_mlx.memory.predict import Prediction
+from orpo_mlx.models.adapters import adapter_weights
+from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.train import main, train
+from orpo_mlx.training.data_order import total_steps
+from orpo_mlx.training.gradients import window_gradient
+from orpo_mlx.training.prepare import Run, prepare
+from orpo_mlx.training.reference import ReferenceLogProbs
+from orpo_mlx.training.step import optimiser_step
 from orpo_mlx.types import Batch, LossOutput, PairLogProbs, TokenizedPair
 from tests.conftest import make_pairs, write_id_rows, write_model_folder, write_rows
 
@@ -178,7 +178,7 @@ def fail_at(step: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) ->
             raise error
         return window_gradient(*args)
 
-    monkeypatch.setattr("orpo_mlx.step.window_gradient", gradient)
+    monkeypatch.setattr("orpo_mlx.training.step.window_gradient", gradient)
 
 
 @pytest.mark.parametrize(
@@ -471,8 +471,8 @@ def test_a_run_beyond_the_device_is_warned_of_or_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     peak = Prediction(1.0, 0.5, 0.25, 0.125, 0.125, 0.0)
-    monkeypatch.setattr("orpo_mlx.memory_plan.predict", lambda *_: peak)
-    monkeypatch.setattr("orpo_mlx.memory_plan.device_working_set", lambda: share * peak.peak)
+    monkeypatch.setattr("orpo_mlx.memory.choose_mode.predict", lambda *_: peak)
+    monkeypatch.setattr("orpo_mlx.memory.choose_mode.device_working_set", lambda: share * peak.peak)
     argv = [word for word in flags(settings) if word != "--no-memory-check"]
     assert main(argv) == (2 if expected == "refused" else 0)
     out, err = capsys.readouterr()
@@ -491,7 +491,7 @@ def test_a_run_whose_peak_cannot_be_predicted_goes_on(
     def build(*_: Any) -> None:
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr("orpo_mlx.memory.build", build)
+    monkeypatch.setattr("orpo_mlx.memory.predict.build", build)
     assert main([word for word in flags(settings) if word != "--no-memory-check"]) == 0
     expected = "The peak of memory cannot be predicted: a model like this one with 2 layers cannot be run (list index"
     assert expected in capsys.readouterr().out
@@ -533,7 +533,7 @@ def test_the_order_is_saved_with_the_adapters_and_restored(
         seen.append([pair.place for pair in window])
         return step(run, window, number)
 
-    monkeypatch.setattr("orpo_mlx.loop.optimiser_step", recorded)
+    monkeypatch.setattr("orpo_mlx.training.loop.optimiser_step", recorded)
     run_quietly({**settings, "iters": 8, "adapter_path": str(tmp_path / "whole")}) if not interrupted else None
     whole, seen[:] = list(seen), []
     first = {**settings, "adapter_path": str(tmp_path / "first"), "iters": 2}

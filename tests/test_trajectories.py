@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from orpo_mlx.config_checks import make_config
-from orpo_mlx.models import offline_gguf
-from orpo_mlx.reporting import Reporter
+from orpo_mlx.config.checks import make_config
+from orpo_mlx.models.loading import offline_gguf
+from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.train import train
 
 

@@ -15,13 +15,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import build_schedule, load_adapters
 from mlx_lm.utils import load_model, save_model
 
-from orpo_mlx.config import OPTIMIZERS
-from orpo_mlx.config_checks import check_settings, make_config
+from orpo_mlx.config.checks import check_settings, make_config
+from orpo_mlx.config.settings import OPTIMIZERS
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.gradients import window_gradient
-from orpo_mlx.lora import adapter_weights
-from orpo_mlx.prepare import prepare
-from orpo_mlx.step import optimiser_step
+from orpo_mlx.models.adapters import adapter_weights
+from orpo_mlx.training.gradients import window_gradient
+from orpo_mlx.training.prepare import prepare
+from orpo_mlx.training.step import optimiser_step
 from tests.conftest import make_model, model_config, quantise
 from tests.test_evaluate_only import lines_of, run_quietly
 

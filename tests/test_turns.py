@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from orpo_mlx.data.messages import is_empty, kind, message, text_or_turns, texts
 from orpo_mlx.errors import DataError
-from orpo_mlx.turns import is_empty, kind, message, text_or_turns, texts
 
 
 def test_a_message_keeps_what_a_template_may_want_and_loses_nulls() -> None:

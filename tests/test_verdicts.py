@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.verdicts import CONFIRMED, COPY, OPEN, REFUTED, verdicts
+from orpo_mlx.compare.chapter_claims import CONFIRMED, COPY, OPEN, REFUTED, verdicts
 
 
 def arm(

@@ -15,18 +15,18 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orpo_mlx import live_server
-from orpo_mlx import training as training_module
-from orpo_mlx.config_checks import check_settings, make_config
+from orpo_mlx.cli.watch import main
+from orpo_mlx.config.checks import check_settings, make_config
 from orpo_mlx.errors import ConfigError, TrainingError
-from orpo_mlx.live import Feed
-from orpo_mlx.live_server import serving
-from orpo_mlx.prepare import Run, prepare
-from orpo_mlx.reporting import Reporter
-from orpo_mlx.step import optimiser_step
+from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.reporting.live import server as live_server
+from orpo_mlx.reporting.live.feed import Feed
+from orpo_mlx.reporting.live.server import serving
 from orpo_mlx.train import main as train_main
 from orpo_mlx.train import train
-from orpo_mlx.watch import main
+from orpo_mlx.training import training as training_module
+from orpo_mlx.training.prepare import Run, prepare
+from orpo_mlx.training.step import optimiser_step
 from tests.nights import same
 from tests.test_live import record, report
 from tests.test_train import flags, run_quietly
@@ -99,7 +99,7 @@ def watched(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, at_step: 
         at_step(address[0], count)
         return optimiser_step(run, window, count)
 
-    monkeypatch.setattr("orpo_mlx.loop.optimiser_step", step)
+    monkeypatch.setattr("orpo_mlx.training.loop.optimiser_step", step)
     monkeypatch.setattr(live_server, "_LINGER_S", 0.1)
     train(make_config({**settings, "watch": 0}), Reporter(Console(file=out, width=200)))
     return out.getvalue()

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from orpo_mlx.config_checks import make_config
-from orpo_mlx.reporting import Reporter
+from orpo_mlx.config.checks import make_config
+from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.train import train
 from tests.conftest import SMALL, write_rows
 

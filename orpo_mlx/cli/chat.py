@@ -1,0 +1,194 @@
+"""Talk with a tuned model, and with the model it was made from beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.sample_utils import make_sampler
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from orpo_mlx.cli.conversation import Conversation
+from orpo_mlx.config.cli import OneLineParser, exit_status
+from orpo_mlx.engine.score import add_trained_adapters
+from orpo_mlx.errors import ConfigError, ModelError, printable_lines
+from orpo_mlx.models.adapters import adapters_off
+from orpo_mlx.models.loading import DTYPES, find, load
+
+PROG = "orpo-mlx chat"
+
+_WIDE = 100
+"""Columns from which two answers stand side by side."""
+_TAB = "    "
+
+
+class Chat:
+    """Conversations that are asked the same, and where their answers are shown.
+
+    Args:
+        sides: by name; a single one is shown without it.
+        console: side by side where it is a wide terminal, one under another where it is not.
+    """
+
+    def __init__(self, sides: dict[str, Conversation], console: Console) -> None:
+        self._sides, self._console = sides, console
+
+    def ask(self, prompt: str) -> None:
+        """Put `prompt` to every side and show the answers."""
+        if len(self._sides) > 1 and self._console.is_terminal and self._console.width >= _WIDE:
+            self._in_columns(prompt)
+            return
+        for name, side in self._sides.items():
+            if len(self._sides) > 1:
+                self._console.print(Text(f"[{name}]"))
+            for piece in side.answer(prompt):
+                self._console.print(_shown(piece), end="", soft_wrap=True)
+            self._console.print()
+
+    def reset(self) -> None:
+        """Let every side forget what was said."""
+        for side in self._sides.values():
+            side.reset()
+
+    def _in_columns(self, prompt: str) -> None:
+        table = Table(expand=True, show_lines=False)
+        answers = []
+        for name, side in self._sides.items():
+            table.add_column(name, ratio=1, overflow="fold")
+            with self._console.status(f"{name} answers"):
+                answers.append(_shown("".join(side.answer(prompt))))
+        table.add_row(*answers)
+        self._console.print(table)
+
+
+def _shown(text: str) -> Text:
+    return Text(printable_lines(text.replace("\t", _TAB)))
+
+
+def talk(chat: Chat, lines: Iterable[str]) -> None:
+    """Answer line after line until they end or one says /quit; /reset forgets, blank lines are passed over."""
+    for line in map(str.strip, lines):
+        if line == "/quit":
+            return
+        if line == "/reset":
+            chat.reset()
+        elif line:
+            chat.ask(line)
+
+
+def build_parser() -> OneLineParser:
+    """The command line of `chat`."""
+    parser = OneLineParser(prog=PROG, description="Talk with a tuned model. /reset forgets, /quit or Ctrl-D leaves.")
+    parser.add_argument("--adapter-path", required=True, metavar="FOLDER", help="folder that train wrote")
+    parser.add_argument("--compare", action="store_true", help="answer with the base model, too, beside it")
+    parser.add_argument("--model", help="Hub id, local folder or .gguf file; default: what the adapters were made for")
+    parser.add_argument("--prompt", help="answer this and leave")
+    parser.add_argument("--max-tokens", type=int, default=256, help="of one answer (default: %(default)s)")
+    parser.add_argument("--temp", type=float, default=0.0, help="temperature; 0 is greedy (default: %(default)s)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the checkpoint's, float32 on a CPU")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the checkpoint"
+    )
+    return parser
+
+
+def base_model(folder: Path) -> str:
+    """The model that the adapters in `folder` were made for, as its adapter_config.json or run.json names it.
+
+    Raises:
+        ModelError: there are no adapters, or neither file names a model.
+    """
+    if not (folder / "adapters.safetensors").is_file():
+        raise ModelError(f"--adapter-path {folder}: holds no adapters.safetensors; give a folder that train wrote.")
+    config = _table(folder / "adapter_config.json").get("model")
+    name = config or _table(_table(folder / "run.json").get("settings")).get("model")
+    if not isinstance(name, str) or not name:
+        raise ModelError(f"{folder / 'adapter_config.json'}: names no model; say with --model what it was made for.")
+    return name
+
+
+def _table(source: Any) -> dict[str, Any]:
+    """A JSON file's table, or `source` itself if it is one; empty where it is neither."""
+    if isinstance(source, Path):
+        try:
+            source = json.loads(source.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+    return source if isinstance(source, dict) else {}
+
+
+def _open(args: Any, console: Console) -> Chat:
+    folder = Path(args.adapter_path).expanduser()
+    named = base_model(folder) if args.model is None else args.model
+    flag = f"{folder / 'adapter_config.json'}: model" if args.model is None else "--model"
+    loaded = load(
+        find(named, trust_remote_code=args.trust_remote_code, flag=flag),
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if loaded.tokenizer is None:
+        raise ModelError(f"{loaded.path}: has no tokenizer, so nobody can talk with it; give a model that has one.")
+    add_trained_adapters(loaded.model, folder)
+    if args.compare and not any("lora_a" in module for _, module in loaded.model.named_modules()):
+        raise ConfigError(
+            f"--compare: {folder} holds whole weights, which cannot be switched off; leave --compare out, and ask the "
+            "base model with mlx_lm generate."
+        )
+    for note in filter(None, (loaded.note, *_template_note(loaded.tokenizer))):
+        Console(stderr=True).print(_shown(note), soft_wrap=True)
+    side = partial(
+        Conversation, loaded.model, loaded.tokenizer, max_tokens=args.max_tokens, sampler=make_sampler(args.temp)
+    )
+    sides = {"base": side(state=partial(adapters_off, loaded.model))} if args.compare else {}
+    return Chat({**sides, "tuned": side()}, console)
+
+
+def _template_note(tokenizer: Any) -> list[str]:
+    if tokenizer.has_chat_template:
+        return []
+    return ["This model has no chat template: each prompt stands alone, as raw text."]
+
+
+def _typed() -> Iterator[str]:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (lets input() edit its line)
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> ")
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.max_tokens < 1:
+        raise ConfigError(f"--max-tokens: found {args.max_tokens}, expected a whole number above 0.")
+    if not (math.isfinite(args.temp) and args.temp >= 0):
+        raise ConfigError(f"--temp: found {args.temp}, expected a number of 0 or more.")
+    if args.prompt is not None and not args.prompt.strip():
+        raise ConfigError("--prompt: is empty; give what is to be answered, or leave it out to be asked.")
+    chat = _open(args, Console(highlight=False))
+    try:
+        if args.prompt is not None:
+            chat.ask(args.prompt)
+        else:
+            talk(chat, _typed() if sys.stdin.isatty() else sys.stdin)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the chat is over") from None
+    except UnicodeError as error:
+        raise ConfigError(f"standard input: is not text in {sys.stdin.encoding} ({error}); give UTF-8.") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status."""
+    return exit_status(PROG, lambda: _run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Look at a data set before training on it: what was recognised, what is left out, how long, how lopsided."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from orpo_mlx.config.checks import make_config
+from orpo_mlx.config.cli import OneLineParser, exit_status
+from orpo_mlx.config.command_line import add_settings, parse_settings
+from orpo_mlx.config.settings import data_reading
+from orpo_mlx.data.sources import find_splits
+from orpo_mlx.data.splits import tokenized_split
+from orpo_mlx.data.statistics import as_text, draw_lengths, inspect_splits
+from orpo_mlx.errors import ConfigError, printable, printable_lines
+from orpo_mlx.models.loading import find
+from orpo_mlx.training.checkpoints.folders import json_text, write_text
+from orpo_mlx.training.prepare import data_lengths
+
+PROG = "orpo-mlx inspect"
+
+_SETTINGS = (
+    *("model", "trust_remote_code", "data", "columns", "min_margin", "pair_ratings", "max_seq_length", "truncate"),
+    *("skip_bad_rows", "batch_size", "micro_batch_tokens", "seed"),
+)
+
+
+def build_parser() -> OneLineParser:
+    """The command line of `inspect`; settings are those of `train`."""
+    parser = OneLineParser(
+        prog=PROG, description="Look at preference pairs as training would take them.", allow_abbrev=False
+    )
+    add_settings(parser, _SETTINGS)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write the figures as JSON, to FILE or instead of the text"
+    )
+    output.add_argument("--png", metavar="FILE", help="draw histograms of lengths into FILE")
+    return parser
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    given, args = parse_settings(build_parser(), argv)
+    for flag, name in (("--json", args.json), ("--png", args.png)):
+        if name not in (None, "-") and (not Path(name).parent.is_dir() or Path(name).is_dir()):
+            raise ConfigError(f"{flag} {name}: cannot be written there; give a file in a folder that exists.")
+    config = make_config(given)
+    sources = find_splits(config.data)
+    head = find(config.model, trust_remote_code=config.trust_remote_code)
+    lengths = data_lengths(config, head.exact_tokens)
+    splits = {
+        name: tokenized_split(source, data_reading(config), head.tokenizer, lengths) for name, source in sources.items()
+    }
+    figures = inspect_splits(
+        splits,
+        head.tokenizer,
+        batch_size=config.batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
+        seed=config.seed,
+    )
+    table = json_text(figures)
+    if head.note:
+        print(printable(head.note), file=sys.stderr)
+    print(table if args.json == "-" else printable_lines(as_text(figures)), end="")
+    if args.json not in (None, "-"):
+        write_text(Path(args.json), table)
+    if args.png is not None:
+        draw_lengths(splits, config.max_seq_length, Path(args.png))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status."""
+    return exit_status(PROG, lambda: _run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

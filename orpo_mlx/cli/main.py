@@ -1,0 +1,90 @@
+"""The command `orpo-mlx`: one name for every program of the package, each imported when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from orpo_mlx import __version__
+from orpo_mlx.config.cli import exit_status
+from orpo_mlx.errors import ConfigError
+
+PROG = "orpo-mlx"
+
+
+class Command(NamedTuple):
+    """A program of the package."""
+
+    module: str
+    """Has `main(argv) -> int`, the exit status."""
+    summary: str
+
+
+COMMANDS = {
+    "inspect": Command("orpo_mlx.cli.inspect", "look at preference pairs as training would take them"),
+    "fit": Command("orpo_mlx.memory.fit", "predict the memory of a run, and whether it fits a Mac"),
+    "train": Command("orpo_mlx.train", "align a model with preference pairs"),
+    "score": Command("orpo_mlx.engine.score", "log-probs of pairs under a model, a row each"),
+    "watch": Command("orpo_mlx.cli.watch", "a page that draws a run as it goes on"),
+    "report": Command("orpo_mlx.reporting.run_report", "draw training runs as a page and a picture"),
+    "chat": Command("orpo_mlx.cli.chat", "talk with a tuned model, with the base model beside it"),
+    "push": Command("orpo_mlx.reporting.hub", "send adapters, model card and figures to the Hub"),
+    "convert": Command("orpo_mlx.convert.conversions", "checkpoints and adapters of every kind, in and out"),
+    "compare": Command("orpo_mlx.compare.runner", "train methods side by side under one budget"),
+    "memory": Command("orpo_mlx.memory.benchmark", "memory and seconds of a training step, method by method"),
+}
+"""Adding a command is a line here."""
+
+
+def usage() -> str:
+    """What `--help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {PROG} COMMAND ...",
+            "",
+            "Preference alignment of language models in MLX.",
+            "",
+            *lines,
+            "",
+            f"{PROG} COMMAND --help has the flags of each; {PROG} --version prints the version.",
+        ]
+    )
+
+
+def find_command(name: str) -> Command:
+    """The command of that name.
+
+    Raises:
+        ConfigError: there is none; names the nearest.
+    """
+    if name in COMMANDS:
+        return COMMANDS[name]
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    raise ConfigError(f"no command {name!r}, expected one of {', '.join(COMMANDS)}{hint}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status, that of the command given."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        print(f"{PROG} {__version__}")
+        return 0
+    found: list[Command] = []
+    status = exit_status(PROG, lambda: found.append(find_command(words[0])))
+    if not found:
+        return status
+    program = importlib.import_module(found[0].module)
+    return int(program.main(words[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The page of a run that another process trains, or that has ended."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from orpo_mlx.config.cli import OneLineParser, exit_status
+from orpo_mlx.errors import ConfigError, printable
+from orpo_mlx.folder_lock import LOCK
+from orpo_mlx.reporting.live.feed import Feed
+from orpo_mlx.reporting.live.server import LARGEST_PORT, serving
+from orpo_mlx.reporting.metrics_log import FILE
+
+PROG = "orpo-mlx watch"
+_REMEDY = "give the --adapter-path of a run of orpo-mlx train"
+
+
+def build_parser() -> OneLineParser:
+    """The command line of `watch`."""
+    parser = OneLineParser(
+        prog=PROG,
+        description="Serve a page that draws a run as it goes on, on this machine only, until Ctrl-C.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="ADAPTER_PATH", help="--adapter-path of a run, that trains or has ended")
+    parser.add_argument("--port", metavar="N", default="0", help="port; 0, the default: any that is free")
+    return parser
+
+
+def _port(words: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", words) or int(words) > LARGEST_PORT:
+        raise ConfigError(f"--port {words}: expected a whole number from 0 to {LARGEST_PORT}")
+    return int(words)
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    folder, port = Path(args.folder).expanduser(), _port(args.port)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; {_REMEDY}")
+    # A run that has only begun may have written nothing, or its lock.
+    if not any((folder / name).exists() for name in (FILE, LOCK)) and any(folder.iterdir()):
+        raise ConfigError(f"{folder}: holds no run (no {FILE}, no {LOCK}); {_REMEDY}")
+    with serving(Feed(folder), port, "--port") as server, suppress(KeyboardInterrupt):
+        if not (folder / FILE).exists():
+            print(printable(f"{folder} holds no {FILE} yet: the page waits for it."))
+        print(f"On this machine, {printable(folder.name)} can be watched at {server.address} until Ctrl-C.", flush=True)
+        threading.Event().wait()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status. Ctrl-C is how it ends."""
+    return exit_status(PROG, lambda: _run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

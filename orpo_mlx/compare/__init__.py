@@ -1,0 +1,1 @@
+"""Methods trained side by side under one budget, and what their results say."""

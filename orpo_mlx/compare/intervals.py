@@ -1,0 +1,71 @@
+"""How sure a measured share is, and how far repetitions lie apart."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from orpo_mlx.compare.wilson import wilson
+
+
+class Interval(NamedTuple):
+    """A share in 0..1 with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Spread(NamedTuple):
+    """Repetitions over seeds."""
+
+    mean: float
+    sd: float | None
+    """Sample standard deviation; None for a single seed."""
+    low: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean, standard deviation and range of a measure over seeds.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("a spread needs at least one value.")
+    sd = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.fmean(values), sd, min(values), max(values))
+
+
+def clustered_interval(wins: Sequence[Sequence[int]]) -> Interval:
+    """95 % interval of an accuracy measured by several seeds on the same held-out pairs.
+
+    Every seed is judged by the same pairs, so seeds x pairs are not that many independent trials: a pair that is hard
+    for one seed is hard for the others. Pooling them in one Wilson interval would be too narrow by up to the square
+    root of the number of seeds; an interval over the seeds' accuracies alone would forget that other pairs could have
+    been held out, and three seeds make a poor standard deviation. So the variance of the mean is taken as the sum of
+    two parts: that of the pairs' win rates (each pair one cluster) over the number of pairs, and that of the seeds'
+    accuracies over the number of seeds. The chance of a single pair under a single seed is in both, which errs on the
+    wide side. Wilson's interval (1927) is then taken with the number of trials that would have that variance: it
+    stays sensible at 0 and 1, and for one seed it is Wilson's interval of its wins, exactly.
+
+    Args:
+        wins: for each seed, 1 or 0 for each held-out pair, in the same order.
+
+    Raises:
+        ValueError: no wins, or seeds of different lengths.
+    """
+    if not wins or not wins[0] or any(len(row) != len(wins[0]) for row in wins):
+        raise ValueError("an interval needs the wins of the same pairs for every seed.")
+    seeds, pairs = len(wins), len(wins[0])
+    rates = [sum(column) / seeds for column in zip(*wins, strict=True)]
+    mean = statistics.fmean(rates)
+    variance = statistics.pvariance(rates) / pairs
+    if seeds > 1:
+        variance += statistics.variance([sum(row) / pairs for row in wins]) / seeds
+    # Where nothing varies, the pairs are what is known.
+    trials = mean * (1 - mean) / variance if variance > 0 else float(pairs)
+    low, high = wilson(mean, trials)
+    return Interval(mean, low, high)

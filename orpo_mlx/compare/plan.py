@@ -1,0 +1,242 @@
+"""What a comparison of methods is to run: arms, budget, learning rates, seeds; and its command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from orpo_mlx.config.cli import OneLineParser
+from orpo_mlx.config.command_line import resolve
+from orpo_mlx.config.settings import TrainingConfig, recipe
+from orpo_mlx.errors import ConfigError
+from orpo_mlx.losses.registry import PARAMETERS
+
+PROG = "orpo-mlx compare"
+LABELS = ("given", "swapped", "shuffled")
+BUDGETS = {"steps": int, "pair_tokens": int, "seconds": float}
+
+_OWN = ("method", "seed", "iters", "epochs", "learning_rate", "lr_schedule", "adapter_path", "resume_adapter_file")
+_UNUSED = (
+    *("reference", "precompute_reference", "steps_per_report", "steps_per_eval", "val_batches", "test_batches"),
+    *("test", "save_every", "samples", "sample_every", "report", "report_every", "report_to", "project_name", "watch"),
+    *("push_to_hub", "memory_check", *PARAMETERS),
+)
+
+
+class Budget(NamedTuple):
+    """How long every method may train."""
+
+    kind: str
+    """One of `BUDGETS`."""
+    amount: float
+
+    def share(self, steps: int, pair_tokens: int, seconds: float) -> float:
+        """How much of it is spent, 1 or more when it is over."""
+        return {"steps": steps, "pair_tokens": pair_tokens, "seconds": seconds}[self.kind] / self.amount
+
+    def __str__(self) -> str:
+        unit = {"steps": "steps", "pair_tokens": "pair tokens", "seconds": "seconds of training"}[self.kind]
+        return f"{self.amount:g} {unit}" if self.kind == "seconds" else f"{self.amount:,.0f} {unit}"
+
+
+class Arm(NamedTuple):
+    """A method with its own flags."""
+
+    name: str
+    """As it was given: `dpo`, or `dpo --reference copy`."""
+    words: tuple[str, ...]
+    """Flags that make it."""
+    beta: float | None
+    """Its β, where it has exactly one."""
+    needs_reference: bool
+    copies_reference: bool
+
+    @property
+    def swept_as(self) -> tuple[str, ...]:
+        """Arms of which this is the same have the same maths, and share a learning rate."""
+        return tuple(word for word in self.words if word not in ("--reference", "copy"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One comparison."""
+
+    arguments: tuple[str, ...]
+    """Flags of `orpo_mlx.train`, for all arms."""
+    config: TrainingConfig
+    arms: tuple[Arm, ...]
+    seeds: int
+    budget: Budget
+    rates: tuple[float, ...]
+    beta_factors: tuple[float, ...]
+    sanity: tuple[Arm, ...]
+    valid_pairs: int
+    test_pairs: int
+    curve_points: int
+    accuracy: float
+    output: Path
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for cells to be of one comparison; arms, seeds and rates may be added to."""
+        settings = self.config.settings()
+        return {
+            **{name: value for name, value in settings.items() if name not in (*_OWN, *_UNUSED)},
+            "budget": list(self.budget),
+            "valid_pairs": self.valid_pairs,
+            "test_pairs": self.test_pairs,
+            "curve_points": self.curve_points,
+        }
+
+
+def parse(argv: Sequence[str] | None) -> Plan:
+    """A plan from the command line.
+
+    Raises:
+        ConfigError: flags that cannot be used together, or with a comparison.
+    """
+    own, rest = build_parser().parse_known_args(argv)
+    arguments = tuple(rest)
+    config = resolve(arguments, PROG)
+    _check_shared(config)
+    given = [(kind, getattr(own, kind)) for kind in BUDGETS if getattr(own, kind) is not None]
+    if len(given) != 1:
+        raise ConfigError("--steps, --pair-tokens, --seconds: give exactly one, the budget of every method.")
+    arms = tuple(_arm(name, arguments) for name in _names(own.methods, "--methods"))
+    if len({arm.name for arm in arms}) < len(arms):
+        raise ConfigError(f"--methods {own.methods}: a method stands in the list twice.")
+    if arms[0].copies_reference:
+        raise ConfigError("--methods: the first method is what the others are compared with; give one without a copy.")
+    sanity = tuple(_arm(name, arguments) for name in _names(own.sanity, "--sanity")) if own.sanity else ()
+    for arm in sanity:
+        if arm not in arms:
+            raise ConfigError(f"--sanity {arm.name}: is not among --methods.")
+    output = Path(own.output)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output}: is a file; give a folder.")
+    return Plan(
+        arguments, config, arms, own.seeds, Budget(*given[0]), _numbers(own.learning_rates, "--learning-rates"),
+        _numbers(own.beta_factors, "--beta-factors") if own.beta_factors else (), sanity, own.valid_pairs,
+        own.test_pairs, own.curve_points, own.accuracy, output,
+    )  # fmt: skip
+
+
+def build_parser() -> OneLineParser:
+    """The command line of `compare`."""
+    parser = OneLineParser(
+        prog=PROG,
+        description="Train methods side by side under one budget and report what each costs and reaches.",
+        epilog="Flags of orpo-mlx train about model, data, batches, adapters and memory are taken as well "
+        "and hold for every method. A command that was interrupted goes on where it was when it is given again; "
+        "methods, seeds and learning rates can be added to what is there.",
+        allow_abbrev=False,
+    )
+    count = _checked(int, lambda value: value > 0, "a whole number above 0")
+    some = _checked(int, lambda value: value == -1 or value > 0, "-1 (all) or a whole number above 0")
+    amount = _checked(float, lambda value: 0 < value < math.inf, "a number above 0")
+    share = _checked(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for results.json, reports and pictures")
+    parser.add_argument(
+        "--methods", default="orpo,dpo",
+        help="methods with commas between, each with flags of its own if need be: 'orpo,dpo,dpo --reference copy' "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=count, metavar="N", help="budget: optimiser steps")
+    parser.add_argument("--pair-tokens", type=count, metavar="N", help="budget: tokens of pairs trained on")
+    parser.add_argument("--seconds", type=amount, metavar="X", help="budget: seconds of training, reference included")
+    parser.add_argument("--seeds", type=count, default=3, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
+    parser.add_argument(
+        "--learning-rates", default="1e-4,3e-4", metavar="X,...",
+        help="rates each method is tried with on the valid split, under seed 0 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--beta-factors", default="", metavar="X,...",
+        help="sensitivity: also train with β times these, at each learning rate; default: the rates alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sanity", default="", metavar="METHODS", help="train these also with labels swapped, and with labels shuffled"
+    )
+    parser.add_argument(
+        "--valid-pairs", type=some, default=24, metavar="N", help="valid pairs for sweeps and curves (default: 24)"
+    )
+    parser.add_argument("--test-pairs", type=some, default=-1, metavar="N", help="held-out pairs (default: -1, all)")
+    parser.add_argument(
+        "--curve-points", type=count, default=3, metavar="N", help="validations during the budget (default: 3)"
+    )
+    parser.add_argument(
+        "--accuracy", type=share, default=0.9, metavar="X", help="report when this accuracy is reached (default: 0.9)"
+    )
+    return parser
+
+
+def _checked(kind: type[int] | type[float], holds: Callable[[float], bool], words: str) -> Callable[[str], float]:
+    def convert(found: str) -> float:
+        try:
+            value = kind(found)
+        except ValueError:
+            value = kind(0)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"found {found!r}, expected {words}")
+        return value
+
+    return convert
+
+
+def _names(listed: str, flag: str) -> list[str]:
+    names = [" ".join(name.split()) for name in listed.split(",")]
+    if not all(names):
+        raise ConfigError(f"{flag} {listed}: found an empty name, expected methods with commas between.")
+    return names
+
+
+def _numbers(listed: str, flag: str) -> tuple[float, ...]:
+    try:
+        numbers = [float(word) for word in listed.split(",")]
+    except ValueError:
+        numbers = [0.0]
+    if not all(0 < number < math.inf for number in numbers) or len(set(numbers)) < len(numbers):
+        raise ConfigError(f"{flag} {listed}: expected different numbers above 0 with commas between.")
+    return tuple(numbers)
+
+
+def _arm(name: str, arguments: Sequence[str]) -> Arm:
+    """An arm from a method and the flags after it.
+
+    Raises:
+        ConfigError: an unknown method, or flags that do not make a method.
+    """
+    expression, mark, flags = name.partition(" --")
+    try:
+        own = shlex.split(mark + flags)
+    except ValueError as error:
+        raise ConfigError(f"--methods {name}: cannot be read ({error}).") from None
+    words = ("--method", expression, *own)
+    config = resolve([*arguments, *words], PROG)
+    plain = resolve([*arguments, "--method", expression], PROG).settings()
+    changed = {key for key, value in config.settings().items() if value != plain[key]}
+    wrong = sorted(changed - {*PARAMETERS, "reference"})
+    if wrong:
+        raise ConfigError(
+            f"--methods {name}: --{wrong[0].replace('_', '-')} is not a method's; give it for all of them."
+        )
+    found = recipe(config)
+    betas = {parameters["beta"] for parameters in found.parameters.values() if "beta" in parameters}
+    beta = betas.pop() if len(betas) == 1 else None
+    return Arm(name, words, beta, found.needs_reference, config.reference == "copy")
+
+
+def _check_shared(config: TrainingConfig) -> None:
+    defaults = TrainingConfig().settings()
+    settings = config.settings()
+    for name in (*_OWN, *_UNUSED):
+        if settings[name] != defaults[name]:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: a comparison sets this itself, method by method; leave it out."
+            )
+    if config.fine_tune_type == "full":
+        raise ConfigError("--fine-tune-type full: the base model must stay at hand; use lora or dora.")

@@ -1,0 +1,295 @@
+"""Methods trained side by side, cell by cell, each in a process of its own; what is finished is never run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from orpo_mlx.compare.plan import PROG, Arm, Plan, parse
+from orpo_mlx.compare.report import write_comparison
+from orpo_mlx.compare.results import Cells, collect
+from orpo_mlx.config.cli import exit_status
+from orpo_mlx.data.sources import find_splits
+from orpo_mlx.errors import ConfigError, TrainingError, printable
+from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.training.checkpoints.folders import save_json
+from orpo_mlx.training.prepare import versions
+
+
+class _Job(NamedTuple):
+    """A cell to run: where its result goes, and what its process is told."""
+
+    folder: Path
+    file: str
+    spec: dict[str, Any]
+    words: tuple[str, ...]
+
+
+class Runner:
+    """Runs cells and remembers them in `plan.output`/cells/."""
+
+    def __init__(self, plan: Plan, reporter: Reporter, done: Callable[[float, str], None]) -> None:
+        self._plan, self._reporter, self._done = plan, reporter, done
+        self._finished = 0
+
+    def base(self) -> dict[str, Any]:
+        """The model before any training, judged on the held-out pairs."""
+        return self._cell(
+            "base", "test.json", {"kind": "base"}, self._words(self._plan.arms[0], 0, self._plan.rates[0])
+        )
+
+    def train(self, arm: Arm, seed: int, rate: float, factor: float = 1.0, labels: str = "given") -> dict[str, Any]:
+        """One training."""
+        beta = None if arm.beta is None or factor == 1 else arm.beta * factor
+        words = (*self._words(arm, seed, rate), *arm.words[2:], *(() if beta is None else ("--beta", f"{beta:.6g}")))
+        what = _what("train", arm, seed, rate, factor, labels)
+        return self._cell(cell_name(arm, seed, rate, factor, labels), "train.json", what, words)
+
+    def whole(self, arm: Arm, seed: int, rate: float, labels: str = "given") -> dict[str, Any]:
+        """One training that must not fail.
+
+        Raises:
+            TrainingError: it did.
+        """
+        cell = self.train(arm, seed, rate, 1.0, labels)
+        if "failed" in cell:
+            raise TrainingError(f"{cell_name(arm, seed, rate, 1.0, labels)}: {cell['failed']}")
+        return cell
+
+    def test(self, arm: Arm, seed: int, rate: float, labels: str = "given") -> dict[str, Any]:
+        """One training's adapters, judged on the held-out pairs."""
+        name = cell_name(arm, seed, rate, 1.0, labels)
+        adapters = ("--resume-adapter-file", str(self._plan.output / "cells" / name))
+        what = _what("test", arm, seed, rate, 1.0, labels)
+        return self._cell(name, "test.json", what, (*self._words(arm, seed, rate), *adapters))
+
+    def _words(self, arm: Arm, seed: int, rate: float) -> tuple[str, ...]:
+        own = ("--seed", str(seed), "--learning-rate", repr(rate), "--no-memory-check")
+        return (*self._plan.arguments, *arm.words[:2], *own)
+
+    def _cell(self, name: str, file: str, spec: dict[str, Any], words: tuple[str, ...]) -> dict[str, Any]:
+        folder = self._plan.output / "cells" / name
+        job = _Job(folder, file, spec, (*words, "--adapter-path", str(folder)))
+        title = f"{name} {'judged' if file == 'test.json' else 'trained'}"
+        result = self._known(job)
+        if result is None:
+            self._done(self._finished, title)
+            self._run(job, title)
+            result = self._known(job)
+            if result is None:
+                raise TrainingError(f"{folder / file}: was written and cannot be read; give the command again")
+            if not self._reporter.console.is_terminal:
+                self._reporter.say(f"{title}{': ' + result['failed'] if 'failed' in result else ''}")
+        self._finished += 1
+        self._done(self._finished, title)
+        return result
+
+    def _known(self, job: _Job) -> dict[str, Any] | None:
+        """A finished cell's result; None where there is none, or it is of something else that has the same name."""
+        try:
+            found: dict[str, Any] = json.loads((job.folder / job.file).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if found.get("spec") == json.loads(json.dumps(job.spec)) else None
+
+    def _run(self, job: _Job, title: str) -> None:
+        """Run one cell.
+
+        Raises:
+            UserError: see `in_a_process`.
+        """
+        job.folder.mkdir(parents=True, exist_ok=True)
+        plan = self._plan
+        spec = {
+            **job.spec,
+            "words": job.words,
+            "identity": job.spec,
+            "output": str(job.folder / job.file),
+            "budget": list(plan.budget),
+            "valid_pairs": plan.valid_pairs,
+            "test_pairs": plan.test_pairs,
+            "curve_points": plan.curve_points,
+        }
+        in_a_process(spec, title, lambda share: self._done(self._finished + share, title))
+
+
+def in_a_process(spec: dict[str, Any], title: str, progress: Callable[[float], None]) -> None:
+    """Run one cell in a process of its own, which writes its result.
+
+    Raises:
+        ConfigError: it ended with one sentence about settings, data or model.
+        TrainingError: it died.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "orpo_mlx.compare.cell", json.dumps(spec)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "ORPO_MLX_CACHE": "off"},
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    errors: list[str] = []
+    reader = threading.Thread(target=errors.extend, args=(process.stderr,))
+    reader.start()
+    try:
+        for line in process.stdout:
+            if line.startswith('{"progress"'):
+                progress(json.loads(line)["progress"])
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        status = process.wait()
+        reader.join()
+        process.stdout.close()
+        process.stderr.close()
+    last = ([line.strip() for line in errors if line.strip()] or ["no message"])[-1]
+    if status == 2:
+        raise ConfigError(last.removeprefix(f"{PROG}: error: "))
+    if status != 0:
+        why = printable(last).rstrip(".") if status > 0 else f"killed by {signal.Signals(-status).name}"
+        raise TrainingError(f"{title}: its process died ({why}); what is finished is kept, the same command goes on")
+
+
+def _what(kind: str, arm: Arm, seed: int, rate: float, factor: float, labels: str) -> dict[str, Any]:
+    """All that makes a cell different from the others of its comparison."""
+    return {"kind": kind, "arm": arm.words, "seed": seed, "rate": rate, "factor": factor, "labels": labels}
+
+
+def cell_name(arm: Arm, seed: int, rate: float, factor: float, labels: str) -> str:
+    """The folder of a training: its arm, seed, learning rate and what else is unusual about it."""
+    parts = [re.sub(r"[^a-z0-9_.]+", "-", arm.name.lower()).strip("-"), f"seed{seed}", f"lr{rate:g}"]
+    parts += [f"beta-times-{factor:g}"] if factor != 1 else []
+    parts += [f"labels-{labels}"] if labels != "given" else []
+    return "_".join(parts)
+
+
+def compare(plan: Plan, argv: Sequence[str], reporter: Reporter) -> dict[str, Any]:
+    """Run what is missing of a plan and collect its results.
+
+    Raises:
+        UserError: settings, data or model cannot be used; a process died; `plan.output` holds another comparison.
+    """
+    find_splits(plan.config.data)
+    _own_folder(plan)
+    swept = [arm for arm in plan.arms if not arm.copies_reference or _twin(plan, arm) is arm]
+    total = _count(plan, swept)
+    cells = Cells()
+    with reporter.bar("comparing", total, "cells") as advance:
+        runner = Runner(plan, reporter, advance)
+        cells.base = runner.base()
+        for arm in swept:
+            for rate in plan.rates:
+                cells.trained[arm.name, 0, rate, 1.0, "given"] = runner.train(arm, 0, rate)
+            cells.choose(arm, plan.rates)
+        for arm in plan.arms:
+            rate = cells.rates[arm.name] = cells.rates[_twin(plan, arm).name]
+            for seed in range(plan.seeds):
+                cells.trained[arm.name, seed, rate, 1.0, "given"] = runner.whole(arm, seed, rate)
+                cells.tested[arm.name, seed, "given"] = runner.test(arm, seed, rate)
+        for arm in (arm for arm in swept if arm.beta is not None):
+            for factor in (factor for factor in plan.beta_factors if factor != 1):
+                for rate in plan.rates:
+                    cells.trained[arm.name, 0, rate, factor, "given"] = runner.train(arm, 0, rate, factor)
+        for arm in plan.sanity:
+            for labels in ("swapped", "shuffled"):
+                rate = cells.rates[arm.name]
+                cells.trained[arm.name, 0, rate, 1.0, labels] = runner.whole(arm, 0, rate, labels)
+                cells.tested[arm.name, 0, labels] = runner.test(arm, 0, rate, labels)
+    cells.check()
+    results = {
+        "schema": 1,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "scripts/compare_methods.py", *argv]),
+        "machine": machine(),
+        "versions": versions(),
+        **collect(plan, cells),
+    }
+    save_json(plan.output / "results.json", results)
+    return results
+
+
+def machine() -> dict[str, Any]:
+    """What figures were taken on."""
+    info = mx.device_info()
+    keys = ("device_name", "architecture", "memory_size", "max_recommended_working_set_size")
+    known = {key: info[key] for key in keys if key in info}
+    return {"platform": platform.platform(), "cores": os.cpu_count(), "device": str(mx.default_device()), **known}
+
+
+def _twin(plan: Plan, arm: Arm) -> Arm:
+    """The arm whose learning rate holds for `arm`: the same maths without the copy, or itself."""
+    return next((other for other in plan.arms if other.swept_as == arm.swept_as and not other.copies_reference), arm)
+
+
+def _count(plan: Plan, swept: Sequence[Arm]) -> int:
+    """Cells of a plan."""
+    factors = [factor for factor in plan.beta_factors if factor != 1]
+    grid = sum(len(plan.rates) * (1 + (len(factors) if arm.beta is not None else 0)) for arm in swept)
+    return 1 + grid + 2 * len(plan.arms) * plan.seeds + 4 * len(plan.sanity)
+
+
+def _own_folder(plan: Plan) -> None:
+    """Make sure that `plan.output` is new, or holds cells of this very comparison.
+
+    Raises:
+        ConfigError: it holds another one, or cannot be made.
+    """
+    file = plan.output / "comparison.json"
+    identity = json.loads(json.dumps({**plan.identity, "versions": _decisive(versions())}))
+    try:
+        plan.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {plan.output}: cannot be made ({error.strerror}).") from None
+    if not file.is_file():
+        save_json(file, identity)
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ConfigError(f"{file}: is not JSON; give another --output.") from None
+    for key in sorted({*identity, *before}):
+        if identity.get(key) != before.get(key):
+            raise ConfigError(
+                f"{file}: holds another comparison, whose {key} is {before.get(key)!r} and here {identity.get(key)!r}; "
+                "give another --output."
+            )
+
+
+def _decisive(found: dict[str, str]) -> dict[str, str]:
+    return {name: found[name] for name in ("orpo-mlx", "mlx", "mlx-lm", "device")}
+
+
+def run(argv: Sequence[str]) -> None:
+    """Compare and write the reports."""
+    plan, reporter = parse(argv), Reporter()
+    try:
+        results = compare(plan, argv, reporter)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what is finished is in {plan.output}/, the same command goes on") from None
+    for path in write_comparison(results, plan.output):
+        reporter.say(str(path))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status."""
+    return exit_status(PROG, lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Settings of a run: declared, checked, and read from flags and files."""

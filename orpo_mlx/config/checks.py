@@ -1,0 +1,213 @@
+"""Values of settings, checked one by one and against each other, whatever they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlx_lm.utils import _parse_size
+
+from orpo_mlx.config.settings import (
+    DEFAULT_LORA,
+    DEFAULT_OPTIMIZER_CONFIG,
+    FIELDS,
+    NOT_NEGATIVE,
+    OPTIMIZERS,
+    POSITIVE,
+    Check,
+    TrainingConfig,
+    data_reading,
+    flag_of,
+    recipe,
+)
+from orpo_mlx.engine.memory_modes import MODES
+from orpo_mlx.errors import ConfigError
+from orpo_mlx.reporting.services import check_reporting
+
+ELSEWHERE = {
+    "lora_layers": "num_layers",
+    "use_dora": "fine_tune_type",
+    "train_type": "fine_tune_type",
+    "train_mode": "method",
+    "gradient_accumulation_steps": "grad_accumulation_steps",
+    "max_length": "max_seq_length",
+    "num_train_epochs": "epochs",
+    "max_steps": "iters",
+    "output_dir": "adapter_path",
+}
+"""What older mlx-lm, mlx-lm-lora and TRL call settings, where the name alone does not lead to ours."""
+
+
+def check_settings(table: Mapping[Any, Any], place: str, also: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings of a table, each as its type; those that are None are left out.
+
+    `also` are keys that an unknown one may be meant for besides.
+
+    Raises:
+        ConfigError: an unknown key or a wrong value; names `place`.
+    """
+    values = {}
+    for key, value in table.items():
+        if key not in FIELDS:
+            near = [ELSEWHERE[key]] if key in ELSEWHERE else difflib.get_close_matches(str(key), [*FIELDS, *also], n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known keys are {', '.join(FIELDS)}."
+            raise ConfigError(f"{place}: unknown key {key!r}{hint}")
+        if value is not None:
+            values[key] = coerce(key, value, f"{place}: {key}")
+    return values
+
+
+def make_config(values: Mapping[str, Any]) -> TrainingConfig:
+    """A `TrainingConfig` from checked values, with the checks that concern several of them.
+
+    Raises:
+        ConfigError: settings that contradict each other, or nested tables with unknown keys.
+    """
+    config = TrainingConfig(**dict(values))
+    _check_together(config)
+    if config.reference == "copy":
+        _check_copied_reference(config)
+    data_reading(config)
+    return dataclasses.replace(
+        config,
+        memory=_memory_mode(config),
+        lora_parameters=_lora_parameters(config),
+        optimizer_config=_optimizer_tables(config),
+    )
+
+
+def _check_together(config: TrainingConfig) -> None:
+    if config.iters is not None and config.epochs is not None:
+        raise ConfigError("--iters and --epochs both say how long to train; give one of them.")
+    if config.report_every is not None and not config.report:
+        raise ConfigError("--no-report: --report-every asks for reports; give one of them.")
+    if config.sample_every is not None and config.samples == 0:
+        raise ConfigError("--sample-every: --samples 0 leaves no prompt to answer; give --samples 1 or more.")
+    check_reporting(config.report_to, config.project_name)
+    if not recipe(config).needs_reference and config.precompute_reference:
+        raise ConfigError(f"--precompute-reference: method {config.method} compares with no reference; leave it out.")
+    if config.max_skipped is not None and config.on_nonfinite != "skip":
+        raise ConfigError("--max-skipped counts what --on-nonfinite skip passes over; add that, or leave it out.")
+    if config.resume_with_changes and not config.resume:
+        raise ConfigError("--resume-with-changes says how --resume goes on; add that.")
+    if config.resume and config.overwrite:
+        raise ConfigError("--resume goes on with a run and --overwrite starts anew; give one of them.")
+    for name in ("resume", "overwrite", "push_to_hub", "watch", "sample_every", "report_to"):
+        if config.test and getattr(config, name) not in (None, False):
+            raise ConfigError(f"--test trains nothing and leaves the run as it is; leave out {flag_of(name)}.")
+
+
+def _check_copied_reference(config: TrainingConfig) -> None:
+    if not recipe(config).needs_reference:
+        raise ConfigError(f"--reference copy: method {config.method} compares with no reference; leave it out.")
+    if config.precompute_reference:
+        raise ConfigError("--reference copy runs the copy at every step; leave out --precompute-reference.")
+    if config.resume and config.resume_adapter_file is not None:
+        raise ConfigError(
+            "--reference copy: a resumed run no longer loads what --resume-adapter-file names, so nothing can be "
+            "copied; use --reference shared."
+        )
+
+
+def _lora_parameters(config: TrainingConfig) -> dict[str, Any]:
+    lora = {**DEFAULT_LORA, **config.lora_parameters}
+    _check_table("lora_parameters", lora, {"rank", "scale", "dropout", "keys"})
+    for key, check in (("rank", POSITIVE), ("scale", POSITIVE), ("dropout", NOT_NEGATIVE)):
+        _number(lora[key], int if key == "rank" else float, check, f"lora_parameters.{key}")
+    if lora["dropout"] >= 1:
+        raise ConfigError(f"lora_parameters.dropout: found {lora['dropout']}, expected a number below 1.")
+    keys = lora.get("keys")
+    if keys is not None and not (isinstance(keys, list) and keys and all(isinstance(key, str) for key in keys)):
+        raise ConfigError(
+            f"lora_parameters.keys: found {keys!r}, expected a list of module names such as self_attn.q_proj."
+        )
+    return lora
+
+
+def _optimizer_tables(config: TrainingConfig) -> dict[str, Any]:
+    _check_table("optimizer_config", config.optimizer_config, set(OPTIMIZERS))
+    optimizers = {}
+    for key in OPTIMIZERS:
+        table = config.optimizer_config.get(key) or {}
+        if not isinstance(table, dict):
+            raise ConfigError(f"optimizer_config.{key}: found {table!r}, expected a table.")
+        optimizers[key] = {**DEFAULT_OPTIMIZER_CONFIG[key], **table}
+    return optimizers
+
+
+def _memory_mode(config: TrainingConfig) -> str:
+    """`config.memory` with `grad_checkpoint` taken into account.
+
+    Raises:
+        ConfigError: flags that contradict it, or would do nothing.
+    """
+    mode = config.memory
+    if config.grad_checkpoint:
+        if mode not in ("auto", "thrift"):
+            raise ConfigError(
+                f"--grad-checkpoint means --memory thrift, and --memory {mode} is given; give one of them."
+            )
+        mode = "thrift"
+    in_segments = mode in MODES and MODES[mode].kept_layers < 1
+    if config.segment_layers is not None and not in_segments:
+        raise ConfigError(f"--segment-layers: --memory {mode} runs no segments; add --memory thrift or balanced.")
+    if config.plain_head and in_segments:
+        raise ConfigError(f"--plain-head: --memory {mode} needs the head apart from the layers; use --memory fast.")
+    if mode == "plain" and (config.plain_head or not config.share_prompt):
+        raise ConfigError("--memory plain sets --no-share-prompt and --plain-head itself; leave them out.")
+    return mode
+
+
+def coerce(name: str, value: Any, place: str) -> Any:
+    """`value` as the setting's type.
+
+    Raises:
+        ConfigError: it is not of that type or outside its range; names `place`.
+    """
+    metadata = FIELDS[name].metadata
+    kind: type = metadata["kind"]
+    if metadata.get("size") and isinstance(value, str):
+        value = _bytes(value, place)
+    if kind in (int, float):
+        return _number(value, kind, metadata.get("check"), place)
+    if not isinstance(value, kind):
+        names = {dict: "a table", bool: "true or false", str: "text"}
+        raise ConfigError(f"{place}: found {value!r}, expected {names[kind]}.")
+    chosen: Any = str(value).lower() if metadata.get("lower") else value
+    choices = metadata.get("choices")
+    if choices and chosen not in choices:
+        near = difflib.get_close_matches(chosen, choices, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ConfigError(f"{place}: found {value!r}, expected one of {', '.join(choices)}{hint}")
+    return chosen
+
+
+def _bytes(value: str, place: str) -> int:
+    """Bytes of a size as mlx-lm reads it: a number, alone or with M, MB, G or GB (powers of ten)."""
+    try:
+        return int(_parse_size(value))
+    except (ArithmeticError, KeyError, ValueError):
+        raise ConfigError(f"{place}: found {value!r}, expected bytes, or a size such as 500MB or 4GB.") from None
+
+
+def _number(value: Any, kind: type[int] | type[float], check: Check | None, place: str) -> int | float:
+    wanted = ("a whole number" if kind is int else "a number") + (f" {check.words}" if check else "")
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number: int | float = kind(value) if isinstance(value, str) or kind is float else value
+        if not isinstance(number, kind) or not math.isfinite(number) or (check and not check.holds(number)):
+            raise ValueError
+    except (ValueError, TypeError, OverflowError):
+        raise ConfigError(f"{place}: found {value!r}, expected {wanted}.") from None
+    return number
+
+
+def _check_table(name: str, table: Mapping[str, Any], known: set[str]) -> None:
+    for key in map(str, table):
+        if key not in known:
+            hint = " (mlx-lm's 'scale' is alpha divided by rank)" if key == "alpha" else ""
+            raise ConfigError(f"{name}.{key}: unknown key, expected one of {', '.join(sorted(known))}{hint}.")

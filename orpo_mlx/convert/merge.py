@@ -1,0 +1,123 @@
+"""A model and its adapter as one model, under the names the checkpoint had, so that transformers finds them too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+from mlx_lm.utils import dequantize_model
+
+from orpo_mlx.errors import ModelError
+from orpo_mlx.models.safetensors_files import read_json
+
+_STACKED = ".switch_mlp."  # mlx-lm's name for the experts of a layer in one array.
+_QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether any layer is."""
+    return any(isinstance(module, _QUANTISED) for _, module in model.named_modules())
+
+
+def fuse(model: nn.Module, dtype: mx.Dtype | None, place: str) -> dict[str, mx.array]:
+    """Merge the adapters into `model`, everything in floating point afterwards; computed in float32, rounded once.
+
+    Args:
+        model: a model with adapters.
+        dtype: what the weights are to be in; None for what they were in.
+        place: the adapters' folder, for errors.
+
+    Returns:
+        Weight name to the base model's weight before, in float32, for each layer that had an adapter.
+
+    Raises:
+        ModelError: mlx-lm cannot merge or dequantise one of the layers.
+    """
+    kept = {
+        name: array.dtype
+        for name, array in dict(tree_flatten(model.parameters())).items()
+        if mx.issubdtype(array.dtype, mx.floating)
+    }
+    model.set_dtype(mx.float32)
+    adapted = [(name, module) for name, module in model.named_modules() if hasattr(module, "fuse")]
+    base = {f"{name}.weight": (module.get("linear") or module["embedding"]).weight for name, module in adapted}
+    try:
+        model.update_modules(tree_unflatten([(name, module.fuse(dequantize=True)) for name, module in adapted]))
+        dequantize_model(model)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{place}: mlx-lm cannot merge into this quantised model ({reason}).") from None
+
+    def rounded(name: str, array: mx.array) -> mx.array:
+        stem = name.removesuffix("weight")
+        own = (kept.get(key) for key in (name, f"{stem}linear.weight", f"{stem}embedding.weight", f"{stem}scales"))
+        wrapped = (kept.get(f"{stem}{inner}.scales") for inner in ("linear", "embedding"))
+        found = next((each for each in (dtype, *own, *wrapped) if each is not None), mx.bfloat16)
+        return array.astype(found) if mx.issubdtype(array.dtype, mx.floating) else array
+
+    model.update(tree_map_with_path(rounded, model.parameters()))
+    return base
+
+
+def merged_tensors(
+    tensors: dict[str, mx.array], model: nn.Module, base: dict[str, mx.array], place: str
+) -> dict[str, mx.array]:
+    """`tensors` of a checkpoint with the weights in `base` exchanged for the merged model's.
+
+    Raises:
+        ModelError: one of them is not in the checkpoint as the model has it.
+    """
+    merged = dict(tree_flatten(model.parameters()))
+    result = dict(tensors)
+    for name, before in base.items():
+        parts = _unstacked(name, before.shape[0])
+        olds, news = ([before], [merged[name]]) if parts == [name] else (list(before), list(merged[name]))
+        for part, old, new in zip(parts, olds, news, strict=True):
+            own = tensors.get(part)
+            if own is None or own.shape != old.shape or not mx.array_equal(own.astype(old.dtype), old).item():
+                raise ModelError(
+                    f"{place}: {name} has no counterpart in the checkpoint that it could be merged into ({part}); "
+                    "train on other layers, or give --quantize, which writes mlx-lm's own layout."
+                )
+            result[part] = new
+    return result
+
+
+def model_tensors(model: nn.Module, place: str) -> dict[str, mx.array]:
+    """All weights of a model under mlx-lm's names, where those are Hugging Face's.
+
+    Raises:
+        ModelError: they are not.
+    """
+    weights = dict(tree_flatten(model.parameters()))
+    stacked = next((name for name in weights if _STACKED in name), None)
+    if stacked is not None:
+        raise ModelError(
+            f"{place}: {stacked} holds all experts of a layer, which is mlx-lm's layout and not Hugging Face's; merge "
+            "into the unquantised Hugging Face checkpoint, or give --quantize."
+        )
+    return weights
+
+
+def full_weights(model: nn.Module, adapter: Path) -> dict[str, mx.array]:
+    """The base model's weights that a full fine-tuning in `adapter` replaced; empty for LoRA and DoRA.
+
+    Call it before the adapter is loaded.
+    """
+    config: dict[str, Any] = read_json(adapter / "adapter_config.json")
+    if config.get("fine_tune_type") != "full":
+        return {}
+    trained = mx.load(str(adapter / "adapters.safetensors"))
+    assert isinstance(trained, dict)
+    own = dict(tree_flatten(model.parameters()))
+    return {name: own[name] for name in trained if name in own}
+
+
+def _unstacked(name: str, experts: int) -> list[str]:
+    if _STACKED not in name:
+        return [name]
+    return [name.replace(_STACKED, f".experts.{number}.") for number in range(experts)]

@@ -1,0 +1,164 @@
+"""Open a checkpoint in Hugging Face layout for conversion: every file checked, its weights not read yet."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from orpo_mlx.errors import ModelError
+from orpo_mlx.files import check_space
+from orpo_mlx.models.hf_config import normalise_config
+from orpo_mlx.models.loading import ModelHead, find, load_lazily, locate
+from orpo_mlx.models.safetensors_files import read_header, read_json, safetensors_shards, shard_names
+from orpo_mlx.training.checkpoints.folders import save_safetensors
+
+_PICKLED = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "consolidated*.pth")
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that can be loaded."""
+
+    head: ModelHead
+    """To load it with; its path is the folder its safetensors are in."""
+    folder: Path
+    """The folder it came from."""
+    config: dict[str, Any]
+    """All of its config.json, with settings where mlx-lm looks for them as well."""
+    files: list[Path]
+    """Its weight files."""
+
+
+def open_checkpoint(name: str, scratch: Path, *, flag: str, trust_remote_code: bool = False) -> Checkpoint:
+    """Find a checkpoint in Hugging Face layout and check its settings and weight files.
+
+    Args:
+        name: Hub id or folder.
+        scratch: a folder to make and use where the weights cannot be loaded from where they are.
+        flag: what the user gave `name` with, for errors.
+        trust_remote_code: allow Python code that comes with the checkpoint to run.
+
+    Raises:
+        ModelError: it cannot be found or used, or is damaged.
+    """
+    folder, _ = locate(name, flag)
+    if folder.is_file():
+        raise ModelError(f"{folder}: is a GGUF file, expected a folder; use the gguf command for it.")
+    raw = read_json(folder / "config.json")
+    config = raw if "model_file" in raw else normalise_config(raw, str(folder / "config.json"))
+    files = safetensors_shards(folder)
+    head = find(str(folder), trust_remote_code=trust_remote_code, flag=flag)
+    if not files:
+        files = _unpickled(folder, scratch)
+        head = head._replace(path=scratch)
+    elif set(files) != set(folder.glob("model*.safetensors")):
+        # mlx-lm takes every model*.safetensors and nothing else, whatever the index says.
+        _link(folder, files, scratch)
+        head = head._replace(path=scratch)
+    return Checkpoint(head, folder, config, files)
+
+
+class Base(NamedTuple):
+    """A base model of an adapter, in any layout."""
+
+    head: ModelHead
+    folder: Path
+    """The folder or file it came from."""
+    config: dict[str, Any]
+    """Its config.json, normalised; empty where it is a GGUF file."""
+    files: list[Path]
+    """Its safetensors; empty where it is a GGUF file."""
+
+    def names(self) -> set[str]:
+        """The checkpoint's tensor names, as Hugging Face's."""
+        if not self.files:
+            model, _ = load_lazily(self.head)
+            return set(dict(tree_flatten(model.parameters())))
+        return {name for file in self.files for name in read_header(file).tensors}
+
+
+def open_model(name: str, scratch: Path, *, flag: str, trust_remote_code: bool = False) -> Base:
+    """Like `open_checkpoint`, for GGUF files too.
+
+    Raises:
+        ModelError: it cannot be found or used, or is damaged.
+    """
+    path, _ = locate(name, flag)
+    if path.is_file():
+        return Base(find(str(path), flag=flag), path, {}, [])
+    source = open_checkpoint(str(path), scratch, flag=flag, trust_remote_code=trust_remote_code)
+    return Base(source.head, source.folder, source.config, source.files)
+
+
+def read_tensors(files: list[Path]) -> dict[str, mx.array]:
+    """All tensors of some checked weight files under their own names; none is read before somebody asks."""
+    tensors: dict[str, mx.array] = {}
+    for file in files:
+        loaded = mx.load(str(file), format="safetensors")
+        assert isinstance(loaded, dict)
+        tensors.update(loaded)
+    return tensors
+
+
+def _link(folder: Path, files: list[Path], scratch: Path) -> None:
+    scratch.mkdir()
+    (scratch / "config.json").symlink_to((folder / "config.json").resolve())
+    for number, file in enumerate(files):
+        (scratch / f"model-{number:05d}.safetensors").symlink_to(file.resolve())
+
+
+def _unpickled(folder: Path, scratch: Path) -> list[Path]:
+    """Pickled weights as safetensors in `scratch`."""
+    found = sorted({file for pattern in _PICKLED for file in folder.glob(pattern)})
+    if not found:
+        raise ModelError(f"{folder}: no model*.safetensors in this folder; download the weights as well.")
+    index = folder / "pytorch_model.bin.index.json"
+    if index.is_file():
+        found = [folder / name for name in sorted(set(shard_names(index).values()))]
+        missing = [file.name for file in found if not file.is_file()]
+        if missing:
+            raise ModelError(f"{folder}: {missing[0]} of {len(found)} weight files is missing; download it again.")
+    torch = _torch(found[0])
+    scratch.mkdir()
+    check_space(scratch, sum(file.stat().st_size for file in found))
+    (scratch / "config.json").symlink_to((folder / "config.json").resolve())
+    for number, file in enumerate(found):
+        weights = _read_pickle(torch, file)
+        save_safetensors(scratch / f"model-{number:05d}.safetensors", weights, {"format": "pt"})
+    return sorted(scratch.glob("model-*.safetensors"))
+
+
+def _torch(file: Path) -> Any:
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        raise ModelError(
+            f"{file}: pickled weights can run code when they are read and are taken only with torch's safe reader; "
+            "get the checkpoint's safetensors, or 'pip install torch'."
+        ) from None
+
+
+def _read_pickle(torch: Any, file: Path) -> dict[str, mx.array]:
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, zip errors.
+        reason = " ".join(str(error).split())[:160].rstrip(".")
+        raise ModelError(
+            f"{file}: torch's safe reader refuses it ({reason}); get the checkpoint's safetensors."
+        ) from None
+    table = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else None
+    if not isinstance(table, Mapping) or not all(hasattr(value, "numpy") for value in table.values()):
+        raise ModelError(f"{file}: holds something else than a table of tensors; get the checkpoint's safetensors.")
+    return {str(name): _to_mlx(torch, tensor) for name, tensor in table.items()}
+
+
+def _to_mlx(torch: Any, tensor: Any) -> mx.array:
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:  # numpy has none.
+        return mx.array(tensor.view(torch.int16).numpy()).view(mx.bfloat16)
+    return mx.array(np.asarray(tensor.numpy()))

@@ -1,0 +1,286 @@
+"""PEFT's adapters as mlx-lm's, and back, without a bit changed.
+
+The same matrices under other names, transposed: PEFT's A (r, in) and B (out, r) are mlx-lm's lora_a (in, r) and lora_b
+(r, out). What one side's settings cannot say is carried where the other side does not look: PEFT's whole config under
+`peft` in mlx-lm's adapter_config.json, mlx-lm's in the header of PEFT's safetensors file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from orpo_mlx.convert.peft_config import Scaling, find_targets, make_peft_config, matches, read_scaling, same_scaling
+from orpo_mlx.errors import ModelError
+from orpo_mlx.models.safetensors_files import read_header, read_json
+from orpo_mlx.training.checkpoints.folders import save_safetensors
+
+CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS = "adapter_config.json", "adapters.safetensors", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_CARRIED = "orpo_mlx.adapter_config"
+_LINEAR = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m"}
+_EMBEDDING = {"lora_embedding_A": "lora_a", "lora_embedding_B": "lora_b"}
+_LEAVES = ("lora_a", "lora_b", "m")
+_BASE_LAYER = "base_layer.weight"
+"""PEFT stores an adapted embedding's own weights as well."""
+
+
+class Adapter(NamedTuple):
+    """An adapter in either form."""
+
+    config: dict[str, Any]
+    weights: dict[str, mx.array]
+    metadata: dict[str, str]
+    """Of the safetensors header."""
+
+
+def read_adapter(folder: Path, weights_file: str, *, flag: str) -> Adapter:
+    """An adapter folder, checked.
+
+    Raises:
+        ModelError: a file is missing or damaged.
+    """
+    if not (folder / CONFIG).is_file() or not (folder / weights_file).is_file():
+        raise ModelError(f"{flag} {folder}: is no adapter folder, which has {CONFIG} and {weights_file}.")
+    config, header = read_json(folder / CONFIG), read_header(folder / weights_file)
+    weights = mx.load(str(folder / weights_file), format="safetensors")
+    assert isinstance(weights, dict)
+    if not weights:
+        raise ModelError(f"{folder / weights_file}: holds no tensors.")
+    return Adapter(config, weights, header.metadata)
+
+
+def write_adapter(folder: Path, weights_file: str, adapter: Adapter) -> int:
+    """Write an adapter folder; the bytes of its weights."""
+    save_safetensors(folder / weights_file, adapter.weights, adapter.metadata)
+    text = json.dumps(adapter.config, indent=2, ensure_ascii=False)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    return sum(array.nbytes for array in adapter.weights.values())
+
+
+def peft_to_mlx(peft: Adapter, model: nn.Module, place: str) -> Adapter:
+    """mlx-lm's form of a PEFT adapter for `model`.
+
+    Args:
+        peft: PEFT's form.
+        model: the base model, without adapters; it has them afterwards, at their starting values.
+        place: the folder, for errors.
+
+    Raises:
+        ModelError: it is for another model, or says something mlx-lm's adapters cannot express.
+    """
+    scaling = read_scaling(peft.config, f"{place}/{CONFIG}")
+    modules = dict(model.named_modules())
+    weights: dict[str, mx.array] = {}
+    stored = []
+    for name, array in peft.weights.items():
+        module, leaf = _split(name, place)
+        if module not in modules:
+            raise ModelError(f"{place}: adapts {module!r}, which this model does not have; check --model.")
+        if leaf == _BASE_LAYER:
+            _check_same(array, modules[module], module, place)
+            stored.append(name)
+        elif leaf == "lora_magnitude_vector":
+            weights[f"{module}.m"] = array
+        else:
+            weights[f"{module}.{(_LINEAR | _EMBEDDING)[leaf]}"] = array.T
+    adapted = {name.rpartition(".")[0] for name in weights}
+    _check_kinds(adapted, modules, model, scaling, place)
+    carried = peft.metadata.get(_CARRIED)
+    if carried is None:
+        lora = {"rank": scaling.rank, "scale": scaling.scale, "dropout": scaling.dropout}
+        config = {
+            "fine_tune_type": "dora" if scaling.dora else "lora", **_place_keys(adapted, model, lora),
+            "peft": {"config": peft.config, "base_layers": stored},
+        }  # fmt: skip
+    else:
+        config = _carried_mlx(carried, scaling, place)
+    result = Adapter(config, weights, {key: value for key, value in peft.metadata.items() if key != _CARRIED})
+    check_fits(result, model, place)
+    return result
+
+
+def mlx_to_peft(adapter: Adapter, model: nn.Module, names: set[str], base: str, place: str) -> Adapter:
+    """PEFT's form of one of mlx-lm's adapters for `model`.
+
+    Args:
+        adapter: mlx-lm's form.
+        model: the base model, without adapters; it has them afterwards, at their starting values.
+        names: the checkpoint's own tensor names, by which PEFT will look for modules.
+        base: the base model's name, for PEFT's config.
+        place: the folder, for errors.
+
+    Raises:
+        ModelError: it is for another model, or is something PEFT cannot express.
+    """
+    modules = dict(model.named_modules())
+    scaling = _mlx_scaling(adapter.config, f"{place}/{CONFIG}")
+    adapted = {name.rpartition(".")[0] for name in adapter.weights}
+    _check_kinds(adapted, modules, model, scaling, place)
+    for module in sorted(adapted):
+        if f"{module}.weight" not in names:
+            raise ModelError(
+                f"{place}: adapts {module!r}, which the checkpoint has under no such name for PEFT to find."
+            )
+    check_fits(adapter, model, place)
+    weights = {}
+    for name, array in adapter.weights.items():
+        module, _, leaf = name.rpartition(".")
+        table = _EMBEDDING if _is_embedding(modules[module]) else _LINEAR
+        theirs = next(key for key, value in table.items() if value == leaf)
+        weights[f"{_PREFIX}{module}.{theirs}"] = array if leaf == "m" else array.T
+    carried = adapter.config.get("peft")
+    if carried is None:
+        leaves = [name for name in modules if f"{name}.weight" in names]
+        config = make_peft_config(scaling, find_targets(adapted, list(modules), leaves), base)
+        metadata = {_CARRIED: json.dumps(adapter.config)}
+    else:
+        config, metadata = _carried_config(carried, scaling, adapted, place), {}
+        for name in carried.get("base_layers", ()):
+            weights[name] = modules[_split(name, place)[0]].weight
+    return Adapter(config, weights, {"format": "pt", **adapter.metadata, **metadata})
+
+
+def check_fits(adapter: Adapter, model: nn.Module, place: str) -> None:
+    """Put adapters on `model` as mlx-lm does and make sure that these weights are exactly theirs, in name and shape.
+
+    Raises:
+        ModelError: they are not.
+    """
+    try:
+        linear_to_lora_layers(
+            model,
+            adapter.config["num_layers"],
+            dict(adapter.config["lora_parameters"]),
+            use_dora=adapter.config.get("fine_tune_type") == "dora",
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{place}: mlx-lm cannot put these adapters on the model ({error}).") from None
+    expected = {
+        f"{name}.{leaf}": module[leaf].shape
+        for name, module in model.named_modules()
+        if "lora_a" in module
+        for leaf in _LEAVES
+        if leaf in module
+    }
+    for name in sorted({*expected, *adapter.weights}):
+        found = adapter.weights[name].shape if name in adapter.weights else None
+        if name not in expected or found != expected[name]:
+            wanted = f"shape {expected[name]}" if name in expected else "nothing of this name"
+            raise ModelError(
+                f"{place}: {name} {'is missing' if found is None else f'has shape {found}'}, the model with these "
+                f"settings has {wanted}; check --model."
+            )
+
+
+def _split(name: str, place: str) -> tuple[str, str]:
+    """Module and leaf of a PEFT tensor name."""
+    for leaf in (*_LINEAR, *_EMBEDDING, _BASE_LAYER):
+        if name.startswith(_PREFIX) and name.endswith(f".{leaf}"):
+            return name[len(_PREFIX) : -len(leaf) - 1], leaf
+    raise ModelError(f"{place}: tensor {name!r} is of no LoRA or DoRA layer, so it cannot be expressed by mlx-lm.")
+
+
+def _check_kinds(
+    adapted: set[str], modules: Mapping[str, nn.Module], model: nn.Module, scaling: Scaling, place: str
+) -> None:
+    for name in sorted(adapted):
+        module = modules.get(name)
+        if module is None:
+            raise ModelError(f"{place}: adapts {name!r}, which this model does not have; check --model.")
+        if _is_embedding(module):
+            if not any(other.rpartition(".")[2] == "lm_head" for other in modules):
+                raise ModelError(
+                    f"{place}: adapts {name!r}, which this model also uses as its head: mlx-lm adapts both uses and "
+                    "PEFT only one, so neither can express the other's."
+                )
+            if scaling.dora:
+                raise ModelError(f"{place}: DoRA on the embedding {name!r} is not the same in PEFT and mlx-lm.")
+        elif not isinstance(module, nn.Linear | nn.QuantizedLinear):
+            kind = type(module).__name__
+            raise ModelError(f"{place}: {name!r} is a {kind} here, and only linear and embedding layers convert.")
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+
+
+def _check_same(stored: mx.array, module: nn.Module, name: str, place: str) -> None:
+    own = module.get("weight")
+    if own is None or own.shape != stored.shape or not mx.array_equal(own.astype(stored.dtype), stored).item():
+        raise ModelError(
+            f"{place}: holds weights of {name!r} itself that differ from this model's, which mlx-lm's adapters cannot "
+            "express; merge them with PEFT."
+        )
+
+
+def _carried_mlx(carried: str, scaling: Scaling, place: str) -> dict[str, Any]:
+    """The config of mlx-lm's that an adapter came with, as long as PEFT's still says the same."""
+    try:
+        config = dict(json.loads(carried))
+        same = same_scaling(_mlx_scaling(config, place), scaling)
+    except (ValueError, TypeError):
+        same = False
+    if not same:
+        raise ModelError(
+            f"{place}/{CONFIG}: r, lora_alpha or another setting was changed since it was converted, so it and the "
+            "header of its safetensors file disagree; put them back."
+        )
+    return config
+
+
+def _place_keys(adapted: set[str], model: nn.Module, lora: Mapping[str, Any]) -> dict[str, Any]:
+    """`num_layers` and `lora_parameters` with the `keys` that make mlx-lm adapt exactly the modules in `adapted`."""
+    blocks = {id(block): index for index, block in enumerate(model.layers)}
+    prefixes = {f"{name}.": blocks[id(module)] for name, module in model.named_modules() if id(module) in blocks}
+    inner: dict[int, set[str]] = {index: set() for index in prefixes.values()}
+    outside = set()
+    for name in adapted:
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if prefix is None:
+            outside.add(name)
+        else:
+            inner[prefixes[prefix]].add(name[len(prefix) :])
+    used = [index for index, names in inner.items() if names]
+    alike = bool(used) and all(inner[index] == inner[used[-1]] for index in used)
+    if alike and sorted(used) == list(range(min(used), len(model.layers))):
+        keys, layers = {*inner[used[-1]], *outside}, len(used)
+    else:
+        keys, layers = adapted, len(model.layers)  # Full names are matched in the whole model.
+    return {"num_layers": layers, "lora_parameters": {**lora, "keys": sorted(keys)}}
+
+
+def _mlx_scaling(config: Mapping[str, Any], place: str) -> Scaling:
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise ModelError(f"{place}: fine_tune_type is {kind!r}: these are whole weights, not an adapter; use merge.")
+    lora = config.get("lora_parameters")
+    try:
+        rank, scale, dropout = lora["rank"], lora["scale"], lora.get("dropout", 0.0)  # type: ignore[index, union-attr]
+        if type(rank) is int and rank > 0 and isinstance(config["num_layers"], int):
+            return Scaling(rank, float(scale), float(dropout), kind == "dora")
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass
+    raise ModelError(f"{place}: is no adapter config of mlx-lm (num_layers, lora_parameters with rank and scale).")
+
+
+def _carried_config(carried: Any, scaling: Scaling, adapted: set[str], place: str) -> dict[str, Any]:
+    """The PEFT config an adapter came with, as long as it still says the same."""
+    try:
+        config = dict(carried["config"])
+        same = same_scaling(read_scaling(config, place), scaling)
+        named = config["target_modules"] == "all-linear" or all(matches(config, name) for name in adapted)
+    except (KeyError, TypeError, ValueError):
+        same = named = False
+    if not same or not named:
+        raise ModelError(
+            f"{place}/{CONFIG}: its `peft` part, which it was converted from, and its lora_parameters disagree; remove "
+            "that part to write a new PEFT config."
+        )
+    return config

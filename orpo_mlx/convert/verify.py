@@ -1,0 +1,157 @@
+"""Whether a conversion kept the model: log-probs of built-in texts before and after, in nats per token."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.utils import dequantize_model
+
+from orpo_mlx.engine.pair_scorer import PairScorer
+from orpo_mlx.engine.score import score_pairs
+from orpo_mlx.errors import ModelError
+from orpo_mlx.models.loading import load
+from orpo_mlx.types import TokenizedPair
+
+Logps = np.ndarray[Any, np.dtype[np.float64]]
+"""One number for each token of each completion, nats."""
+
+TEXTS = (
+    ("The capital of France is", " Paris, on the river Seine.", " a kind of cheese from the Alps."),
+    ("def add(a, b):\n", "    return a + b\n", "    raise ValueError(f'{a!r} < {b!r}')\n"),
+    ("In 1969, 2 people walked on the", " Moon: Armstrong and Aldrin.", " 3.14159 beaches of 42 islands."),
+    ("Übung macht den", " Meister, sagt man seit 1600.", " Käse 你好 🙂 größer."),
+    ("Water boils at 100 degrees", " Celsius at sea level.", " below zero, which nobody expected."),
+)
+"""Prompt and two completions each."""
+
+
+class Limit(NamedTuple):
+    """How far log-probs may move, nats per token."""
+
+    worst: float = math.inf
+    mean: float = math.inf
+
+
+EXACT = Limit(worst=1e-4)
+"""The same numbers in another file."""
+MERGED = Limit(worst=1e-3)
+"""The same product in another order, float32."""
+ROUNDED = Limit(mean=0.1)
+"""Weights rounded to half precision or 8 bits."""
+REPORTED = Limit()
+"""Fewer bits: whatever comes out is reported, as long as it is a number."""
+
+
+class Difference(NamedTuple):
+    """How far two sets of log-probs are apart, nats per token."""
+
+    worst: float
+    mean: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"worst {self.worst:.2e}, mean {self.mean:.2e} nats per token over {self.tokens} tokens"
+
+
+def probe_pairs(tokenizer: Any | None, config: Mapping[str, Any]) -> list[TokenizedPair]:
+    """`TEXTS` as token ids, or fixed ids of the vocabulary where there is no tokenizer."""
+    vocabulary = int(config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 256)
+    rng = np.random.default_rng(0)
+    pairs = []
+    for number, texts in enumerate(TEXTS):
+        if tokenizer is None:
+            sides = [rng.integers(0, vocabulary, 6 + 4 * part) for part in range(3)]
+        else:
+            sides = [tokenizer.encode(text, add_special_tokens=part == 0) for part, text in enumerate(texts)]
+        prompt, chosen, rejected = (tuple(int(token) % vocabulary for token in side) for side in sides)
+        pairs.append(TokenizedPair(prompt, chosen, rejected, f"built-in text {number + 1}"))
+    return pairs
+
+
+def model_logps(model: nn.Module, pairs: Sequence[TokenizedPair]) -> Logps:
+    """Log-prob of every completion token."""
+    rows = score_pairs(PairScorer(model), pairs, per_token=True)
+    return np.array([value for row in rows for side in ("chosen", "rejected") for value in row[f"{side}_token_logps"]])
+
+
+def folder_logps(folder: Path, pairs: Sequence[TokenizedPair], *, trust_remote_code: bool = False) -> Logps:
+    """The same of a folder or file, loaded as `train` and `score` load it.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    model = load(str(folder), trust_remote_code=trust_remote_code).model
+    quantised = [module for _, module in model.named_modules() if "scales" in module]
+    if mx.default_device() == mx.Device(mx.cpu) and all("biases" in module for module in quantised):
+        dequantize_model(model)  # The same numbers; quantised products are some 20 times slower on a CPU.
+    return model_logps(model, pairs)
+
+
+def has_torch() -> bool:
+    """Whether transformers' PyTorch models can be run here."""
+    return importlib.util.find_spec("torch") is not None
+
+
+def transformers_logps(
+    folder: Path, pairs: Sequence[TokenizedPair], *, adapter: Path | None = None, trust_remote_code: bool = False
+) -> Logps:
+    """The same by transformers on PyTorch in float32, with a PEFT adapter where one is given.
+
+    Raises:
+        ModelError: transformers cannot load or run it.
+    """
+    torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=trust_remote_code
+        ).eval()
+        if adapter is not None:
+            model = importlib.import_module("peft").PeftModel.from_pretrained(model, str(adapter)).eval()
+        with torch.no_grad():
+            rows = [
+                _torch_row(torch, model, pair.prompt_ids, side)
+                for pair in pairs
+                for side in (pair.chosen_ids, pair.rejected_ids)
+            ]
+    except Exception as error:  # Whatever a model's own code raises means that there is nothing to compare with.
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise ModelError(f"{folder}: transformers cannot run it ({reason}).") from error
+    return np.concatenate(rows)
+
+
+def _torch_row(torch: Any, model: Any, prompt: Sequence[int], completion: Sequence[int]) -> Logps:
+    ids = torch.tensor([[*prompt, *completion]])
+    # The state at position t predicts token t + 1.
+    logps = model(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+    return np.array(logps[range(len(completion)), list(completion)])
+
+
+def compare(one: Logps, other: Logps) -> Difference:
+    """How far apart they are; a number that is not finite is infinitely far."""
+    apart = np.abs(one - other)
+    apart[~np.isfinite(apart)] = math.inf
+    return Difference(float(apart.max()), float(apart.mean()), apart.size)
+
+
+def demand(difference: Difference, limit: Limit, what: str) -> None:
+    """Make sure that `difference` is within `limit`.
+
+    Raises:
+        ModelError: it is not; the message begins with `what`.
+    """
+    if not math.isfinite(difference.worst) or difference.worst > limit.worst or difference.mean > limit.mean:
+        bound = f"worst {limit.worst:g}" if math.isfinite(limit.worst) else f"mean {limit.mean:g}"
+        bound = bound if math.isfinite(min(limit)) else "finite numbers"
+        raise ModelError(
+            f"{what}: verification failed: log-probs differ by {difference} (allowed: {bound}), so nothing was kept; "
+            "the conversion is wrong for this model, use its original."
+        )

@@ -1,0 +1,1 @@
+"""Preference pairs: read, recognised, tokenized, truncated and batched."""

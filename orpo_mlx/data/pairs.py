@@ -1,0 +1,159 @@
+"""From a source of rows to `Pair`s. Every complaint carries `file:line`, and every row left out is counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from orpo_mlx.data.formats import COLUMNS, ReadRow, read_row
+from orpo_mlx.data.messages import is_empty
+from orpo_mlx.data.readers import Row
+from orpo_mlx.data.row_counts import RowReport
+from orpo_mlx.data.sources import FileSource, Source
+from orpo_mlx.errors import ConfigError, DataError
+from orpo_mlx.types import Pair, TokenizedPair
+
+SCORED_WRONGLY = "whose scores put the rejected side first"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How rows are read."""
+
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Column names by the names this package knows, such as {"prompt": "question"}."""
+    pair_ratings: str | None = None
+    """How a row of rated completions becomes pairs, one of `shapes.PAIRINGS`."""
+    min_margin: float | None = None
+    """Leave out pairs whose chosen side scores less than this above the rejected one."""
+    skip_bad_rows: bool = False
+    """Leave out and count rows that cannot be used, instead of stopping at the first."""
+
+
+class PairsOfRow(NamedTuple):
+    """The pairs one row gave, at least one."""
+
+    place: str
+    pairs: list[Pair | TokenizedPair]
+
+
+def read_pairs(source: Source, reading: Reading, report: RowReport) -> Iterator[PairsOfRow]:
+    """The pairs of every row, in order; what is left out goes into `report`.
+
+    Raises:
+        DataError: the file cannot be read, has no row, or (without `skip_bad_rows`) a row cannot be used.
+    """
+    for row in source.rows():
+        report.rows_read += 1
+        try:
+            read = _read(row, reading)
+            reason, pairs = _usable(read.pairs, reading.min_margin)
+        except DataError as error:
+            if not reading.skip_bad_rows:
+                raise with_remedy(error) from None
+            report.drop("bad_row", row.place, error)
+            continue
+        report.shapes[read.shape] += 1
+        if not pairs:
+            report.drop(reason, row.place)
+            continue
+        report.pairs_left_out += len(read.pairs) - len(pairs)
+        if read.note is not None:
+            report.note(read.note, row.place)
+        if any(isinstance(pair, Pair) and (pair.margin or 0) < 0 for pair in pairs):
+            report.note(SCORED_WRONGLY, row.place)
+        yield PairsOfRow(row.place, pairs)
+    if not report.rows_read:
+        _no_rows(source.name)
+
+
+def load_pairs(path: str | Path, reading: Reading | None = None) -> list[Pair | TokenizedPair]:
+    """All pairs of a file, in order; a row without one is an error.
+
+    Raises:
+        DataError: the file or a row cannot be used.
+    """
+    reading, report = reading or Reading(), RowReport()
+    pairs: list[Pair | TokenizedPair] = []
+    for row in FileSource([Path(path)]).rows():
+        reason, usable = _usable(_read(row, reading).pairs, reading.min_margin)
+        if not usable:
+            raise DataError(f"{row.place}: {report.words(reason)}.")
+        pairs += usable
+    return pairs or _no_rows(str(path))
+
+
+def parse_columns(text: str | None) -> dict[str, str]:
+    """`prompt=question,rejected=worse` as a mapping.
+
+    Raises:
+        ConfigError: it is not a list of NAME=COLUMN.
+    """
+    columns: dict[str, str] = {}
+    for part in filter(None, (text or "").split(",")):
+        name, equals, column = (piece.strip() for piece in part.partition("="))
+        if not (name and equals and column) or name in columns:
+            raise ConfigError(f"--columns: found {part!r}, expected NAME=COLUMN once for each name, joined by commas.")
+        if name not in COLUMNS:
+            near = difflib.get_close_matches(name, COLUMNS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COLUMNS)}."
+            raise ConfigError(f"--columns: {name!r} is not a name that rows are read by; {hint}")
+        columns[name] = column
+    return columns
+
+
+def _read(row: Row, reading: Reading) -> ReadRow:
+    if isinstance(row.value, DataError):
+        raise row.value
+    return read_row(_renamed(row, reading.columns), row.place, pair_ratings=reading.pair_ratings)
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Any:
+    if not columns or not isinstance(row.value, dict):
+        return row.value
+    for name, column in columns.items():
+        if column not in row.value:
+            found = ", ".join(sorted(map(str, row.value))[:8]) or "no columns"
+            raise DataError(f"{row.place}: --columns {name}={column}: no such column, found {found}.")
+    # A column that gives its name to another is out of the way, whatever it held.
+    taken = set(columns) | set(columns.values())
+    rest = {name: value for name, value in row.value.items() if name not in taken}
+    return {**rest, **{name: row.value[column] for name, column in columns.items()}}
+
+
+def _usable(pairs: list[Pair | TokenizedPair], min_margin: float | None) -> tuple[str, list[Pair | TokenizedPair]]:
+    """The pairs that can be used, and why the first that cannot be is left out."""
+    reasons = [_unusable(pair, min_margin) for pair in pairs]
+    first = next(filter(None, reasons), "equal_ratings")
+    return first, [pair for pair, reason in zip(pairs, reasons, strict=True) if reason is None]
+
+
+def _unusable(pair: Pair | TokenizedPair, min_margin: float | None) -> str | None:
+    if min_margin is not None:
+        margin = pair.margin if isinstance(pair, Pair) else None
+        if margin is None:
+            raise DataError(
+                f"{pair.place}: --min-margin {min_margin:g} needs scores such as score_chosen and score_rejected; "
+                "the row does not have both."
+            )
+        if margin < min_margin:
+            return "low_margin"
+    if isinstance(pair, TokenizedPair):
+        if not pair.prompt_ids:
+            return "empty_prompt"
+        return None if pair.chosen_ids and pair.rejected_ids else "empty_side"
+    if is_empty(pair.prompt):
+        return "empty_prompt"
+    return "empty_side" if is_empty(pair.chosen) or is_empty(pair.rejected) else None
+
+
+def with_remedy(error: DataError) -> DataError:
+    """The error of a row that stops a run, with the way to go on without it."""
+    return DataError(f"{str(error).rstrip('.')}; --skip-bad-rows leaves such rows out and lists them.")
+
+
+def _no_rows(name: str) -> NoReturn:
+    raise DataError(f"{name}:1: the file has no rows; expected prompt, chosen and rejected in each.")

@@ -1,0 +1,200 @@
+"""Where pairs come from: a file, a folder of splits, or a data set on the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from orpo_mlx.data.readers import READERS, Row, read_rows
+from orpo_mlx.errors import DataError
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "valid": ("valid", "validation", "val", "dev", "eval"),
+    "test": ("test",),
+}
+"""Our splits, and the names others give them."""
+
+_SHARD = re.compile(r"^(?P<stem>.*?)-\d{5}-of-\d{5}$")
+_LAST_WORD = re.compile(r"[._-]")
+_HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
+# What `datasets` writes beside the rows.
+_NOT_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")
+_COMMIT = re.compile(r"^[0-9a-f]{7,40}$")
+# Data sets with several kinds of rows name the split with preferences so.
+_HUB_SUFFIXES = ("", "_prefs", "_preferences")
+
+
+class Source(Protocol):
+    """The rows of one split."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+
+    def rows(self) -> Iterator[Row]:
+        """All rows, from the first; can be called again."""
+
+    def sha256(self) -> str:
+        """Hash of the content, as hex."""
+
+
+class FileSource:
+    """One file, or the shards of one."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = tuple(paths)
+
+    @property
+    def name(self) -> str:
+        first = self.paths[0]
+        return str(first) if len(self.paths) == 1 else f"{first} and {len(self.paths) - 1} more shards"
+
+    def rows(self) -> Iterator[Row]:
+        for path in self.paths:
+            yield from read_rows(path)
+
+    def sha256(self) -> str:
+        return _sha256(self.paths)
+
+
+class HubSource:
+    """One split of a data set that the `datasets` library has downloaded and memory-mapped."""
+
+    def __init__(self, name: str, dataset: Any) -> None:
+        self.name = name
+        self._dataset = dataset
+
+    def rows(self) -> Iterator[Row]:
+        number = 0
+        for columns in self._dataset.iter(batch_size=256):
+            names = list(columns)
+            for values in zip(*(columns[name] for name in names), strict=True):
+                number += 1
+                yield Row(f"{self.name}:{number}", dict(zip(names, values, strict=True)))
+
+    def sha256(self) -> str:
+        return _sha256(Path(entry["filename"]) for entry in self._dataset.cache_files)
+
+
+def find_splits(data: str | Path, needed: Sequence[str] = ("train",)) -> dict[str, Source]:
+    """Map "train", "valid" and "test" to their sources.
+
+    `data` is a file, which is the first of the `needed` splits alone; a folder; or a Hub id with an optional
+    configuration and revision, `owner/name:configuration@revision`. In a folder, a split is the file (or the shards, or
+    the sub-folder of files) that carries its name: `train.jsonl`, `anything.validation.parquet`,
+    `data/test-00000-of-00002.parquet`.
+
+    Raises:
+        DataError: nothing there, none of the splits `needed`, or two files for one split.
+    """
+    path = Path(data).expanduser()
+    if path.is_file():
+        return {needed[0]: FileSource([path])}
+    if path.is_dir():
+        return _folder_splits(path, needed)
+    hub = _HUB_ID.match(str(data))
+    if hub is None or path.suffix.lower() in READERS or str(data).startswith("."):
+        kinds = ", ".join(READERS)
+        raise DataError(
+            f"--data {data}: no such file or folder; expected a folder with a {needed[0]} split, a file ({kinds}), or "
+            "a Hub id such as owner/name."
+        )
+    return _hub_splits(str(data), hub["id"], hub["config"], hub["revision"], needed)
+
+
+def _folder_splits(folder: Path, needed: Sequence[str]) -> dict[str, Source]:
+    for entry in (folder, *sorted(folder.iterdir())):
+        if entry.is_dir() and entry.suffix.lower() in READERS:
+            raise DataError(f"{entry}: is a folder, expected a file.")
+    splits: dict[str, Source] = {}
+    for split, names in SPLIT_NAMES.items():
+        groups: dict[str, list[Path]] = {}
+        for path in _data_files(folder):
+            stem = _split_name(path, folder)
+            if _LAST_WORD.split(stem)[-1].lower() in names:
+                groups.setdefault(str(path.parent / stem), []).append(path)
+        # `train.jsonl` wins over `other.train.jsonl`, the folder over its `data/`.
+        exact = [paths for key, paths in groups.items() if Path(key).name.lower() in names]
+        candidates = exact if len(exact) == 1 else list(groups.values())
+        if len(candidates) > 1 or any(len(paths) > 1 and not _are_shards(paths, folder) for paths in candidates):
+            found = ", ".join(str(path.relative_to(folder)) for paths in candidates for path in paths[:4])
+            raise DataError(f"{folder}: several files for the {split} split ({found}); keep one, or give its path.")
+        if candidates:
+            splits[split] = FileSource(candidates[0])
+    if not any(name in splits for name in needed):
+        present = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
+        first = needed[0]
+        raise DataError(f"{folder}: no {first}.jsonl (or *.{first}.jsonl, .csv, .parquet, ...) in it, found {present}.")
+    return splits
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Readable files in a folder, its `data/`, and its sub-folders that bear a split's name."""
+    known = {name for names in SPLIT_NAMES.values() for name in names} | {"data"}
+    folders = [folder, *(entry for entry in sorted(folder.iterdir()) if entry.is_dir() and entry.name in known)]
+    files = [entry for place in folders for entry in sorted(place.iterdir()) if entry.is_file()]
+    return [entry for entry in files if entry.suffix.lower() in READERS and entry.name not in _NOT_ROWS]
+
+
+def _split_name(path: Path, folder: Path) -> str:
+    """A file's name without ending and shard number; in a split's own folder, the folder's."""
+    if path.parent not in (folder, folder / "data"):
+        return path.parent.name
+    shard = _SHARD.match(path.stem)
+    return shard["stem"] if shard else path.stem
+
+
+def _are_shards(paths: Sequence[Path], folder: Path) -> bool:
+    return all(_SHARD.match(path.stem) or path.parent not in (folder, folder / "data") for path in paths)
+
+
+def _hub_splits(
+    data: str, name: str, config: str | None, revision: str | None, needed: Sequence[str]
+) -> dict[str, Source]:
+    from datasets import load_dataset
+
+    try:
+        found = load_dataset(name, config, revision=revision)
+    except Exception as error:  # Hub, HTTP, format and cache errors of three libraries; each means it is not to be had.
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise DataError(
+            f"--data {data}: no such file or folder, and not to be had from the Hub as a data set ({reason})."
+        ) from None
+    _check_revision(data, revision, found)
+    splits: dict[str, Source] = {}
+    for split, names in SPLIT_NAMES.items():
+        candidates = [name + suffix for suffix in _HUB_SUFFIXES for name in names]
+        chosen = next((candidate for candidate in candidates if candidate in found), None)
+        if chosen is not None:
+            splits[split] = HubSource(f"{data}/{chosen}", found[chosen])
+    if not any(name in splits for name in needed) and len(found) == 1:
+        (only,) = found
+        splits[needed[0]] = HubSource(f"{data}/{only}", found[only])
+    if not any(name in splits for name in needed):
+        raise DataError(f"--data {data}: no {needed[0]} split, found {', '.join(map(str, found))}.")
+    return splits
+
+
+def _check_revision(data: str, revision: str | None, found: Any) -> None:
+    """Offline, `datasets` takes the newest version in its cache, whichever was asked for."""
+    if revision is None or not _COMMIT.match(revision):
+        return
+    files = [entry["filename"] for split in found.values() for entry in split.cache_files]
+    if not any(part.startswith(revision) for file in files for part in Path(file).parts):
+        raise DataError(
+            f"--data {data}: commit {revision} is not in the cache of data sets, which holds another; connect to the "
+            "Hub, or leave out the revision."
+        )
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,210 @@
+"""What there is to know about a data set before training on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orpo_mlx.data.batching import epoch_order, micro_batches, padded_tokens
+from orpo_mlx.data.splits import Split
+from orpo_mlx.data.token_store import TokenStore
+from orpo_mlx.data.tokenization import show_tokens
+from orpo_mlx.errors import printable
+
+SIDES = ("prompt", "chosen", "rejected")
+QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
+
+_EXAMPLES = 3
+_WINDOWS = 2000
+
+
+def inspect_splits(
+    splits: Mapping[str, Split], tokenizer: Any | None, *, batch_size: int, micro_batch_tokens: int, seed: int
+) -> dict[str, Any]:
+    """Counts and figures of all splits, as plain JSON; docs/data.md says what each key is.
+
+    The top level adds up the rows of all splits; `splits` has each one's figures. Padding is that of an epoch as
+    training would run it with these settings, over at most 2000 of its batches.
+    """
+    tables = {
+        name: _split_figures(split, tokenizer, batch_size=batch_size, micro_batch_tokens=micro_batch_tokens, seed=seed)
+        for name, split in splits.items()
+    }
+    dropped: dict[str, int] = {}
+    for table in tables.values():
+        for reason, count in table["rows_dropped"].items():
+            dropped[reason] = dropped.get(reason, 0) + count
+    return {
+        "rows_read": sum(table["rows_read"] for table in tables.values()),
+        "rows_kept": sum(table["rows_kept"] for table in tables.values()),
+        "rows_dropped": dropped,
+        "pairs": sum(table["pairs"] for table in tables.values()),
+        "shape": " + ".join(dict.fromkeys(table["shape"] for table in tables.values())),
+        "batch_size": batch_size,
+        "splits": tables,
+        "overlap": _overlap(splits),
+    }
+
+
+def _split_figures(
+    split: Split, tokenizer: Any | None, *, batch_size: int, micro_batch_tokens: int, seed: int
+) -> dict[str, Any]:
+    report, store = split.report, split.pairs
+    totals = store.lengths.sum(axis=0)
+    distinct = len(np.unique(store.prompt_hashes))
+    run, block = _padding(store, batch_size, micro_batch_tokens, seed)
+    return {
+        "source": split.source.name,
+        "shape": report.shape,
+        "shapes": dict(report.shapes),
+        "rows_read": report.rows_read,
+        "rows_kept": report.rows_kept,
+        "rows_dropped": dict(report.dropped),
+        "dropped_places": {reason: report.places[reason] for reason in report.dropped},
+        "left_out": report.left_out[:10],
+        "notes": dict(report.notes),
+        "note_places": {words: report.places[words] for words in report.notes},
+        "pairs": len(store),
+        "pairs_left_out": report.pairs_left_out,
+        "lengths": {side: _quantiles(store.lengths[:, number]) for number, side in enumerate(SIDES)},
+        "prompt_token_share": float(totals[0] / totals.sum()),
+        "padding_share": run,
+        "padding_share_one_block": block,
+        "distinct_prompts": distinct,
+        "duplicated_prompts": len(store) - distinct,
+        "length_bias": _length_bias(store.lengths),
+        "examples": [_example(store, number, tokenizer) for number in _spread(len(store))],
+    }
+
+
+def _quantiles(lengths: npt.NDArray[np.int64]) -> dict[str, float]:
+    values = np.quantile(lengths, list(QUANTILES.values()))
+    return {**dict(zip(QUANTILES, values.tolist(), strict=True)), "mean": float(lengths.mean())}
+
+
+def _padding(store: TokenStore, batch_size: int, micro_batch_tokens: int, seed: int) -> tuple[float, float]:
+    """Share of padding in what is run: as training cuts its batches up, and were each batch one block."""
+    windows = epoch_order(store, batch_size, seed=seed, epoch=0)
+    every = -(-len(windows) // _WINDOWS)
+    real = run = block = 0
+    for indices in windows[::every]:
+        window = [store[index] for index in indices]
+        real += int(store.lengths[indices].sum())
+        run += sum(map(padded_tokens, micro_batches(window, batch_size, micro_batch_tokens)))
+        block += padded_tokens(window)
+    return 1 - real / run, 1 - real / block
+
+
+def _length_bias(lengths: npt.NDArray[np.int64]) -> dict[str, float]:
+    """How far length alone tells the sides apart; ties count half in the accuracy."""
+    longer, shorter = (lengths[:, 1] > lengths[:, 2]).mean(), (lengths[:, 1] < lengths[:, 2]).mean()
+    return {
+        "chosen_longer": float(longer),
+        "chosen_shorter": float(shorter),
+        "mean_extra_tokens": float((lengths[:, 1] - lengths[:, 2]).mean()),
+        "accuracy_of_picking_the_longer": float(longer + (1 - longer - shorter) / 2),
+    }
+
+
+def _overlap(splits: Mapping[str, Split]) -> dict[str, int]:
+    """Pairs of held-out splits whose prompt also stands in an earlier split."""
+    names = list(splits)
+    return {
+        f"{later} in {earlier}": int(
+            np.isin(splits[later].pairs.prompt_hashes, splits[earlier].pairs.prompt_hashes).sum()
+        )
+        for number, earlier in enumerate(names)
+        for later in names[number + 1 :]
+    }
+
+
+def _spread(count: int) -> list[int]:
+    """A few row numbers, evenly spread."""
+    wanted = min(_EXAMPLES, count)
+    return [(2 * number + 1) * count // (2 * wanted) for number in range(wanted)]
+
+
+def _example(store: TokenStore, number: int, tokenizer: Any | None) -> dict[str, Any]:
+    pair = store[number]
+    sides = dict(zip(SIDES, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids), strict=True))
+    return {"place": pair.place, **{side: show_tokens(ids, tokenizer) for side, ids in sides.items()}}
+
+
+def as_text(figures: Mapping[str, Any]) -> str:
+    """The figures as a report to read."""
+    lines: list[str] = []
+    for name, table in figures["splits"].items():
+        lines += [
+            f"{name}: {table['source']}",
+            *(f"  {line}" for line in _split_lines(table, figures["batch_size"])),
+            "",
+        ]
+    for where, count in figures["overlap"].items():
+        lines.append(f"overlap: {count} prompts of {where}")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _split_lines(table: Mapping[str, Any], batch_size: int) -> list[str]:
+    lines = [
+        f"shape: {table['shape']}",
+        f"rows: {table['rows_read']} read, {table['rows_kept']} kept, {table['pairs']} pairs",
+    ]
+    if len(table["shapes"]) > 1:
+        lines.append("shapes: " + "; ".join(f"{count} {shape}" for shape, count in table["shapes"].items()))
+    for reason, count in table["rows_dropped"].items():
+        lines.append(f"left out: {count} {reason} ({_places(table['dropped_places'][reason], count)})")
+    if table["rows_dropped"].get("bad_row"):
+        lines += [f"  {printable(line)}" for line in table["left_out"]]
+    for words, count in table["notes"].items():
+        lines.append(f"taken: {count} {words} ({_places(table['note_places'][words], count)})")
+    lines.append(f"{'tokens':10}" + "".join(f"{name:>9}" for name in (*QUANTILES, "mean")))
+    for side, values in table["lengths"].items():
+        lines.append(f"{side:10}" + "".join(f"{value:9.0f}" for value in values.values()))
+    bias = table["length_bias"]
+    lines += [
+        f"prompt tokens: {table['prompt_token_share']:.1%} of prompt + chosen + rejected",
+        f"padding at batch size {batch_size}: {table['padding_share']:.1%} as run in micro-batches, "
+        f"{table['padding_share_one_block']:.1%} were each batch one block",
+        f"prompts: {table['distinct_prompts']} distinct, {table['duplicated_prompts']} duplicates",
+        f"length: chosen is longer in {bias['chosen_longer']:.1%}, shorter in {bias['chosen_shorter']:.1%} of pairs, "
+        f"by {bias['mean_extra_tokens']:+.1f} tokens on average; picking the longer one is right in "
+        f"{bias['accuracy_of_picking_the_longer']:.1%}",
+    ]
+    for example in table["examples"]:
+        lines += ["", f"example {example['place']} (trained tokens between ⟦ and ⟧, ↵ is a line's end)"]
+        lines.append(f"prompt    {example['prompt']}")
+        lines += [f"{side:9} ⟦{example[side]}⟧" for side in SIDES[1:]]
+    return lines
+
+
+def _places(places: list[str], count: int) -> str:
+    return ", ".join(places) + (", ..." if count > len(places) else "")
+
+
+def draw_lengths(splits: Mapping[str, Split], max_seq_length: int, path: Path) -> None:
+    """Histograms of tokens per prompt, chosen and rejected, a row of panels for each split, as a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 0.6 + 2.6 * len(splits)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(splits), len(SIDES), squeeze=False, sharex=True, sharey="row")
+    longest = max(int(split.pairs.lengths.max()) for split in splits.values())
+    edges = np.unique(np.geomspace(1, max(longest, 2) + 1, 41).round())
+    for row, (name, split) in zip(panels, splits.items(), strict=True):
+        for number, (panel, side) in enumerate(zip(row, SIDES, strict=True)):
+            lengths = split.pairs.lengths[:, number]
+            panel.hist(lengths, bins=edges, color=("#0072B2", "#009E73", "#D55E00")[number])
+            panel.axvline(float(np.median(lengths)), color="black", linewidth=1, linestyle="--")
+            panel.set_title(f"{name}: {side}, median {np.median(lengths):.0f}", fontsize=10)
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter("{x:g}")
+        row[0].set_ylabel("pairs")
+    for panel in panels[-1]:
+        panel.set_xlabel("tokens")
+    figure.suptitle(f"Tokens per side (--max-seq-length {max_seq_length}; dashed: median)", fontsize=11)
+    figure.savefig(path, dpi=110, format="png")

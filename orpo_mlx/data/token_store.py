@@ -1,0 +1,171 @@
+"""Tokenised pairs on disk: written once, mapped into memory, read one at a time."""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from orpo_mlx.data.row_counts import RowReport
+from orpo_mlx.types import TokenizedPair
+
+_TOKENS, _INDEX, _HEADER = "tokens.i32", "index.npy", "store.json"
+
+
+class Largest(NamedTuple):
+    """The largest token id of a store."""
+
+    token: int
+    place: str
+
+
+class TokenStore(Sequence[TokenizedPair]):
+    """Pairs of a split as one flat array of int32 token ids and an index, both mapped from files.
+
+    Args:
+        folder: what `StoreWriter` wrote.
+
+    Raises:
+        ValueError: it is not whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
+            index = np.load(folder / _INDEX, allow_pickle=False)
+            size = (folder / _TOKENS).stat().st_size
+            sound = header["sha256"] == _sha256(folder / _TOKENS, index)
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+            raise ValueError(f"{folder}: not a whole token store ({error}).") from None
+        if not sound:
+            raise ValueError(f"{folder}: the tokens are not those that were written.")
+        self.report = RowReport.from_json(header["report"])
+        self.largest = Largest(*header["largest"])
+        self.lengths: npt.NDArray[np.int64] = index[:, 1:4]
+        """(N, 3): tokens of prompt, chosen and rejected."""
+        self.prompt_hashes: npt.NDArray[np.int64] = index[:, 5]
+        """(N,): equal where prompts are."""
+        self._starts, self._lines = index[:, 0], index[:, 4]
+        self._first, self._names = header["first_pair_of_file"], header["files"]
+        self._tokens = np.memmap(folder / _TOKENS, np.int32, "r") if size else np.zeros(0, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, number: int) -> TokenizedPair: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[TokenizedPair]: ...
+
+    def __getitem__(self, number: int | slice) -> TokenizedPair | list[TokenizedPair]:
+        if isinstance(number, slice):
+            return [self[index] for index in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        number %= len(self)
+        start, (prompt, chosen, rejected) = int(self._starts[number]), self.lengths[number].tolist()
+        ids = self._tokens[start : start + prompt + chosen + rejected].tolist()
+        return TokenizedPair(
+            tuple(ids[:prompt]),
+            tuple(ids[prompt : prompt + chosen]),
+            tuple(ids[prompt + chosen :]),
+            self.place(number),
+        )
+
+    def place(self, number: int) -> str:
+        """Where pair `number` stands, `file:line`."""
+        file = bisect.bisect_right(self._first, number) - 1
+        return f"{self._names[file]}:{self._lines[number]}"
+
+
+class StoreWriter:
+    """Writes a `TokenStore` pair by pair into a new temporary folder beside `target`; `close` puts it in place."""
+
+    def __init__(self, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._target = target
+        self._folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
+        self._file = (self._folder / _TOKENS).open("wb")
+        self._rows: list[npt.NDArray[np.int64]] = []
+        self._count, self._position = 0, 0
+        self._names: list[str] = []
+        self._first: list[int] = []
+        self._largest = Largest(-1, "")
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave nothing of a store that was not closed."""
+        self._file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def extend(self, pairs: Iterable[TokenizedPair]) -> None:
+        """Add pairs, whose places end in `:number`."""
+        rows = []
+        for pair in pairs:
+            name, _, line = pair.place.rpartition(":")
+            if not self._names or self._names[-1] != name:
+                self._names.append(name)
+                self._first.append(self._count)
+            ids = np.array((*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids), np.int32)
+            self._file.write(ids.tobytes())
+            prompt = hashlib.blake2b(ids[: len(pair.prompt_ids)].tobytes(), digest_size=8).digest()
+            if len(ids) and ids.max() > self._largest.token:
+                self._largest = Largest(int(ids.max()), pair.place)
+            lengths = (len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
+            rows.append((self._position, *lengths, int(line), int.from_bytes(prompt, "little", signed=True)))
+            self._position += len(ids)
+            self._count += 1
+        if rows:
+            self._rows.append(np.array(rows, np.int64))
+
+    def close(self, report: RowReport) -> TokenStore:
+        """Finish the files, open them, and move their folder to its place.
+
+        Opened first: another process that reads the same rows may put its own, equal, store there at any moment.
+        """
+        self._file.close()
+        index = np.concatenate(self._rows) if self._rows else np.zeros((0, 6), np.int64)
+        np.save(self._folder / _INDEX, index)
+        header: dict[str, Any] = {
+            "sha256": _sha256(self._folder / _TOKENS, index),
+            "files": self._names,
+            "first_pair_of_file": self._first,
+            "largest": self._largest,
+            "report": report.to_json(),
+        }
+        (self._folder / _HEADER).write_text(json.dumps(header), encoding="utf-8")
+        store = TokenStore(self._folder)
+        self._put_in_place()
+        return store
+
+    def _put_in_place(self) -> None:
+        if self._target.exists():
+            damaged = Path(tempfile.mkdtemp(prefix=".damaged-", dir=self._target.parent))
+            with suppress(FileNotFoundError):
+                self._target.rename(damaged)
+            shutil.rmtree(damaged, ignore_errors=True)
+        try:
+            self._folder.rename(self._target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+def _sha256(path: Path, index: npt.NDArray[np.int64]) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256(index.tobytes())
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

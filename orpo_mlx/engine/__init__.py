@@ -1,0 +1,1 @@
+"""Log-probs of completions and their gradient, at the least memory and time."""

@@ -1,0 +1,271 @@
+"""What methods cost side by side: memory and seconds of a training step, each method in a process of its own."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from orpo_mlx.config.cli import OneLineParser, exit_status
+from orpo_mlx.config.command_line import resolve
+from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.data.batching import TrainingOrder, micro_batches
+from orpo_mlx.data.sources import find_splits
+from orpo_mlx.errors import ConfigError, TrainingError
+from orpo_mlx.footprint import process_footprint
+from orpo_mlx.process_memory import settle
+from orpo_mlx.published import publishable_memory
+from orpo_mlx.training.checkpoints.folders import save_json
+from orpo_mlx.training.prepare import Run, prepare, versions
+from orpo_mlx.training.reference_store import ReferenceTable
+from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.types import TokenizedPair
+
+PROG = "orpo-mlx memory"
+_GIB = 2**30
+_DEFAULTS = ("--iters", "3")
+_FIXED = ("--no-shuffle", "--no-memory-check")
+
+Windows = Sequence[Sequence[TokenizedPair]]
+
+
+def measure(config: TrainingConfig) -> dict[str, Any]:
+    """Memory and seconds of `config.iters` optimiser steps, on rows in the order of the training order.
+
+    Everything runs once to warm up before anything counts. Keys: `peak_memory_gib` (MLX's, over reference and step),
+    `active_memory_gib` and `cache_memory_gib` (MLX's, after the last step), `footprint_gib` (the process, then) and
+    `footprint_peak_gib` (at most, loading included); `step_s_median` with the reference remembered, `steps_s`;
+    `reference_s`, the median per step of what the first epoch adds (0 without a reference); `pair_tokens_per_s`;
+    `loss`, its mean in the pass that warms up, whose first step is that of the model as it was loaded.
+    """
+    settle()
+    run = prepare(config)
+    pairs = run.splits["train"].pairs
+    window_size = config.batch_size * config.grad_accumulation_steps
+    order = TrainingOrder(pairs, window_size, seed=config.seed, shuffle=config.shuffle)
+    windows = [[pairs[index] for index in indices] for indices in itertools.islice(order, config.iters)]
+    run.optimizer.init(run.loaded.model.trainable_parameters())
+    run.loaded.model.train()
+    references_s, reference_peak = _reference_seconds(run, windows)
+    losses = [optimiser_step(run, window, step).means()["loss"] for step, window in enumerate(windows, 1)]
+    steps_s, step_peak = _timed(lambda window: optimiser_step(run, window, 0), windows)
+    footprint = process_footprint()
+    return {
+        "peak_memory_gib": max(reference_peak, step_peak),
+        "active_memory_gib": mx.get_active_memory() / _GIB,
+        "cache_memory_gib": mx.get_cache_memory() / _GIB,
+        "footprint_gib": footprint.now_gib,
+        "footprint_peak_gib": footprint.peak_gib,
+        "step_s_median": statistics.median(steps_s),
+        "steps_s": steps_s,
+        "reference_s": statistics.median(references_s),
+        "pair_tokens_per_s": sum(pair.pair_tokens for window in windows for pair in window) / sum(steps_s),
+        "loss": statistics.mean(losses),
+    }
+
+
+def _reference_seconds(run: Run, windows: Windows) -> tuple[list[float], float]:
+    """Seconds per window for its reference log-probs and the peak in GiB; leaves all of them remembered."""
+    reference = run.reference
+    if reference is None:
+        return [0.0], 0.0
+
+    def remember(window: Sequence[TokenizedPair]) -> None:
+        reference.remember(micro_batches(window, run.config.batch_size, run.config.micro_batch_tokens))
+
+    def compute(window: Sequence[TokenizedPair]) -> None:
+        known, reference.table = reference.table, ReferenceTable()
+        remember(window)
+        reference.table = known
+
+    for window in windows:
+        remember(window)
+    return _timed(compute, windows)
+
+
+def _timed(work: Callable[[Sequence[TokenizedPair]], object], windows: Windows) -> tuple[list[float], float]:
+    """Seconds for each window and the peak over all of them in GiB."""
+    mx.reset_peak_memory()
+    seconds = []
+    for window in windows:
+        started = time.perf_counter()
+        work(window)
+        seconds.append(time.perf_counter() - started)
+    return seconds, mx.get_peak_memory() / _GIB
+
+
+def compare(
+    methods: Sequence[str], arguments: Sequence[str], json_file: Path | None = None, modes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Measure each method (in each mode) in a fresh process; what is known so far is in `json_file` after each.
+
+    Args:
+        methods: as `--method` takes them.
+        arguments: flags of `orpo_mlx.train`, for all of them.
+        json_file: where to write the record.
+        modes: values of `--memory` to measure every method with; none: as `arguments` say.
+
+    Returns:
+        `methods`: for each a dictionary with `method`, `memory` (the mode), all `settings`, and the keys of `measure`,
+        or `error` in their place where its process died; `versions`, `machine` and `date`.
+
+    Raises:
+        ConfigError: the settings cannot be used.
+    """
+    record: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": {"platform": platform.platform(), "cores": os.cpu_count(), **_device()},
+        "versions": versions(),
+        "methods": [],
+    }
+    commands = [_command(method, [*arguments, *mode]) for method in methods for mode in _mode_flags(modes)]
+    configs = [resolve(command, PROG) for command in commands]
+    find_splits(configs[0].data)
+    for config, command in zip(configs, commands, strict=True):
+        print(f"Measuring {config.method} with --memory {config.memory} ...", file=sys.stderr, flush=True)
+        settings = {"method": config.method, "memory": config.memory, "settings": config.settings()}
+        record["methods"].append({**settings, **_in_a_process(command)})
+        if json_file is not None:
+            save_json(json_file, record)
+    return record
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: GiB and seconds, and their ratios to ORPO, or to the first method measured where ORPO is not."""
+    measured = [row for row in rows if "error" not in row]
+    base = next((row for row in measured if row["method"] == "orpo"), measured[0] if measured else None)
+    memory = ("peak_memory_gib", "active_memory_gib", "cache_memory_gib", "footprint_gib")
+    lines = [["method", "--memory", *(f"{name.removesuffix('_gib').replace('_memory', '')} GiB" for name in memory)]]
+    lines[0] += ["step s", "first epoch step s", "pair tokens/s", "loss"]
+    for row in rows:
+        if base is None or "error" in row:
+            lines.append([row["method"], row["memory"], row["error"], *["" for _ in lines[0][3:]]])
+            continue
+        cells = [_with_ratio(row[name], base[name]) for name in memory]
+        cells.append(_with_ratio(row["step_s_median"], base["step_s_median"]))
+        cells.append(_with_ratio(row["step_s_median"] + row["reference_s"], base["step_s_median"]))
+        lines.append([row["method"], row["memory"], *cells, f"{row['pair_tokens_per_s']:.0f}", f"{row['loss']:.4f}"])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    shown = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join(f"| {line} |" for line in shown)
+
+
+def _with_ratio(value: float, base: float) -> str:
+    return f"{value:.2f}" + (f" ({value / base:.2f}x)" if base else "")
+
+
+def _device() -> dict[str, Any]:
+    info = mx.device_info()
+    return {key: info[key] for key in ("device_name", "memory_size", "max_recommended_working_set_size") if key in info}
+
+
+def _in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
+    """What `measure` returns, from a process of its own; `error` where that dies.
+
+    Raises:
+        ConfigError: it ended with one sentence about its settings, data or model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", "orpo_mlx.memory.benchmark", *arguments, "--adapter-path", folder],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "ORPO_MLX_CACHE": "off"},
+        )
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if done.returncode == 2:
+        raise ConfigError(last.removeprefix(f"{PROG}: error: "))
+    if done.returncode != 0:
+        why = last if done.returncode > 0 else f"killed by {signal.Signals(-done.returncode).name}"
+        return {"error": why}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status."""
+    return exit_status(PROG, lambda: _run(argv))
+
+
+def build_parser() -> OneLineParser:
+    """The flags `memory` has beside those of `train`."""
+    parser = OneLineParser(
+        prog=PROG,
+        description=f"{(__doc__ or '').strip()} Rows are taken in file order.",
+        epilog="All flags of orpo-mlx train are taken as well and hold for every method; --iters is 3 here.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--methods", default="orpo,dpo", help="names with commas between (default: %(default)s)")
+    parser.add_argument("--modes", default="", help="values of --memory to measure each method with: plain,fast,...")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there")
+    parser.add_argument(
+        "--publish",
+        type=Path,
+        metavar="FILE",
+        help="write the figures there without paths, to be sent in: docs/memory.md",
+    )
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None, list[str], Path | None]:
+    """Methods, the flags for all of them, the file to write, the memory modes, and the file to publish.
+
+    Raises:
+        ConfigError: flags that cannot be used.
+    """
+    own, arguments = build_parser().parse_known_args(argv)
+    methods = [name.strip() for name in own.methods.split(",")]
+    if any(word.split("=")[0] == "--method" for word in arguments):
+        raise ConfigError("--method: this command measures several; give --methods orpo,dpo.")
+    modes = [name.strip() for name in own.modes.split(",")] if own.modes else []
+    if modes and any(word.split("=")[0] == "--memory" for word in arguments):
+        raise ConfigError("--memory: several modes are measured; leave out --memory or --modes.")
+    for method, mode in itertools.product(methods, _mode_flags(modes)):
+        if resolve(_command(method, [*arguments, *mode]), PROG).test:
+            raise ConfigError("--test: this command measures training; leave it out.")
+    for flag, file in (("--json", own.json), ("--publish", own.publish)):
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            raise ConfigError(f"{flag} {file}: cannot be written there; give a file in a folder that exists.")
+    return methods, arguments, own.json, modes, own.publish
+
+
+def _command(method: str, arguments: Sequence[str]) -> list[str]:
+    return [*_DEFAULTS, *arguments, *_FIXED, "--method", method]
+
+
+def _mode_flags(modes: Sequence[str]) -> list[tuple[str, ...]]:
+    return [("--memory", mode) for mode in modes] or [()]
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    methods, arguments, json_file, modes, publish = parse(argv)
+    record = compare(methods, arguments, json_file, modes)
+    if publish is not None:
+        save_json(publish, publishable_memory(record))
+    print(table(record["methods"]))
+    died = [f"{row['method']} ({row['error']})" for row in record["methods"] if "error" in row]
+    if died:
+        raise TrainingError(f"the process of {', '.join(died)} died before it was measured")
+
+
+def _measure_and_print() -> None:
+    print(json.dumps(measure(resolve(None, PROG))))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(PROG, _measure_and_print))

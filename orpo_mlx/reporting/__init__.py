@@ -1,0 +1,1 @@
+"""What a run tells: console, metrics, charts, pages, model card, trackers, Hub."""

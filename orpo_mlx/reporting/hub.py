@@ -1,0 +1,132 @@
+"""Send what a run made to the Hub: adapters, model card and figures, never checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+from orpo_mlx.config.cli import OneLineParser, exit_status
+from orpo_mlx.errors import ConfigError, ModelError, TrainingError, printable
+from orpo_mlx.reporting.model_card import has_hub_form, shareable
+from orpo_mlx.training.checkpoints.folders import json_text
+
+PROG = "orpo-mlx push"
+
+_NEEDED = ("adapters.safetensors", "adapter_config.json")
+_FILES = (*_NEEDED, "README.md", "run.json", "metrics.jsonl", "report.html", "report.png")
+_WITH_PATHS = ("adapter_config.json", "run.json")
+"""Sent with local paths cut down to their last part."""
+_MOST_REASON = 300
+
+
+def contents(folder: Path) -> dict[str, bytes | Path]:
+    """What is sent of an adapter folder: by name, its bytes or the file that holds them.
+
+    Raises:
+        ModelError: the folder holds no adapters, or its JSON cannot be read.
+    """
+    missing = [name for name in _NEEDED if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"{folder}: has no {missing[0]}; give the --adapter-path of a run of orpo_mlx.train.")
+    return {
+        name: _without_paths(folder / name) if name in _WITH_PATHS else folder / name
+        for name in _FILES
+        if (folder / name).is_file()
+    }
+
+
+def _without_paths(path: Path) -> bytes:
+    try:
+        return json_text(shareable(json.loads(path.read_text(encoding="utf-8")))).encode()
+    except ValueError as error:
+        raise ModelError(f"{path}: is not JSON ({error}); put back the file that training wrote.") from None
+
+
+def check_ready(repo_id: str, flag: str) -> None:
+    """Make sure that a push could begin, without asking the Hub.
+
+    Raises:
+        ConfigError: `repo_id` is not owner/name, or there is no token; names `flag`.
+    """
+    _check_name(repo_id, flag)
+    if not get_token():
+        raise ConfigError(f"{flag} {repo_id}: there is no token for the Hub; set HF_TOKEN or run 'hf auth login'.")
+
+
+def _check_name(repo_id: str, flag: str) -> None:
+    if not has_hub_form(repo_id):
+        raise ConfigError(f"{flag} {repo_id}: found no repository id, expected owner/name, such as me/my-adapters.")
+
+
+def push(folder: Path, repo_id: str, *, private: bool | None = None) -> str:
+    """Send the adapter folder to a model repository, which is made where it is not there, as one commit.
+
+    Args:
+        folder: where a run wrote its adapters.
+        repo_id: owner/name.
+        private: whether a repository that is made is private; None leaves that to the owner's settings on the Hub.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ModelError: there are no adapters in `folder`.
+        TrainingError: the Hub did not take it; says where the adapters are and how to push again.
+    """
+    sent = contents(folder)
+    again = shlex.join(["orpo-mlx", "push", str(folder), repo_id, *(["--private"] if private else [])])
+    saved = f"the adapters are saved in {folder}; to push again: {again}"
+    try:
+        api = HfApi()
+        address = str(api.create_repo(repo_id, private=private, exist_ok=True))
+        operations = [CommitOperationAdd(name, content) for name, content in sent.items()]
+        api.create_commit(repo_id, operations, commit_message="Adapters trained with orpo_mlx")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(saved) from None
+    except Exception as error:  # Any of a dozen Hub, HTTP, transfer and file errors; each means it was not taken.
+        reason = " ".join(str(error).split())[:_MOST_REASON].rstrip(".") or type(error).__name__
+        raise TrainingError(f"{repo_id}: the Hub did not take the push ({reason}); {saved}") from None
+    return address
+
+
+def listing(sent: dict[str, bytes | Path]) -> str:
+    """Sizes in bytes and names, a file a line, with the sum."""
+    sizes = {name: len(what) if isinstance(what, bytes) else what.stat().st_size for name, what in sent.items()}
+    return "\n".join(f"{size:>15,}  {name}" for name, size in [*sizes.items(), ("bytes together", sum(sizes.values()))])
+
+
+def build_parser() -> OneLineParser:
+    """The command line of `push`."""
+    parser = OneLineParser(prog=PROG, description="Send adapters, model card and figures of a run to the Hub.")
+    parser.add_argument("adapter_path", metavar="ADAPTER_PATH", help="folder that train wrote")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="model repository, owner/name; made where it is not there")
+    parser.add_argument("--private", action="store_true", help="make it private, if it is made")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be sent, and send nothing")
+    return parser
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    args = build_parser().parse_args(argv)
+    folder = Path(args.adapter_path).expanduser()
+    _check_name(args.repo_id, "REPO_ID")
+    if args.dry_run:
+        print(printable(f"Would be sent to {args.repo_id}:"))
+        print(listing(contents(folder)))
+        return
+    check_ready(args.repo_id, "REPO_ID")
+    print(listing(contents(folder)))
+    print(printable(f"Pushed to {push(folder, args.repo_id, private=args.private or None)}"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status."""
+    return exit_status(PROG, lambda: _run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""How far a run has come: everything that changes from step to step besides arrays and random numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from orpo_mlx.losses.metrics import MetricMeans
+from orpo_mlx.training.divergence_watch import DivergenceWatch
+from orpo_mlx.training.samples import Reply
+
+Held = dict[str, dict[str, float]]
+"""Metrics by split."""
+
+
+class Best(NamedTuple):
+    """The evaluation with the lowest validation loss so far."""
+
+    step: int
+    loss: float
+
+
+@dataclasses.dataclass
+class Progress:
+    """The state of a run between two steps."""
+
+    step: int = 0
+    """Steps done, those passed over included."""
+    reported: int = 0
+    """The step of the last report on training."""
+    means: MetricMeans = dataclasses.field(default_factory=MetricMeans)
+    """Of the steps since then; so are the next two."""
+    pair_tokens: int = 0
+    seconds: float = 0.0
+    trained_tokens: int = 0
+    """Of prompts and completions, since the run began; so is the next."""
+    training_seconds: float = 0.0
+    """Spent in steps."""
+    skipped: int = 0
+    """Steps passed over since the run began."""
+    best: Best | None = None
+    before: Held = dataclasses.field(default_factory=dict)
+    """Held-out metrics before the first step."""
+    replies_before: list[Reply] = dataclasses.field(default_factory=list)
+    resumed_at: list[int] = dataclasses.field(default_factory=list)
+    """Steps at which the run was taken up again."""
+    watch: DivergenceWatch = dataclasses.field(default_factory=DivergenceWatch)
+
+    def start_report(self) -> None:
+        """Begin new means after a report."""
+        self.reported, self.means, self.pair_tokens, self.seconds = self.step, MetricMeans(), 0, 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it; JSON keeps every bit of a finite float64."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            **fields,
+            "means": self.means.to_json(),
+            # JSON has no NaN; a held-out metric that was none is null, as in metrics.jsonl.
+            "before": {
+                split: {key: number if math.isfinite(number) else None for key, number in metrics.items()}
+                for split, metrics in self.before.items()
+            },
+            "best": self.best and self.best._asdict(),
+            "replies_before": [reply._asdict() for reply in self.replies_before],
+            "watch": self.watch.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Progress:
+        """What `to_json` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it is something else.
+        """
+        best, replies = value["best"], value["replies_before"]
+        counts = {name: int(value[name]) for name in ("step", "reported", "pair_tokens", "skipped")}
+        if min(counts.values()) < 0:
+            raise ValueError("a negative count")
+        return cls(
+            **counts,
+            # Checkpoints of earlier versions do not have these two.
+            trained_tokens=int(value.get("trained_tokens", 0)),
+            training_seconds=float(value.get("training_seconds", 0.0)),
+            means=MetricMeans.from_json(value["means"]),
+            seconds=float(value["seconds"]),
+            best=None if best is None else Best(int(best["step"]), float(best["loss"])),
+            before={
+                str(split): {str(key): math.nan if number is None else float(number) for key, number in metrics.items()}
+                for split, metrics in value["before"].items()
+            },
+            replies_before=[Reply(str(r["prompt"]), str(r["text"]), int(r["tokens"])) for r in replies],
+            resumed_at=[int(step) for step in value["resumed_at"]],
+            watch=DivergenceWatch.from_json(value["watch"]),
+        )

@@ -1,0 +1,387 @@
+"""What a checkpoint holds of a run, and a run put back to where a checkpoint left it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from orpo_mlx.config.checks import check_settings
+from orpo_mlx.config.settings import TrainingConfig, group_of
+from orpo_mlx.errors import ConfigError, TrainingError
+from orpo_mlx.models.adapters import adapter_weights, load_adapter_file
+from orpo_mlx.reporting.resumable_jsonl import FileMark
+from orpo_mlx.training.checkpoints.folders import (
+    Checkpoint,
+    clear_unfinished,
+    json_text,
+    prune,
+    save_adapters,
+    save_json,
+    save_safetensors,
+    whole_checkpoints,
+    write_checkpoint,
+)
+from orpo_mlx.training.checkpoints.progress import Progress
+from orpo_mlx.training.data_order import epoch_and_step, order_digest, place_metadata, total_steps
+from orpo_mlx.training.prepare import Run, adapter_config, versions
+
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+_ADAPTERS, _OPTIMIZER, _REFERENCE, _STATE = (
+    "adapters.safetensors", "optimizer.safetensors", "reference.safetensors", "state.json",
+)  # fmt: skip
+
+_NEVER_TAKEN = {"adapter_path", "resume", "resume_with_changes", "overwrite", "trust_remote_code", "test", "watch"}
+"""Settings that a checkpoint has no say in; remote code runs, and a port opens, only where this very command asks."""
+_FREE_GROUPS = {"memory", "machines", "reports", "resume"}
+_FREE = {
+    "adapter_path", "trust_remote_code", "memory_check", "micro_batch_tokens", "precompute_reference", "iters",
+    "epochs", "on_nonfinite", "max_skipped",
+}  # fmt: skip
+"""Settings that may change without changing the maths; so may all of `_FREE_GROUPS`."""
+_BY_CONTENT = {"model", "data"}
+"""Settings that name what is compared by content instead."""
+
+
+class State(NamedTuple):
+    """What `state.json` says, checked."""
+
+    progress: Progress
+    total: int
+    first_step: int
+    settings: Mapping[str, Any]
+    random_states: list[tuple[int, int]]
+    """Of each rank."""
+    order: str
+    data: Mapping[str, str]
+    model: str
+    versions: Mapping[str, str]
+    metrics: FileMark
+    samples: FileMark | None
+    """None where no sample replies were kept."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps had been taken."""
+        return self.progress.step >= self.total
+
+
+def random_state() -> tuple[int, int]:
+    """MLX's random state: two 32-bit words."""
+    state: Any = mx.random.state
+    high, low = np.array(state[0]).tolist()
+    return int(high), int(low)
+
+
+def set_random_state(state: Sequence[int]) -> None:
+    """Put MLX's random numbers back to where `random_state` found them."""
+    mx.random.seed((state[0] << 32) | state[1])
+
+
+def random_state_of(rank: int, states: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """A rank's own random numbers; one that had none yet gets some that no other rank has."""
+    if rank < len(states):
+        return states[rank]
+    digest = hashlib.sha256(repr((states[0], rank)).encode()).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+
+
+@contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """Whatever draws random numbers in this block, the run's own, of dropout, do not depend on it."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+def save(run: Run, progress: Progress, marks: Mapping[str, FileMark], randoms: Sequence[tuple[int, int]]) -> Checkpoint:
+    """Save a run as it stands after `progress.step` steps, then remove the checkpoints that are one too many.
+
+    Only rank 0 writes. `marks` say how far the files of `metrics` and `samples` had come; `randoms` are the random
+    states of all ranks.
+
+    Raises:
+        TrainingError: a weight is not finite, or the disk cannot be written; earlier checkpoints are untouched.
+    """
+    weights, optimizer = adapter_weights(run.loaded.model), _optimizer_arrays(run)
+    place = place_metadata(run, progress.step)
+    for name, array in (*weights.items(), *optimizer.items()):
+        if not mx.isfinite(array).all().item():
+            raise TrainingError(f"{name} is not finite after step {progress.step}, so it is not saved")
+    if not run.ranks.first:
+        return Checkpoint(run.folder / CHECKPOINTS, progress.step)
+    state = _describe(run, progress, marks, randoms)
+
+    def write(folder: Path) -> None:
+        save_safetensors(folder / _ADAPTERS, weights, place)
+        save_safetensors(folder / _OPTIMIZER, optimizer)
+        if run.reference is not None:
+            save_safetensors(folder / _REFERENCE, run.reference.table.arrays())
+        (folder / _STATE).write_text(json_text(state), encoding="utf-8")
+        (folder / "adapter_config.json").write_text(json_text(adapter_config(run)), encoding="utf-8")
+
+    parent = run.folder / CHECKPOINTS
+    try:
+        checkpoint = write_checkpoint(parent, progress.step, write)
+        save_adapters(run.folder, weights, place)
+        save_json(run.folder / "adapter_config.json", adapter_config(run))
+        prune(parent, run.config.keep, [] if progress.best is None else [progress.best.step])
+    except OSError as error:
+        raise TrainingError(f"{error.filename}: cannot be saved ({error.strerror or error})") from None
+    return checkpoint
+
+
+def mark_best(run: Run, step: int) -> None:
+    """Let `best` lead to the checkpoint of a step."""
+    link, temporary = run.folder / BEST, run.folder / f".{BEST}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(Path(CHECKPOINTS) / f"step-{step:07d}")
+    temporary.replace(link)
+
+
+def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint of an adapter folder, and a sentence for each newer one that is not whole."""
+    problems: list[str] = []
+    for found in whole_checkpoints(folder / CHECKPOINTS):
+        if isinstance(found, Checkpoint):
+            return found, problems
+        problems.append(found)
+    return None, problems
+
+
+def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """What `--resume` goes on from: `newest`, where None means that the run has not saved anything yet.
+
+    Raises:
+        TrainingError: there are checkpoints and none of them is whole.
+    """
+    checkpoint, problems = newest(folder)
+    if checkpoint is None and problems:
+        raise TrainingError(
+            f"--resume: no checkpoint in {folder / CHECKPOINTS} is whole ({problems[0].rstrip('.')}); put a whole one "
+            "back, or remove that folder to start from the beginning"
+        )
+    clear_unfinished(folder / CHECKPOINTS)
+    return checkpoint, problems
+
+
+def settings_of_newest(adapter_path: str) -> dict[str, Any]:
+    """The settings that the newest whole checkpoint of an adapter path was made with; none where there is no such.
+
+    Raises:
+        ConfigError: they are not settings of this version.
+    """
+    checkpoint, _ = newest(Path(adapter_path).expanduser())
+    if checkpoint is None:
+        return {}
+    settings = read_state(checkpoint).settings
+    return {name: value for name, value in settings.items() if name not in _NEVER_TAKEN}
+
+
+def read_state(checkpoint: Checkpoint) -> State:
+    """What a checkpoint says of its run.
+
+    Raises:
+        TrainingError: its `state.json` is not one of this package.
+        ConfigError: its settings are not settings of this version.
+    """
+    path = checkpoint.folder / _STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        randoms = [(int(high), int(low)) for high, low in state["random_states"]]
+        metrics = _mark(state["metrics"])
+        samples = _mark(state["samples"]) if "samples" in state else None
+        progress = Progress.from_json(state["progress"])
+        total, first_step = int(state["total_steps"]), int(state["first_step"])
+        texts = [{str(k): str(v) for k, v in state[name].items()} for name in ("data", "versions")]
+        settings, order, model = dict(state["settings"]), str(state["order"]), str(state["model"])
+        words = [word for pair in randoms for word in pair]
+        if not words or not all(0 <= word < 1 << 32 for word in words) or first_step < 0:
+            raise ValueError("a number out of range")
+        if progress.step != checkpoint.step:
+            raise ValueError(f"step {progress.step}, expected {checkpoint.step}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TrainingError(f"{path}: not the state of a run ({type(error).__name__}: {reason})") from None
+    checked = check_settings(settings, str(path))
+    return State(progress, total, first_step, checked, randoms, order, texts[0], model, texts[1], metrics, samples)
+
+
+def _mark(value: Mapping[str, Any]) -> FileMark:
+    mark = FileMark(int(value["size"]), str(value["sha256"]))
+    if mark.size < 0:
+        raise ValueError("a negative size")
+    return mark
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What all ranks of a run must have in common."""
+    own = {"adapter_path", "trust_remote_code", "memory_check", "micro_batch_tokens", *_BY_CONTENT}
+    settings = {
+        f"--{name.replace('_', '-')}": value
+        for name, value in run.config.settings().items()
+        if name not in own and group_of(name) != "memory"
+    }
+    weights = adapter_weights(run.loaded.model)
+    packages = {name: version for name, version in versions().items() if name in ("orpo-mlx", "mlx", "mlx-lm")}
+    return {
+        **settings,
+        **{f"--data, rows of {name}": split.sha256 for name, split in run.splits.items()},
+        "--data, in order": order_digest(run),
+        "--model, weights": run.model_digest,
+        "trained parameters": [sum(array.size for array in weights.values()), len(weights)],
+        **packages,
+    }
+
+
+def copied_to_all(run: Run, checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """Rank 0's checkpoint, copied into the other ranks' own folders."""
+    ranks = run.ranks
+    if ranks.size == 1:
+        return checkpoint
+    names = sorted(path.name for path in checkpoint.folder.iterdir()) if checkpoint else []
+    step, names = json.loads(ranks.from_first(json.dumps([checkpoint and checkpoint.step, names]).encode()))
+    if step is None:
+        return None
+    folder = run.folder / CHECKPOINTS / f"step-{step:07d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        content = ranks.from_first((folder / name).read_bytes() if ranks.first else b"")
+        if not ranks.first:
+            (folder / name).write_bytes(content)
+    return Checkpoint(folder, step)
+
+
+def accept(run: Run, state: State) -> list[str]:
+    """The differences between a run and the checkpoint it goes on from, in words.
+
+    Raises:
+        ConfigError: some change the maths, and `--resume-with-changes` is not given; lists them.
+    """
+    ours = {name: value for name, value in run.config.settings().items() if name not in _NEVER_TAKEN | _BY_CONTENT}
+    defaults = TrainingConfig().settings()
+    changed = [name for name, value in ours.items() if value != state.settings.get(name, defaults[name])]
+    harmless = [name for name in changed if name in _FREE or group_of(name) in _FREE_GROUPS]
+    serious = [_change(run, state, name) for name in changed if name not in harmless]
+    hashes = {name: split.sha256 for name, split in run.splits.items()}
+    if state.order != order_digest(run) and not serious:
+        serious.append("--data: other rows to train on")
+    serious += [
+        f"--data: other rows in {name}" for name in hashes if hashes[name] != state.data.get(name, hashes[name])
+    ]
+    if state.model != run.model_digest:
+        serious.append("--model: other weights")
+    if serious and not run.config.resume_with_changes:
+        raise ConfigError(
+            f"--resume: this is not the run that was saved at step {state.progress.step} ({'; '.join(serious)}); give "
+            "the same settings, or --resume-with-changes"
+        )
+    now = versions()
+    others = [f"{name} {old} is now {now.get(name)}" for name, old in state.versions.items() if now.get(name) != old]
+    return [*serious, *(_change(run, state, name) for name in harmless), *others]
+
+
+def restore_reference(run: Run, checkpoint: Checkpoint) -> None:
+    """Remember the reference log-probs that the checkpoint remembers.
+
+    Raises:
+        TrainingError: they cannot be read.
+    """
+    path = checkpoint.folder / _REFERENCE
+    if run.reference is not None and path.is_file():
+        with _readable(path):
+            run.reference.table.restore(_arrays(path))
+
+
+def restore(run: Run, checkpoint: Checkpoint, state: State) -> list[str]:
+    """Put adapters, optimiser and random numbers back; what could not be put back, in words.
+
+    Raises:
+        UserError: the adapters are not those of this model.
+    """
+    notes = []
+    load_adapter_file(run.loaded.model, checkpoint.folder / _ADAPTERS, run.config.lora_parameters["scale"])
+    path = checkpoint.folder / _OPTIMIZER
+    run.optimizer.init(run.loaded.model.trainable_parameters())
+    expected = _optimizer_arrays(run)
+    with _readable(path):
+        found = _arrays(path)
+    problems = [
+        name
+        for name in {*expected, *found}
+        if name not in expected or name not in found or _kind(found[name]) != _kind(expected[name])
+    ]
+    if not problems:
+        run.optimizer.state = tree_unflatten(list(found.items()))
+        run.optimizer.init(run.loaded.model.trainable_parameters())
+        if run.config.lr_schedule is None:
+            run.optimizer.learning_rate = run.config.learning_rate
+    elif run.config.resume_with_changes:
+        notes.append("The optimiser is another one: it begins anew.")
+    else:
+        raise TrainingError(f"{path}: {sorted(problems)[0]} is not what this run's optimiser keeps")
+    mx.eval(run.loaded.model.trainable_parameters(), run.optimizer.state)
+    set_random_state(random_state_of(run.ranks.rank, state.random_states))
+    return notes
+
+
+def _describe(
+    run: Run, progress: Progress, marks: Mapping[str, FileMark], randoms: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+    epoch, step = epoch_and_step(run, progress.step)
+    return {
+        "step": progress.step,
+        "total_steps": total_steps(run.config, len(run.splits["train"].pairs)),
+        "epoch": epoch,
+        "step_in_epoch": step,
+        "first_step": run.first_step,
+        "progress": progress.to_json(),
+        "random_states": list(randoms),
+        **{name: mark._asdict() for name, mark in marks.items()},
+        "order": order_digest(run),
+        "data": {name: split.sha256 for name, split in run.splits.items()},
+        "model": run.model_digest,
+        "settings": {name: value for name, value in run.config.settings().items() if name not in _NEVER_TAKEN},
+        "versions": versions(),
+    }
+
+
+def _change(run: Run, state: State, name: str) -> str:
+    old, new = state.settings.get(name), getattr(run.config, name)
+    return f"--{name.replace('_', '-')} {old} is now {new}"
+
+
+def _optimizer_arrays(run: Run) -> dict[str, mx.array]:
+    flat: list[tuple[str, Any]] = tree_flatten(run.optimizer.state)  # type: ignore[assignment]
+    return {name: value for name, value in flat if isinstance(value, mx.array)}
+
+
+def _kind(array: mx.array) -> tuple[Any, ...]:
+    return array.shape, array.dtype
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TrainingError(f"{path}: not what a checkpoint holds under this name ({reason})") from None
+
+
+def _arrays(path: Path) -> dict[str, mx.array]:
+    """The arrays of a file, read now: the file may be gone before a lazy one is looked at."""
+    arrays = mx.load(str(path))
+    assert isinstance(arrays, dict)
+    mx.eval(arrays)
+    return arrays

@@ -1,0 +1,96 @@
+"""Which pairs each step of a run takes, and where in them a run stands."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.data.batching import TrainingOrder, length_order, micro_batches, side_lengths, steps_per_epoch
+from orpo_mlx.models.adapters import adapter_metadata
+from orpo_mlx.training.prepare import Run
+from orpo_mlx.types import TokenizedPair
+
+_ORDER_KEY, _STEP_KEY = "orpo_mlx_order", "orpo_mlx_step"
+
+
+def window_size(config: TrainingConfig) -> int:
+    """Pairs of an optimiser step."""
+    return config.batch_size * config.grad_accumulation_steps
+
+
+def total_steps(config: TrainingConfig, num_pairs: int) -> int:
+    """Optimiser steps of a run: `iters`, or `epochs` (default 1) passes over the train split."""
+    if config.iters is not None:
+        return config.iters
+    return max(1, math.ceil((config.epochs or 1) * steps_per_epoch(num_pairs, window_size(config))))
+
+
+def training_order(run: Run, done: int = 0) -> TrainingOrder:
+    """The windows of this run after its first `done` steps."""
+    config = run.config
+    pairs = run.splits["train"].pairs
+    step = run.first_step + done
+    return TrainingOrder(pairs, window_size(config), seed=config.seed, shuffle=config.shuffle, step=step)
+
+
+def epoch_and_step(run: Run, done: int) -> tuple[int, int]:
+    """Whole epochs behind a run after `done` steps, and steps into the present one."""
+    return divmod(run.first_step + done, steps_per_epoch(len(run.splits["train"].pairs), window_size(run.config)))
+
+
+def order_digest(run: Run) -> str:
+    """What the order of windows depends on: the pairs, their number in a step, the seed."""
+    config = run.config
+    lengths = side_lengths(run.splits["train"].pairs).tobytes()
+    size, sha256 = window_size(config), run.splits["train"].sha256
+    parts = (sha256, hashlib.sha256(lengths).hexdigest(), size, config.seed, config.shuffle)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def place_metadata(run: Run, done: int) -> dict[str, str]:
+    """What an adapter file says of its place in the data."""
+    return {_ORDER_KEY: order_digest(run), _STEP_KEY: str(run.first_step + done)}
+
+
+def steps_of_adapter_file(run: Run) -> int:
+    """Steps that `--resume-adapter-file` has taken in this very order, 0 where it was another."""
+    if run.config.resume_adapter_file is None:
+        return 0
+    metadata = adapter_metadata(run.config.resume_adapter_file)
+    step = metadata.get(_STEP_KEY, "")
+    return int(step) if step.isdecimal() and metadata.get(_ORDER_KEY) == order_digest(run) else 0
+
+
+def steps_taken(adapters: Path) -> int:
+    """The steps that an adapter file (or the one in a folder) says it has taken, 0 where it says nothing."""
+    step = adapter_metadata(adapters).get(_STEP_KEY, "")
+    return int(step) if step.isdecimal() else 0
+
+
+def held_out_pairs(run: Run) -> dict[str, Sequence[TokenizedPair]]:
+    """The pairs of each held-out split that are evaluated."""
+    limits = {"valid": run.config.val_batches, "test": run.config.test_batches}
+    return {
+        name: run.splits[name].pairs if limit == -1 else run.splits[name].pairs[: limit * run.config.batch_size]
+        for name, limit in limits.items()
+        if limit != 0 and name in run.splits
+    }
+
+
+def groups_to_come(run: Run) -> list[list[TokenizedPair]]:
+    """Every pair this run meets, grouped as the first epoch and the evaluations group them."""
+    config, pairs = run.config, run.splits["train"].pairs
+    order = training_order(run)
+    per_epoch = steps_per_epoch(len(pairs), window_size(config))
+    # From the middle of an epoch, its rest and one whole epoch meet every pair.
+    most = min(total_steps(config, len(pairs)), per_epoch + -order.step % per_epoch)
+    groups: list[list[TokenizedPair]] = []
+    for indices in itertools.islice(order, most):
+        groups += micro_batches([pairs[index] for index in indices], config.batch_size, config.micro_batch_tokens)
+    for held_out in held_out_pairs(run).values():
+        groups += [[held_out[index] for index in indices] for indices in length_order(held_out, config.batch_size)]
+    return groups

@@ -1,0 +1,69 @@
+"""Held-out metrics of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from orpo_mlx.data.batching import collate, length_order, sequence_tokens
+from orpo_mlx.engine.pair_scorer import PairScorer, join_logps, pair_logps
+from orpo_mlx.losses.metrics import MetricMeans, pair_metrics
+from orpo_mlx.losses.registry import BoundLoss
+from orpo_mlx.training.distributed import Ranks
+from orpo_mlx.training.reference import ReferenceLogProbs, with_reference
+from orpo_mlx.types import TokenizedPair
+
+
+def evaluate(
+    scorer: PairScorer,
+    pairs: Sequence[TokenizedPair],
+    loss: BoundLoss,
+    *,
+    batch_size: int,
+    nll: str,
+    reference: ReferenceLogProbs | None,
+    untrained: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+    ranks: Ranks | None = None,
+    suspects: Callable[[list[TokenizedPair]], None] = lambda pairs: None,
+) -> dict[str, float]:
+    """Mean over all `pairs` of each of `metrics.pair_metrics`, without dropout and without gradient.
+
+    The loss sees the whole split at once, so that no metric depends on `batch_size`. `untrained` says that no
+    optimiser step has been taken: the policy's log-probs are then the reference's as well, and are not computed twice.
+    Each of `ranks` runs its share of the batches, and all of them return the metrics of all pairs.
+    `progress` is called with the number of pairs done after each batch, `suspects` at the end with the pairs that have
+    a metric that is not finite, if any do.
+    """
+    model = scorer.model
+    was_training = model.training
+    model.eval()
+    tokens_per_pair = sequence_tokens(pairs) / len(pairs) if nll == "sequence" else None
+    parts, done = [], 0
+    ranks = ranks or Ranks()
+    groups = [[pairs[index] for index in indices] for indices in length_order(pairs, batch_size)]
+    for group in ranks.share(groups):
+        batch = collate(group)
+        logps = pair_logps(scorer, batch, nll_tokens_per_pair=tokens_per_pair, gradient=False)
+        if reference and untrained:
+            reference.adopt(group, logps)
+        parts.append(with_reference(logps, reference(group, batch) if reference else None))
+        mx.eval(parts[-1])
+        done += len(group)
+        progress(done)
+    model.train(was_training)
+    order = [pair for rank in range(ranks.size) for group in ranks.share(groups, rank) for pair in group]
+    together = join_logps(parts) if ranks.size == 1 else ranks.gather_logps(parts)
+    if reference and together.reference_chosen is not None and together.reference_rejected is not None:
+        # Every rank knows what the others have computed.
+        references = together._replace(chosen=together.reference_chosen, rejected=together.reference_rejected)
+        reference.adopt(order, references)
+    means = MetricMeans()
+    metrics = pair_metrics(together, loss(together))
+    finite = np.all([np.isfinite(np.array(values)) for values in metrics.values()], axis=0)
+    if not finite.all():
+        suspects([pair for pair, good in zip(order, finite, strict=True) if not good])
+    means.add(metrics)
+    return means.means()

@@ -1,0 +1,161 @@
+"""Log-probs under the reference model, remembered per pair. Never a second copy of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from orpo_mlx.data.batching import collate
+from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
+from orpo_mlx.models.adapters import adapters_off
+from orpo_mlx.training.distributed import Ranks
+from orpo_mlx.training.reference_store import ReferenceTable, identity_digest, weights_fingerprint
+from orpo_mlx.types import Batch, PairLogProbs, TokenizedPair
+
+_MATHS = 1
+"""Raised when this package computes other log-probs from the same weights and tokens, beyond rounding."""
+
+
+def pair_key(pair: TokenizedPair) -> bytes:
+    """A digest of a pair's token ids."""
+    digest = hashlib.blake2b(digest_size=16)
+    for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
+        digest.update(len(ids).to_bytes(8, "little"))
+        digest.update(np.array(ids, np.int32).tobytes())
+    return digest.digest()
+
+
+class ReferenceLogProbs:
+    """Summed log-probs of both completions under the model as it was before training.
+
+    With `adapters_are_new` (fresh LoRA or DoRA), the reference is the model with its adapters off, computed when a
+    pair is first met. Otherwise (full fine-tuning, or training on from an adapter) the weights that define it are
+    about to change, so `remember` must be called for every pair before the first step.
+
+    Args:
+        scorer: the policy.
+        adapters_are_new: whether "adapters off" is the model as it was before training.
+        with_prompt: whether the policy's prompt tokens go through the head as well (`nll="sequence"`). The reference's
+            then do too, so that policy and reference are the same sums, bit for bit, where they are the same model:
+            dpop's gradient jumps there.
+    """
+
+    def __init__(self, scorer: PairScorer, *, adapters_are_new: bool, with_prompt: bool = False) -> None:
+        self.scorer = scorer
+        self._live = adapters_are_new
+        self._nll_tokens_per_pair = 1.0 if with_prompt else None
+        self.table = ReferenceTable()
+
+    def keep_in(self, folder: Path, model_config: Mapping[str, Any]) -> None:
+        """Remember in a file of `folder` as well, and begin with what it holds of this very reference.
+
+        Call it before the first step. The file is named by all that the numbers depend on besides a pair's tokens:
+        content of the weights, the model's config, what is run how, versions. Batches are not part of it: in another
+        composition the numbers differ by rounding.
+        """
+        with self._reference_weights():
+            weights = weights_fingerprint(self.scorer.model)
+        identity = {
+            "weights": weights,
+            "model_config": model_config,
+            "prompt_through_head": self._nll_tokens_per_pair is not None,
+            "shares_prompt": self.scorer.shares_prompt,
+            "splits_head": self.scorer.splits_head,
+            "device": str(mx.default_device()),
+            "versions": {"maths": _MATHS, **{name: version(name) for name in ("orpo-mlx", "mlx", "mlx-lm")}},
+        }
+        self.table = ReferenceTable(folder / f"{identity_digest(identity)}.npz", identity)
+
+    @property
+    def needs_precomputing(self) -> bool:
+        """Whether every pair must be remembered before the first step."""
+        return not self._live
+
+    def __call__(self, pairs: Sequence[TokenizedPair], batch: Batch) -> tuple[mx.array, mx.array]:
+        """Reference log-probs (nats, float32, shape (B,) each) of the chosen and rejected sides of `batch`.
+
+        Raises:
+            KeyError: a pair that was not remembered, where the reference can no longer be computed.
+        """
+        keys = [pair_key(pair) for pair in pairs]
+        missing = [place for place, key in enumerate(keys) if self.table.get(key) is None]
+        if missing and not self._live:
+            raise KeyError("a pair has no reference log-probs and the weights that define them have changed.")
+        if missing:
+            some = [pairs[place] for place in missing]
+            self._compute(some, batch if len(some) == len(pairs) else collate(some))
+        found = np.array([self.table.get(key) for key in keys], np.float32)
+        return mx.array(found[:, 0]), mx.array(found[:, 1])
+
+    def adopt(self, pairs: Sequence[TokenizedPair], logps: PairLogProbs) -> None:
+        """Keep log-probs of the policy as the reference's: they are the same numbers until the first optimiser step."""
+        self._keep(pairs, logps)
+
+    def remember(
+        self, groups: Iterable[Sequence[TokenizedPair]], progress: Callable[[int], None] = lambda done: None
+    ) -> None:
+        """Compute and keep the reference log-probs of all pairs, group by group, with the weights as they are now.
+
+        Groups in the composition training will use give the very same floating-point sums as training's first step; but
+        for layers that mlx-lm runs by a kernel of Metal where no gradient is taken, which differ by rounding.
+        Pairs that are known are passed over. `progress` is called with the number of pairs done.
+        """
+        was_training = self.scorer.model.training
+        self.scorer.model.eval()
+        done = 0
+        for group in groups:
+            missing = [pair for pair in group if self.table.get(pair_key(pair)) is None]
+            if missing:
+                self._compute(missing, collate(missing))
+            done += len(group)
+            progress(done)
+        self.scorer.model.train(was_training)
+
+    def remember_among(
+        self,
+        ranks: Ranks,
+        groups: Sequence[Sequence[TokenizedPair]],
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        """`remember`, each of `ranks` computing its share of the groups; all of them then know all pairs."""
+        unknown = [
+            [pair for group in ranks.share(groups, rank) for pair in group if self.table.get(pair_key(pair)) is None]
+            for rank in range(ranks.size)
+        ]
+        self.remember(ranks.share(groups), progress)
+        if ranks.size > 1 and any(unknown):
+            found = ranks.gather([self.table.get(pair_key(pair)) for pair in unknown[ranks.rank]])
+            for pairs, rows in zip(unknown, found, strict=True):
+                for pair, (chosen, rejected) in zip(pairs, rows, strict=True):
+                    self.table.add(pair_key(pair), chosen, rejected)
+
+    def unknown(self, groups: Iterable[Sequence[TokenizedPair]]) -> int:
+        """How many pairs of `groups` are not remembered."""
+        return sum(self.table.get(pair_key(pair)) is None for group in groups for pair in group)
+
+    def _compute(self, pairs: Sequence[TokenizedPair], batch: Batch) -> None:
+        with self._reference_weights():
+            tokens = self._nll_tokens_per_pair
+            self._keep(pairs, pair_logps(self.scorer, batch, nll_tokens_per_pair=tokens, gradient=False))
+
+    def _reference_weights(self) -> AbstractContextManager[None]:
+        return adapters_off(self.scorer.model) if self._live else nullcontext()
+
+    def _keep(self, pairs: Sequence[TokenizedPair], logps: PairLogProbs) -> None:
+        chosen, rejected = np.array(logps.chosen).tolist(), np.array(logps.rejected).tolist()
+        for pair, first, second in zip(pairs, chosen, rejected, strict=True):
+            self.table.add(pair_key(pair), first, second)
+
+
+def with_reference(logps: PairLogProbs, reference: tuple[mx.array, mx.array] | None) -> PairLogProbs:
+    """`logps` with the reference's log-probs beside them."""
+    if reference is None:
+        return logps
+    return logps._replace(reference_chosen=reference[0], reference_rejected=reference[1])

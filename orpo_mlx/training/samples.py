@@ -1,0 +1,71 @@
+"""Sample replies, to see with one's own eyes what training changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.nn as nn
+from mlx_lm import stream_generate
+
+from orpo_mlx.data.tokenization import PairTokenizer
+from orpo_mlx.reporting.resumable_jsonl import LineFile
+from orpo_mlx.types import Pair, Text
+
+MAX_TOKENS = 64
+
+
+class Reply(NamedTuple):
+    """A greedy answer to one prompt."""
+
+    prompt: str
+    text: str
+    tokens: int
+
+
+def pick_prompts(pairs: Sequence[Pair], count: int) -> list[Pair]:
+    """`count` pairs spread evenly over `pairs`."""
+    count = min(count, len(pairs))
+    return [pairs[(2 * number + 1) * len(pairs) // (2 * count)] for number in range(count)]
+
+
+def sample_replies(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair]) -> list[Reply]:
+    """Greedy replies of at most `MAX_TOKENS` tokens to the prompts of `pairs`."""
+    to_ids = PairTokenizer(tokenizer)
+    was_training = model.training
+    model.eval()
+    replies = []
+    try:
+        for pair in pairs:
+            ids = list(to_ids.prompt_ids(pair))
+            parts = list(stream_generate(model, tokenizer, ids, max_tokens=MAX_TOKENS))
+            text = "".join(part.text for part in parts)
+            replies.append(Reply(_last_turn(pair.prompt), text.strip(), parts[-1].generation_tokens if parts else 0))
+    finally:
+        model.train(was_training)
+    return replies
+
+
+class Sampler:
+    """The sample prompts of a run, answered when asked for.
+
+    Args:
+        model: in any mode, which it keeps.
+        tokenizer: mlx-lm's.
+        prompts: pairs whose prompts are answered; none where nothing is to be sampled.
+        file: receives an object for each reply, with `step`, `prompt`, `text` and `tokens`; None: nothing is kept.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, prompts: Sequence[Pair], file: LineFile | None = None) -> None:
+        self._model, self._tokenizer, self.prompts, self.file = model, tokenizer, prompts, file
+
+    def __call__(self, step: int) -> list[Reply]:
+        """The replies after `step` optimiser steps."""
+        replies = sample_replies(self._model, self._tokenizer, self.prompts) if self.prompts else []
+        if self.file is not None:
+            self.file.append([{"step": step, **reply._asdict()} for reply in replies])
+        return replies
+
+
+def _last_turn(prompt: Text) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
