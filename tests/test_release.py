@@ -100,7 +100,8 @@ def test_the_source_archive_has_all_that_the_tests_need(archives: dict[str, Path
         names = {name.partition("/")[2] for name in archive.getnames()}
     for name in (
         "orpo_mlx/py.typed", "orpo_mlx/cli/main.py", "README.md", "LICENSE", "CHANGELOG.md", "SECURITY.md",
-        "docs/data.md", "data/train.jsonl", "data/facts.json", "scripts/setup.sh", "tests/conftest.py", "tests/oracle.py",
+        "docs/data.md", "data/train.jsonl", "data/facts.json", "scripts/setup.sh", "tests/conftest.py",
+        "tests/oracle.py",
     ):  # fmt: skip
         assert name in names, name
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
