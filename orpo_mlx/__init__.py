@@ -10,13 +10,12 @@ from orpo_mlx._blas import load_blas
 load_blas()
 
 if TYPE_CHECKING:
-    from orpo_mlx.chapter import orpo_training_step
+    from orpo_mlx.chapter import compute_odds_ratio, odds_ratio_loss, orpo_training_step
     from orpo_mlx.config.settings import TrainingConfig
     from orpo_mlx.errors import UserError
-    from orpo_mlx.losses.preference import compute_odds_ratio, odds_ratio_loss
     from orpo_mlx.reporting.callbacks import TrainingCallback
-    from orpo_mlx.training.checkpoints.result import TrainingResult
-    from orpo_mlx.training.training import train
+    from orpo_mlx.train import train
+    from orpo_mlx.training.checkpoints.progress import TrainingResult
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,10 +32,10 @@ __all__ = [
 _HOMES = {
     "TrainingCallback": "orpo_mlx.reporting.callbacks",
     "TrainingConfig": "orpo_mlx.config.settings",
-    "TrainingResult": "orpo_mlx.training.checkpoints.result",
+    "TrainingResult": "orpo_mlx.training.checkpoints.progress",
     "UserError": "orpo_mlx.errors",
-    "compute_odds_ratio": "orpo_mlx.losses.preference",
-    "odds_ratio_loss": "orpo_mlx.losses.preference",
+    "compute_odds_ratio": "orpo_mlx.chapter",
+    "odds_ratio_loss": "orpo_mlx.chapter",
     "orpo_training_step": "orpo_mlx.chapter",
 }
 

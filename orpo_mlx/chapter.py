@@ -7,8 +7,46 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
-from orpo_mlx.losses.preference import compute_odds_ratio, mean_logps, odds_ratio_loss
+from orpo_mlx.losses.numerics import log_sigmoid
+from orpo_mlx.losses.preference import mean_logps
 from orpo_mlx.types import Batch
+
+_PRINTED_EPSILON = 1e-8
+
+_LARGEST_EXPONENT = 88.0
+
+
+def compute_odds_ratio(logps_chosen: mx.array, logps_rejected: mx.array) -> mx.array:
+    """The course chapter's odds ratio, odds(chosen) / odds(rejected) with odds = P / (1 - P + 1e-8).
+
+    Equal to the printed formula wherever that is finite, and right where P underflows and it is 0/0: it is computed in
+    log space. A ratio beyond e⁸⁸, the end of float32, is given as e⁸⁸.
+
+    Args:
+        logps_chosen: log-probs (nats, <= 0), any shape, float32.
+        logps_rejected: the same shape.
+    """
+    return mx.exp(mx.minimum(_printed_log_odds_ratio(logps_chosen, logps_rejected), _LARGEST_EXPONENT))
+
+
+def odds_ratio_loss(logps_chosen: mx.array, logps_rejected: mx.array, beta: float = 0.5) -> mx.array:
+    """The course chapter's loss, elementwise: -log(r / (1 + r)) + beta (logp_rejected - logp_chosen), r the odds ratio.
+
+    -log(r / (1 + r)) = -log σ(log r), so r itself is never formed: finite in value and gradient for log-probs of any
+    size. Take the mean for a batch.
+
+    Args:
+        logps_chosen: log-probs (nats, <= 0), any shape, float32.
+        logps_rejected: the same shape.
+        beta: weight of the style term.
+    """
+    style = beta * (logps_rejected - logps_chosen)
+    return style - log_sigmoid(_printed_log_odds_ratio(logps_chosen, logps_rejected))
+
+
+def _printed_log_odds_ratio(chosen: mx.array, rejected: mx.array) -> mx.array:
+    ratio = chosen - rejected
+    return ratio - mx.log(-mx.expm1(chosen) + _PRINTED_EPSILON) + mx.log(-mx.expm1(rejected) + _PRINTED_EPSILON)
 
 
 def orpo_training_step(model: nn.Module | PairScorer, batch: Batch, optimizer: optim.Optimizer) -> dict[str, float]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import re
+import signal
+import sys
+from collections.abc import Callable
 
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-_SHORTEST_TOKEN = 8
-_REDACTED = "[token]"
+from orpo_mlx.text import printable
 
 
 class UserError(Exception):
@@ -39,22 +37,19 @@ class HalfAppliedError(TrainingError):
     """A step that ended while it was applied: what is in memory is neither before nor after it, and is not saved."""
 
 
-def printable(text: str) -> str:
-    """`text` on one line, with control characters spelled out, so that data cannot move a terminal's cursor, and
-    without access tokens."""
-    shown = (character if character.isprintable() else ascii(character)[1:-1] for character in redacted(text))
-    return "".join(shown)
-
-
-def printable_lines(text: str) -> str:
-    """`printable` for each line of `text`."""
-    return "\n".join(map(printable, text.split("\n")))
-
-
-def redacted(text: str) -> str:
-    """`text` without what looks like a token of the Hub, and without the tokens this process was given."""
-    for name in _TOKEN_VARIABLES:
-        token = os.environ.get(name, "")
-        if len(token) >= _SHORTEST_TOKEN:
-            text = text.replace(token, _REDACTED)
-    return _TOKEN.sub(_REDACTED, text)
+def exit_status(prog: str, command: Callable[[], object]) -> int:
+    """Run a command: 0, 2 with one sentence on stderr for what a user can mend, 130 or 143 where it was interrupted."""
+    try:
+        command()
+    except UserError as error:
+        message = printable(str(error)).rstrip(".")
+        print(f"{prog}: error: {message}{'' if message.endswith('?') else '.'}", file=sys.stderr)
+        return 2
+    except OSError as error:  # A full disk, or a folder that cannot be written, wherever a command meets it.
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"{prog}: error: {place}{error.strerror or error}; free space or choose another folder.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"{prog}: interrupted: {str(interrupt) or 'nothing was saved'}.", file=sys.stderr)
+        return 128 + getattr(interrupt, "number", signal.SIGINT)
+    return 0

@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+States = tuple[mx.array, mx.array, mx.array]
+"""States after each prompt, chosen and rejected token: (B, P, ·), (B, C, ·), (B, R, ·)."""
+
+
 Message = Mapping[str, Any]
 """One chat turn: at least `role` and `content`, both text."""
 
@@ -96,3 +100,11 @@ class LossOutput(NamedTuple):
     chosen_logps: mx.array
     """The log-probability the method compares (mean or sum over tokens), as it is logged."""
     rejected_logps: mx.array
+
+
+class Reply(NamedTuple):
+    """A greedy answer to one prompt."""
+
+    prompt: str
+    text: str
+    tokens: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from orpo_mlx.memory.benchmark import main
+from orpo_mlx.cli.memory import main
 
 if __name__ == "__main__":
     sys.exit(main())

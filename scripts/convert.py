@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from orpo_mlx.convert.conversions import main
+from orpo_mlx.cli.convert import main
 
 if __name__ == "__main__":
     sys.exit(main())

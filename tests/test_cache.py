@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orpo_mlx.cache import cache_folder
+from orpo_mlx.files import cache_folder
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.reporting.callbacks import Callbacks, named_callbacks
 from orpo_mlx.reporting.callbacks import TrainingCallback as OwnCallback
 from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.train import train
 from orpo_mlx.training.distributed import Ranks
-from orpo_mlx.training.training import train
 from tests.nights import records, same
 from tests.test_resume import fail_before
 

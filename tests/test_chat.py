@@ -14,10 +14,9 @@ from mlx_lm.sample_utils import make_sampler
 from rich.console import Console
 
 from orpo_mlx.cli import chat as chat_module
-from orpo_mlx.cli.chat import Chat, base_model, main, talk
-from orpo_mlx.cli.conversation import Conversation
-from orpo_mlx.engine.score import add_trained_adapters
+from orpo_mlx.cli.chat import Chat, Conversation, base_model, main, talk
 from orpo_mlx.errors import ModelError
+from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.loading import load
 from tests.tuned import ANSWER, PROMPT, tuned_adapters
 
@@ -93,7 +92,7 @@ def test_a_later_turn_is_answered_as_without_a_cache(model_folder: Path, adapter
 
 
 def test_only_what_is_new_is_run_again(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from orpo_mlx.cli import conversation as module
+    from orpo_mlx.cli import chat as module
 
     lengths, real = list[int](), stream_generate
 

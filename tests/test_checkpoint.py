@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from orpo_mlx.training.checkpoints.folders import save_adapters, save_json, write_atomically
+from orpo_mlx.files import save_adapters, save_json, write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -15,18 +15,18 @@ from typing import Any
 
 import pytest
 
+from orpo_mlx.files import json_text
 from orpo_mlx.train import main
 from orpo_mlx.training.checkpoints.folders import (
     Checkpoint,
     defect,
-    json_text,
     prune,
     remove_all,
     whole_checkpoints,
     write_checkpoint,
 )
 from orpo_mlx.training.checkpoints.resume import newest
-from orpo_mlx.training.prepare import Run
+from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
 from tests.nights import records, same
 from tests.test_resume import LONG, interrupted, run_quietly

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orpo_mlx.config.cli import OneLineParser, exit_status
-from orpo_mlx.errors import DataError
+from orpo_mlx.config.command_line import OneLineParser
+from orpo_mlx.errors import DataError, exit_status
 
 
 def raising(error: BaseException) -> int:

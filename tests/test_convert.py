@@ -11,9 +11,9 @@ import mlx_lm
 import numpy as np
 import pytest
 
+from orpo_mlx.cli.convert import main
 from orpo_mlx.convert import task as conversion
 from orpo_mlx.convert import write_model as model_files
-from orpo_mlx.convert.conversions import main
 from orpo_mlx.engine import score
 from orpo_mlx.models.adapters import adapter_weights, add_adapters
 from orpo_mlx.models.loading import load

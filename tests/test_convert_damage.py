@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from orpo_mlx.convert.conversions import main
+from orpo_mlx.cli.convert import main
 from orpo_mlx.models.loading import load
 from tests.conftest import make_model, write_model_folder
 from tests.test_convert import sharded, write_adapter_folder

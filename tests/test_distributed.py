@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import yaml
 
-from orpo_mlx.training.checkpoints.resume import newest, random_state_of
+from orpo_mlx.training.checkpoints.resume import newest
+from orpo_mlx.training.checkpoints.state import random_state_of
 from orpo_mlx.training.distributed import Ranks, find_ranks
 from tests.conftest import make_pairs, write_id_rows
 from tests.nights import FEW_THREADS, TIMED, adapters, records

@@ -15,8 +15,8 @@ from mlx_lm.utils import load_tokenizer
 from rich.console import Console
 
 from orpo_mlx import errors
+from orpo_mlx.cli.convert import build_parser
 from orpo_mlx.config.checks import make_config
-from orpo_mlx.convert.conversions import build_parser
 from orpo_mlx.convert.quantize import MODES as MODES_OF_QUANTISATION
 from orpo_mlx.convert.verify import EXACT, MERGED, ROUNDED
 from orpo_mlx.data.formats import PAIRINGS, SHAPES
@@ -26,7 +26,7 @@ from orpo_mlx.data.row_counts import REASONS
 from orpo_mlx.data.sources import SPLIT_NAMES, FileSource
 from orpo_mlx.data.splits import Lengths, tokenized_split
 from orpo_mlx.data.statistics import inspect_splits
-from orpo_mlx.data.tokenization import TRUNCATIONS
+from orpo_mlx.data.truncation import TRUNCATIONS
 from orpo_mlx.engine.memory_modes import MODES
 from orpo_mlx.losses import preference as losses
 from orpo_mlx.losses.registry import METHODS, PARAMETERS, Method, describe, resolve
@@ -112,14 +112,14 @@ def test_the_table_of_methods_is_the_registry() -> None:
 
 def test_every_module_is_in_the_table() -> None:
     text = (DOCS / "architecture.md").read_text(encoding="utf-8")
-    for path in (DOCS.parent / "orpo_mlx").glob("[a-z]*.py"):
+    for path in (DOCS.parent / "orpo_mlx").rglob("[a-z]*.py"):
         assert f"`{path.name}`" in text, path.name
 
 
 def messages() -> list[str]:
     """Every text in the package, with `…` for what is filled in."""
     found = []
-    for path in (DOCS.parent / "orpo_mlx").glob("*.py"):
+    for path in (DOCS.parent / "orpo_mlx").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]

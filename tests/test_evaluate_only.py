@@ -169,6 +169,6 @@ def test_interrupted_it_says_so(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("orpo_mlx.training.held_out.evaluate", interrupt)
+    monkeypatch.setattr("orpo_mlx.training.evaluation.evaluate", interrupt)
     assert main(["--test", "--adapter-path", settings["adapter_path"]]) == 130
     assert "interrupted" in capsys.readouterr().err

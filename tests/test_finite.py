@@ -15,7 +15,7 @@ from orpo_mlx.errors import NonFiniteError
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.train import main
 from orpo_mlx.training.gradients import batch_gradient
-from orpo_mlx.training.prepare import Run
+from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import clipped, optimiser_step
 from orpo_mlx.types import PairLogProbs
 from tests.nights import records

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from orpo_mlx.cli.fit import PROG, main, parse
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.config.settings import TrainingConfig
-from orpo_mlx.memory.fit import PROG, main, parse, predicted, remedies, verdict
+from orpo_mlx.memory.fit import predicted, remedies, verdict
 from orpo_mlx.memory.predict import Prediction
 from orpo_mlx.models.loading import LoadedModel
 

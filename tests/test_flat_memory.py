@@ -33,8 +33,7 @@ def samples(folder: Path) -> list[Sample]:
 
     from orpo_mlx.config.checks import make_config
     from orpo_mlx.data.batching import TrainingOrder
-    from orpo_mlx.footprint import process_footprint
-    from orpo_mlx.process_memory import settle
+    from orpo_mlx.process_memory import process_footprint, settle
     from orpo_mlx.training.prepare import prepare
     from orpo_mlx.training.step import optimiser_step
     from orpo_mlx.types import TokenizedPair

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.footprint import Footprint, RUsageInfo, process_footprint
+from orpo_mlx.process_memory import Footprint, RUsageInfo, process_footprint
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -20,7 +20,7 @@ def test_memory_that_is_taken_is_seen_and_its_peak_stays() -> None:
     # In a process of its own: in this one, earlier tests may have left memory that is used again.
     program = """
 import numpy as np
-from orpo_mlx.footprint import process_footprint
+from orpo_mlx.process_memory import process_footprint
 before = process_footprint()
 block = np.ones(256 << 20, np.uint8)
 during = process_footprint()

@@ -22,12 +22,13 @@ from orpo_mlx.config.command_line import read_config_file
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.pairs import Reading, load_pairs
 from orpo_mlx.data.splits import Lengths
-from orpo_mlx.data.tokenization import PairTokenizer, fit
-from orpo_mlx.engine.score import add_trained_adapters
+from orpo_mlx.data.tokenization import PairTokenizer
+from orpo_mlx.data.truncation import fit
 from orpo_mlx.errors import UserError
-from orpo_mlx.models.adapters import adapter_weights, load_adapter_file
+from orpo_mlx.models.adapters import adapter_weights, add_trained_adapters, load_adapter_file
 from orpo_mlx.training.checkpoints.folders import Checkpoint, defect, whole_checkpoints, write_checkpoint
-from orpo_mlx.training.checkpoints.resume import read_state, settings_of_newest
+from orpo_mlx.training.checkpoints.resume import settings_of_newest
+from orpo_mlx.training.checkpoints.state import read_state
 from orpo_mlx.training.prepare import _optimizer
 from orpo_mlx.types import TokenizedPair
 from tests.conftest import make_model

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.gguf import convert_to_gguf
 from mlx_lm.models.rope_utils import Llama3RoPE
 
-from orpo_mlx.convert.conversions import main
+from orpo_mlx.cli.convert import main
 from orpo_mlx.errors import ModelError
 from orpo_mlx.models.gguf.architectures import read_config
 from orpo_mlx.models.gguf.file import read_gguf

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from orpo_mlx.cli.score import accuracy_interval
 from orpo_mlx.compare.intervals import clustered_interval, spread
-from orpo_mlx.engine.score import accuracy_interval
 
 
 def test_one_seed_is_wilson() -> None:

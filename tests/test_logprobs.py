@@ -16,10 +16,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from orpo_mlx.data.batching import collate, sequence_tokens
-from orpo_mlx.engine.pair_scorer import PairScorer, States, pair_logps, probe_batch, same_states
+from orpo_mlx.engine.equivalence import probe_batch, same_states
+from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.models.adapters import add_adapters
 from orpo_mlx.models.loading import load
-from orpo_mlx.types import Batch, TokenizedPair
+from orpo_mlx.types import Batch, States, TokenizedPair
 from tests import oracle
 from tests.conftest import CONFIGS, PROVABLE, VOCABULARY, make_model, make_pairs
 

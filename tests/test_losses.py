@@ -14,15 +14,9 @@ import numpy as np
 import pytest
 
 import orpo_mlx
-from orpo_mlx.losses.preference import (
-    compute_odds_ratio,
-    log1mexp,
-    log_odds,
-    log_odds_ratio,
-    log_sigmoid,
-    mean_logps,
-    odds_ratio_loss,
-)
+from orpo_mlx.chapter import compute_odds_ratio, odds_ratio_loss
+from orpo_mlx.losses.numerics import log1mexp, log_odds, log_sigmoid
+from orpo_mlx.losses.preference import log_odds_ratio, mean_logps
 from orpo_mlx.losses.registry import METHODS
 from orpo_mlx.types import PairLogProbs
 from tests import oracle

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from orpo_mlx.cli.memory import main
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.data.batching import collate
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.memory import benchmark as memory_benchmark
-from orpo_mlx.memory.benchmark import compare, main, measure, table
+from orpo_mlx.memory.benchmark import compare, measure, table
 from tests.conftest import make_model, make_pairs
 
 ROOT = Path(__file__).resolve().parent.parent

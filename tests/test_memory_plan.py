@@ -14,7 +14,8 @@ from orpo_mlx.errors import ModelError, TrainingError
 from orpo_mlx.memory import choose_mode as memory_plan
 from orpo_mlx.memory.choose_mode import plan_memory
 from orpo_mlx.memory.predict import Prediction
-from orpo_mlx.training.prepare import Run, prepare
+from orpo_mlx.training.prepare import prepare
+from orpo_mlx.training.run import Run
 
 PEAKS = {"fast": 4.0, "balanced": 2.0, "thrift": 1.0, "plain": 8.0}
 

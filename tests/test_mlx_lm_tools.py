@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from orpo_mlx.engine.score import main as score
+from orpo_mlx.cli.score import main as score
 from tests.conftest import write_rows
 from tests.tuned import ANSWER, PROMPT, tuned_adapters
 

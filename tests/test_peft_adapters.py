@@ -12,7 +12,7 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from orpo_mlx.convert.conversions import main
+from orpo_mlx.cli.convert import main
 from orpo_mlx.convert.peft_config import Scaling, find_targets, make_peft_config, matches, read_scaling, same_scaling
 from tests.conftest import make_model, write_model_folder
 from tests.test_convert import write_adapter_folder

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from orpo_mlx.errors import ConfigError, DataError
-from orpo_mlx.published import DOCUMENTS, TABLES, add_results, regenerated, stale_documents
+from scripts.docs_tables import DOCUMENTS, TABLES, add_results, regenerated, stale_documents
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = re.compile(r"<!-- results: ([a-z0-9_ -]+) -->")
@@ -146,7 +146,7 @@ def test_what_cannot_be_published(documents: Path, tmp_path: Path, comparison: P
     ("words", "status"), [(["--check"], 0), (["--name", "x"], 2), (["--check", "--add", "f", "--name", "x"], 2)]
 )
 def test_the_script(words: list[str], status: int) -> None:
-    script = str(ROOT / "scripts" / "update_tables.py")
+    script = str(ROOT / "scripts" / "docs_tables.py")
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == status
     assert len(done.stderr.splitlines()) == (1 if status else 0)

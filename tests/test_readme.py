@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from orpo_mlx.cli.fit import parse as parse_fit
 from orpo_mlx.cli.main import COMMANDS
+from orpo_mlx.cli.memory import parse as parse_benchmark
 from orpo_mlx.compare.plan import parse as parse_comparison
 from orpo_mlx.config.command_line import resolve
-from orpo_mlx.memory.benchmark import parse as parse_benchmark
-from orpo_mlx.memory.fit import parse as parse_fit
 from tests.conftest import write_rows
 from tests.documents import DOCUMENTS, LINES, ROOT, Line, lines_of
 

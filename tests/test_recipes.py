@@ -11,13 +11,13 @@ import pytest
 import yaml
 from mlx_lm.lora import CONFIG_DEFAULTS
 
+from orpo_mlx.cli.convert import build_parser as build_convert_parser
+from orpo_mlx.cli.fit import main as fit
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.config.command_line import build_parser, resolve
 from orpo_mlx.config.mlx_lm_keys import KEYS
 from orpo_mlx.config.settings import FIELDS, TrainingConfig
-from orpo_mlx.convert.conversions import build_parser as build_convert_parser
 from orpo_mlx.engine.memory_modes import AUTOMATIC
-from orpo_mlx.memory.fit import main as fit
 from orpo_mlx.memory.fit import predicted
 from orpo_mlx.memory.predict import TOLERANCE, recommended_working_set
 from orpo_mlx.memory.skeleton import read_blueprint

@@ -12,9 +12,10 @@ from mlx.utils import tree_flatten
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.data.batching import collate
 from orpo_mlx.errors import ConfigError
+from orpo_mlx.memory.choose_mode import change_memory
 from orpo_mlx.models.adapters import add_adapters
-from orpo_mlx.training.prepare import change_memory, prepare
-from orpo_mlx.training.reference_copy import copy_of
+from orpo_mlx.training.prepare import prepare
+from orpo_mlx.training.reference import copy_of
 from orpo_mlx.training.step import optimiser_step
 from tests.conftest import make_model, make_pairs, quantise
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+import orpo_mlx.train as training_module
+from orpo_mlx.cli.report import main
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.reporting import run_report as report
-from orpo_mlx.reporting.run_report import main, refresh_report, write_report
+from orpo_mlx.reporting.run_report import refresh_report, write_report
 from orpo_mlx.train import train
 from orpo_mlx.training import loop as loop_module
-from orpo_mlx.training import training as training_module
 from tests.compared import quiet
 
 

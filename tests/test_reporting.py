@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 from rich.live import Live
 
-from orpo_mlx.reporting.console import MetricsFile, Reporter, eval_line, step_numbers, train_line
-from orpo_mlx.training.samples import Reply
+from orpo_mlx.reporting.console import Reporter, eval_line, step_numbers, train_line
+from orpo_mlx.reporting.metrics_log import MetricsFile
+from orpo_mlx.types import Reply
 
 METRICS = {
     "loss": 12.34567, "rewards/accuracies": 0.875, "rewards/margins": -12.34567, "accuracies/mean_logps": 1.0,

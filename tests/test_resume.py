@@ -20,8 +20,8 @@ from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.train import main, train
-from orpo_mlx.training.checkpoints.resume import random_state, set_random_state
-from orpo_mlx.training.prepare import Run
+from orpo_mlx.training.checkpoints.state import random_state, set_random_state
+from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
 from tests.conftest import make_pairs, write_id_rows
 from tests.nights import adapters, kill_and_resume, metrics, records

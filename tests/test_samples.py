@@ -14,8 +14,8 @@ from mlx_lm import stream_generate
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.models.loading import load
+from orpo_mlx.train import train
 from orpo_mlx.training.samples import MAX_TOKENS, pick_prompts, sample_replies
-from orpo_mlx.training.training import train
 from orpo_mlx.types import Pair
 from tests.compared import quiet
 from tests.conftest import write_rows

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from orpo_mlx.engine.score import accuracy_interval, main
+from orpo_mlx.cli.score import accuracy_interval, main
 from orpo_mlx.models.adapters import adapter_weights, add_adapters
 from tests.conftest import make_model, make_pairs, model_config, write_id_rows, write_model_folder, write_rows
 from tests.test_logprobs import oracle_logps

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orpo_mlx.errors import printable, printable_lines, redacted
+from orpo_mlx.files import json_text
 from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.text import printable, printable_lines, redacted
 from orpo_mlx.train import main
-from orpo_mlx.training.checkpoints.folders import json_text
 from tests.conftest import make_pairs, write_id_rows
 from tests.test_train import flags
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = sorted((ROOT / "orpo_mlx").glob("*.py"))
+PACKAGE = sorted((ROOT / "orpo_mlx").rglob("*.py"))
 TOKEN = "hf_" + "aB3" * 9
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
 

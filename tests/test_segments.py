@@ -14,9 +14,10 @@ from mlx_lm.models.llama import TransformerBlock
 from orpo_mlx.data.batching import collate
 from orpo_mlx.engine import segmented_backward as segments_module
 from orpo_mlx.engine.gated_delta import model_gated_delta_update
-from orpo_mlx.engine.pair_scorer import PairScorer, States, pair_logps
+from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.engine.segmented_backward import find_walk, whole_value_and_grad
 from orpo_mlx.models.adapters import add_adapters
+from orpo_mlx.types import States
 from tests.conftest import PROVABLE, make_model, make_pairs, quantise
 
 BATCH = collate(make_pairs(4))

@@ -15,7 +15,7 @@ import pytest
 from orpo_mlx.train import main
 from orpo_mlx.training.checkpoints.resume import newest
 from orpo_mlx.training.interrupts import Interrupted, StopSignals
-from orpo_mlx.training.prepare import Run
+from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
 from tests.nights import same
 from tests.test_resume import LONG, run_quietly
@@ -59,7 +59,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr("orpo_mlx.training.loop.optimiser_step", step)
         if where == "evaluation":
-            patch.setattr("orpo_mlx.training.held_out.evaluate", evaluating)
+            patch.setattr("orpo_mlx.training.evaluation.evaluate", evaluating)
         before = signal.getsignal(number)
         assert main(flags(settings)) == status
         assert signal.getsignal(number) == before

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from orpo_mlx.data.pairs import load_pairs
-from orpo_mlx.data.tokenization import Cut, PairTokenizer, fit, show_tokens
+from orpo_mlx.data.tokenization import PairTokenizer, show_tokens
+from orpo_mlx.data.truncation import Cut, fit
 from orpo_mlx.errors import DataError
 from orpo_mlx.models.gguf.loading import read_gguf_head
 from orpo_mlx.models.loading import offline_gguf

@@ -28,8 +28,9 @@ from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.train import main, train
 from orpo_mlx.training.data_order import total_steps
 from orpo_mlx.training.gradients import window_gradient
-from orpo_mlx.training.prepare import Run, prepare
+from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.reference import ReferenceLogProbs
+from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
 from orpo_mlx.types import Batch, LossOutput, PairLogProbs, TokenizedPair
 from tests.conftest import make_pairs, write_id_rows, write_model_folder, write_rows

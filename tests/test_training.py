@@ -23,7 +23,7 @@ QUIET = Reporter(Console(quiet=True))
 _ORDERS = [
     "from orpo_mlx import train, TrainingConfig; import orpo_mlx.train",
     "import orpo_mlx.train; from orpo_mlx import train, TrainingConfig",
-    "from orpo_mlx.training.training import train as first; from orpo_mlx import TrainingConfig, train",
+    "from orpo_mlx.train import train as first; from orpo_mlx import TrainingConfig, train",
 ]
 _BOTH = """
 import importlib, sys
@@ -32,7 +32,7 @@ assert orpo_mlx.train is train is sys.modules["orpo_mlx.train"] is importlib.imp
 from orpo_mlx.train import main, train as function
 import orpo_mlx.train as module
 assert module is train and callable(main)
-from orpo_mlx.training.training import train as original
+from orpo_mlx.train import train as original
 assert function is original
 for call in (train, orpo_mlx.train, module, function):
     try:

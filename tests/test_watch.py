@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import orpo_mlx.train as training_module
 from orpo_mlx.cli.watch import main
 from orpo_mlx.config.checks import check_settings, make_config
 from orpo_mlx.errors import ConfigError, TrainingError
@@ -24,8 +25,8 @@ from orpo_mlx.reporting.live.feed import Feed
 from orpo_mlx.reporting.live.server import serving
 from orpo_mlx.train import main as train_main
 from orpo_mlx.train import train
-from orpo_mlx.training import training as training_module
-from orpo_mlx.training.prepare import Run, prepare
+from orpo_mlx.training.prepare import prepare
+from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
 from tests.nights import same
 from tests.test_live import record, report

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orpo_mlx.config.checks import make_config
-from orpo_mlx.config.cli import OneLineParser, exit_status
-from orpo_mlx.config.command_line import add_settings, parse_settings
+from orpo_mlx.config.command_line import OneLineParser, add_settings, parse_settings
 from orpo_mlx.config.settings import data_reading
 from orpo_mlx.data.sources import find_splits
 from orpo_mlx.data.splits import tokenized_split
 from orpo_mlx.data.statistics import as_text, draw_lengths, inspect_splits
-from orpo_mlx.errors import ConfigError, printable, printable_lines
+from orpo_mlx.errors import ConfigError, exit_status
+from orpo_mlx.files import json_text, write_text
 from orpo_mlx.models.loading import find
-from orpo_mlx.training.checkpoints.folders import json_text, write_text
+from orpo_mlx.text import printable, printable_lines
 from orpo_mlx.training.prepare import data_lengths
 
 PROG = "orpo-mlx inspect"

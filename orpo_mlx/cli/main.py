@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from orpo_mlx import __version__
-from orpo_mlx.config.cli import exit_status
-from orpo_mlx.errors import ConfigError
+from orpo_mlx.errors import ConfigError, exit_status
 
 PROG = "orpo-mlx"
 
@@ -25,16 +24,16 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "inspect": Command("orpo_mlx.cli.inspect", "look at preference pairs as training would take them"),
-    "fit": Command("orpo_mlx.memory.fit", "predict the memory of a run, and whether it fits a Mac"),
+    "fit": Command("orpo_mlx.cli.fit", "predict the memory of a run, and whether it fits a Mac"),
     "train": Command("orpo_mlx.train", "align a model with preference pairs"),
-    "score": Command("orpo_mlx.engine.score", "log-probs of pairs under a model, a row each"),
+    "score": Command("orpo_mlx.cli.score", "log-probs of pairs under a model, a row each"),
     "watch": Command("orpo_mlx.cli.watch", "a page that draws a run as it goes on"),
-    "report": Command("orpo_mlx.reporting.run_report", "draw training runs as a page and a picture"),
+    "report": Command("orpo_mlx.cli.report", "draw training runs as a page and a picture"),
     "chat": Command("orpo_mlx.cli.chat", "talk with a tuned model, with the base model beside it"),
-    "push": Command("orpo_mlx.reporting.hub", "send adapters, model card and figures to the Hub"),
-    "convert": Command("orpo_mlx.convert.conversions", "checkpoints and adapters of every kind, in and out"),
-    "compare": Command("orpo_mlx.compare.runner", "train methods side by side under one budget"),
-    "memory": Command("orpo_mlx.memory.benchmark", "memory and seconds of a training step, method by method"),
+    "push": Command("orpo_mlx.cli.push", "send adapters, model card and figures to the Hub"),
+    "convert": Command("orpo_mlx.cli.convert", "checkpoints and adapters of every kind, in and out"),
+    "compare": Command("orpo_mlx.cli.compare", "train methods side by side under one budget"),
+    "memory": Command("orpo_mlx.cli.memory", "memory and seconds of a training step, method by method"),
 }
 """Adding a command is a line here."""
 

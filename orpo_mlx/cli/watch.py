@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from orpo_mlx.config.cli import OneLineParser, exit_status
-from orpo_mlx.errors import ConfigError, printable
+from orpo_mlx.config.command_line import OneLineParser
+from orpo_mlx.errors import ConfigError, exit_status
 from orpo_mlx.folder_lock import LOCK
 from orpo_mlx.reporting.live.feed import Feed
 from orpo_mlx.reporting.live.server import LARGEST_PORT, serving
 from orpo_mlx.reporting.metrics_log import FILE
+from orpo_mlx.text import printable
 
 PROG = "orpo-mlx watch"
 _REMEDY = "give the --adapter-path of a run of orpo-mlx train"

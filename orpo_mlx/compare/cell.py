@@ -17,17 +17,16 @@ import numpy as np
 
 from orpo_mlx.compare.divergence import distinct_n, sampled_kl
 from orpo_mlx.compare.plan import PROG, Budget
-from orpo_mlx.config.cli import exit_status
 from orpo_mlx.config.command_line import resolve
 from orpo_mlx.data.batching import TrainingOrder, micro_batches
 from orpo_mlx.engine.score import score_pairs
-from orpo_mlx.errors import TrainingError
-from orpo_mlx.footprint import process_footprint
+from orpo_mlx.errors import TrainingError, exit_status
+from orpo_mlx.files import save_adapters, save_json
 from orpo_mlx.models.adapters import adapter_weights
-from orpo_mlx.process_memory import settle
-from orpo_mlx.reporting.console import MetricsFile
-from orpo_mlx.training.checkpoints.folders import save_adapters, save_json
-from orpo_mlx.training.prepare import Run, adapter_config, prepare, versions
+from orpo_mlx.process_memory import process_footprint, settle
+from orpo_mlx.reporting.metrics_log import MetricsFile
+from orpo_mlx.training.prepare import prepare
+from orpo_mlx.training.run import Run, adapter_config, versions
 from orpo_mlx.training.samples import MAX_TOKENS, pick_prompts, sample_replies
 from orpo_mlx.training.step import optimiser_step
 from orpo_mlx.types import Pair, TokenizedPair

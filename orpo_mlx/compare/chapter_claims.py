@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from orpo_mlx.compare.wilson import wilson
+from orpo_mlx.compare.intervals import wilson
 
 ORPO, DPO, COPY = "orpo", "dpo", "dpo --reference copy"
 CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "not decided"

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orpo_mlx.config.cli import OneLineParser
-from orpo_mlx.config.command_line import resolve
+from orpo_mlx.config.command_line import OneLineParser, resolve
 from orpo_mlx.config.settings import TrainingConfig, recipe
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.losses.registry import PARAMETERS

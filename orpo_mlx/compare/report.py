@@ -8,9 +8,9 @@ from typing import Any
 
 from orpo_mlx.compare import tables
 from orpo_mlx.compare.charts import accuracy_panel, loss_panels, memory_panel, sensitivity_panels, time_panel
+from orpo_mlx.files import write_atomically, write_text
 from orpo_mlx.reporting.charts import DARK, LIGHT, Panel, png
 from orpo_mlx.reporting.html_page import Cell, Table, definition_list, markdown_text, page, picture, text
-from orpo_mlx.training.checkpoints.folders import write_atomically, write_text
 
 Results = Mapping[str, Any]
 

@@ -18,15 +18,14 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from orpo_mlx.compare.plan import PROG, Arm, Plan, parse
-from orpo_mlx.compare.report import write_comparison
+from orpo_mlx.compare.plan import PROG, Arm, Plan
 from orpo_mlx.compare.results import Cells, collect
-from orpo_mlx.config.cli import exit_status
 from orpo_mlx.data.sources import find_splits
-from orpo_mlx.errors import ConfigError, TrainingError, printable
+from orpo_mlx.errors import ConfigError, TrainingError
+from orpo_mlx.files import save_json
 from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.training.checkpoints.folders import save_json
-from orpo_mlx.training.prepare import versions
+from orpo_mlx.text import printable
+from orpo_mlx.training.run import versions
 
 
 class _Job(NamedTuple):
@@ -273,23 +272,3 @@ def _own_folder(plan: Plan) -> None:
 
 def _decisive(found: dict[str, str]) -> dict[str, str]:
     return {name: found[name] for name in ("orpo-mlx", "mlx", "mlx-lm", "device")}
-
-
-def run(argv: Sequence[str]) -> None:
-    """Compare and write the reports."""
-    plan, reporter = parse(argv), Reporter()
-    try:
-        results = compare(plan, argv, reporter)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"what is finished is in {plan.output}/, the same command goes on") from None
-    for path in write_comparison(results, plan.output):
-        reporter.say(str(path))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; the exit status."""
-    return exit_status(PROG, lambda: run(sys.argv[1:] if argv is None else argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -25,7 +25,7 @@ from orpo_mlx.config.settings import (
 )
 from orpo_mlx.engine.memory_modes import MODES
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.reporting.services import check_reporting
+from orpo_mlx.reporting.tracking import check_reporting
 
 ELSEWHERE = {
     "lora_layers": "num_layers",

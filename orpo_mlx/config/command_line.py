@@ -6,17 +6,26 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from orpo_mlx.config.checks import check_settings, coerce, make_config
-from orpo_mlx.config.cli import OneLineParser
 from orpo_mlx.config.mlx_lm_keys import KEYS, without_mlx_lm_keys
 from orpo_mlx.config.print_config import CHECKPOINT, FILE, FLAG, Settled, as_yaml
 from orpo_mlx.config.settings import FIELDS, GROUPS, TrainingConfig, flag_of
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.losses.registry import describe
+from orpo_mlx.text import printable
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence on stderr and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` without the usage text and leave with status 2."""
+        self.exit(2, f"{self.prog}: error: {printable(message).rstrip('.')}; see {self.prog} --help.\n")
+
 
 Earlier = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """From the settings given by flags and a file to those that an earlier run left for this one."""

@@ -8,13 +8,13 @@ from typing import Any
 
 from orpo_mlx.data.formats import PAIRINGS
 from orpo_mlx.data.pairs import Reading, parse_columns
-from orpo_mlx.data.tokenization import TRUNCATIONS
+from orpo_mlx.data.truncation import TRUNCATIONS
 from orpo_mlx.engine.memory_modes import MODES
 from orpo_mlx.losses.registry import PARAMETERS, Recipe
 from orpo_mlx.losses.registry import resolve as resolve_method
 from orpo_mlx.models.adapters import FINE_TUNE_TYPES
 from orpo_mlx.models.loading import DEFAULT_MODEL, DTYPES
-from orpo_mlx.reporting.services import SERVICES
+from orpo_mlx.reporting.tracking import SERVICES
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 NLL_KINDS = ("completion", "sequence")

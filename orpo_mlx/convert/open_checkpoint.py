@@ -12,11 +12,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from orpo_mlx.errors import ModelError
-from orpo_mlx.files import check_space
+from orpo_mlx.files import check_space, save_safetensors
 from orpo_mlx.models.hf_config import normalise_config
 from orpo_mlx.models.loading import ModelHead, find, load_lazily, locate
 from orpo_mlx.models.safetensors_files import read_header, read_json, safetensors_shards, shard_names
-from orpo_mlx.training.checkpoints.folders import save_safetensors
 
 _PICKLED = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "consolidated*.pth")
 

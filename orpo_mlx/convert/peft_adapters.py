@@ -18,8 +18,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from orpo_mlx.convert.peft_config import Scaling, find_targets, make_peft_config, matches, read_scaling, same_scaling
 from orpo_mlx.errors import ModelError
+from orpo_mlx.files import save_safetensors
 from orpo_mlx.models.safetensors_files import read_header, read_json
-from orpo_mlx.training.checkpoints.folders import save_safetensors
 
 CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS = "adapter_config.json", "adapters.safetensors", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

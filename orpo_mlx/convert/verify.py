@@ -14,10 +14,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.utils import dequantize_model
 
+from orpo_mlx.convert.open_checkpoint import Base
+from orpo_mlx.convert.peft_adapters import Adapter
+from orpo_mlx.convert.task import Task
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ModelError
-from orpo_mlx.models.loading import load
+from orpo_mlx.models.adapters import add_trained_adapters
+from orpo_mlx.models.loading import ModelHead, load
 from orpo_mlx.types import TokenizedPair
 
 Logps = np.ndarray[Any, np.dtype[np.float64]]
@@ -155,3 +159,90 @@ def demand(difference: Difference, limit: Limit, what: str) -> None:
             f"{what}: verification failed: log-probs differ by {difference} (allowed: {bound}), so nothing was kept; "
             "the conversion is wrong for this model, use its original."
         )
+
+
+class Check(NamedTuple):
+    """What a written model is compared with."""
+
+    pairs: list[TokenizedPair]
+    before: Logps
+
+
+def check_of(task: Task, head: ModelHead, adapter: Path | None = None) -> Check | None:
+    """Log-probs of the model, with an adapter where one is given, before it is converted; None with --no-verify."""
+    if not task.verify:
+        return None
+    pairs = probe_pairs(head.tokenizer, head.config)
+    model = load(head, trust_remote_code=task.trust_remote_code).model
+    if adapter is not None:
+        add_trained_adapters(model, adapter)
+    return Check(pairs, model_logps(model, pairs))
+
+
+def limit_of(task: Task, *, unchanged: Limit = EXACT) -> Limit:
+    """How far log-probs may move; `unchanged` holds where neither dtype nor form changes."""
+    if task.how is not None:
+        return ROUNDED if task.how.bits == 8 else REPORTED
+    return unchanged if task.dtype in (None, "float32") else ROUNDED
+
+
+def verify_model(task: Task, folder: Path, check: Check | None, limit: Limit, original: Path | None) -> None:
+    """Compare what was written with what was read, and with transformers' reading of `original` where torch is there.
+
+    Raises:
+        ModelError: they are further apart than `limit`, or what was written cannot be loaded.
+    """
+    if check is None:
+        return
+    after = folder_logps(folder, check.pairs, trust_remote_code=task.trust_remote_code)
+    _compare(task, "the model as it was", check.before, after, limit)
+    if original is None or not has_torch():
+        return
+    try:
+        theirs = transformers_logps(original, check.pairs, trust_remote_code=task.trust_remote_code)
+    except ModelError as error:
+        print(f"not compared with transformers: {error}")
+        return
+    _compare(task, "transformers on PyTorch", theirs, after, limit)
+
+
+def verify_round_trip(task: Task, one: Adapter, back: Adapter) -> None:
+    """Make sure that an adapter converted there and back is the same.
+
+    Raises:
+        ModelError: it is not.
+    """
+    for name in {*one.weights, *back.weights}:
+        first, second = one.weights.get(name), back.weights.get(name)
+        if first is None or second is None or first.dtype != second.dtype or not mx.array_equal(first, second).item():
+            raise ModelError(f"{task.destination}: {name} does not come back as it was, so nothing was kept.")
+    if one.config != back.config:
+        raise ModelError(f"{task.destination}: the settings do not come back as they were, so nothing was kept.")
+    print(f"verified: all {len(one.weights)} tensors and the settings come back bit for bit")
+
+
+def verify_adapter(task: Task, base: Base, mlx_folder: Path, peft_folder: Path) -> None:
+    """mlx-lm runs the one form; PEFT, where it is installed, runs the other: their log-probs must be the same.
+
+    Raises:
+        ModelError: they are not, or mlx-lm cannot run it.
+    """
+    pairs = probe_pairs(base.head.tokenizer, base.head.config)
+    loaded = load(base.head, trust_remote_code=task.trust_remote_code)
+    add_trained_adapters(loaded.model, mlx_folder)
+    ours = model_logps(loaded.model, pairs)
+    demand(compare(ours, ours), REPORTED, str(task.destination))
+    if not has_torch() or importlib.util.find_spec("peft") is None or not base.files:
+        return
+    try:
+        theirs = transformers_logps(base.folder, pairs, adapter=peft_folder, trust_remote_code=task.trust_remote_code)
+    except ModelError as error:
+        print(f"not compared with PEFT: {error}")
+        return
+    _compare(task, "PEFT on PyTorch", theirs, ours, MERGED)
+
+
+def _compare(task: Task, what: str, one: Logps, other: Logps, limit: Limit) -> None:
+    difference = compare(one, other)
+    print(f"compared with {what}: {difference}")
+    demand(difference, limit, str(task.destination))

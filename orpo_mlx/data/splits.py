@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orpo_mlx.cache import cache_folder
 from orpo_mlx.data import formats as shapes
 from orpo_mlx.data import messages as turns
 from orpo_mlx.data import pairs as data
@@ -23,8 +22,10 @@ from orpo_mlx.data.pairs import PairsOfRow, Reading, read_pairs, with_remedy
 from orpo_mlx.data.row_counts import RowReport
 from orpo_mlx.data.sources import Source
 from orpo_mlx.data.token_store import StoreWriter, TokenStore
-from orpo_mlx.data.tokenization import PairTokenizer, fit
+from orpo_mlx.data.tokenization import PairTokenizer
+from orpo_mlx.data.truncation import fit
 from orpo_mlx.errors import DataError
+from orpo_mlx.files import cache_folder
 from orpo_mlx.types import Pair
 
 # The modules that decide which tokens a row becomes: a change in one makes what was remembered stale.

@@ -13,7 +13,7 @@ from orpo_mlx.data.batching import epoch_order, micro_batches, padded_tokens
 from orpo_mlx.data.splits import Split
 from orpo_mlx.data.token_store import TokenStore
 from orpo_mlx.data.tokenization import show_tokens
-from orpo_mlx.errors import printable
+from orpo_mlx.text import printable
 
 SIDES = ("prompt", "chosen", "rejected")
 QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}

@@ -10,58 +10,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 from orpo_mlx.data.messages import as_turns
-from orpo_mlx.errors import DataError, printable
+from orpo_mlx.errors import DataError
+from orpo_mlx.text import printable
 from orpo_mlx.types import Message, Pair, Text, TokenizedPair
-
-TRUNCATIONS = ("drop", "keep_start", "keep_end")
-"""What becomes of a pair that is too long: left out, or its prompt cut at the end or at the start."""
 
 _CHUNK = 256
 _MARK = "Zq1"  # A text no template writes by itself.
 
 Outcome = TokenizedPair | DataError
 _Rendered = tuple[str, str, str] | DataError | None
-
-
-class Cut(NamedTuple):
-    """A pair fitted to a length."""
-
-    pair: TokenizedPair | None
-    """None where it is left out."""
-    reason: str = ""
-    """Why it is left out, a key of `row_report.REASONS`."""
-    prompt_cut: bool = False
-    completion_cut: bool = False
-
-
-def fit(pair: TokenizedPair, max_seq_length: int, truncate: str = "drop") -> Cut:
-    """Fit prompt + completion, on both sides, into `max_seq_length` tokens; `truncate` is one of `TRUNCATIONS`.
-
-    The prompt is cut first, and down to one token if need be; only then do completions lose their ends. Both sides see
-    the same prompt.
-    """
-    prompt, chosen, rejected = pair[:3]
-    longest = max(len(chosen), len(rejected))
-    too_long = len(prompt) + longest > max_seq_length
-    if too_long and truncate == "drop":
-        return Cut(None, "too_long")
-    if too_long:
-        room = min(len(prompt), max(1, max_seq_length - longest))
-        prompt = prompt[:room] if truncate == "keep_start" else prompt[-room:]
-        most = max_seq_length - len(prompt)
-        chosen, rejected = chosen[:most], rejected[:most]
-        if not chosen:
-            return Cut(None, "no_completion_left")
-    if chosen == rejected:
-        return Cut(None, "equal_sides")
-    return Cut(
-        pair._replace(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected),
-        prompt_cut=len(prompt) < len(pair.prompt_ids),
-        completion_cut=max(len(chosen), len(rejected)) < longest,
-    )
 
 
 class PairTokenizer:

@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from orpo_mlx.engine.equivalence import close
 from orpo_mlx.engine.fast_exp import exp
 
 Head = Callable[[mx.array], mx.array]
@@ -28,7 +29,6 @@ _TILE_ROWS, _TILE_TOKENS = 256, 2048
 _CHUNK_BYTES = 4 << 20
 _WRAPPED = "language_model"
 _BACKBONES = ("model", "transformer", "backbone", "gpt_neox", _WRAPPED)
-_PROBE_TOLERANCE = 1e-3
 _SEEDS = 1 << 30
 
 
@@ -347,12 +347,3 @@ def _tiles_fit(head: ModelHead, hidden: mx.array, logits: mx.array) -> bool:
         return all(close(head(hidden, rows), logits[..., rows]) for rows in choices)
     except (AttributeError, TypeError, ValueError):
         return False
-
-
-def close(found: mx.array, expected: mx.array) -> bool:
-    """Equal up to rounding, relative to the largest value; half precision rounds more than float32."""
-    found, wanted = found.astype(mx.float32), expected.astype(mx.float32)
-    tolerance = _PROBE_TOLERANCE if expected.dtype == mx.float32 else 50 * _PROBE_TOLERANCE
-    if found.shape != wanted.shape:
-        return False
-    return bool((mx.abs(found - wanted).max() <= tolerance * mx.abs(wanted).max()).item())

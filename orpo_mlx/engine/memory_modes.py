@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
+
+import mlx.nn as nn
+
+from orpo_mlx.engine.pair_scorer import PairScorer
+from orpo_mlx.engine.segmented_backward import ValueAndGrad, find_walk, whole_value_and_grad
 
 
 class Mode(NamedTuple):
@@ -29,3 +35,56 @@ MODES = {
 
 AUTOMATIC = ("fast", "balanced", "thrift")
 """What `--memory auto` chooses among, the fastest first."""
+
+
+class Memory(NamedTuple):
+    """How a run spends memory."""
+
+    mode: str
+    """One of `MODES`."""
+    value_and_grad: ValueAndGrad
+    notes: tuple[str, ...] = ()
+    """What the user should know about it."""
+
+
+def spend_memory(
+    model: nn.Module, memory: str, *, share_prompt: bool, split_head: bool, segment_layers: int
+) -> tuple[PairScorer, Memory]:
+    """The policy's scorer, and how gradients are taken, as the model allows.
+
+    Args:
+        model: with its adapters.
+        memory: one of `MODES`, or "auto" for the fastest.
+        share_prompt: whether the mode may run a prompt once for both completions.
+        split_head: whether the mode may leave out logits that no loss needs.
+        segment_layers: layers run and freed together, in the modes that run layers again.
+    """
+    name = AUTOMATIC[0] if memory == "auto" else memory
+    mode = MODES[name]
+    scorer = PairScorer(
+        model,
+        share_prompt=mode.share_prompt and share_prompt,
+        split_head=mode.split_head and split_head,
+        lean=mode.lean,
+        kept_attention_bytes=mode.kept_attention_mib << 20,
+    )
+    walk = None
+    if mode.kept_layers < 1:
+        kept = int(mode.kept_layers * len(model.layers))
+        walk = find_walk(scorer, segment_layers=segment_layers, kept_layers=kept)
+    value_and_grad = walk.value_and_grad if walk else partial(whole_value_and_grad, scorer)
+    missing = {
+        "This model's head cannot be told apart from its body: the logits of every position are computed.": (
+            mode.split_head and split_head and not scorer.splits_head
+        ),
+        "This model cannot share a prompt: each prompt is run once per completion.": (
+            mode.share_prompt and share_prompt and not scorer.shares_prompt
+        ),
+        "This model's layers do not agree with this package's functions: they run as mlx-lm wrote them.": (
+            mode.lean and not scorer.lean
+        ),
+        f"This model's layers cannot be run in segments: instead of --memory {name} it takes fast.": mode.kept_layers
+        < 1
+        and walk is None,
+    }
+    return scorer, Memory(name, value_and_grad, tuple(note for note, holds in missing.items() if holds))

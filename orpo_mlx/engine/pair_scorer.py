@@ -6,7 +6,7 @@ the last prompt position; and only positions somebody asked for reach the head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -14,24 +14,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from orpo_mlx.data.batching import collate
 from orpo_mlx.engine.attention import KEPT_BYTES
-from orpo_mlx.engine.lm_head import close, find_head, head_logps, token_logps, trained_head_logps
+from orpo_mlx.engine.equivalence import PROBE_ERRORS, probe_batch, same_states, without_dropout
+from orpo_mlx.engine.lm_head import find_head, head_logps, token_logps, trained_head_logps
 from orpo_mlx.engine.patched_layers import lean_agrees, lean_layers
 from orpo_mlx.engine.shared_prompt import PrefixCaches
-from orpo_mlx.models.adapters import without_dropout
-from orpo_mlx.types import Batch, PairLogProbs, TokenizedPair
+from orpo_mlx.types import Batch, PairLogProbs, States
 
 Caches = list[Any] | None
 Run = Callable[[mx.array, Caches], mx.array]
 """Token ids (R, L) and a cache for each layer to states (R, L, ·)."""
-States = tuple[mx.array, mx.array, mx.array]
-"""States after each prompt, chosen and rejected token: (B, P, ·), (B, C, ·), (B, R, ·)."""
-
-PROBE_ERRORS = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError, NotImplementedError)
-
-_HALF_TOLERANCE, _MOST_ROUNDING = 0.05, 0.25
-"""Of how much a channel differs between tokens."""
 
 
 class TokenLogProbs(NamedTuple):
@@ -271,47 +263,3 @@ def _from_left(states: mx.array, batch: Batch) -> mx.array:
         return states
     column = (mx.arange(states.shape[1])[None] - batch.left_padding[:, None]) % states.shape[1]
     return mx.take_along_axis(states, column[..., None], axis=1)
-
-
-def probe_batch(*, padded: bool) -> Batch:
-    """A pair of a few tokens, or two with much padding before the second prompt, of ids that mean something."""
-    first = TokenizedPair((1, 2, 3, 4), (3, 1, 2), (2, 2, 1))
-    pairs = [first] if not padded else [first._replace(prompt_ids=(1, 2, 3, 4) * 6), TokenizedPair((5, 6), (3,), (2,))]
-    batch = collate(pairs)
-    return batch._replace(prompt_ids=mx.where(batch.prompt_mask, batch.prompt_ids, 3))
-
-
-def same_states(found: States, expected: States, batch: Batch) -> bool:
-    """Whether two ways to compute states agree up to rounding, in each row of a batch.
-
-    In float32 to 1e-3 of the largest. In half precision the rounding of a layer is blown up by those that follow, and a
-    few channels may be so much larger than all others that they hide what is wrong in those; there the first row says
-    how much rounding does in this model on this device, and the others may be off by twice that and 5 % more.
-    """
-    rounding = 0.0
-    for row, sides in enumerate(zip(_row_states(found, batch), _row_states(expected, batch), strict=True)):
-        if sides[1].dtype == mx.float32:
-            same = close(*sides)
-        else:
-            error = error_between_tokens(*sides)
-            same = error < (_HALF_TOLERANCE + 2 * rounding if row else _MOST_ROUNDING)
-            rounding = max(rounding, error)
-        if not same:
-            return False
-    return True
-
-
-def _row_states(states: States, batch: Batch) -> Iterator[mx.array]:
-    """Of each row, the states (N, H) of its tokens; those of padding mean nothing."""
-    masks = [np.array(mask) for mask in (batch.prompt_mask, batch.chosen_mask, batch.rejected_mask)]
-    for row in range(masks[0].shape[0]):
-        places = [mx.array(np.flatnonzero(mask[row])) for mask in masks]
-        yield mx.concatenate([part[row][place] for part, place in zip(states, places, strict=True)])
-
-
-def error_between_tokens(found: mx.array, expected: mx.array) -> float:
-    """The median over channels of rms(found - expected) / rms(expected - its mean), both (N, H), over N tokens."""
-    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
-    spread = mx.sqrt((expected - expected.mean(axis=0)).square().mean(axis=0))
-    error = mx.sqrt((found - expected).square().mean(axis=0))
-    return float(np.array(mx.median(error / mx.maximum(spread, 1e-12))))

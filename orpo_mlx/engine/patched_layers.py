@@ -18,9 +18,9 @@ from mlx_lm.models import activations
 from mlx_lm.tuner.lora import LoRALinear
 
 from orpo_mlx.engine.attention import KEPT_BYTES, attention, fits, model_attention
+from orpo_mlx.engine.equivalence import close
 from orpo_mlx.engine.fast_exp import sigmoid
 from orpo_mlx.engine.gated_delta import gated_delta_update, model_gated_delta_update
-from orpo_mlx.engine.lm_head import close
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:

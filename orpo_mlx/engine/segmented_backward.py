@@ -22,10 +22,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from orpo_mlx.engine.lm_head import close
-from orpo_mlx.engine.pair_scorer import PROBE_ERRORS, PairScorer, States, probe_batch
-from orpo_mlx.models.adapters import without_dropout
-from orpo_mlx.types import Batch
+from orpo_mlx.engine.equivalence import PROBE_ERRORS, close, probe_batch, without_dropout
+from orpo_mlx.engine.pair_scorer import PairScorer
+from orpo_mlx.types import Batch, States
 
 Streams = tuple[mx.array, ...]
 """States of each token sequence of a batch, as `PairScorer.streams` orders them."""

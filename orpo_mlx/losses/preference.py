@@ -12,43 +12,8 @@ import math
 
 import mlx.core as mx
 
+from orpo_mlx.losses.numerics import log_odds, log_sigmoid
 from orpo_mlx.types import LossOutput, PairLogProbs
-
-_LN_2 = math.log(2.0)
-# A float32 mean log-prob can round to exactly 0, where the odds are infinite; the largest log-prob told apart from it.
-_LARGEST_LOGP = -1e-20
-_PRINTED_EPSILON = 1e-8
-_LARGEST_EXPONENT = 88.0
-
-
-def log1mexp(x: mx.array) -> mx.array:
-    """log(1 - eˣ) for x <= 0, accurate and with a finite gradient at both ends.
-
-    Branches at -ln 2 (Mächler 2012, eq. 7). Both branches see guarded inputs: `where` multiplies the gradient of the
-    branch not taken by zero, and 0·inf is NaN.
-    """
-    x = mx.minimum(x, _LARGEST_LOGP)
-    near_zero = x > -_LN_2
-    small = mx.log(-mx.expm1(mx.where(near_zero, x, -_LN_2)))
-    large = mx.log1p(-mx.exp(mx.where(near_zero, -_LN_2, x)))
-    return mx.where(near_zero, small, large)
-
-
-def log_odds(logps: mx.array) -> mx.array:
-    """log(P / (1 - P)) of P = exp(logps) (Hong et al. 2024, eq. 4), computed without leaving log space."""
-    return mx.minimum(logps, _LARGEST_LOGP) - log1mexp(logps)
-
-
-def log_sigmoid(x: mx.array) -> mx.array:
-    """log σ(x) = -log(1 + e⁻ˣ), finite for every finite x.
-
-    Two branches, each with guarded input. The gradient of `mx.logaddexp` has an absolute error of 8e-8, which beyond
-    x = 17 is the whole of it, and the log odds multiply it by 1 / (1 - P).
-    """
-    positive = x >= 0
-    above = -mx.log1p(mx.exp(-mx.where(positive, x, 0.0)))
-    below = mx.where(positive, 0.0, x)
-    return mx.where(positive, above, below - mx.log1p(mx.exp(below)))
 
 
 def mean_logps(logps: PairLogProbs) -> tuple[mx.array, mx.array]:
@@ -60,39 +25,6 @@ def log_odds_ratio(logps: PairLogProbs) -> mx.array:
     """log OR(y_w, y_l) = log odds(y_w|x) - log odds(y_l|x) with length-normalised P (Hong et al. 2024, eq. 5)."""
     chosen, rejected = mean_logps(logps)
     return log_odds(chosen) - log_odds(rejected)
-
-
-def compute_odds_ratio(logps_chosen: mx.array, logps_rejected: mx.array) -> mx.array:
-    """The course chapter's odds ratio, odds(chosen) / odds(rejected) with odds = P / (1 - P + 1e-8).
-
-    Equal to the printed formula wherever that is finite, and right where P underflows and it is 0/0: it is computed in
-    log space. A ratio beyond e⁸⁸, the end of float32, is given as e⁸⁸.
-
-    Args:
-        logps_chosen: log-probs (nats, <= 0), any shape, float32.
-        logps_rejected: the same shape.
-    """
-    return mx.exp(mx.minimum(_printed_log_odds_ratio(logps_chosen, logps_rejected), _LARGEST_EXPONENT))
-
-
-def odds_ratio_loss(logps_chosen: mx.array, logps_rejected: mx.array, beta: float = 0.5) -> mx.array:
-    """The course chapter's loss, elementwise: -log(r / (1 + r)) + beta (logp_rejected - logp_chosen), r the odds ratio.
-
-    -log(r / (1 + r)) = -log σ(log r), so r itself is never formed: finite in value and gradient for log-probs of any
-    size. Take the mean for a batch.
-
-    Args:
-        logps_chosen: log-probs (nats, <= 0), any shape, float32.
-        logps_rejected: the same shape.
-        beta: weight of the style term.
-    """
-    style = beta * (logps_rejected - logps_chosen)
-    return style - log_sigmoid(_printed_log_odds_ratio(logps_chosen, logps_rejected))
-
-
-def _printed_log_odds_ratio(chosen: mx.array, rejected: mx.array) -> mx.array:
-    ratio = chosen - rejected
-    return ratio - mx.log(-mx.expm1(chosen) + _PRINTED_EPSILON) + mx.log(-mx.expm1(rejected) + _PRINTED_EPSILON)
 
 
 def orpo(logps: PairLogProbs, *, beta: float = 0.1) -> LossOutput:

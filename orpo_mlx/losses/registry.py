@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from orpo_mlx import losses
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.losses import preference as losses
 from orpo_mlx.types import LossOutput, PairLogProbs
 
 Loss = Callable[..., LossOutput]

@@ -14,25 +14,29 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import mlx.core as mx
 
-from orpo_mlx.config.cli import OneLineParser, exit_status
 from orpo_mlx.config.command_line import resolve
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.batching import TrainingOrder, micro_batches
 from orpo_mlx.data.sources import find_splits
-from orpo_mlx.errors import ConfigError, TrainingError
-from orpo_mlx.footprint import process_footprint
-from orpo_mlx.process_memory import settle
-from orpo_mlx.published import publishable_memory
-from orpo_mlx.training.checkpoints.folders import save_json
-from orpo_mlx.training.prepare import Run, prepare, versions
+from orpo_mlx.errors import ConfigError, exit_status
+from orpo_mlx.files import save_json
+from orpo_mlx.process_memory import process_footprint, settle
+from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.reference_store import ReferenceTable
+from orpo_mlx.training.run import Run, versions
 from orpo_mlx.training.step import optimiser_step
 from orpo_mlx.types import TokenizedPair
+
+_MEMORY_SETTINGS = (
+    "model", "data", "dtype", "batch_size", "grad_accumulation_steps", "micro_batch_tokens", "max_seq_length", "iters",
+    "fine_tune_type", "num_layers", "lora_parameters", "optimizer", "share_prompt", "plain_head", "segment_layers",
+)  # fmt: skip
+
 
 PROG = "orpo-mlx memory"
 _GIB = 2**30
@@ -131,7 +135,7 @@ def compare(
         "versions": versions(),
         "methods": [],
     }
-    commands = [_command(method, [*arguments, *mode]) for method in methods for mode in _mode_flags(modes)]
+    commands = [benchmark_flags(method, [*arguments, *mode]) for method in methods for mode in mode_flags(modes)]
     configs = [resolve(command, PROG) for command in commands]
     find_splits(configs[0].data)
     for config, command in zip(configs, commands, strict=True):
@@ -197,74 +201,35 @@ def _in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; the exit status."""
-    return exit_status(PROG, lambda: _run(argv))
-
-
-def build_parser() -> OneLineParser:
-    """The flags `memory` has beside those of `train`."""
-    parser = OneLineParser(
-        prog=PROG,
-        description=f"{(__doc__ or '').strip()} Rows are taken in file order.",
-        epilog="All flags of orpo-mlx train are taken as well and hold for every method; --iters is 3 here.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--methods", default="orpo,dpo", help="names with commas between (default: %(default)s)")
-    parser.add_argument("--modes", default="", help="values of --memory to measure each method with: plain,fast,...")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there")
-    parser.add_argument(
-        "--publish",
-        type=Path,
-        metavar="FILE",
-        help="write the figures there without paths, to be sent in: docs/memory.md",
-    )
-    return parser
-
-
-def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None, list[str], Path | None]:
-    """Methods, the flags for all of them, the file to write, the memory modes, and the file to publish.
-
-    Raises:
-        ConfigError: flags that cannot be used.
-    """
-    own, arguments = build_parser().parse_known_args(argv)
-    methods = [name.strip() for name in own.methods.split(",")]
-    if any(word.split("=")[0] == "--method" for word in arguments):
-        raise ConfigError("--method: this command measures several; give --methods orpo,dpo.")
-    modes = [name.strip() for name in own.modes.split(",")] if own.modes else []
-    if modes and any(word.split("=")[0] == "--memory" for word in arguments):
-        raise ConfigError("--memory: several modes are measured; leave out --memory or --modes.")
-    for method, mode in itertools.product(methods, _mode_flags(modes)):
-        if resolve(_command(method, [*arguments, *mode]), PROG).test:
-            raise ConfigError("--test: this command measures training; leave it out.")
-    for flag, file in (("--json", own.json), ("--publish", own.publish)):
-        if file is not None and (file.is_dir() or not file.parent.is_dir()):
-            raise ConfigError(f"{flag} {file}: cannot be written there; give a file in a folder that exists.")
-    return methods, arguments, own.json, modes, own.publish
-
-
-def _command(method: str, arguments: Sequence[str]) -> list[str]:
+def benchmark_flags(method: str, arguments: Sequence[str]) -> list[str]:
     return [*_DEFAULTS, *arguments, *_FIXED, "--method", method]
 
 
-def _mode_flags(modes: Sequence[str]) -> list[tuple[str, ...]]:
+def mode_flags(modes: Sequence[str]) -> list[tuple[str, ...]]:
     return [("--memory", mode) for mode in modes] or [()]
-
-
-def _run(argv: Sequence[str] | None) -> None:
-    methods, arguments, json_file, modes, publish = parse(argv)
-    record = compare(methods, arguments, json_file, modes)
-    if publish is not None:
-        save_json(publish, publishable_memory(record))
-    print(table(record["methods"]))
-    died = [f"{row['method']} ({row['error']})" for row in record["methods"] if "error" in row]
-    if died:
-        raise TrainingError(f"the process of {', '.join(died)} died before it was measured")
 
 
 def _measure_and_print() -> None:
     print(json.dumps(measure(resolve(None, PROG))))
+
+
+def publishable_memory(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What `compare_memory.py --publish` writes: figures, machine, versions and the settings that decide them.
+
+    Of paths only the last part is kept.
+    """
+    settings = record["methods"][0]["settings"]
+    kept = {name: settings[name] for name in _MEMORY_SETTINGS}
+    if Path(kept["model"]).expanduser().exists():
+        kept["model"] = PurePath(kept["model"]).name
+    kept["data"] = PurePath(kept["data"]).name
+    methods = [{key: value for key, value in row.items() if key != "settings"} for row in record["methods"]]
+    return {
+        "schema": 1,
+        **{key: record[key] for key in ("date", "machine", "versions")},
+        "settings": kept,
+        "methods": methods,
+    }
 
 
 if __name__ == "__main__":

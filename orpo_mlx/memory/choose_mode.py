@@ -10,7 +10,8 @@ from orpo_mlx.engine.memory_modes import AUTOMATIC
 from orpo_mlx.errors import TrainingError, UserError
 from orpo_mlx.memory.predict import TOLERANCE, Prediction, device_working_set, heaviest_window, predict
 from orpo_mlx.memory.skeleton import read_blueprint
-from orpo_mlx.training.prepare import Run, change_memory
+from orpo_mlx.training.prepare import spend_memory_as
+from orpo_mlx.training.run import Run
 
 _GIB = 2**30
 
@@ -71,3 +72,10 @@ def memory_line(prediction: Prediction) -> str:
     parts = sorted(prediction._asdict().items(), key=lambda part: -part[1])
     shown = ", ".join(f"{name} {size:.2f}" for name, size in parts if size >= 0.005)
     return f"Predicted peak {prediction.peak:.2f} GiB{f' ({shown})' if shown else ''}."
+
+
+def change_memory(run: Run, mode: str) -> None:
+    """Let the run spend memory as another of `MODES` does."""
+    run.scorer, run.memory = spend_memory_as(dataclasses.replace(run.config, memory=mode), run.loaded.model)
+    if run.reference is not None:
+        run.reference.scorer = run.scorer

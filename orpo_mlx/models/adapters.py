@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from orpo_mlx.errors import ConfigError, ModelError
 
@@ -77,23 +77,6 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode for the length of a `with` block."""
     was_training = model.training
     model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """The model in training mode but for its dropout, for the length of a `with` block.
-
-    In evaluation mode some layers run kernels on Metal that have no gradient.
-    """
-    was_training = model.training
-    model.train()
-    for module in model.modules():
-        if isinstance(module, (nn.Dropout, nn.Dropout2d, nn.Dropout3d)):
-            module.eval()
     try:
         yield
     finally:
@@ -188,3 +171,18 @@ def _from_peft(name: str, array: mx.array) -> tuple[str, mx.array]:
         if name.startswith(_PEFT_PREFIX) and name.endswith(theirs):
             return name[len(_PEFT_PREFIX) : -len(theirs)] + ours, array.T
     return name, array
+
+
+def add_trained_adapters(model: nn.Module, folder: Path) -> None:
+    """Put the adapters in `folder` on the model, ready to run.
+
+    Raises:
+        ModelError: mlx-lm cannot load them.
+    """
+    try:
+        load_adapters(model, str(folder))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ModelError(f"--adapter-path {folder}: mlx-lm cannot load these adapters ({reason}).") from None
+    mx.eval(model.parameters())
+    model.eval()

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from orpo_mlx.errors import printable
+from orpo_mlx.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

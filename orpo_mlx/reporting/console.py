@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,9 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from orpo_mlx.errors import printable_lines
-from orpo_mlx.reporting.resumable_jsonl import LineFile
-from orpo_mlx.training.samples import Reply
+from orpo_mlx.text import printable_lines
+from orpo_mlx.types import Reply
 
 _WIDE = 110
 _REMEMBERED = 40
@@ -31,19 +29,6 @@ CLOSING_ROWS = {
     "NLL of chosen (nats per token)": ("nll_loss", "{:.4f}"),
     "loss": ("loss", "{:.4f}"),
 }
-
-
-class MetricsFile(LineFile):
-    """`metrics.jsonl`: a line for each report, appended in one piece; what is not finite is written as null."""
-
-    def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Append one report.
-
-        Raises:
-            OSError: see `LineFile.append`.
-        """
-        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self.append([{"step": step, "split": split, **finite}])
 
 
 class Reporter:

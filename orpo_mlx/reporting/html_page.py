@@ -8,7 +8,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from orpo_mlx.errors import printable
+from orpo_mlx.text import printable
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c1c1c; --faint: #5b5b5b; --rule: #d4d4d4; --shade: #f4f4f4; }

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
-from orpo_mlx.config.cli import OneLineParser, exit_status
-from orpo_mlx.errors import ConfigError, ModelError, TrainingError, printable
+from orpo_mlx.errors import ConfigError, ModelError, TrainingError
+from orpo_mlx.files import json_text
 from orpo_mlx.reporting.model_card import has_hub_form, shareable
-from orpo_mlx.training.checkpoints.folders import json_text
-
-PROG = "orpo-mlx push"
 
 _NEEDED = ("adapters.safetensors", "adapter_config.json")
 _FILES = (*_NEEDED, "README.md", "run.json", "metrics.jsonl", "report.html", "report.png")
@@ -53,12 +48,12 @@ def check_ready(repo_id: str, flag: str) -> None:
     Raises:
         ConfigError: `repo_id` is not owner/name, or there is no token; names `flag`.
     """
-    _check_name(repo_id, flag)
+    check_name(repo_id, flag)
     if not get_token():
         raise ConfigError(f"{flag} {repo_id}: there is no token for the Hub; set HF_TOKEN or run 'hf auth login'.")
 
 
-def _check_name(repo_id: str, flag: str) -> None:
+def check_name(repo_id: str, flag: str) -> None:
     if not has_hub_form(repo_id):
         raise ConfigError(f"{flag} {repo_id}: found no repository id, expected owner/name, such as me/my-adapters.")
 
@@ -98,35 +93,3 @@ def listing(sent: dict[str, bytes | Path]) -> str:
     """Sizes in bytes and names, a file a line, with the sum."""
     sizes = {name: len(what) if isinstance(what, bytes) else what.stat().st_size for name, what in sent.items()}
     return "\n".join(f"{size:>15,}  {name}" for name, size in [*sizes.items(), ("bytes together", sum(sizes.values()))])
-
-
-def build_parser() -> OneLineParser:
-    """The command line of `push`."""
-    parser = OneLineParser(prog=PROG, description="Send adapters, model card and figures of a run to the Hub.")
-    parser.add_argument("adapter_path", metavar="ADAPTER_PATH", help="folder that train wrote")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="model repository, owner/name; made where it is not there")
-    parser.add_argument("--private", action="store_true", help="make it private, if it is made")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be sent, and send nothing")
-    return parser
-
-
-def _run(argv: Sequence[str] | None) -> None:
-    args = build_parser().parse_args(argv)
-    folder = Path(args.adapter_path).expanduser()
-    _check_name(args.repo_id, "REPO_ID")
-    if args.dry_run:
-        print(printable(f"Would be sent to {args.repo_id}:"))
-        print(listing(contents(folder)))
-        return
-    check_ready(args.repo_id, "REPO_ID")
-    print(listing(contents(folder)))
-    print(printable(f"Pushed to {push(folder, args.repo_id, private=args.private or None)}"))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; the exit status."""
-    return exit_status(PROG, lambda: _run(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

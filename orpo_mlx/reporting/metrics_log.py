@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from orpo_mlx.errors import DataError
+from orpo_mlx.reporting.resumable_jsonl import LineFile
 
 FILE = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -161,3 +163,16 @@ def _report(line: str) -> tuple[str, int, dict[str, float]] | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class MetricsFile(LineFile):
+    """`metrics.jsonl`: a line for each report, appended in one piece; what is not finite is written as null."""
+
+    def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Append one report.
+
+        Raises:
+            OSError: see `LineFile.append`.
+        """
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        self.append([{"step": step, "split": split, **finite}])

@@ -14,13 +14,13 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from orpo_mlx.config.settings import TrainingConfig
-from orpo_mlx.errors import DataError, printable
+from orpo_mlx.errors import DataError
+from orpo_mlx.files import write_text
 from orpo_mlx.losses.registry import METHODS, NOTATION, parse
 from orpo_mlx.reporting.console import CLOSING_ROWS
 from orpo_mlx.reporting.html_page import markdown_text
 from orpo_mlx.reporting.metrics_log import read_run
-from orpo_mlx.training.checkpoints.folders import write_text
+from orpo_mlx.text import printable
 
 FILE = "README.md"
 
@@ -36,8 +36,9 @@ Held = Mapping[str, Mapping[str, float]]
 """Metrics by split."""
 
 
-def write_card(folder: Path, before: Held, after: Held) -> bool:
-    """Write the card of the run in `folder`, from its `run.json` and `metrics.jsonl` and its held-out metrics.
+def write_card(folder: Path, before: Held, after: Held, defaults: Mapping[str, Any]) -> bool:
+    """Write the card of the run in `folder`, from its `run.json` and `metrics.jsonl` and its held-out metrics;
+    settings that are `defaults` are left out.
 
     Returns:
         Whether it was written: a README.md that is not this package's, or was changed since, is left as it is.
@@ -49,12 +50,14 @@ def write_card(folder: Path, before: Held, after: Held) -> bool:
     if path.exists() and not _is_untouched(path.read_bytes()):
         return False
     record = shareable(json.loads((folder / "run.json").read_text(encoding="utf-8")))
-    text = card_text(record, before, after, _peak_gib(folder))
+    text = card_text(record, before, after, _peak_gib(folder), defaults)
     write_text(path, text + _MARK.format(hashlib.sha256(text.encode()).hexdigest()))
     return True
 
 
-def card_text(record: Mapping[str, Any], before: Held, after: Held, peak_gib: float | None) -> str:
+def card_text(
+    record: Mapping[str, Any], before: Held, after: Held, peak_gib: float | None, defaults: Mapping[str, Any]
+) -> str:
     """The card as Markdown below a YAML header.
 
     Args:
@@ -62,6 +65,7 @@ def card_text(record: Mapping[str, Any], before: Held, after: Held, peak_gib: fl
         before: held-out metrics before training, by split.
         after: the same after training.
         peak_gib: MLX's peak while training; None where no step was reported.
+        defaults: value of each setting that need not be listed.
     """
     settings = record["settings"]
     parts = [
@@ -73,7 +77,7 @@ def card_text(record: Mapping[str, Any], before: Held, after: Held, peak_gib: fl
         _method(record),
         _data(record["data"]),
         _figures(before, after),
-        _settings(record, peak_gib),
+        _settings(record, peak_gib, defaults),
     ]
     return "\n".join(parts) + "\n"
 
@@ -176,8 +180,8 @@ def _figures(before: Held, after: Held) -> str:
     return f"## Figures\n\nOn held-out pairs, before and after training:\n\n{_table(heads, rows)}"
 
 
-def _settings(record: Mapping[str, Any], peak_gib: float | None) -> str:
-    defaults, settings = TrainingConfig().settings(), record["settings"]
+def _settings(record: Mapping[str, Any], peak_gib: float | None, defaults: Mapping[str, Any]) -> str:
+    settings = record["settings"]
     shown = {
         name: value
         for name, value in settings.items()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orpo_mlx.config.cli import OneLineParser, exit_status
-from orpo_mlx.errors import ConfigError, DataError
+from orpo_mlx.errors import DataError
+from orpo_mlx.files import write_atomically, write_text
 from orpo_mlx.reporting.charts import DARK, LIGHT, Panel, Theme, label, legend, png, style, whole_steps
 from orpo_mlx.reporting.html_page import Cell, Table, page, picture, text
 from orpo_mlx.reporting.metrics_log import (
@@ -25,12 +24,10 @@ from orpo_mlx.reporting.metrics_log import (
     read_run,
     read_samples,
 )
-from orpo_mlx.training.checkpoints.folders import write_atomically, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PROG = "orpo-mlx report"
 
 _CHARTS = (LOSS, ACCURACY, MARGIN, SPEED)
 _HELD_OUT = SPLITS[1:]
@@ -183,41 +180,3 @@ def _summary(runs: Sequence[RunLog]) -> Table:
 def _peak(run: RunLog) -> Cell:
     values = [value for _, value in run.points("train", "peak_memory_gib")]
     return Cell(f"{max(values):.2f}", max(values)) if values else Cell("not measured")
-
-
-def build_parser() -> OneLineParser:
-    """The command line of `report`."""
-    parser = OneLineParser(
-        prog=PROG, description="Draw one training run, or several laid over each other.", allow_abbrev=False
-    )
-    parser.add_argument(
-        "folders", nargs="+", metavar="ADAPTER_PATH", help="--adapter-path of a run, with metrics.jsonl"
-    )
-    parser.add_argument(
-        "--output", metavar="DIR", help="folder to write report.html and report.png into; default: the run's"
-    )
-    return parser
-
-
-def _run(argv: Sequence[str] | None) -> None:
-    args = build_parser().parse_args(argv)
-    folders = [Path(name) for name in args.folders]
-    if args.output is None and len(folders) > 1:
-        raise ConfigError("--output: several runs are drawn together; give the folder for their report.")
-    output = Path(args.output or folders[0])
-    if args.output is not None:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--output {output}: cannot be made ({error.strerror}).") from None
-    for path in write_report(folders, output):
-        print(path)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; the exit status."""
-    return exit_status(PROG, lambda: _run(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

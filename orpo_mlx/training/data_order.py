@@ -11,7 +11,7 @@ from pathlib import Path
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.batching import TrainingOrder, length_order, micro_batches, side_lengths, steps_per_epoch
 from orpo_mlx.models.adapters import adapter_metadata
-from orpo_mlx.training.prepare import Run
+from orpo_mlx.training.run import Run
 from orpo_mlx.types import TokenizedPair
 
 _ORDER_KEY, _STEP_KEY = "orpo_mlx_order", "orpo_mlx_step"

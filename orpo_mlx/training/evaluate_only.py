@@ -16,13 +16,15 @@ from orpo_mlx.config.settings import FIELDS, TrainingConfig, group_of
 from orpo_mlx.data.batching import length_order
 from orpo_mlx.errors import ConfigError, ModelError
 from orpo_mlx.models.adapters import load_adapter_file
-from orpo_mlx.reporting.console import MetricsFile, Reporter
-from orpo_mlx.training.checkpoints.result import TrainingResult
+from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.reporting.metrics_log import MetricsFile
+from orpo_mlx.training.checkpoints.progress import TrainingResult
 from orpo_mlx.training.data_order import held_out_pairs, steps_taken
 from orpo_mlx.training.distributed import Ranks
-from orpo_mlx.training.held_out import evaluate_splits
+from orpo_mlx.training.evaluation import evaluate_splits
 from orpo_mlx.training.interrupts import StopSignals
-from orpo_mlx.training.prepare import Run, prepare
+from orpo_mlx.training.prepare import prepare
+from orpo_mlx.training.run import Run
 
 METRICS = "test_metrics.jsonl"
 _CONFIG = "adapter_config.json"

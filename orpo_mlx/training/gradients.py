@@ -12,13 +12,13 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from orpo_mlx.data.batching import collate, micro_batches, sequence_tokens
-from orpo_mlx.engine.pair_scorer import States, join_logps, pair_logps
+from orpo_mlx.engine.pair_scorer import join_logps, pair_logps
 from orpo_mlx.engine.segmented_backward import Gradients
 from orpo_mlx.losses.metrics import MetricMeans, pair_metrics
 from orpo_mlx.models.adapters import adapter_weights
-from orpo_mlx.training.prepare import Run
 from orpo_mlx.training.reference import with_reference
-from orpo_mlx.types import PairLogProbs, TokenizedPair
+from orpo_mlx.training.run import Run
+from orpo_mlx.types import PairLogProbs, States, TokenizedPair
 
 
 class LossSlope(NamedTuple):

@@ -14,18 +14,20 @@ from orpo_mlx.config.settings import DEFAULT_MAX_SKIPPED
 from orpo_mlx.errors import HalfAppliedError, NonFiniteError, TrainingError
 from orpo_mlx.losses.metrics import MetricMeans
 from orpo_mlx.reporting.callbacks import Callbacks
-from orpo_mlx.reporting.console import MetricsFile, Reporter, step_numbers, train_line
+from orpo_mlx.reporting.console import Reporter, step_numbers, train_line
+from orpo_mlx.reporting.metrics_log import MetricsFile
 from orpo_mlx.reporting.resumable_jsonl import FileMark, LineFile
 from orpo_mlx.reporting.run_report import refresh_report
 from orpo_mlx.training.checkpoints.progress import Best, Held, Progress
-from orpo_mlx.training.checkpoints.resume import mark_best, random_numbers_kept, random_state, save, set_random_state
+from orpo_mlx.training.checkpoints.resume import mark_best, save
+from orpo_mlx.training.checkpoints.state import random_numbers_kept, random_state, set_random_state
 from orpo_mlx.training.data_order import total_steps, training_order
-from orpo_mlx.training.held_out import evaluate_splits
+from orpo_mlx.training.evaluation import evaluate_splits
 from orpo_mlx.training.interrupts import Interrupted, StopSignals
-from orpo_mlx.training.prepare import Run
-from orpo_mlx.training.samples import Reply, Sampler
+from orpo_mlx.training.run import Run
+from orpo_mlx.training.samples import Sampler
 from orpo_mlx.training.step import optimiser_step
-from orpo_mlx.types import TokenizedPair
+from orpo_mlx.types import Reply, TokenizedPair
 
 
 class Outlets(NamedTuple):

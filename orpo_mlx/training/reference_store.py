@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
 
-from orpo_mlx.training.checkpoints.folders import write_atomically
+from orpo_mlx.files import write_atomically
 
 _KEY = np.dtype("S16")
 _SPARING = 10

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.nn as nn
 from mlx_lm import stream_generate
 
 from orpo_mlx.data.tokenization import PairTokenizer
 from orpo_mlx.reporting.resumable_jsonl import LineFile
-from orpo_mlx.types import Pair, Text
+from orpo_mlx.types import Pair, Reply, Text
 
 MAX_TOKENS = 64
-
-
-class Reply(NamedTuple):
-    """A greedy answer to one prompt."""
-
-    prompt: str
-    text: str
-    tokens: int
 
 
 def pick_prompts(pairs: Sequence[Pair], count: int) -> list[Pair]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from orpo_mlx.errors import printable
+from orpo_mlx.files import write_text
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.training.checkpoints.folders import Checkpoint, write_text
-from orpo_mlx.training.prepare import Run
+from orpo_mlx.text import printable
+from orpo_mlx.training.checkpoints.folders import Checkpoint
 from orpo_mlx.training.reference_store import ReferenceTable
+from orpo_mlx.training.run import Run
 
 
 def announce(run: Run, reporter: Reporter, checkpoint: Checkpoint | None) -> None:

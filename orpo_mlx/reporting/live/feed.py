@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orpo_mlx.errors import printable
 from orpo_mlx.folder_lock import is_held_by_a_living_process
 from orpo_mlx.reporting.metrics_log import FILE
+from orpo_mlx.text import printable
 
 PIECE = 1 << 20
 """Bytes of `metrics.jsonl` in one answer, at most."""

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import os
 import re
 import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import mlx.core as mx
-
-from orpo_mlx.errors import redacted
+from orpo_mlx.files import file_sha256, flush_to_disk, json_text
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -31,79 +24,6 @@ class Checkpoint(NamedTuple):
     folder: Path
     step: int
     """Optimiser steps that had been taken."""
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it over `path`.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written; `path` is then as it was, and the error names it.
-    """
-    temporary: Path | None = None
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        flush_to_disk(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        error.filename, error.filename2 = str(path), None
-        raise
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file's content, or a folder's entries, are on the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        if sys.platform == "darwin":
-            import fcntl
-
-            # fsync on macOS leaves the drive's own cache alone.
-            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
-        else:
-            os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
-
-
-def save_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON atomically, indented, in UTF-8."""
-    write_text(path, json_text(value))
-
-
-def json_text(value: Mapping[str, Any]) -> str:
-    """A JSON object as a file holds it: without access tokens, and with no character that a terminal would obey."""
-    text = redacted(json.dumps(value, indent=2, ensure_ascii=False, default=str)) + "\n"
-    if all(line.isprintable() for line in text.split("\n")):
-        return text
-    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
-
-
-def save_adapters(folder: Path, weights: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
-    """Write `adapters.safetensors`; `metadata` goes into its header, which other readers pass over."""
-    write_atomically(folder / "adapters.safetensors", lambda temporary: save_safetensors(temporary, weights, metadata))
-
-
-def save_safetensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
-    """MLX's writer, whose complaint about a full disk becomes an `OSError`."""
-    try:
-        mx.save_safetensors(str(path), dict(arrays), dict(metadata or {}))
-    except RuntimeError as error:
-        raise OSError(errno.EIO, str(error).rstrip(".")) from error
 
 
 def write_checkpoint(parent: Path, step: int, write: Callable[[Path], None]) -> Checkpoint:
@@ -192,15 +112,6 @@ def defect(folder: Path, step: int) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{_MANIFEST} is not one ({type(error).__name__})"
     return None
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _candidates(parent: Path) -> list[tuple[int, Path]]:

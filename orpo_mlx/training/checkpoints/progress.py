@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from orpo_mlx.losses.metrics import MetricMeans
 from orpo_mlx.training.divergence_watch import DivergenceWatch
-from orpo_mlx.training.samples import Reply
+from orpo_mlx.types import Reply
 
 Held = dict[str, dict[str, float]]
 """Metrics by split."""
@@ -95,3 +96,27 @@ class Progress:
             resumed_at=[int(step) for step in value["resumed_at"]],
             watch=DivergenceWatch.from_json(value["watch"]),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingResult:
+    """A run that has come to its end. Of a resumed run, counts and seconds are those of all its parts."""
+
+    adapter_path: Path
+    """Holds adapters, metrics, report, model card and checkpoints."""
+    steps: int
+    """Optimiser steps, those passed over included."""
+    skipped: int
+    """Steps passed over because a number in them was not finite, with `on_nonfinite="skip"`."""
+    before: Held
+    """Held-out metrics before the first step: by split (`valid`, `test`), then by name (`rewards/accuracies`)."""
+    after: Held
+    """Held-out metrics after the last step; a split that is not there, or not asked for, has none."""
+    best: Best | None
+    """Step and loss of the best evaluation, with `save_best`."""
+    trained_tokens: int
+    """Tokens of prompts and completions in the steps."""
+    training_seconds: float
+    """Spent in the steps, without evaluation, loading and saving."""
+    peak_memory_gib: float
+    """MLX's peak since training began, in this process."""

@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from orpo_mlx.config.checks import check_settings
 from orpo_mlx.config.settings import TrainingConfig, group_of
 from orpo_mlx.errors import ConfigError, TrainingError
+from orpo_mlx.files import json_text, save_adapters, save_json, save_safetensors
 from orpo_mlx.models.adapters import adapter_weights, load_adapter_file
 from orpo_mlx.reporting.resumable_jsonl import FileMark
 from orpo_mlx.training.checkpoints.folders import (
     Checkpoint,
     clear_unfinished,
-    json_text,
     prune,
-    save_adapters,
-    save_json,
-    save_safetensors,
     whole_checkpoints,
     write_checkpoint,
 )
 from orpo_mlx.training.checkpoints.progress import Progress
-from orpo_mlx.training.data_order import epoch_and_step, order_digest, place_metadata, total_steps
-from orpo_mlx.training.prepare import Run, adapter_config, versions
+from orpo_mlx.training.checkpoints.state import (
+    _ADAPTERS,
+    _NEVER_TAKEN,
+    _OPTIMIZER,
+    _REFERENCE,
+    _STATE,
+    State,
+    _describe,
+    random_state_of,
+    read_state,
+    set_random_state,
+)
+from orpo_mlx.training.data_order import order_digest, place_metadata
+from orpo_mlx.training.run import Run, adapter_config, versions
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
-_ADAPTERS, _OPTIMIZER, _REFERENCE, _STATE = (
-    "adapters.safetensors", "optimizer.safetensors", "reference.safetensors", "state.json",
-)  # fmt: skip
 
-_NEVER_TAKEN = {"adapter_path", "resume", "resume_with_changes", "overwrite", "trust_remote_code", "test", "watch"}
-"""Settings that a checkpoint has no say in; remote code runs, and a port opens, only where this very command asks."""
 _FREE_GROUPS = {"memory", "machines", "reports", "resume"}
 _FREE = {
     "adapter_path", "trust_remote_code", "memory_check", "micro_batch_tokens", "precompute_reference", "iters",
@@ -49,59 +50,6 @@ _FREE = {
 """Settings that may change without changing the maths; so may all of `_FREE_GROUPS`."""
 _BY_CONTENT = {"model", "data"}
 """Settings that name what is compared by content instead."""
-
-
-class State(NamedTuple):
-    """What `state.json` says, checked."""
-
-    progress: Progress
-    total: int
-    first_step: int
-    settings: Mapping[str, Any]
-    random_states: list[tuple[int, int]]
-    """Of each rank."""
-    order: str
-    data: Mapping[str, str]
-    model: str
-    versions: Mapping[str, str]
-    metrics: FileMark
-    samples: FileMark | None
-    """None where no sample replies were kept."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether all steps had been taken."""
-        return self.progress.step >= self.total
-
-
-def random_state() -> tuple[int, int]:
-    """MLX's random state: two 32-bit words."""
-    state: Any = mx.random.state
-    high, low = np.array(state[0]).tolist()
-    return int(high), int(low)
-
-
-def set_random_state(state: Sequence[int]) -> None:
-    """Put MLX's random numbers back to where `random_state` found them."""
-    mx.random.seed((state[0] << 32) | state[1])
-
-
-def random_state_of(rank: int, states: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """A rank's own random numbers; one that had none yet gets some that no other rank has."""
-    if rank < len(states):
-        return states[rank]
-    digest = hashlib.sha256(repr((states[0], rank)).encode()).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
-
-
-@contextmanager
-def random_numbers_kept() -> Iterator[None]:
-    """Whatever draws random numbers in this block, the run's own, of dropout, do not depend on it."""
-    state = random_state()
-    try:
-        yield
-    finally:
-        set_random_state(state)
 
 
 def save(run: Run, progress: Progress, marks: Mapping[str, FileMark], randoms: Sequence[tuple[int, int]]) -> Checkpoint:
@@ -186,42 +134,6 @@ def settings_of_newest(adapter_path: str) -> dict[str, Any]:
         return {}
     settings = read_state(checkpoint).settings
     return {name: value for name, value in settings.items() if name not in _NEVER_TAKEN}
-
-
-def read_state(checkpoint: Checkpoint) -> State:
-    """What a checkpoint says of its run.
-
-    Raises:
-        TrainingError: its `state.json` is not one of this package.
-        ConfigError: its settings are not settings of this version.
-    """
-    path = checkpoint.folder / _STATE
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        randoms = [(int(high), int(low)) for high, low in state["random_states"]]
-        metrics = _mark(state["metrics"])
-        samples = _mark(state["samples"]) if "samples" in state else None
-        progress = Progress.from_json(state["progress"])
-        total, first_step = int(state["total_steps"]), int(state["first_step"])
-        texts = [{str(k): str(v) for k, v in state[name].items()} for name in ("data", "versions")]
-        settings, order, model = dict(state["settings"]), str(state["order"]), str(state["model"])
-        words = [word for pair in randoms for word in pair]
-        if not words or not all(0 <= word < 1 << 32 for word in words) or first_step < 0:
-            raise ValueError("a number out of range")
-        if progress.step != checkpoint.step:
-            raise ValueError(f"step {progress.step}, expected {checkpoint.step}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise TrainingError(f"{path}: not the state of a run ({type(error).__name__}: {reason})") from None
-    checked = check_settings(settings, str(path))
-    return State(progress, total, first_step, checked, randoms, order, texts[0], model, texts[1], metrics, samples)
-
-
-def _mark(value: Mapping[str, Any]) -> FileMark:
-    mark = FileMark(int(value["size"]), str(value["sha256"]))
-    if mark.size < 0:
-        raise ValueError("a negative size")
-    return mark
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -333,27 +245,6 @@ def restore(run: Run, checkpoint: Checkpoint, state: State) -> list[str]:
     mx.eval(run.loaded.model.trainable_parameters(), run.optimizer.state)
     set_random_state(random_state_of(run.ranks.rank, state.random_states))
     return notes
-
-
-def _describe(
-    run: Run, progress: Progress, marks: Mapping[str, FileMark], randoms: Sequence[tuple[int, int]]
-) -> dict[str, Any]:
-    epoch, step = epoch_and_step(run, progress.step)
-    return {
-        "step": progress.step,
-        "total_steps": total_steps(run.config, len(run.splits["train"].pairs)),
-        "epoch": epoch,
-        "step_in_epoch": step,
-        "first_step": run.first_step,
-        "progress": progress.to_json(),
-        "random_states": list(randoms),
-        **{name: mark._asdict() for name, mark in marks.items()},
-        "order": order_digest(run),
-        "data": {name: split.sha256 for name, split in run.splits.items()},
-        "model": run.model_digest,
-        "settings": {name: value for name, value in run.config.settings().items() if name not in _NEVER_TAKEN},
-        "versions": versions(),
-    }
 
 
 def _change(run: Run, state: State, name: str) -> str:

@@ -1,9 +1,10 @@
-"""Figures in the documents: tables between markers, made from committed results, so that none is typed by hand."""
+"""Make the tables in README.md and docs/ anew from the results in docs/results/, so that no figure is typed by hand."""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 from orpo_mlx.compare import tables
 from orpo_mlx.compare.report import facts
 from orpo_mlx.compare.tables import number
-from orpo_mlx.errors import ConfigError, DataError
+from orpo_mlx.config.command_line import OneLineParser
+from orpo_mlx.errors import ConfigError, DataError, exit_status
+from orpo_mlx.files import save_json, write_text
 from orpo_mlx.reporting.html_page import Cell, Table, markdown_text
-from orpo_mlx.training.checkpoints.folders import save_json, write_text
 
+ROOT = Path(__file__).resolve().parent.parent
+PROG = "python scripts/docs_tables.py"
 FOLDER = PurePath("docs", "results")
 DOCUMENTS = ("README.md", "docs/comparison.md", "docs/data.md", "docs/memory.md", "docs/recipes.md")
 """Where `<!-- results: NAME TABLE -->` and `<!-- end of results -->` may stand. `memory` in the place of both is every
@@ -22,10 +26,6 @@ published measurement of memory; `memory START` compares the modes in those whos
 is a table that another program printed."""
 
 _MARKED = re.compile(r"<!-- results: (?P<what>[a-z0-9_ -]+) -->\n.*?<!-- end of results -->", re.S)
-_MEMORY_SETTINGS = (
-    "model", "data", "dtype", "batch_size", "grad_accumulation_steps", "micro_batch_tokens", "max_seq_length", "iters",
-    "fine_tune_type", "num_layers", "lora_parameters", "optimizer", "share_prompt", "plain_head", "segment_layers",
-)  # fmt: skip
 
 
 def _facts(results: Mapping[str, Any]) -> str:
@@ -58,25 +58,6 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "replies": lambda results: tables.replies(results).markdown(),
 }
 """What may stand after a result's name in a marker."""
-
-
-def publishable_memory(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What `compare_memory.py --publish` writes: figures, machine, versions and the settings that decide them.
-
-    Of paths only the last part is kept.
-    """
-    settings = record["methods"][0]["settings"]
-    kept = {name: settings[name] for name in _MEMORY_SETTINGS}
-    if Path(kept["model"]).expanduser().exists():
-        kept["model"] = PurePath(kept["model"]).name
-    kept["data"] = PurePath(kept["data"]).name
-    methods = [{key: value for key, value in row.items() if key != "settings"} for row in record["methods"]]
-    return {
-        "schema": 1,
-        **{key: record[key] for key in ("date", "machine", "versions")},
-        "settings": kept,
-        "methods": methods,
-    }
 
 
 def memory_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -227,3 +208,34 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise DataError(f"{path}: holds no JSON object.")
     return found
+
+
+def build_parser() -> OneLineParser:
+    """The command line."""
+    parser = OneLineParser(prog=PROG, description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail where a table is not that of its results"
+    )
+    parser.add_argument("--add", type=Path, metavar="FILE", help="results.json of compare_methods.py to publish first")
+    parser.add_argument("--name", help="its name in docs/results/ and in markers")
+    parser.add_argument("--without-replies", action="store_true", help="publish it without prompts and replies")
+    return parser
+
+
+def _run() -> None:
+    args = build_parser().parse_args()
+    if (args.add is None) != (args.name is None) or (args.without_replies and args.add is None):
+        raise ConfigError("--add, --name: give both, or neither; --without-replies goes with them.")
+    if args.check and args.add is not None:
+        raise ConfigError("--check writes nothing; leave out --add.")
+    if args.add is not None:
+        print(add_results(args.add, ROOT, args.name, replies=not args.without_replies))
+    stale = stale_documents(ROOT, write=not args.check)
+    for name in stale:
+        print(name)
+    if args.check and stale:
+        raise DataError(f"{', '.join(stale)}: tables are not those of docs/results/; run {PROG}.")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(PROG, _run))

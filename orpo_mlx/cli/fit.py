@@ -1,0 +1,89 @@
+"""Whether a training run fits a Mac, before anything is loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from orpo_mlx.config.command_line import OneLineParser, resolve
+from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.engine.memory_modes import MODES
+from orpo_mlx.errors import ConfigError, exit_status
+from orpo_mlx.memory.fit import describe, predicted, remedies, verdict
+from orpo_mlx.memory.predict import recommended_working_set
+from orpo_mlx.memory.skeleton import read_blueprint
+
+PROG = "orpo-mlx fit"
+
+
+def build_parser() -> OneLineParser:
+    """The flags `fit` has beside those of `train`."""
+    parser = OneLineParser(
+        prog=PROG,
+        description="Predicted peak of MLX's memory in a training step, what it is made of, and whether it fits.",
+        epilog="All flags of orpo-mlx train are taken as well.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--memory", metavar="GIB", help="memory of the Mac (default: say which Macs it fits)")
+    parser.add_argument(
+        "--mode", metavar="MODE", choices=tuple(MODES), help=f"train's --memory: {', '.join(MODES)} (default: fast)"
+    )
+    parser.add_argument("--prompt-tokens", metavar="N", help="of the tokens of a pair's side (default: half of them)")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> tuple[TrainingConfig, float | None, int | None]:
+    """Settings, the Mac's memory in GiB, and the prompt's tokens.
+
+    Raises:
+        ConfigError: flags that cannot be used.
+    """
+    own, arguments = build_parser().parse_known_args(argv)
+    config = resolve([*arguments, *(("--memory", own.mode) if own.mode else ())], PROG)
+    memory = None if own.memory is None else _above_0("--memory", own.memory, float)
+    prompt = None if own.prompt_tokens is None else int(_above_0("--prompt-tokens", own.prompt_tokens, int))
+    if config.max_seq_length < 2 or (prompt is not None and prompt >= config.max_seq_length):
+        raise ConfigError(
+            f"--max-seq-length {config.max_seq_length}: leaves no token for the completion; give a larger one."
+        )
+    return config, memory, prompt
+
+
+def _above_0(flag: str, text: str, kind: type[float] | type[int]) -> float:
+    try:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+    except ValueError:
+        words = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{flag}: found {text!r}, expected {words} greater than 0.") from None
+    return value
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    config, memory, prompt = parse(argv)
+    blueprint = read_blueprint(config.model, dtype=config.dtype)
+    print("A step is run on models of this shape with few layers; with a large model it takes a while.", flush=True)
+    prediction = predicted(config, blueprint, prompt)
+    print(f"{config.method}, {config.batch_size} pairs of {config.max_seq_length} tokens a side, predicted:")
+    print(describe(prediction))
+    print(verdict(prediction.peak, memory))
+    if memory is None or prediction.peak <= recommended_working_set(memory):
+        return
+    for flags, changed in remedies(config):
+        share = None if prompt is None else max(1, prompt * changed.max_seq_length // config.max_seq_length)
+        peak = predicted(changed, blueprint, share).peak
+        fits = peak <= recommended_working_set(memory)
+        print(f"  with {flags}: {peak:.2f} GiB{', which fits' if fits else ''}")
+        if fits:
+            return
+    print("No flag makes it fit: take a smaller model, or one quantised to 4 bits.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status."""
+    return exit_status(PROG, lambda: _run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

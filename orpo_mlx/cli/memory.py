@@ -1,0 +1,75 @@
+"""What methods cost side by side: memory and seconds of a training step, each method in a process of its own."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from orpo_mlx.config.command_line import OneLineParser, resolve
+from orpo_mlx.errors import ConfigError, TrainingError, exit_status
+from orpo_mlx.files import save_json
+from orpo_mlx.memory.benchmark import PROG, benchmark_flags, compare, mode_flags, publishable_memory, table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status."""
+    return exit_status(PROG, lambda: _run(argv))
+
+
+def build_parser() -> OneLineParser:
+    """The flags `memory` has beside those of `train`."""
+    parser = OneLineParser(
+        prog=PROG,
+        description=f"{(__doc__ or '').strip()} Rows are taken in file order.",
+        epilog="All flags of orpo-mlx train are taken as well and hold for every method; --iters is 3 here.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--methods", default="orpo,dpo", help="names with commas between (default: %(default)s)")
+    parser.add_argument("--modes", default="", help="values of --memory to measure each method with: plain,fast,...")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there")
+    parser.add_argument(
+        "--publish",
+        type=Path,
+        metavar="FILE",
+        help="write the figures there without paths, to be sent in: docs/memory.md",
+    )
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None, list[str], Path | None]:
+    """Methods, the flags for all of them, the file to write, the memory modes, and the file to publish.
+
+    Raises:
+        ConfigError: flags that cannot be used.
+    """
+    own, arguments = build_parser().parse_known_args(argv)
+    methods = [name.strip() for name in own.methods.split(",")]
+    if any(word.split("=")[0] == "--method" for word in arguments):
+        raise ConfigError("--method: this command measures several; give --methods orpo,dpo.")
+    modes = [name.strip() for name in own.modes.split(",")] if own.modes else []
+    if modes and any(word.split("=")[0] == "--memory" for word in arguments):
+        raise ConfigError("--memory: several modes are measured; leave out --memory or --modes.")
+    for method, mode in itertools.product(methods, mode_flags(modes)):
+        if resolve(benchmark_flags(method, [*arguments, *mode]), PROG).test:
+            raise ConfigError("--test: this command measures training; leave it out.")
+    for flag, file in (("--json", own.json), ("--publish", own.publish)):
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            raise ConfigError(f"{flag} {file}: cannot be written there; give a file in a folder that exists.")
+    return methods, arguments, own.json, modes, own.publish
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    methods, arguments, json_file, modes, publish = parse(argv)
+    record = compare(methods, arguments, json_file, modes)
+    if publish is not None:
+        save_json(publish, publishable_memory(record))
+    print(table(record["methods"]))
+    died = [f"{row['method']} ({row['error']})" for row in record["methods"] if "error" in row]
+    if died:
+        raise TrainingError(f"the process of {', '.join(died)} died before it was measured")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

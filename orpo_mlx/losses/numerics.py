@@ -1,0 +1,42 @@
+"""Log-space functions that stay finite, in value and gradient, at both ends."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+
+_LN_2 = math.log(2.0)
+
+# A float32 mean log-prob can round to exactly 0, where the odds are infinite; the largest log-prob told apart from it.
+_LARGEST_LOGP = -1e-20
+
+
+def log1mexp(x: mx.array) -> mx.array:
+    """log(1 - eˣ) for x <= 0, accurate and with a finite gradient at both ends.
+
+    Branches at -ln 2 (Mächler 2012, eq. 7). Both branches see guarded inputs: `where` multiplies the gradient of the
+    branch not taken by zero, and 0·inf is NaN.
+    """
+    x = mx.minimum(x, _LARGEST_LOGP)
+    near_zero = x > -_LN_2
+    small = mx.log(-mx.expm1(mx.where(near_zero, x, -_LN_2)))
+    large = mx.log1p(-mx.exp(mx.where(near_zero, -_LN_2, x)))
+    return mx.where(near_zero, small, large)
+
+
+def log_odds(logps: mx.array) -> mx.array:
+    """log(P / (1 - P)) of P = exp(logps) (Hong et al. 2024, eq. 4), computed without leaving log space."""
+    return mx.minimum(logps, _LARGEST_LOGP) - log1mexp(logps)
+
+
+def log_sigmoid(x: mx.array) -> mx.array:
+    """log σ(x) = -log(1 + e⁻ˣ), finite for every finite x.
+
+    Two branches, each with guarded input. The gradient of `mx.logaddexp` has an absolute error of 8e-8, which beyond
+    x = 17 is the whole of it, and the log odds multiply it by 1 / (1 - P).
+    """
+    positive = x >= 0
+    above = -mx.log1p(mx.exp(-mx.where(positive, x, 0.0)))
+    below = mx.where(positive, 0.0, x)
+    return mx.where(positive, above, below - mx.log1p(mx.exp(below)))
