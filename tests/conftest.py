@@ -275,6 +275,6 @@ def _flat(model: nn.Module) -> list[tuple[str, mx.array]]:
 @pytest.fixture(scope="session")
 def comparison(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished comparison of tiny trainings, on data whose texts would like to be markup; its output folder."""
-    from tests.compared import run_comparison
+    from tests.helpers.small_comparison import run_comparison
 
     return run_comparison(tmp_path_factory.mktemp("comparison"), model_folder)

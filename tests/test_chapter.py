@@ -10,8 +10,8 @@ import orpo_mlx
 from orpo_mlx.data.batching import collate
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.models.adapters import add_adapters
-from tests import oracle
 from tests.conftest import make_model, make_pairs
+from tests.helpers import float64_losses as oracle
 
 
 def test_metrics_are_the_chapters_and_steps_learn() -> None:

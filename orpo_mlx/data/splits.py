@@ -13,11 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orpo_mlx.data import formats as shapes
-from orpo_mlx.data import messages as turns
-from orpo_mlx.data import pairs as data
-from orpo_mlx.data import readers as rows
-from orpo_mlx.data import token_store, tokenization
+from orpo_mlx.data import formats, messages, readers, token_store, tokenization, truncation
+from orpo_mlx.data import pairs as pairs_module
 from orpo_mlx.data.pairs import PairsOfRow, Reading, read_pairs, with_remedy
 from orpo_mlx.data.row_counts import RowReport
 from orpo_mlx.data.sources import Source
@@ -29,7 +26,7 @@ from orpo_mlx.files import cache_folder
 from orpo_mlx.types import Pair
 
 # The modules that decide which tokens a row becomes: a change in one makes what was remembered stale.
-_RULES = (data, rows, shapes, token_store, tokenization, turns)
+_RULES = (pairs_module, readers, formats, token_store, tokenization, truncation, messages)
 
 PROMPT_CUT, COMPLETION_CUT = "with the prompt cut", "with a completion cut"
 SYSTEM_FOLDED = "with the system text put into the next turn, since the chat template has no system role"

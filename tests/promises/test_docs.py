@@ -1,0 +1,170 @@
+"""The documents name what the code has."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlx_lm.utils import load_tokenizer
+from rich.console import Console
+
+from orpo_mlx import errors
+from orpo_mlx.cli.convert import build_parser
+from orpo_mlx.config.checks import make_config
+from orpo_mlx.convert.quantize import MODES as MODES_OF_QUANTISATION
+from orpo_mlx.convert.verify import EXACT, MERGED, ROUNDED
+from orpo_mlx.data.formats import PAIRINGS, SHAPES
+from orpo_mlx.data.pairs import Reading
+from orpo_mlx.data.readers import READERS
+from orpo_mlx.data.row_counts import REASONS
+from orpo_mlx.data.sources import SPLIT_NAMES, FileSource
+from orpo_mlx.data.splits import Lengths, tokenized_split
+from orpo_mlx.data.statistics import inspect_splits
+from orpo_mlx.data.truncation import TRUNCATIONS
+from orpo_mlx.engine.memory_modes import MODES
+from orpo_mlx.losses import preference
+from orpo_mlx.losses.registry import METHODS, PARAMETERS, Method, describe, resolve
+from orpo_mlx.models.gguf.architectures import ARCHITECTURES
+from orpo_mlx.models.gguf.file import BLOCKS
+from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.train import train
+from tests.conftest import write_rows
+from tests.helpers import float64_losses as oracle
+from tests.losses.test_preference import as_logps
+
+DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
+DATA = (DOCS / "data.md").read_text(encoding="utf-8")
+
+
+def test_every_shape_has_a_row() -> None:
+    for shape in SHAPES:
+        assert f"| {shape.name} |" in DATA, shape.name
+
+
+@pytest.mark.parametrize("names", [REASONS, TRUNCATIONS, PAIRINGS, READERS, *SPLIT_NAMES.values()])
+def test_every_name_is_there(names: tuple[str, ...]) -> None:
+    for name in names:
+        assert name in DATA, name
+
+
+def test_every_key_of_inspect_is_there(tmp_path: Path, model_folder: Path) -> None:
+    tokenizer = load_tokenizer(model_folder)
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Q", "chosen": "A", "rejected": "B"}])
+    split = tokenized_split(FileSource([path]), Reading(), tokenizer, Lengths(100))
+    figures = inspect_splits({"train": split}, tokenizer, batch_size=1, micro_batch_tokens=64, seed=0)
+    for table in (figures, figures["splits"]["train"], figures["splits"]["train"]["length_bias"]):
+        for key in table:
+            assert f"`{key}`" in DATA, key
+
+
+def test_commands_bounds_and_types_of_conversions_are_there() -> None:
+    text = (DOCS / "converting.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```sh\n(.*?)```", text, re.S):
+        for line in block.splitlines():
+            words = shlex.split(line)
+            if "scripts/convert.py" in words:
+                build_parser().parse_args(words[2:])
+    for name in (*ARCHITECTURES, *(block[0] for block in BLOCKS.values()), *MODES_OF_QUANTISATION):
+        assert name in text, name
+    assert f"worst {EXACT.worst:.0e}".replace("e-0", "e-") in text
+    assert f"worst {MERGED.worst:.0e}".replace("e-0", "e-") in text
+    assert f"mean {ROUNDED.mean}" in text
+
+
+def test_every_file_of_an_adapter_path_is_there(settings: dict[str, Any], data: Path) -> None:
+    (data / "train.jsonl").write_text((data / "train.jsonl").read_text() + "{\n")
+    settings |= {"method": "dpo", "skip_bad_rows": True, "save_best": True, "report": True}
+    train(make_config(settings), Reporter(Console(quiet=True)))
+    text = (DOCS / "resuming.md").read_text(encoding="utf-8")
+    for path in Path(settings["adapter_path"]).rglob("*"):
+        name = "checkpoints/step-0000040/" if path.name.startswith("step-") else path.name
+        assert f"| `{name}` |" in text or path.name == "checkpoints", path
+
+
+def test_every_memory_mode_is_there() -> None:
+    text = (DOCS / "memory.md").read_text(encoding="utf-8")
+    for mode in (*MODES, "auto"):
+        assert f"`{mode}`" in text or f"| {mode} |" in text, mode
+
+
+def test_the_table_of_methods_is_the_registry() -> None:
+    text = (DOCS / "methods.md").read_text(encoding="utf-8")
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    for name, method in METHODS.items():
+        equation, reference = method.equation.replace("|", r"\|"), "yes" if method.needs_reference else "no"
+        assert f"| `{name}` | {equation} | {reference} | {method.source} |" in text
+        assert f"`{name}`" in readme
+    for parameter in PARAMETERS:
+        row = next(line for line in text.splitlines() if f"`--{parameter.replace('_', '-')}`" in line)
+        for name, method in METHODS.items():
+            if parameter != "beta":
+                assert (f"`{name}`" in row) == (parameter in method.defaults), (parameter, name)
+            else:
+                without = row.split("all but")[1].split(";")[0]
+                assert (f"`{name}`" in without) == (parameter not in method.defaults), name
+
+
+def test_every_module_is_in_the_table() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    for path in (DOCS.parent / "orpo_mlx").rglob("[a-z]*.py"):
+        assert f"`{path.name}`" in text, path.name
+
+
+def messages() -> list[str]:
+    """Every text in the package, with `…` for what is filled in."""
+    found = []
+    for path in (DOCS.parent / "orpo_mlx").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_every_message_and_class_of_error_is_there_and_in_the_code() -> None:
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    classes = {name for name, kind in vars(errors).items() if isinstance(kind, type) and kind is not errors.UserError}
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    first = [line.split("`")[1] for line in rows]
+    known = messages()
+    for phrase in set(first) - classes:
+        pattern = re.compile(".*".join(map(re.escape, phrase.split("…"))), re.S)
+        assert any(pattern.search(message) for message in known), phrase
+    assert classes <= set(first)
+
+
+def python_blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.S)
+
+
+def test_the_example_of_a_new_method_works(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    loss_code, registry_code, oracle_code, row_code = python_blocks("adding_a_method.md")
+    exec(loss_code, vars(preference))
+    try:
+        entries = eval(registry_code, {"Method": Method, "losses": preference})
+        monkeypatch.setitem(METHODS, "rdpo", entries["rdpo"])
+        own: dict[str, Any] = dict(vars(oracle))
+        exec(oracle_code, own)
+        pairs = {"c": [-3.0, -40.0], "r": [-9.0, -11.0], "nc": [2, 7], "nr": [5, 3], "rc": [-4.0, -30.0]}
+        x = {name: np.array(values, np.float64) for name, values in pairs.items()} | {"rr": np.array([-8.0, -12.5])}
+        for parameters in eval(row_code)["rdpo"]:
+            recipe = resolve("rdpo", parameters)
+            assert recipe.needs_reference
+            found = np.array(recipe.loss(as_logps(x)).losses)
+            for row in range(2):
+                c, r, nc, nr, rc, rr = (float(x[name][row]) for name in ("c", "r", "nc", "nr", "rc", "rr"))
+                z = parameters["beta"] * ((c - rc) - (r - rr)) + parameters["alpha"] * (nc - nr)
+                assert found[row] == pytest.approx(math.log1p(math.exp(-z)), rel=1e-5)
+            np.testing.assert_allclose(found, own["rdpo"](x, **parameters), rtol=1e-5)
+        assert "rdpo" in describe()
+        train(make_config(settings | {"method": "rdpo", "alpha": 0.05}), Reporter(Console(quiet=True)))
+    finally:
+        vars(preference).pop("rdpo")

@@ -1,0 +1,338 @@
+"""A resumed run is the run it would have been, bit for bit; what is not whole, or not the same run, is not resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from rich.console import Console
+
+from orpo_mlx.config.checks import make_config
+from orpo_mlx.errors import ConfigError, TrainingError
+from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.train import main, train
+from orpo_mlx.training.checkpoints.state import random_state, set_random_state
+from orpo_mlx.training.run import Run
+from orpo_mlx.training.step import optimiser_step
+from tests.conftest import make_pairs, write_id_rows
+from tests.helpers.kill_and_resume import adapters, kill_and_resume, metrics, records
+from tests.test_train import flags
+
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
+LONG = {"iters": 9, "save_every": 2, "steps_per_report": 2, "steps_per_eval": 4, "val_batches": 1}
+
+
+def run_quietly(settings: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return train(make_config(settings), Reporter(Console(quiet=True))).after
+
+
+def fail_before(step: int, monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> None:
+    """Let the step of that number raise, before anything of it is done."""
+
+    def failing(run: Run, window: Any, number: int) -> Any:
+        if number == step:
+            raise error or RuntimeError("the power is out")
+        return optimiser_step(run, window, number)
+
+    monkeypatch.setattr("orpo_mlx.training.loop.optimiser_step", failing)
+
+
+def whole_and_resumed(
+    settings: dict[str, Any], tmp_path: Path, stops: list[int], between: Callable[[Path], None] = lambda folder: None
+) -> tuple[Path, Path]:
+    """The folders of an uninterrupted run and of one that broke before each step of `stops`."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_quietly({**settings, "adapter_path": str(whole)})
+    changes: dict[str, Any] = {}
+    for stop in stops:
+        with pytest.MonkeyPatch.context() as patch:
+            fail_before(stop, patch)
+            with pytest.raises(TrainingError, match=f"step {stop}: the power is out; step {stop - 1} is saved"):
+                run_quietly({**settings, "adapter_path": str(broken), **changes})
+        between(broken)
+        changes = {"resume": True}
+    run_quietly({**settings, "adapter_path": str(broken), **changes})
+    return whole, broken
+
+
+def assert_same(whole: Path, resumed: Path) -> None:
+    first, second = adapters(whole), adapters(resumed)
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    assert metrics(whole) == metrics(resumed)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "orpo", "lora_parameters": {"dropout": 0.1}, "save_best": True},
+        {"method": "dpo", "lora_parameters": {"dropout": 0.1}, "grad_accumulation_steps": 2, "max_grad_norm": 0.5},
+        {"method": "dpo", "fine_tune_type": "full", "optimizer": "muon"},
+        SLOW({"method": "aot", "optimizer": "adafactor", "micro_batch_tokens": 30, "memory": "thrift"}),
+        SLOW({"method": "orpo", "optimizer": "sgd", "fine_tune_type": "dora", "shuffle": False}),
+        SLOW({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-3, 9], "warmup": 3}}),
+    ],
+    ids=["orpo", "dpo", "full", "aot", "sgd", "schedule"],
+)  # fmt: skip
+def test_a_resumed_run_is_the_run_it_would_have_been(
+    settings: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    def forget(_: Path) -> None:
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+    # One in the middle of a report, one right after a save, one right after an evaluation.
+    assert_same(*whole_and_resumed({**settings, **LONG, **changes}, tmp_path, [4, 7, 9], forget))
+
+
+@pytest.mark.parametrize("method", ["orpo", pytest.param("dpo", marks=pytest.mark.slow)])
+def test_killed_at_random_and_resumed_until_done(settings: dict[str, Any], tmp_path: Path, method: str) -> None:
+    settings |= {**LONG, "method": method, "lora_parameters": {"dropout": 0.1}}
+    outcome = kill_and_resume(settings, tmp_path, runs=5, seed=7)
+    assert outcome.equal == outcome.runs
+    assert outcome.kills >= outcome.runs
+
+
+def test_random_numbers_go_on_where_they_were() -> None:
+    mx.random.seed(123456789012345)
+    mx.random.uniform(shape=(3,))
+    state = random_state()
+    expected = mx.random.uniform(shape=(4,))
+    mx.random.seed(5)
+    set_random_state(state)
+    assert mx.array_equal(mx.random.uniform(shape=(4,)), expected).item()
+
+
+def interrupted(settings: dict[str, Any], before: int = 6) -> Path:
+    """The folder of a run that ended before a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        fail_before(before, patch)
+        with pytest.raises(TrainingError):
+            run_quietly(settings)
+    return Path(settings["adapter_path"])
+
+
+def test_resume_needs_no_other_flag_and_a_longer_run_goes_on(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = interrupted({**settings, **LONG, "beta": 0.3, "samples": 0})
+    argv = ["--resume", "--adapter-path", str(folder)]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert f"Goes on from step 5: {folder}/checkpoints/step-0000005." in out
+    assert "(beta 0.3)" in out
+    assert "Held-out pairs, before and after training" in out
+    assert json.loads((folder / "run.json").read_text())["resumed_at"] == [5]
+    assert main([*argv, "--iters", "12"]) == 0
+    assert "Changed since the checkpoint: --iters 9 is now 12." in capsys.readouterr().out
+    assert [row["step"] for row in records(folder) if row["split"] == "test"] == [0, 12]
+    assert json.loads((folder / "run.json").read_text())["resumed_at"] == [5, 9]
+
+
+def test_resume_with_nothing_saved_starts_from_the_beginning(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags(settings), "--resume"]) == 0
+    assert "holds no checkpoint yet: the run starts from the beginning." in capsys.readouterr().out
+
+
+CHANGES = {
+    "--learning-rate 0.5": "--learning-rate 0.001 is now 0.5",
+    "--batch-size 3": "--batch-size 2 is now 3",
+    "--method cpo --beta 0.2": "--method orpo is now cpo; --beta None is now 0.2",
+    "--max-grad-norm 3": "--max-grad-norm None is now 3.0",
+    "--seed 4": "--seed 0 is now 4",
+    "--optimizer sgd": "--optimizer adamw is now sgd",
+}
+
+
+def test_changes_to_the_maths_are_listed_and_refused(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = interrupted({**settings, **LONG})
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "train.lock"}
+    argv = ["--resume", "--adapter-path", str(folder)]
+    for change, expected in CHANGES.items():
+        assert main([*argv, *change.split()]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert "this is not the run that was saved at step 5" in err
+        for part in expected.split("; "):
+            assert part in err
+    assert {path: path.read_bytes() for path in before} == before
+    assert main([*argv, "--optimizer", "sgd", "--resume-with-changes"]) == 0
+    out = capsys.readouterr().out
+    assert f"Changed since the checkpoint: {CHANGES['--optimizer sgd']}." in out
+    assert "The optimiser is another one: it begins anew." in out
+
+
+def test_other_rows_or_another_model_are_refused(
+    settings: dict[str, Any], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = interrupted({**settings, **LONG})
+    argv = ["--resume", "--adapter-path", str(folder)]
+    kept = (data / "valid.jsonl").read_text()
+    write_id_rows(data / "valid.jsonl", make_pairs(6, seed=9))
+    assert main(argv) == 2
+    assert "--data: other rows in valid" in capsys.readouterr().err
+    (data / "valid.jsonl").write_text(kept)
+    # The same rows under another name are the same rows.
+    shutil.copytree(data, data.parent / "moved")
+    model = data.parent / "model"
+    shutil.copytree(settings["model"], model)
+    assert main([*argv, "--data", str(data.parent / "moved"), "--model", str(model)]) == 0
+    capsys.readouterr()
+    weights = mx.load(str(model / "model.safetensors"))
+    assert isinstance(weights, dict)
+    name = next(iter(weights))
+    changed = {**weights, name: weights[name] + 1}
+    mx.eval(changed)
+    mx.save_safetensors(str(model / "model.safetensors"), changed)
+    assert main([*argv, "--model", str(model)]) == 2
+    assert "--model: other weights" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_is_not_written_over_by_mistake(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = interrupted({**settings, **LONG})
+    assert main(flags({**settings, **LONG})) == 2
+    assert f"{folder}: holds a run that ended at step 5 of 9; --resume goes on" in capsys.readouterr().err
+    assert main([*flags({**settings, **LONG, "iters": 2}), "--overwrite"]) == 0
+    # Nothing of the earlier run can be taken for a checkpoint of this one.
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-0000002"]
+    assert [row["step"] for row in records(folder)] == [0, 0, 2, 2, 2]
+    assert main(flags({**settings, **LONG})) == 0
+
+
+def test_a_checkpoint_never_lets_remote_code_run_or_opens_a_port(settings: dict[str, Any]) -> None:
+    from orpo_mlx.training.checkpoints.resume import settings_of_newest
+
+    folder = interrupted({**settings, **LONG, "trust_remote_code": True, "watch": 0})
+    taken = settings_of_newest(str(folder))
+    assert taken["learning_rate"] == 1e-3
+    assert not {"trust_remote_code", "resume", "adapter_path", "watch"} & set(taken)
+
+
+@pytest.mark.parametrize("start", [SLOW("full"), "warm"])
+def test_a_reference_that_is_gone_from_memory_and_disk_is_in_the_checkpoint(
+    settings: dict[str, Any], tmp_path: Path, start: str
+) -> None:
+    settings |= {**LONG, "method": "dpo"}
+    if start == "full":
+        settings["fine_tune_type"] = "full"
+    else:
+        run_quietly({**settings, "adapter_path": str(tmp_path / "first"), "learning_rate": 0.01})
+        settings["resume_adapter_file"] = str(tmp_path / "first")
+
+    def forget(_: Path) -> None:
+        shutil.rmtree(tmp_path / "cache")
+        shutil.rmtree(tmp_path / "first", ignore_errors=True)
+
+    assert_same(*whole_and_resumed(settings, tmp_path, [6], forget))
+
+
+def test_the_metrics_file_must_be_the_runs_own(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = interrupted({**settings, **LONG})
+    path = folder / "metrics.jsonl"
+    text = path.read_text()
+    path.write_text(text.replace("loss", "moss", 1))
+    with pytest.raises(TrainingError, match=r"metrics.jsonl: its first \d+ bytes are not those"):
+        run_quietly({**settings, **LONG, "resume": True})
+    path.unlink()
+    run_quietly({**settings, **LONG, "resume": True})
+    assert [row["step"] for row in records(folder) if row["split"] == "train"] == [6, 8, 9]
+
+
+def test_adapter_folders_of_checkpoints_are_taken_by_mlx_lm_and_the_best_is_kept(settings: dict[str, Any]) -> None:
+    from mlx_lm import load as mlx_lm_load
+
+    settings |= {"iters": 12, "save_every": 3, "steps_per_eval": 2, "keep": 1, "save_best": True}
+    run_quietly({**settings, "learning_rate": 0.3})
+    folder = Path(settings["adapter_path"])
+    losses = {row["step"]: row["loss"] for row in records(folder) if row["split"] == "valid" and row["step"]}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 12, losses
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [f"step-{best:07d}", "step-0000012"]
+    assert (folder / "best").resolve().name == f"step-{best:07d}"
+    mlx_lm_load(settings["model"], adapter_path=str(folder / "best"))
+    assert (folder / "adapters.safetensors").read_bytes() == (
+        folder / "checkpoints" / "step-0000012" / "adapters.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("changes", [{"val_batches": 0}, {"data": "train.jsonl"}])
+def test_the_best_needs_a_validation(settings: dict[str, Any], data: Path, changes: dict[str, Any]) -> None:
+    if "data" in changes:
+        changes["data"] = str(data / "train.jsonl")
+    with pytest.raises(ConfigError, match="--save-best goes by the validation loss"):
+        run_quietly({**settings, "save_best": True, **changes})
+
+
+def test_two_processes_on_one_adapter_path(settings: dict[str, Any]) -> None:
+    code = (
+        "import sys; from pathlib import Path; from orpo_mlx.folder_lock import locked\n"
+        f"with locked(Path({settings['adapter_path']!r})):\n    print('held', flush=True); sys.stdin.read()"
+    )
+    Path(settings["adapter_path"]).mkdir()
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(TrainingError, match=f"process {other.pid} is training into it"):
+            run_quietly(settings)
+        other.kill()
+    run_quietly(settings)
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import time
+
+    def age(folder: Path) -> None:
+        """The newest step gets the oldest date."""
+        for number, path in enumerate(sorted((folder / "checkpoints").iterdir())):
+            os.utime(path, (1e9 - number, 1e9 - number))
+
+    clock = iter(range(10**6, 0, -1))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    monkeypatch.setattr("orpo_mlx.training.loop.time.perf_counter", lambda: float(next(clock)))
+    whole, resumed = whole_and_resumed({**settings, **LONG}, tmp_path, [6], age)
+    assert_same(whole, resumed)
+
+
+def test_what_was_half_applied_is_not_saved(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= LONG
+    whole = tmp_path / "whole"
+    run_quietly({**settings, "adapter_path": str(whole)})
+
+    def step(run: Run, window: Any, number: int) -> Any:
+        if number == 6:
+            update = run.optimizer.update
+
+            def broken(*arguments: Any) -> None:
+                update(*arguments)
+                raise RuntimeError("[METAL] out of memory")
+
+            run.optimizer.update = broken  # type: ignore[method-assign, assignment]
+        return optimiser_step(run, window, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orpo_mlx.training.loop.optimiser_step", step)
+        with pytest.raises(
+            TrainingError, match=r"step 6: .*out of memory, while the step was applied; step 4 is saved"
+        ):
+            run_quietly(settings)
+    run_quietly({**settings, "resume": True})
+    assert_same(whole, Path(settings["adapter_path"]))
