@@ -11,10 +11,6 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-States = tuple[mx.array, mx.array, mx.array]
-"""States after each prompt, chosen and rejected token: (B, P, ·), (B, C, ·), (B, R, ·)."""
-
-
 Message = Mapping[str, Any]
 """One chat turn: at least `role` and `content`, both text."""
 
@@ -53,22 +49,24 @@ class TokenizedPair(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B pairs, padded: prompts on the left to P columns, completions on the right to C and R columns."""
+    """B pairs as rows of token ids, and what is to be predicted in them. Only the right end of a row is padding."""
 
-    prompt_ids: mx.array
-    """(B, P) int32."""
-    prompt_mask: mx.array
-    """(B, P) bool: true on tokens, false on padding."""
-    left_padding: mx.array | None
-    """(B,) int32: padded columns before each prompt; None where no row has any."""
-    chosen_ids: mx.array
-    """(B, C) int32."""
-    chosen_mask: mx.array
-    """(B, C) bool."""
-    rejected_ids: mx.array
-    """(B, R) int32."""
-    rejected_mask: mx.array
-    """(B, R) bool."""
+    prefix_ids: mx.array | None
+    """(B, S) int32: the first S tokens of each prompt, which both of its completions share; None where S is 0."""
+    row_ids: tuple[mx.array, ...]
+    """The rest of a prompt and a completion in each row, int32: (B, W) of chosen and (B, W') of rejected completions, or
+    both in one (2B, W), a pair's two rows side by side."""
+    places: mx.array
+    """(N,) int32: where the state is from which each wanted token is predicted, in all rows' states laid end to end and
+    then the prefixes'."""
+    targets: mx.array
+    """(N,) int32: the wanted tokens."""
+    chosen: mx.array
+    """(B, N) bool: which of them are of a pair's chosen completion."""
+    rejected: mx.array
+    """(B, N) bool: which are of its rejected one."""
+    prompt: mx.array | None
+    """(B, N) bool: which are of its prompt; None where those are not wanted. A prompt's first token is never predicted."""
 
 
 class PairLogProbs(NamedTuple):

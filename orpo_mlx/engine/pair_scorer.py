@@ -1,49 +1,37 @@
-"""Log-probabilities of completions: the only next-token shift and mask in the package.
+"""Log-probabilities of completions: the only place where the model's states meet the tokens they predict.
 
-Kept here and nowhere else: the state at position t predicts token t+1, so the first completion token is predicted from
-the last prompt position; and only positions somebody asked for reach the head.
+The state at position t predicts token t+1, so a completion's first token is predicted from the last prompt position; and
+only positions somebody asked for reach the head. Which they are is laid out by `data.batching.collate`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from orpo_mlx.engine.attention import KEPT_BYTES
-from orpo_mlx.engine.equivalence import PROBE_ERRORS, probe_batch, same_states, without_dropout
+from orpo_mlx.data.batching import collate
+from orpo_mlx.device_profile import DeviceProfile, device_profile
+from orpo_mlx.engine.equivalence import probe_pairs, same_states, without_dropout
 from orpo_mlx.engine.lm_head import find_head, head_logps, token_logps, trained_head_logps
 from orpo_mlx.engine.patched_layers import lean_agrees, lean_layers
 from orpo_mlx.engine.shared_prompt import PrefixCaches
-from orpo_mlx.types import Batch, PairLogProbs, States
+from orpo_mlx.types import Batch, PairLogProbs, TokenizedPair
 
 Caches = list[Any] | None
 Run = Callable[[mx.array, Caches], mx.array]
 """Token ids (R, L) and a cache for each layer to states (R, L, ·)."""
 
 
-class TokenLogProbs(NamedTuple):
-    """log p(token | what precedes it) in nats, float32, 0 where there is padding or nothing was asked for."""
-
-    prompt: mx.array | None
-    """(B, P), or None where prompts were not asked for; a prompt's first token has no prediction and is 0."""
-    chosen: mx.array
-    """(B, C)."""
-    rejected: mx.array
-    """(B, R)."""
-
-
 class PairScorer:
     """Per-token log-probs of pairs under a causal mlx-lm model.
 
-    What the model allows is found out once, by proof on a few tokens: whether backbone and head can be told apart, so
-    that only wanted positions reach the head (`head`), whether its layers may call this package's functions
-    (`lean`), and whether the prompt can be run once for both completions (`shares_prompt`). What cannot be proven falls
-    back to the model's plain forward.
+    Each fast path is enabled only if it matches the plain forward on a probe of a few tokens, once, here: backbone and
+    head apart, so that only wanted positions reach the head (`head`); this package's functions in the model's layers
+    (`lean`); and the prompt run once for both completions (`shares_prompt`). What does not match is left out.
 
     Args:
         model: an mlx-lm causal language model, `model(ids (R, L)) -> logits (R, L, V)`.
@@ -51,6 +39,7 @@ class PairScorer:
         split_head: False computes the logits of every position.
         lean: False runs the model's layers exactly as mlx-lm wrote them.
         kept_attention_bytes: see `attention`.
+        profile: what the device wants; by default that of MLX's default device.
     """
 
     def __init__(
@@ -60,18 +49,24 @@ class PairScorer:
         share_prompt: bool = True,
         split_head: bool = True,
         lean: bool = True,
-        kept_attention_bytes: int = KEPT_BYTES,
+        kept_attention_bytes: int = 8 << 20,
+        profile: DeviceProfile | None = None,
     ) -> None:
-        self.model, self._kept_attention_bytes = model, kept_attention_bytes
-        self.lean = self.shares_prompt = self._padded_prefix = False
+        self.model, self.profile, self._kept_attention_bytes = model, profile or device_profile(), kept_attention_bytes
+        self.layout = self.profile.layout._replace(share_prompt=False)
+        self.lean = False
         with without_dropout(model):
             self.head = find_head(model) if split_head else None
             self.lean = lean and self._lean_agrees()
-            if share_prompt:
+            if share_prompt and self.profile.layout.share_prompt:
                 self._prefix_caches = PrefixCaches(model)
-                self.shares_prompt = self._prefix_caches.fit and self._proves("shares_prompt", padded=False)
-                # Against the rows one at a time.
-                self._padded_prefix = self.shares_prompt and self._proves("_padded_prefix", padded=True)
+                shared = self._prefix_caches.fit and self._matches_plain_rows()
+                self.layout = self.layout._replace(share_prompt=shared)
+
+    @property
+    def shares_prompt(self) -> bool:
+        """Whether what completions share of their prompt is run once."""
+        return self.layout.share_prompt
 
     @property
     def splits_head(self) -> bool:
@@ -83,144 +78,116 @@ class PairScorer:
         """What maps ids to states: the whole model where its head could not be told apart."""
         return self.model if self.head is None else self.head.backbone
 
-    def __call__(
-        self, batch: Batch, *, with_prompt: bool = False, gradient: bool = True, states: States | None = None
-    ) -> TokenLogProbs:
-        """Per-token log-probs of a batch.
+    def collate(self, pairs: Sequence[TokenizedPair], *, with_prompt: bool = False) -> Batch:
+        """The pairs in the layout that model and device take."""
+        return collate(pairs, self.layout, with_prompt=with_prompt)
+
+    def __call__(self, batch: Batch, *, gradient: bool = True, states: mx.array | None = None) -> mx.array:
+        """log p(target | what precedes it) in nats, (N,) float32, of a batch's N targets, padding included.
 
         Args:
             batch: B pairs.
-            with_prompt: also those of the prompt's tokens.
             gradient: False where no gradient will be taken.
             states: what `states(batch)` gave, where that is at hand.
         """
-        prompt, chosen, rejected = self.states(batch) if states is None else states
-        parts = [
-            (mx.concatenate([prompt[:, -1:], chosen[:, :-1]], axis=1), batch.chosen_ids, batch.chosen_mask),
-            (mx.concatenate([prompt[:, -1:], rejected[:, :-1]], axis=1), batch.rejected_ids, batch.rejected_mask),
-        ]
-        if not with_prompt:
-            chosen_logps, rejected_logps = self._predict(parts, gradient)
-            return TokenLogProbs(None, chosen_logps, rejected_logps)
-        first = mx.zeros(batch.prompt_ids[:, :1].shape)
-        if batch.prompt_ids.shape[1] == 1:
-            return TokenLogProbs(first, *self._predict(parts, gradient))
-        predicted = batch.prompt_mask[:, 1:] & batch.prompt_mask[:, :-1]
-        parts.append((prompt[:, :-1], batch.prompt_ids[:, 1:], predicted))
-        chosen_logps, rejected_logps, prompt_logps = self._predict(parts, gradient)
-        return TokenLogProbs(mx.concatenate([first, prompt_logps], axis=1), chosen_logps, rejected_logps)
-
-    def _predict(self, parts: list[tuple[mx.array, mx.array, mx.array]], gradient: bool) -> list[mx.array]:
-        """Log-probs of the masked targets from the states before them, all parts through the head together."""
-        picks: list[mx.array | None] = []
-        states, targets = [], []
-        for hidden, ids, mask in parts:
-            rows, tokens = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1)
-            wanted = np.flatnonzero(np.array(mask))
-            # Without padding there is nothing to pick, and no gradient to scatter.
-            flat = None if wanted.size == ids.size else mx.array(wanted.astype(np.int32))
-            picks.append(flat)
-            states.append(rows if flat is None else mx.take(rows, flat, axis=0))
-            targets.append(tokens if flat is None else mx.take(tokens, flat))
-        logps = self._head_logps(mx.concatenate(states), mx.concatenate(targets), gradient)
-        grids = []
-        start = 0
-        for pick, (_, ids, _) in zip(picks, parts, strict=True):
-            found = logps[start : start + (ids.size if pick is None else pick.size)]
-            start += found.size
-            grid = found if pick is None else mx.zeros(ids.size, mx.float32).at[pick].add(found)
-            grids.append(grid.reshape(ids.shape))
-        return grids
-
-    def _head_logps(self, states: mx.array, targets: mx.array, gradient: bool) -> mx.array:
+        states = self.states(batch) if states is None else states
         if self.head is None:
-            return token_logps(states, targets)
+            return token_logps(states, batch.targets)
         if gradient and not self.head.is_frozen:
-            return trained_head_logps(self.head, states, targets)
-        return head_logps(self.head, states, targets, gradient=gradient)
+            return trained_head_logps(self.head, states, batch.targets)
+        return head_logps(self.head, states, batch.targets, gradient=gradient)
 
-    def states(self, batch: Batch) -> States:
-        """What the head is given; the logits themselves where the head could not be told apart."""
+    def states(self, batch: Batch) -> mx.array:
+        """(N, H): what the head is given for each target; the logits themselves where the head could not be told apart."""
         with self.layers():
-            outputs = self.streams(batch, lambda ids, caches: self.backbone(ids, cache=caches))
-        return self.assemble(batch, outputs)
+            outputs = self.sequences(batch, lambda ids, caches: self.backbone(ids, cache=caches))
+        return self.wanted(batch, outputs)
 
     def layers(self) -> AbstractContextManager[None]:
         """The context in which the model's layers are to be called."""
         return lean_layers(self.model, self._kept_attention_bytes) if self.lean else nullcontext()
 
-    def streams(self, batch: Batch, run: Run) -> tuple[mx.array, ...]:
-        """`run` on each token sequence of a batch, in a fixed order: prompts before the completions that need them."""
-        if not self.shares_prompt:
-            return tuple(run(rows, None) for rows in _plain_rows(batch))
-        outputs = []
-        for part in self._parts(batch):
-            prefix = self._prefix_caches(part.left_padding, part.prompt_ids.shape[1])
-            outputs.append(run(part.prompt_ids, prefix))
-            outputs += [run(ids, [layer.branch() for layer in prefix]) for ids in (part.chosen_ids, part.rejected_ids)]
+    def sequences(self, batch: Batch, run: Run) -> tuple[mx.array, ...]:
+        """`run` on each array of token ids of a batch: prefixes before the rows that need them."""
+        if batch.prefix_ids is None:
+            return tuple(run(ids, None) for ids in batch.row_ids)
+        count, length = batch.prefix_ids.shape
+        prefix = self._prefix_caches(length)
+        outputs = [run(batch.prefix_ids, prefix)]
+        outputs += [run(ids, [layer.branch(ids.shape[0] // count) for layer in prefix]) for ids in batch.row_ids]
         return tuple(outputs)
 
-    def assemble(self, batch: Batch, outputs: Sequence[mx.array]) -> States:
-        """States of a batch from what its streams gave."""
-        width = batch.prompt_ids.shape[1]
-        if not self.shares_prompt:
-            chosen, rejected = (_from_left(rows, batch) for rows in outputs)
-            return chosen[:, :width], chosen[:, width:], rejected[:, width:]
-        prompts = [mx.pad(rows, [(0, 0), (width - rows.shape[1], 0), (0, 0)]) for rows in outputs[::3]]
-        return mx.concatenate(prompts), mx.concatenate(list(outputs[1::3])), mx.concatenate(list(outputs[2::3]))
+    def wanted(self, batch: Batch, outputs: Sequence[mx.array]) -> mx.array:
+        """The states from which a batch's targets are predicted, of what its sequences gave."""
+        prefixes, rows = ([], outputs) if batch.prefix_ids is None else (outputs[:1], outputs[1:])
+        # Prefixes are wanted only where prompts are.
+        parts = [*rows, *(prefixes if batch.prompt is not None else ())]
+        flat = [part.reshape(-1, part.shape[-1]) for part in parts]
+        return mx.take(flat[0] if len(flat) == 1 else mx.concatenate(flat), batch.places, axis=0)
 
-    def _parts(self, batch: Batch) -> list[Batch]:
-        # Where the model's attention takes no mask per row, pairs one at a time have no padding between them.
-        return [batch] if batch.left_padding is None or self._padded_prefix else _rows(batch)
+    def _probe_states(self) -> mx.array:
+        pairs = probe_pairs(self.profile.layout)
+        # Behind these, padding stands for nothing.
+        wanted = sum(len(pair.chosen_ids) + len(pair.rejected_ids) + len(pair.prompt_ids) - 1 for pair in pairs)
+        return self.states(self.collate(pairs, with_prompt=True))[:wanted]
 
     def _lean_agrees(self) -> bool:
         try:
-            return lean_agrees(self.model, lambda: self.states(probe_batch(padded=False)), self._kept_attention_bytes)
-        except PROBE_ERRORS:
+            return lean_agrees(self.model, self._probe_states, self._kept_attention_bytes)
+        except Exception:
             return False
 
-    def _proves(self, switch: str, *, padded: bool) -> bool:
-        """Whether the states of a few tokens are the same with `switch` on as with it off."""
-        batch = probe_batch(padded=padded)
-        plain = self.states(batch)
-        setattr(self, switch, True)
+    def _matches_plain_rows(self) -> bool:
+        """Whether the states of a few tokens are the same with prompts shared as without."""
+        plain = self._probe_states()
+        self.layout = self.layout._replace(share_prompt=True)
         try:
-            return same_states(self.states(batch), plain, batch)
-        except PROBE_ERRORS:
+            return same_states(self._probe_states(), plain)
+        except Exception:
             return False
         finally:
-            setattr(self, switch, False)
+            self.layout = self.layout._replace(share_prompt=False)
 
 
 def pair_logps(
     scorer: PairScorer,
     batch: Batch,
     *,
-    nll_tokens_per_pair: float | None = None,
+    nll_tokens_per_pair: float | mx.array | None = None,
     gradient: bool = True,
-    states: States | None = None,
+    states: mx.array | None = None,
 ) -> PairLogProbs:
     """Summed log-probabilities of both completions of each pair, and the NLL of the chosen side.
 
     Args:
         scorer: the policy.
-        batch: B pairs.
+        batch: B pairs, collated with their prompts where `nll_tokens_per_pair` is given.
         nll_tokens_per_pair: None for `nll="completion"`, the mean over a pair's chosen completion tokens
             (Hong et al. 2024, eq. 2). For `nll="sequence"`, the predicted tokens of prompt + chosen per pair, averaged
-            over the whole window this batch is part of: the mean of `nll` over the window's pairs is then the token
-            mean over prompt and chosen completion together, however the window is cut into batches.
+            over the whole step batch this one is part of: the mean of `nll` over the step's pairs is then the token
+            mean over prompt and chosen completion together, however the step is cut into micro-batches.
         gradient: False where no gradient will be taken.
         states: what `scorer.states(batch)` gave, where that is at hand.
+
+    Raises:
+        ValueError: the NLL of prompts is asked for, and the batch was collated without them.
     """
-    tokens = scorer(batch, with_prompt=nll_tokens_per_pair is not None, gradient=gradient, states=states)
-    chosen, rejected = tokens.chosen.sum(axis=1), tokens.rejected.sum(axis=1)
-    chosen_tokens = batch.chosen_mask.sum(axis=1).astype(mx.float32)
-    rejected_tokens = batch.rejected_mask.sum(axis=1).astype(mx.float32)
-    if nll_tokens_per_pair is None or tokens.prompt is None:
+    logps = scorer(batch, gradient=gradient, states=states)
+    chosen, rejected = _sums(logps, batch.chosen), _sums(logps, batch.rejected)
+    chosen_tokens = batch.chosen.sum(axis=1).astype(mx.float32)
+    rejected_tokens = batch.rejected.sum(axis=1).astype(mx.float32)
+    if nll_tokens_per_pair is None:
         nll = -chosen / chosen_tokens
+    elif batch.prompt is None:
+        raise ValueError("the NLL of whole sequences needs a batch that was collated with its prompts.")
     else:
-        nll = -(tokens.prompt.sum(axis=1) + chosen) / nll_tokens_per_pair
+        nll = -(_sums(logps, batch.prompt) + chosen) / nll_tokens_per_pair
     return PairLogProbs(chosen, rejected, chosen_tokens, rejected_tokens, nll)
+
+
+def _sums(logps: mx.array, members: mx.array) -> mx.array:
+    """(B,) sums of (N,) log-probs over each row of `members`, (B, N)."""
+    return mx.where(members, logps, 0.0).sum(axis=1)
 
 
 def join_logps(parts: Sequence[PairLogProbs]) -> PairLogProbs:
@@ -229,37 +196,3 @@ def join_logps(parts: Sequence[PairLogProbs]) -> PairLogProbs:
         None if column[0] is None else mx.concatenate(list(column)) for column in zip(*parts, strict=True)
     ]
     return PairLogProbs(*columns)
-
-
-def _rows(batch: Batch) -> list[Batch]:
-    """Each pair as a batch of one without padding before its prompt."""
-    assert batch.left_padding is not None
-    rows = []
-    for row, padding in enumerate(np.array(batch.left_padding).tolist()):
-        one = Batch(*(field[row : row + 1] for field in batch if field is not None))
-        prompt_ids, prompt_mask = one.prompt_ids[:, padding:], one.prompt_mask[:, padding:]
-        rows.append(one._replace(prompt_ids=prompt_ids, prompt_mask=prompt_mask, left_padding=None))
-    return rows
-
-
-def _plain_rows(batch: Batch) -> list[mx.array]:
-    """Prompt + completion for each side, every row brought to the left: its padding turns up at the end."""
-    return [
-        _to_left(mx.concatenate([batch.prompt_ids, ids], axis=1), batch)
-        for ids in (batch.chosen_ids, batch.rejected_ids)
-    ]
-
-
-def _to_left(rows: mx.array, batch: Batch) -> mx.array:
-    if batch.left_padding is None:
-        return rows
-    return mx.take_along_axis(
-        rows, (mx.arange(rows.shape[1])[None] + batch.left_padding[:, None]) % rows.shape[1], axis=1
-    )
-
-
-def _from_left(states: mx.array, batch: Batch) -> mx.array:
-    if batch.left_padding is None:
-        return states
-    column = (mx.arange(states.shape[1])[None] - batch.left_padding[:, None]) % states.shape[1]
-    return mx.take_along_axis(states, column[..., None], axis=1)

@@ -1,9 +1,9 @@
-"""Run a prompt once and both completions against it, on unmodified mlx-lm models.
+"""Run what prompts share with their completions once, and the rest of each row against it, on unmodified mlx-lm models.
 
 mlx-lm's attention layers talk to a cache: they ask it for the position offset and the mask, hand it new keys and values
-and attend over what it returns. These caches keep plain arrays, so gradients flow from the completions through the
-prompt's keys and values. Recurrent layers keep a state instead, and each completion goes on from it. Prompts are padded
-on the left: each ends in the last column, its completion starts in the next, and sliding windows stay contiguous.
+and attend over what it returns. These caches keep plain arrays, so gradients flow from the rows through the prefix's
+keys and values. Recurrent layers keep a state instead, and each row goes on from it. All prefixes of a batch are of one
+length and rows are padded at their right end alone, so every call is causal and no mask is ever needed but for windows.
 """
 
 from __future__ import annotations
@@ -16,78 +16,61 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 
 class PrefixCache:
-    """One layer's keys and values of B prompts; `offset` is each row's position of column 0.
+    """One attention layer's keys and values of B prefixes of `length` tokens."""
 
-    Args:
-        left_padding: (B,) padded columns of each row, or None where there are none.
-        length: P, columns of the prompts.
-    """
-
-    def __init__(self, left_padding: mx.array | None, length: int) -> None:
-        self.left_padding, self.length = left_padding, length
-        self.offset: int | mx.array = 0 if left_padding is None else -left_padding
+    def __init__(self, length: int) -> None:
+        self.length, self.offset = length, 0
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Keep the prompt's keys and values, (B, heads, P, dim), and return them."""
+        """Keep the prefix's keys and values, (B, heads, S, dim), and return them."""
         self.keys, self.values = keys, values
         return keys, values
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        """Causal mask of the prompt over itself."""
-        return _mask(length, 0, self.left_padding, return_array, window_size)
+        """Causal mask of the prefix over itself."""
+        return _mask(length, 0, return_array, window_size)
 
-    def branch(self) -> CompletionCache:
-        """A cache for completions that continue these prompts; any number may start from one prefix."""
-        return CompletionCache(self)
+    def branch(self, rows: int) -> RowCache:
+        """A cache for `rows` rows that continue each prefix; any number of caches may start from one prefix."""
+        return RowCache(self, rows)
 
 
-class CompletionCache:
-    """One layer's view of a completion: the prompt's keys and values before its own. The prefix is left as it is."""
+class RowCache:
+    """One attention layer's view of rows that continue prefixes, as many for each: the prefix's keys and values before
+    their own. The prefix is left as it is."""
 
-    def __init__(self, prefix: PrefixCache) -> None:
-        self._prefix = prefix
-        self.left_padding = prefix.left_padding
-        self.offset = prefix.offset + prefix.length
+    def __init__(self, prefix: PrefixCache, rows: int) -> None:
+        self._prefix, self._rows, self.offset = prefix, rows, prefix.length
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Prompt and completion keys and values, joined."""
+        """Keys and values of prefix and row, joined: (B·rows, heads, S + W, dim) from (B·rows, heads, W, dim)."""
         assert self._prefix.keys is not None
         assert self._prefix.values is not None
-        return mx.concatenate([self._prefix.keys, keys], axis=2), mx.concatenate([self._prefix.values, values], axis=2)
+        return _behind(self._prefix.keys, keys, self._rows), _behind(self._prefix.values, values, self._rows)
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        """Causal mask of the completion over prompt and completion."""
-        return _mask(length, self._prefix.length, self.left_padding, return_array, window_size)
+        """Causal mask of the row over prefix and row."""
+        return _mask(length, self.offset, return_array, window_size)
 
 
 class RecurrentPrefix(ArraysCache):
-    """One recurrent layer's state after B prompts.
+    """One recurrent layer's state after B prefixes."""
 
-    Args:
-        size: arrays that the layer keeps.
-        left_padding: (B,) padded columns of each row, or None where there are none.
-    """
-
-    def __init__(self, size: int, left_padding: mx.array | None) -> None:
-        super().__init__(size)
-        # Each layer counts its own copy down.
-        self.left_padding = None if left_padding is None else mx.array(left_padding)
-
-    def branch(self) -> ArraysCache:
-        """A cache for completions that go on from this state; any number may. The state is left as it is."""
-        completion = ArraysCache(len(self.cache))
-        completion.cache = list(self.cache)
-        return completion
+    def branch(self, rows: int) -> ArraysCache:
+        """A cache for `rows` rows that go on from each state. The states are left as they are."""
+        cache = ArraysCache(len(self.cache))
+        cache.cache = [state if state is None or rows == 1 else mx.repeat(state, rows, axis=0) for state in self.cache]
+        return cache
 
 
 class PrefixList(CacheList):
     """The prefix caches of a layer that keeps several."""
 
-    def branch(self) -> CacheList:
-        """Those for completions."""
-        return CacheList(*(cache.branch() for cache in self.caches))
+    def branch(self, rows: int) -> CacheList:
+        """Those for rows."""
+        return CacheList(*(cache.branch(rows) for cache in self.caches))
 
 
 class PrefixCaches:
@@ -105,9 +88,9 @@ class PrefixCaches:
         """Whether all that the model's layers keep is keys and values, or the state of a recurrence."""
         return all(map(_is_known, self._like))
 
-    def __call__(self, left_padding: mx.array | None, length: int) -> list[Any]:
-        """Caches for B prompts, padded on the left to `length` columns."""
-        return [_prefix(cache, left_padding, length) for cache in self._like]
+    def __call__(self, length: int) -> list[Any]:
+        """Caches for prefixes of that many tokens."""
+        return [_prefix(cache, length) for cache in self._like]
 
 
 def _is_known(cache: Any) -> bool:
@@ -116,18 +99,24 @@ def _is_known(cache: Any) -> bool:
     return isinstance(cache, (KVCache, RotatingKVCache, ArraysCache))
 
 
-def _prefix(like: Any, left_padding: mx.array | None, length: int) -> Any:
+def _prefix(like: Any, length: int) -> Any:
     if isinstance(like, CacheList):
-        return PrefixList(*(_prefix(cache, left_padding, length) for cache in like.caches))
-    if isinstance(like, ArraysCache):
-        return RecurrentPrefix(len(like.cache), left_padding)
-    return PrefixCache(left_padding, length)
+        return PrefixList(*(_prefix(cache, length) for cache in like.caches))
+    return RecurrentPrefix(len(like.cache)) if isinstance(like, ArraysCache) else PrefixCache(length)
 
 
-def _mask(
-    length: int, offset: int, left_padding: mx.array | None, return_array: bool, window_size: int | None
-) -> mx.array | str | None:
-    if left_padding is None and not return_array and (window_size is None or offset + length <= window_size):
+def _behind(prefix: mx.array, own: mx.array, rows: int) -> mx.array:
+    if rows == 1:
+        return mx.concatenate([prefix, own], axis=2)
+    # Through a fifth axis, so that the prefix is written once into the result and never repeated by itself.
+    batch, heads, length, width = prefix.shape
+    before = mx.broadcast_to(prefix[:, None], (batch, rows, heads, length, width))
+    joined = mx.concatenate([before, own.reshape(batch, rows, *own.shape[1:])], axis=3)
+    return joined.reshape(batch * rows, heads, -1, width)
+
+
+def _mask(length: int, offset: int, return_array: bool, window_size: int | None) -> mx.array | str | None:
+    if not return_array and (window_size is None or offset + length <= window_size):
         return "causal" if length > 1 else None
-    mask: mx.array = create_causal_mask(length, offset, window_size=window_size, left_padding=left_padding)
+    mask: mx.array = create_causal_mask(length, offset, window_size=window_size)
     return mask
