@@ -57,7 +57,7 @@ def orpo_training_step(model: nn.Module | PairScorer, batch: Batch, optimizer: o
 
     Args:
         model: an mlx-lm model with trainable parameters, or a `PairScorer` of one, which saves probing it each step.
-        batch: pairs from `batching.collate`.
+        batch: pairs from `PairScorer.collate`, or `data.batching.collate`.
         optimizer: any MLX optimiser.
 
     Returns:

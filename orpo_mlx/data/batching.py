@@ -244,10 +244,12 @@ def _prompt_places(pairs: Sequence[TokenizedPair], shared: int, widths: Ids, lay
     chosen, _ = _row_starts(len(pairs), widths, layout)
     behind = len(pairs) * (2 * widths[0] if layout.joined else sum(widths))
     return [
-        np.concatenate([
-            behind + number * shared + np.arange(shared),
-            chosen[number] + np.arange(len(pair.prompt_ids) - shared - 1),
-        ])
+        np.concatenate(
+            [
+                behind + number * shared + np.arange(shared),
+                chosen[number] + np.arange(len(pair.prompt_ids) - shared - 1),
+            ]
+        )
         for number, pair in enumerate(pairs)
     ]
 

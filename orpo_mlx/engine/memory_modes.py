@@ -43,6 +43,8 @@ class Memory(NamedTuple):
     mode: str
     """One of `MODES`."""
     value_and_grad: ValueAndGrad
+    in_one_graph: bool
+    """Whether that evaluates nothing, so that it can be compiled as a whole."""
     notes: tuple[str, ...] = ()
     """What the user should know about it."""
 
@@ -87,4 +89,4 @@ def spend_memory(
         < 1
         and walk is None,
     }
-    return scorer, Memory(name, value_and_grad, tuple(note for note, holds in missing.items() if holds))
+    return scorer, Memory(name, value_and_grad, walk is None, tuple(note for note, holds in missing.items() if holds))

@@ -108,9 +108,15 @@ class PairScorer:
         return lean_layers(self.model, self._kept_attention_bytes) if self.lean else nullcontext()
 
     def sequences(self, batch: Batch, run: Run) -> tuple[mx.array, ...]:
-        """`run` on each array of token ids of a batch: prefixes before the rows that need them."""
+        """`run` on each array of token ids of a batch: prefixes before the rows that need them.
+
+        Raises:
+            ValueError: the batch shares prompts, and this model cannot.
+        """
         if batch.prefix_ids is None:
             return tuple(run(ids, None) for ids in batch.row_ids)
+        if not self.shares_prompt:
+            raise ValueError("this model cannot share prompts, and the batch does: make it with PairScorer.collate.")
         count, length = batch.prefix_ids.shape
         prefix = self._prefix_caches(length)
         outputs = [run(batch.prefix_ids, prefix)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from orpo_mlx.data.batching import collate, length_order
+from orpo_mlx.data.batching import length_order, split_by_completion
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.types import TokenizedPair
 
@@ -23,15 +23,10 @@ def score_pairs(
     """
     rows: dict[int, dict[str, Any]] = {}
     for indices in length_order(pairs, batch_size):
-        tokens = scorer(collate([pairs[index] for index in indices]), gradient=False)
-        chosen, rejected = np.array(tokens.chosen), np.array(tokens.rejected)
-        for position, index in enumerate(indices):
-            pair = pairs[index]
-            sides = {
-                "chosen": chosen[position, : len(pair.chosen_ids)],
-                "rejected": rejected[position, : len(pair.rejected_ids)],
-            }
-            rows[index] = {"index": index, **_row(sides, per_token)}
+        group = [pairs[index] for index in indices]
+        logps = np.array(scorer(scorer.collate(group), gradient=False))
+        for index, (chosen, rejected) in zip(indices, split_by_completion(group, logps), strict=True):
+            rows[index] = {"index": index, **_row({"chosen": chosen, "rejected": rejected}, per_token)}
     return [rows[index] for index in range(len(pairs))]
 
 

@@ -18,17 +18,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from orpo_mlx.engine.equivalence import PROBE_ERRORS, close, probe_batch, without_dropout
+from orpo_mlx.engine.equivalence import close, probe_pairs, without_dropout
 from orpo_mlx.engine.pair_scorer import PairScorer
-from orpo_mlx.types import Batch, States
+from orpo_mlx.types import Batch
 
 Streams = tuple[mx.array, ...]
 """States of each token sequence of a batch, as `PairScorer.streams` orders them."""
-Share = Callable[[States], tuple[mx.array, Any]]
+Share = Callable[[mx.array], tuple[mx.array, Any]]
 """States to a scalar and whatever else is wanted."""
 Gradients = dict[str, mx.array]
 """By flat parameter name."""
@@ -97,7 +96,7 @@ class LayerWalk:
         def function(arrays: tuple[list[mx.array], list[mx.array]]) -> tuple[mx.array, Any]:
             self._set(names, arrays[0])
             outputs = self._run(batch, tuple(arrays[1]), low, self.depth, normed=True)
-            return share(self.scorer.assemble(batch, outputs))
+            return share(self.scorer.wanted(batch, outputs))
 
         with self._parameters(names) as parameters:
             output, (gradients, cotangents) = mx.value_and_grad(function)((parameters, list(streams)))
@@ -143,7 +142,7 @@ class LayerWalk:
             return output if normed else layers[high].entering if high < self.depth else layers[-1].leaving
 
         with self.scorer.layers():
-            return self.scorer.streams(batch, run)
+            return self.scorer.sequences(batch, run)
 
     @contextmanager
     def _stand_ins(self, low: int, high: int, states: mx.array | None) -> Iterator[list[_StandIn]]:
@@ -204,7 +203,17 @@ class _StandIn:
 
 def whole_value_and_grad(scorer: PairScorer, batch: Batch, share: Share) -> tuple[tuple[mx.array, Any], Gradients]:
     """((value, other), gradients by flat name) of `share(scorer.states(batch))` towards what is trained, one graph."""
-    output, gradients = nn.value_and_grad(scorer.model, lambda: share(scorer.states(batch)))()
+    model, trained = scorer.model, scorer.model.trainable_parameters()
+
+    def function(parameters: dict[str, Any]) -> tuple[mx.array, Any]:
+        model.update(parameters)
+        return share(scorer.states(batch))
+
+    try:
+        output, gradients = mx.value_and_grad(function)(trained)
+    finally:
+        # What stands in the model now belongs to the trace; `mx.compile` would meet it again at its next call.
+        model.update(trained)
     return output, dict(tree_flatten(gradients))
 
 
@@ -213,20 +222,22 @@ def find_walk(scorer: PairScorer, *, segment_layers: int, kept_layers: int) -> L
     model = scorer.model
     if scorer.head is None or not scorer.head.is_frozen or not isinstance(scorer.backbone.get("layers"), list):
         return None
-    batch = probe_batch(padded=False)
+    batch = scorer.collate(probe_pairs(scorer.layout), with_prompt=True)
 
-    def share(states: States) -> tuple[mx.array, States]:
+    def share(states: mx.array) -> tuple[mx.array, mx.array]:
         # Weighted: the plain mean square of what an RMS norm has normalised is a constant, and its gradient is noise.
-        squares = [part.astype(mx.float32).square() for part in states]
-        weighted = [(square * mx.linspace(0.5, 1.5, square.shape[-1])).mean() for square in squares]
-        return sum(weighted, mx.array(0.0)), states
+        squares = states.astype(mx.float32).square()
+        return (squares * mx.linspace(0.5, 1.5, squares.shape[-1])).mean(), states
 
     with without_dropout(model):
         try:
             walk = LayerWalk(scorer, segment_layers=segment_layers, kept_layers=kept_layers)
             (_, states), gradients = walk.value_and_grad(batch, share)
-        except PROBE_ERRORS:
+        except Exception:
             return None
         (_, expected_states), expected = whole_value_and_grad(scorer, batch, share)
-    same = all(close(*pair) for pair in zip(states, expected_states, strict=True))
-    return walk if same and all(close(gradients[name], expected[name]) for name in expected) else None
+    return (
+        walk
+        if close(states, expected_states) and all(close(gradients[name], expected[name]) for name in expected)
+        else None
+    )

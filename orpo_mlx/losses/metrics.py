@@ -7,10 +7,27 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from orpo_mlx.losses.numerics import log_sigmoid
 from orpo_mlx.losses.preference import log_odds_ratio, mean_logps
 from orpo_mlx.types import LossOutput, PairLogProbs
+
+METRICS = (
+    "loss",
+    "nll_loss",
+    "log_odds_ratio",
+    "log_odds_chosen",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "accuracies/mean_logps",
+    "accuracies/sum_logps",
+)
+"""Keys of `pair_metrics`, in its order."""
 
 
 def pair_metrics(logps: PairLogProbs, output: LossOutput) -> dict[str, mx.array]:
@@ -24,20 +41,21 @@ def pair_metrics(logps: PairLogProbs, output: LossOutput) -> dict[str, mx.array]
     """
     ratio = log_odds_ratio(logps)
     mean_chosen, mean_rejected = mean_logps(logps)
-    return {
-        "loss": output.losses,
-        "nll_loss": logps.nll,
-        "log_odds_ratio": log_sigmoid(ratio),
-        "log_odds_chosen": ratio,
-        "rewards/chosen": output.chosen_rewards,
-        "rewards/rejected": output.rejected_rewards,
-        "rewards/accuracies": (output.chosen_rewards > output.rejected_rewards).astype(mx.float32),
-        "rewards/margins": output.chosen_rewards - output.rejected_rewards,
-        "logps/chosen": output.chosen_logps,
-        "logps/rejected": output.rejected_logps,
-        "accuracies/mean_logps": (mean_chosen > mean_rejected).astype(mx.float32),
-        "accuracies/sum_logps": (logps.chosen > logps.rejected).astype(mx.float32),
-    }
+    values = (
+        output.losses,
+        logps.nll,
+        log_sigmoid(ratio),
+        ratio,
+        output.chosen_rewards,
+        output.rejected_rewards,
+        (output.chosen_rewards > output.rejected_rewards).astype(mx.float32),
+        output.chosen_rewards - output.rejected_rewards,
+        output.chosen_logps,
+        output.rejected_logps,
+        (mean_chosen > mean_rejected).astype(mx.float32),
+        (logps.chosen > logps.rejected).astype(mx.float32),
+    )
+    return dict(zip(METRICS, values, strict=True))
 
 
 class MetricMeans:
@@ -49,7 +67,7 @@ class MetricMeans:
         self.pairs = 0
         self.steps = 0
 
-    def add(self, metrics: Mapping[str, mx.array]) -> None:
+    def add(self, metrics: Mapping[str, mx.array | npt.NDArray[Any]]) -> None:
         """Add the per-pair values of one batch."""
         for key, values in metrics.items():
             self._sums[key] = self._sums.get(key, 0.0) + float(np.array(values, np.float64).sum())

@@ -12,6 +12,7 @@ from orpo_mlx.memory.predict import TOLERANCE, Prediction, device_working_set, h
 from orpo_mlx.memory.skeleton import read_blueprint
 from orpo_mlx.training.prepare import spend_memory_as
 from orpo_mlx.training.run import Run
+from orpo_mlx.training.step_functions import StepFunctions
 
 _GIB = 2**30
 
@@ -77,5 +78,6 @@ def memory_line(prediction: Prediction) -> str:
 def change_memory(run: Run, mode: str) -> None:
     """Let the run spend memory as another of `MODES` does."""
     run.scorer, run.memory = spend_memory_as(dataclasses.replace(run.config, memory=mode), run.loaded.model)
+    run.functions = StepFunctions(run.scorer, run.memory, run.method.loss, run.optimizer)
     if run.reference is not None:
         run.reference.scorer = run.scorer

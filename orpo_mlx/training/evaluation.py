@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
-from orpo_mlx.data.batching import collate, length_order, sequence_tokens
+from orpo_mlx.data.batching import length_order, sequence_tokens
 from orpo_mlx.engine.pair_scorer import PairScorer, join_logps, pair_logps
 from orpo_mlx.losses.metrics import MetricMeans, pair_metrics
 from orpo_mlx.losses.registry import BoundLoss
@@ -56,7 +56,7 @@ def evaluate(
     ranks = ranks or Ranks()
     groups = [[pairs[index] for index in indices] for indices in length_order(pairs, batch_size)]
     for group in ranks.share(groups):
-        batch = collate(group)
+        batch = scorer.collate(group, with_prompt=tokens_per_pair is not None)
         logps = pair_logps(scorer, batch, nll_tokens_per_pair=tokens_per_pair, gradient=False)
         if reference and untrained:
             reference.adopt(group, logps)

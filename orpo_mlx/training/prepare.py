@@ -24,6 +24,7 @@ from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.reference import CopiedReference, ReferenceLogProbs, copy_of
 from orpo_mlx.training.reference_store import weights_fingerprint
 from orpo_mlx.training.run import Run
+from orpo_mlx.training.step_functions import StepFunctions
 
 HELD_OUT = ("test", "valid")
 
@@ -98,7 +99,9 @@ def assemble(config: TrainingConfig, folder: Path, splits: dict[str, Split], loa
         reference = CopiedReference(twin, with_prompt=with_prompt)
     elif method.needs_reference:
         reference = ReferenceLogProbs(scorer, adapters_are_new=fresh, with_prompt=with_prompt)
-    return Run(config, folder, splits, loaded, scorer, method, reference, _optimizer(config), memory)
+    optimizer = _optimizer(config)
+    functions = StepFunctions(scorer, memory, method.loss, optimizer)
+    return Run(config, folder, splits, loaded, scorer, method, reference, optimizer, memory, functions)
 
 
 def spend_memory_as(config: TrainingConfig, model: nn.Module) -> tuple[PairScorer, Memory]:

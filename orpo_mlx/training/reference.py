@@ -15,7 +15,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from orpo_mlx.data.batching import collate
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.models.adapters import adapters_off
 from orpo_mlx.training.distributed import Ranks
@@ -93,7 +92,7 @@ class ReferenceLogProbs:
             raise KeyError("a pair has no reference log-probs and the weights that define them have changed.")
         if missing:
             some = [pairs[place] for place in missing]
-            self._compute(some, batch if len(some) == len(pairs) else collate(some))
+            self._compute(some, batch if len(some) == len(pairs) else self._collate(some))
         found = np.array([self.table.get(key) for key in keys], np.float32)
         return mx.array(found[:, 0]), mx.array(found[:, 1])
 
@@ -116,7 +115,7 @@ class ReferenceLogProbs:
         for group in groups:
             missing = [pair for pair in group if self.table.get(pair_key(pair)) is None]
             if missing:
-                self._compute(missing, collate(missing))
+                self._compute(missing, self._collate(missing))
             done += len(group)
             progress(done)
         self.scorer.model.train(was_training)
@@ -142,6 +141,9 @@ class ReferenceLogProbs:
     def unknown(self, groups: Iterable[Sequence[TokenizedPair]]) -> int:
         """How many pairs of `groups` are not remembered."""
         return sum(self.table.get(pair_key(pair)) is None for group in groups for pair in group)
+
+    def _collate(self, pairs: Sequence[TokenizedPair]) -> Batch:
+        return self.scorer.collate(pairs, with_prompt=self._nll_tokens_per_pair is not None)
 
     def _compute(self, pairs: Sequence[TokenizedPair], batch: Batch) -> None:
         with self._reference_weights():

@@ -21,6 +21,7 @@ from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.reference import ReferenceLogProbs
+from orpo_mlx.training.step_functions import StepFunctions
 
 
 @dataclasses.dataclass
@@ -36,6 +37,7 @@ class Run:
     reference: ReferenceLogProbs | None
     optimizer: optim.Optimizer
     memory: Memory
+    functions: StepFunctions
     first_step: int = 0
     """Steps that the adapters it goes on from have taken in its own order of the data."""
     ranks: Ranks = dataclasses.field(default_factory=Ranks)

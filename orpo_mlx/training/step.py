@@ -7,73 +7,64 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
 
 from orpo_mlx.errors import HalfAppliedError, NonFiniteError
 from orpo_mlx.losses.metrics import MetricMeans
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.process_memory import clear_cache_above
-from orpo_mlx.training.gradients import batch_gradient, gradient_norm, window_gradient
+from orpo_mlx.training.gradients import StepGradient, micro_batch_inputs, step_gradient
 from orpo_mlx.training.run import Run
+from orpo_mlx.training.step_functions import gradient_norm
 from orpo_mlx.types import TokenizedPair
 
 _SHOWN = 4
 
-
 _NORM_FLOOR = 1e-6
 
 
-def optimiser_step(run: Run, window: Sequence[TokenizedPair], step: int) -> MetricMeans:
-    """One optimiser step on a window of pairs, taken as batches of `batch_size`; returns the window's metrics, and
-    `grad_norm`, the gradient's norm before `--max-grad-norm`.
+def optimiser_step(run: Run, step_batch: Sequence[TokenizedPair], step: int) -> MetricMeans:
+    """One optimiser step on a step batch, run in micro-batches; returns the step's metrics, and `grad_norm`, the
+    gradient's norm before `--max-grad-norm`.
 
     Raises:
         NonFiniteError: the loss or the gradient is not finite; nothing has been applied.
         HalfAppliedError: the step was ended while it was applied.
     """
-    model = run.loaded.model
-    means, gradients = window_gradient(run, window)
-    norm = float(gradient_norm(gradients))
-    require_finite(run, window, step, means, gradients, norm)
-    means.add_step({"grad_norm": norm})
-    if run.config.max_grad_norm is not None:
-        gradients = clipped(gradients, norm, run.config.max_grad_norm)
+    found = step_gradient(run, step_batch)
+    require_finite(run, step_batch, step, found)
+    found.means.add_step({"grad_norm": found.norm})
+    most = run.config.max_grad_norm
     try:
-        run.optimizer.update(model, gradients)
-        mx.eval(model.trainable_parameters(), run.optimizer.state)
+        run.functions.update(found.gradients, 1.0 if most is None else clip_factor(found.norm, most))
+        mx.eval(run.loaded.model.trainable_parameters(), run.optimizer.state)
     except BaseException as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise HalfAppliedError(f"step {step}: {reason}, while the step was applied") from error
-    del gradients  # What is freed after the cache was looked at would be in it all the same.
+    means = found.means
+    del found  # What is freed after the cache was looked at would be in it all the same.
     clear_cache_above(run.config.clear_cache_threshold)
     return means
 
 
-def clipped(gradients: dict[str, Any], norm: float, most: float) -> dict[str, Any]:
-    """`gradients` of a norm, scaled down to the norm `most` where it is larger, as PyTorch's `clip_grad_norm_` does."""
-    factor = most / (norm + _NORM_FLOOR)
-    if factor >= 1:
-        return gradients
-    scaled: dict[str, Any] = tree_map(lambda gradient: gradient * factor, gradients)
-    return scaled
+def clip_factor(norm: float, most: float) -> float:
+    """What gradients of a norm are multiplied by to have the norm `most` at most, as PyTorch's `clip_grad_norm_` does."""
+    return min(1.0, most / (norm + _NORM_FLOOR))
 
 
-def require_finite(
-    run: Run, window: Sequence[TokenizedPair], step: int, means: MetricMeans, gradients: dict[str, Any], norm: float
-) -> None:
-    """Make sure that a window's metrics and gradient are finite.
+def require_finite(run: Run, step_batch: Sequence[TokenizedPair], step: int, found: StepGradient) -> None:
+    """Make sure that a step's metrics and gradient are finite.
 
     Raises:
         NonFiniteError: they are not; names the step, the norm, the rows, and the weight or gradient it is.
     """
-    metrics = means.means()
+    metrics = found.means.means()
     bad = [key for key, value in metrics.items() if not math.isfinite(value)]
-    if math.isfinite(norm) and not bad:
+    if math.isfinite(found.norm) and not bad:
         return
     # The weights first: with a bad one every row is bad.
     spoiled = _not_finite(adapter_weights(run.loaded.model))
-    rows = [] if spoiled else [pair for pair in window if not _finite_alone(run, window, pair)]
-    gradient = _not_finite(dict(tree_flatten(gradients)))
+    rows = [] if spoiled else [pair for pair in step_batch if not _finite_alone(run, step_batch, pair)]
+    gradient = _not_finite(found.gradients)
     if spoiled:
         what = f"; the weight {spoiled[0]} is not finite itself{_more(spoiled)}"
     elif gradient and not rows:
@@ -83,17 +74,17 @@ def require_finite(
     other = [key for key in bad if key != "loss"]
     if other and "loss" not in bad:
         what += f"; {other[0]} is {metrics[other[0]]}"
-    places = ", ".join(pair.place for pair in (rows or window)[:_SHOWN])
+    places = ", ".join(pair.place for pair in (rows or step_batch)[:_SHOWN])
     raise NonFiniteError(
-        f"step {step}: the loss is {metrics['loss']} and the gradient's norm {norm} on {places}"
-        f"{_more(rows or window, _SHOWN)}{what}, so the step was not applied: "
+        f"step {step}: the loss is {metrics['loss']} and the gradient's norm {found.norm} on {places}"
+        f"{_more(rows or step_batch, _SHOWN)}{what}, so the step was not applied: "
         "lower --learning-rate, look at those rows, or pass such steps over with --on-nonfinite skip"
     )
 
 
-def _finite_alone(run: Run, window: Sequence[TokenizedPair], pair: TokenizedPair) -> bool:
-    """Whether a pair's own share of the window's loss, its metrics and its gradient are finite."""
-    loss, metrics, gradients = batch_gradient(run, window, [pair])
+def _finite_alone(run: Run, step_batch: Sequence[TokenizedPair], pair: TokenizedPair) -> bool:
+    """Whether a pair's own share of the step's loss, its metrics and its gradient are finite."""
+    loss, metrics, gradients = run.functions.micro_batch(micro_batch_inputs(run, step_batch, [pair]))
     return all(mx.isfinite(value).all().item() for value in (loss, gradient_norm(gradients), *metrics.values()))
 
 

@@ -1,0 +1,115 @@
+"""The functions that an optimiser step calls, compiled where the device wants that."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_map, tree_unflatten
+
+from orpo_mlx.engine.compiled import CompiledByShape
+from orpo_mlx.engine.memory_modes import Memory
+from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
+from orpo_mlx.engine.segmented_backward import Gradients
+from orpo_mlx.losses.metrics import pair_metrics
+from orpo_mlx.losses.registry import BoundLoss
+from orpo_mlx.training.reference import with_reference
+from orpo_mlx.types import Batch, PairLogProbs
+
+Metrics = dict[str, mx.array]
+
+
+class LossGradient(NamedTuple):
+    """d(step loss)/d(log-probs) of one micro-batch, for losses that couple pairs."""
+
+    chosen: mx.array
+    rejected: mx.array
+    nll: mx.array
+
+    def times(self, logps: PairLogProbs) -> mx.array:
+        """A scalar whose gradient is the step loss's, by the chain rule through the log-probs."""
+        return (self.chosen * logps.chosen + self.rejected * logps.rejected + self.nll * logps.nll).sum()
+
+
+class MicroBatch(NamedTuple):
+    """All that a micro-batch's gradient depends on beside the model: a tree of arrays, so that it crosses `mx.compile`."""
+
+    batch: Batch
+    reference: tuple[mx.array, mx.array] | None
+    """Reference log-probs of both sides, (B,) each, where the method needs them."""
+    step_pairs: mx.array
+    """Pairs of the step batch, float32: losses are divided by it."""
+    nll_tokens_per_pair: mx.array | None
+    """See `pair_logps`."""
+    loss_gradient: LossGradient | None
+    """Given where the loss couples pairs and the step batch is in several parts."""
+
+
+class StepFunctions:
+    """A step's gradient of one micro-batch, its norm and its update.
+
+    Args:
+        scorer: the policy.
+        memory: how its gradient is taken.
+        loss: the method's.
+        optimizer: updates the policy's trained parameters.
+    """
+
+    def __init__(self, scorer: PairScorer, memory: Memory, loss: BoundLoss, optimizer: optim.Optimizer) -> None:
+        self.scorer, self._memory, self._loss, self._optimizer = scorer, memory, loss, optimizer
+        most = scorer.profile.most_traces
+        # Segments are evaluated as they go: they are compiled one by one, not as part of this.
+        self.add_micro_batch = CompiledByShape(
+            self._add_micro_batch, self._model_state, most if memory.in_one_graph else 0
+        )
+        self.norm = CompiledByShape(gradient_norm, list, most)
+        self._apply = CompiledByShape(self._apply_scaled, self._all_state, most)
+
+    def micro_batch(self, inputs: MicroBatch) -> tuple[mx.array, Metrics, Gradients]:
+        """One micro-batch's share of the step loss, its per-pair metrics, and the share's gradients by flat name."""
+
+        def share(states: mx.array) -> tuple[mx.array, Metrics]:
+            tokens = inputs.nll_tokens_per_pair
+            policy = pair_logps(self.scorer, inputs.batch, nll_tokens_per_pair=tokens, states=states)
+            logps = with_reference(policy, inputs.reference)
+            output = self._loss(logps)
+            given = inputs.loss_gradient
+            loss = output.losses.sum() / inputs.step_pairs if given is None else given.times(logps)
+            return loss, pair_metrics(logps, output)
+
+        (loss, metrics), gradients = self._memory.value_and_grad(inputs.batch, share)
+        return loss, metrics, gradients
+
+    def update(self, gradients: Gradients, factor: float = 1.0) -> None:
+        """Apply `factor` times the gradients; they are taken out of the mapping as they are used up."""
+        if self._apply.compiles:
+            # A state that came to be inside of a trace would not be seen by the next call.
+            self._optimizer.init(self.scorer.model.trainable_parameters())
+        self._apply(gradients, mx.array(factor))
+
+    def _add_micro_batch(self, inputs: MicroBatch, before: Gradients) -> tuple[mx.array, mx.array, Gradients]:
+        """The loss, the metrics' values (metrics, B), and gradients added to those of the micro-batches before."""
+        loss, metrics, gradients = self.micro_batch(inputs)
+        for name in list(before):
+            # One at a time: two whole gradients need not exist at once.
+            gradients[name] = before.pop(name) + gradients[name]
+        # One array: MLX 0.32.4 cannot compile several outputs that are one number behind `stop_gradient` ("map::at").
+        return loss, mx.stack(list(metrics.values())), gradients
+
+    def _apply_scaled(self, gradients: Gradients, factor: mx.array) -> mx.array:
+        scaled: dict[str, Any] = tree_map(lambda gradient: gradient * factor.astype(gradient.dtype), gradients)
+        self._optimizer.update(self.scorer.model, tree_unflatten(list(scaled.items())))
+        return factor
+
+    def _model_state(self) -> list[Any]:
+        return [self.scorer.model.state, mx.random.state]
+
+    def _all_state(self) -> list[Any]:
+        return [self.scorer.model.state, self._optimizer.state]
+
+
+def gradient_norm(gradients: Gradients) -> mx.array:
+    """Euclidean norm over all trained parameters, in float32; not finite where any entry is not."""
+    squares = [value.astype(mx.float32).square().sum() for value in gradients.values()]
+    return mx.sqrt(mx.stack(squares).sum())
