@@ -76,3 +76,8 @@ def close(found: mx.array, expected: mx.array) -> bool:
     if found.shape != wanted.shape:
         return False
     return bool((mx.abs(found - wanted).max() <= tolerance * mx.abs(wanted).max()).item())
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, as a clause."""
+    return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import mlx.nn as nn
 
 from orpo_mlx.engine.pair_scorer import PairScorer
-from orpo_mlx.engine.segmented_backward import ValueAndGrad, find_walk, whole_value_and_grad
+from orpo_mlx.engine.segmented_backward import ValueAndGrad, find_segmented, whole_value_and_grad
 
 
 class Mode(NamedTuple):
@@ -70,11 +70,11 @@ def spend_memory(
         lean=mode.lean,
         kept_attention_bytes=mode.kept_attention_mib << 20,
     )
-    walk = None
+    segmented, why_not = None, ""
     if mode.kept_layers < 1:
         kept = int(mode.kept_layers * len(model.layers))
-        walk = find_walk(scorer, segment_layers=segment_layers, kept_layers=kept)
-    value_and_grad = walk.value_and_grad if walk else partial(whole_value_and_grad, scorer)
+        segmented, why_not = find_segmented(scorer, segment_layers=segment_layers, kept_layers=kept)
+    value_and_grad = segmented.value_and_grad if segmented else partial(whole_value_and_grad, scorer)
     missing = {
         "This model's head cannot be told apart from its body: the logits of every position are computed.": (
             mode.split_head and split_head and not scorer.splits_head
@@ -85,8 +85,9 @@ def spend_memory(
         "This model's layers do not agree with this package's functions: they run as mlx-lm wrote them.": (
             mode.lean and not scorer.lean
         ),
-        f"This model's layers cannot be run in segments: instead of --memory {name} it takes fast.": mode.kept_layers
-        < 1
-        and walk is None,
+        f"This model's layers cannot be run in segments ({why_not}): instead of --memory {name} it takes fast.": (
+            why_not != ""
+        ),
     }
-    return scorer, Memory(name, value_and_grad, walk is None, tuple(note for note, holds in missing.items() if holds))
+    notes = tuple(note for note, holds in missing.items() if holds)
+    return scorer, Memory(name, value_and_grad, segmented is None, notes)

@@ -1,213 +1,302 @@
 """The backward pass in segments of layers: memory for one segment and the states between segments, not for all layers.
 
 MLX is lazy: checkpoints inside one graph save memory only as well as its schedule happens to run. Here the forward pass
-keeps the states that enter each segment and is evaluated as it goes; after the head, segments are walked from the last
-to the first: run again with gradient, evaluated, freed. A pair's prompt and completions go through a segment together,
-so the prompt's keys and values live and die inside of it.
-
-How states travel between layers (embedding scale, masks, positions, final norm) stays the model's business: its own
-backbone is called each time, with the layers outside of the segment replaced by ones that pass states on. MLX never
-evaluates what nobody asks for, so the replaced parts cost nothing.
+keeps the states that enter each segment and is evaluated as it goes; after the head, segments are taken from the last
+to the first: run again with gradient, evaluated, freed. A pair's prefix and rows go through a segment together, so the
+prefix's keys and values live and die inside of it.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
+import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from orpo_mlx.engine.equivalence import close, probe_pairs, without_dropout
+from orpo_mlx.engine.compiled import CompiledByShape
+from orpo_mlx.engine.equivalence import close, probe_pairs, reason_of, without_dropout
+from orpo_mlx.engine.layer_calls import (
+    LayerCall,
+    LayerRecorder,
+    SequenceCalls,
+    call_layer,
+    layer_kind,
+    split_arrays,
+)
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.types import Batch
 
 Streams = tuple[mx.array, ...]
-"""States of each token sequence of a batch, as `PairScorer.streams` orders them."""
-Share = Callable[[mx.array], tuple[mx.array, Any]]
-"""States to a scalar and whatever else is wanted."""
+"""States of each array of token ids of a batch, as `PairScorer.sequences` orders them."""
+Extra = Any
+"""A tree of arrays."""
+Share = Callable[[mx.array, Batch, Extra], tuple[mx.array, Any]]
+"""States (N, H) of a batch's targets, the batch, and whatever else it needs: to a scalar and whatever else is wanted."""
 Gradients = dict[str, mx.array]
 """By flat parameter name."""
-
-ValueAndGrad = Callable[[Batch, Share], tuple[tuple[mx.array, Any], Gradients]]
-"""((value, other), gradients) of `share(states of a batch)` towards what is trained."""
+ValueAndGrad = Callable[[Batch, Extra, Share], tuple[tuple[mx.array, Any], Gradients]]
+"""((value, other), gradients) of a share of a batch towards what is trained."""
 
 _SEEDS = 1 << 30
+_SUBMITTED_AHEAD = 2
+"""Segments that a GPU may have before it while the host builds the next: enough to keep it busy. Without a bound their
+buffers would all exist at once."""
 
 
-class LayerWalk:
-    """Runs parts of a model's backbone.
+class Segment(NamedTuple):
+    """Layers [low, high) as one batch calls them."""
+
+    low: int
+    high: int
+    calls: list[list[LayerCall]]
+    """Of each layer, for each array of token ids."""
+    arrays: list[mx.array]
+    """The arrays among what they are called with."""
+    kind: str
+    """Equal only for segments whose layers run alike but for parameters and arrays."""
+
+
+class Entered(NamedTuple):
+    """A segment that was run forward, and what it needs to be run again."""
+
+    segment: Segment
+    streams: Streams
+
+
+class SubmittedWork:
+    """What a device was given to compute, waited for when it has more than `ahead` parts before it."""
+
+    def __init__(self, ahead: int) -> None:
+        self._ahead = ahead
+        self._pending: deque[Any] = deque()
+
+    def submit(self, *trees: Any) -> None:
+        """Compute these now, or let the device begin with them."""
+        if not self._ahead:
+            mx.eval(trees)
+            return
+        mx.async_eval(trees)
+        self._pending.append(trees)
+        if len(self._pending) > self._ahead:
+            mx.eval(self._pending.popleft())
+
+
+class SegmentedBackward:
+    """Gradients of a model's layers, segment by segment.
 
     Args:
         scorer: the policy, whose head can be told apart.
         segment_layers: layers that are run and freed together.
         kept_layers: layers at the end whose activations are kept, so that they are not run twice.
+
+    Raises:
+        CannotSegmentError: the model does not run its layers one after another.
     """
 
     def __init__(self, scorer: PairScorer, *, segment_layers: int = 1, kept_layers: int = 0) -> None:
         assert scorer.head is not None
         self.scorer = scorer
-        self.prefix = f"{scorer.head.backbone_name}.layers."
-        self.backbone: Any = scorer.backbone
-        self.depth = len(self.backbone.layers)
-        self.segment_layers, self.kept_layers = segment_layers, kept_layers
-        self._beside: int | None = None
-        self._beside = self._returned_beside()
+        self._prefix = f"{scorer.head.backbone_name}.layers."
+        self._recorder = LayerRecorder(scorer)
+        self._layers = self._recorder.layers
+        self._kinds = [layer_kind(layer) for layer in self._layers]
+        self._segment_layers, self._kept_layers = segment_layers, kept_layers
+        self._functions: dict[Any, CompiledByShape] = {}
 
-    def value_and_grad(self, batch: Batch, share: Share) -> tuple[tuple[mx.array, Any], Gradients]:
-        """Value and gradients of `share(scorer.states(batch))`, as `whole_value_and_grad` gives them."""
-        trained = dict(tree_flatten(self.scorer.model.trainable_parameters()))
-        first = min(map(self._layer_of, trained))
-        kept_from = max(first, self.depth - self.kept_layers)
-        bounds = sorted({*range(first, kept_from, self.segment_layers), kept_from})
-        streams = self._run(batch, None, 0, first)
-        mx.eval(streams)
-        boundaries: list[tuple[int, Streams]] = []
-        # Dropout must be drawn the same when a segment runs again: each has a seed, drawn as if it were a dropout mask.
-        seed = int(np.array(mx.random.randint(0, _SEEDS)))
+    def value_and_grad(self, batch: Batch, extra: Extra, share: Share) -> tuple[tuple[mx.array, Any], Gradients]:
+        """Value and gradients of `share`, as `whole_value_and_grad` gives them."""
+        sequences = self._recorder.record(batch)
+        first = next(number for number, layer in enumerate(self._layers) if tree_flatten(layer.trainable_parameters()))
+        kept_from = max(first, len(self._layers) - self._kept_layers)
+        size = self._segment_layers
+        bounds = sorted({*range(0, first, size), *range(first, kept_from, size), kept_from})
+        work = SubmittedWork(_SUBMITTED_AHEAD if self.scorer.profile.compiled else 0)
+        streams = tuple(sequence.entering for sequence in sequences)
+        seed = self._seeds()
+        entered: list[Entered] = []
         for low, high in itertools.pairwise(bounds):
-            mx.random.seed(seed + low)
-            boundaries.append((low, streams))
-            streams = self._run(batch, streams, low, high)
-            mx.eval(streams)
-        mx.random.seed(seed + kept_from)
-        names = [name for name in trained if self._layer_of(name) >= kept_from]
-        (output, gradients, cotangents), high = self._last(batch, share, kept_from, streams, names), kept_from
-        while boundaries:
-            low, streams = boundaries.pop()
-            mx.random.seed(seed + low)
-            names = [name for name in trained if low <= self._layer_of(name) < high]
-            pulled, cotangents = self._pull_back(
-                batch, low, high, streams, names, cotangents, to_states=bool(boundaries)
-            )
-            gradients |= pulled
-            high = low
-        mx.random.seed(seed + self.depth)
+            segment = self._segment(sequences, low, high)
+            if low >= first:
+                entered.append(Entered(segment, streams))
+            seed(low)
+            streams = self._forward(segment, streams)
+            work.submit(streams)
+        last = self._segment(sequences, kept_from, len(self._layers))
+        seed(kept_from)
+        output, gradients, cotangents = self._last(last, streams, batch, extra, share)
+        work.submit(output, gradients, cotangents)
+        while entered:
+            again = entered.pop()
+            seed(again.segment.low)
+            found, cotangents = self._backward(again, cotangents, to_states=bool(entered))
+            gradients |= found
+            work.submit(found, cotangents)
+        seed(len(self._layers))
         return output, gradients
 
+    def forget(self) -> None:
+        """Drop all compiled functions."""
+        self._functions.clear()
+
+    def _segment(self, sequences: Sequence[SequenceCalls], low: int, high: int) -> Segment:
+        calls = [[sequence.calls[number] for sequence in sequences] for number in range(low, high)]
+        arrays, words = split_arrays(list(itertools.chain(*calls)))
+        return Segment(low, high, calls, arrays, "\n\n".join([*self._kinds[low:high], words]))
+
+    def _forward(self, segment: Segment, streams: Streams) -> Streams:
+        layers = self._layers[segment.low : segment.high]
+
+        def function(parameters: Parameters, streams: Streams, arrays: list[mx.array]) -> Streams:
+            with parameters_set(layers, parameters):
+                return self._run(layers, segment.calls, streams, arrays)
+
+        compiled = self._function(("forward", segment.kind), function, random_state)
+        leaving: Streams = compiled([flat_parameters(layer) for layer in layers], streams, segment.arrays)
+        return leaving
+
+    def _backward(self, entered: Entered, cotangents: Streams, *, to_states: bool) -> tuple[Gradients, Streams]:
+        """Gradients to a segment's trained parameters and, with `to_states`, to the states that enter it."""
+        segment = entered.segment
+        layers = self._layers[segment.low : segment.high]
+
+        def function(parameters: Parameters, streams: Streams, arrays: list[mx.array], cotangents: Streams) -> Any:
+            names = [[name for name, _ in tree_flatten(layer.trainable_parameters())] for layer in layers]
+            trained = [values[name] for values, own in zip(parameters, names, strict=True) for name in own]
+
+            def run(*primals: mx.array) -> Streams:
+                given = iter(primals)
+                learnt = [
+                    {**values, **{name: next(given) for name in own}}
+                    for values, own in zip(parameters, names, strict=True)
+                ]
+                with parameters_set(layers, learnt):
+                    return self._run(layers, segment.calls, tuple(given) or streams, arrays)
+
+            # Backward passes of this package's own functions read frozen weights from the layers, after `run` is over.
+            with parameters_set(layers, parameters):
+                return mx.vjp(run, [*trained, *(streams if to_states else ())], list(cotangents))[1]
+
+        compiled = self._function(("backward", to_states, segment.kind), function, random_state)
+        parameters = [flat_parameters(layer) for layer in layers]
+        found = compiled(parameters, entered.streams, segment.arrays, cotangents)
+        names = self._trained_names(segment.low, segment.high)
+        return dict(zip(names, found, strict=False)), tuple(found[len(names) :])
+
     def _last(
-        self, batch: Batch, share: Share, low: int, streams: Streams, names: list[str]
+        self, segment: Segment, streams: Streams, batch: Batch, extra: Extra, share: Share
     ) -> tuple[tuple[mx.array, Any], Gradients, Streams]:
-        """`share` through the layers from `low` on: its output, and gradients to their parameters and to `streams`."""
+        """`share` through the kept layers: its output, and gradients to their parameters and to `streams`."""
+        layers = self._layers[segment.low :]
 
-        def function(arrays: tuple[list[mx.array], list[mx.array]]) -> tuple[mx.array, Any]:
-            self._set(names, arrays[0])
-            outputs = self._run(batch, tuple(arrays[1]), low, self.depth, normed=True)
-            return share(self.scorer.wanted(batch, outputs))
+        def function(streams: Streams, arrays: list[mx.array], batch: Batch, extra: Extra) -> Any:
+            def run(parameters: Parameters, streams: Streams) -> tuple[mx.array, Any]:
+                with parameters_set(layers, parameters):
+                    outputs = self._run(layers, segment.calls, streams, arrays)
+                    return share(self.scorer.wanted(batch, self._recorder.finish(batch, outputs)), batch, extra)
 
-        with self._parameters(names) as parameters:
-            output, (gradients, cotangents) = mx.value_and_grad(function)((parameters, list(streams)))
-            mx.eval(output, gradients, cotangents)
-        return output, dict(zip(names, gradients, strict=True)), tuple(cotangents)
+            trained = [dict(tree_flatten(layer.trainable_parameters())) for layer in layers]
+            return mx.value_and_grad(run, argnums=(0, 1))(trained, streams)
 
-    def _pull_back(
-        self,
-        batch: Batch,
-        low: int,
-        high: int,
-        streams: Streams,
-        names: list[str],
-        cotangents: Streams,
-        *,
-        to_states: bool,
-    ) -> tuple[Gradients, Streams]:
-        """Gradients to a segment's parameters and, with `to_states`, to the states that enter it."""
+        compiled = self._function(("last", segment.low, segment.kind, share), function, self._model_state)
+        output, (gradients, cotangents) = compiled(streams, segment.arrays, batch, extra)
+        values = [value for found in gradients for value in found.values()]
+        names = self._trained_names(segment.low, segment.high)
+        return output, dict(zip(names, values, strict=True)), tuple(cotangents)
 
-        def function(*arrays: mx.array) -> list[mx.array]:
-            self._set(names, arrays[: len(names)])
-            return list(self._run(batch, arrays[len(names) :] or streams, low, high))
-
-        with self._parameters(names) as parameters:
-            primals = [*parameters, *(streams if to_states else ())]
-            gradients = mx.vjp(function, primals, list(cotangents))[1]
-            mx.eval(gradients)
-        return dict(zip(names, gradients, strict=False)), tuple(gradients[len(names) :])
-
-    def _returned_beside(self) -> int | None:
-        """How many things layers return after their states; None where they return states alone."""
-        with self._stand_ins(0, self.depth, None) as layers:
-            self.backbone(mx.zeros((1, 1), mx.int32))
-        return layers[0].beside
-
-    def _run(self, batch: Batch, streams: Streams | None, low: int, high: int, *, normed: bool = False) -> Streams:
-        """States that enter layer `low` (None: ids do) to those that enter layer `high`, or to the output."""
-        entering: Iterator[mx.array | None] = itertools.repeat(None) if streams is None else iter(streams)
-
-        def run(ids: mx.array, caches: Any) -> mx.array:
-            with self._stand_ins(low, high, next(entering)) as layers:
-                output: mx.array = self.backbone(ids, cache=caches)
-            return output if normed else layers[high].entering if high < self.depth else layers[-1].leaving
-
+    def _run(
+        self, layers: Sequence[Any], calls: list[list[LayerCall]], streams: Streams, arrays: list[mx.array]
+    ) -> Streams:
+        """States that enter these layers to those that leave them, prefixes and rows together."""
+        given = iter(arrays)
         with self.scorer.layers():
-            return self.scorer.sequences(batch, run)
+            for layer, own in zip(layers, calls, strict=True):
+                prefix: Any = None
+                leaving = []
+                for states, call in zip(streams, own, strict=True):
+                    cache = None
+                    if call.cache is not None and prefix is None:
+                        cache = prefix = call.cache.fresh(states.shape[1])
+                    elif prefix is not None:
+                        cache = prefix.branch(states.shape[0] // streams[0].shape[0])
+                    leaving.append(call_layer(layer, states, call, given, cache))
+                streams = tuple(leaving)
+        return streams
 
-    @contextmanager
-    def _stand_ins(self, low: int, high: int, states: mx.array | None) -> Iterator[list[_StandIn]]:
-        layers = self.backbone.layers
-        self.backbone.layers = [
-            _StandIn(layer, low <= number < high, self._beside) for number, layer in enumerate(layers)
+    def _seeds(self) -> Callable[[int], None]:
+        """Sets the seed of a segment. Dropout must be drawn the same when it runs again; the seeds themselves are drawn as
+        a dropout mask would be, and only where there is dropout, since a GPU has to be waited for."""
+        if not has_dropout(self.scorer.model):
+            return lambda low: None
+        drawn = int(mx.random.randint(0, _SEEDS).item())
+        return lambda low: mx.random.seed(drawn + low)
+
+    def _function(
+        self, key: Any, function: Callable[..., Any], state: Callable[[], list[Any]] = list
+    ) -> CompiledByShape:
+        """The function that was first made for that key: those of equal keys compute the same."""
+        if not self.scorer.profile.compiled:
+            return CompiledByShape(function, state, 0)
+        return self._functions.setdefault(key, CompiledByShape(function, state, self.scorer.profile.most_traces))
+
+    def _model_state(self) -> list[Any]:
+        return [self.scorer.model.state, mx.random.state]
+
+    def _trained_names(self, low: int, high: int) -> list[str]:
+        """Flat names in the model of what is trained in layers [low, high)."""
+        return [
+            f"{self._prefix}{number}.{name}"
+            for number in range(low, high)
+            for name, _ in tree_flatten(self._layers[number].trainable_parameters())
         ]
-        self.backbone.layers[0].given = states
-        try:
-            yield self.backbone.layers
-        finally:
-            self.backbone.layers = layers
-
-    @contextmanager
-    def _parameters(self, names: Sequence[str]) -> Iterator[list[mx.array]]:
-        """The named parameters' values, which are put back at the end."""
-        trained = dict(tree_flatten(self.scorer.model.trainable_parameters()))
-        values = [trained[name] for name in names]
-        try:
-            yield values
-        finally:
-            self._set(names, values)
-
-    def _set(self, names: Sequence[str], values: Sequence[mx.array]) -> None:
-        self.scorer.model.update(tree_unflatten(list(zip(names, values, strict=True))))
-
-    def _layer_of(self, name: str) -> int:
-        return int(name[len(self.prefix) :].split(".")[0])
 
 
-class _StandIn:
-    """A layer that is run or passed by, and remembers what came in and what went out."""
-
-    def __init__(self, layer: Any, runs: bool, beside: int | None) -> None:
-        self._layer, self._runs, self.beside = layer, runs, beside
-        self.given: mx.array | None = None
-        self.entering = self.leaving = mx.array(0.0)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """The layer's: some backbones choose masks by it."""
-        return type(self._layer)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
-
-    def __call__(self, states: mx.array, *arguments: Any, **options: Any) -> Any:
-        self.entering = states if self.given is None else self.given
-        if not self._runs:
-            self.leaving = self.entering
-            return self.leaving if self.beside is None else (self.leaving, *[None] * self.beside)
-        output = self._layer(self.entering, *arguments, **options)
-        # Some layers return keys and values as well, for later layers to share.
-        several = isinstance(output, tuple)
-        self.leaving, self.beside = (output[0], len(output) - 1) if several else (output, None)
-        return output
+Parameters = list[Gradients]
+"""Of each layer, by flat name."""
 
 
-def whole_value_and_grad(scorer: PairScorer, batch: Batch, share: Share) -> tuple[tuple[mx.array, Any], Gradients]:
-    """((value, other), gradients by flat name) of `share(scorer.states(batch))` towards what is trained, one graph."""
+def flat_parameters(layer: nn.Module) -> Gradients:
+    """A layer's parameters, frozen ones too, by flat name."""
+    return dict(tree_flatten(layer.parameters()))
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether some module of the model draws random numbers in training."""
+    kinds = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
+    return any(isinstance(module, kinds) and module.training and module._p_1 < 1 for module in model.modules())
+
+
+@contextmanager
+def parameters_set(layers: Sequence[nn.Module], parameters: Parameters) -> Iterator[None]:
+    """These parameters in the layers, for the length of a `with` block."""
+    own = [layer.parameters() for layer in layers]
+    for layer, values in zip(layers, parameters, strict=True):
+        layer.update(tree_unflatten(list(values.items())))
+    try:
+        yield
+    finally:
+        for layer, before in zip(layers, own, strict=True):
+            layer.update(before)
+
+
+def random_state() -> list[Any]:
+    """What dropout reads and replaces."""
+    return [mx.random.state]
+
+
+def whole_value_and_grad(
+    scorer: PairScorer, batch: Batch, extra: Extra, share: Share
+) -> tuple[tuple[mx.array, Any], Gradients]:
+    """((value, other), gradients by flat name) of a share of a batch towards what is trained, in one graph."""
     model, trained = scorer.model, scorer.model.trainable_parameters()
 
     def function(parameters: dict[str, Any]) -> tuple[mx.array, Any]:
         model.update(parameters)
-        return share(scorer.states(batch))
+        return share(scorer.states(batch), batch, extra)
 
     try:
         output, gradients = mx.value_and_grad(function)(trained)
@@ -217,27 +306,30 @@ def whole_value_and_grad(scorer: PairScorer, batch: Batch, share: Share) -> tupl
     return output, dict(tree_flatten(gradients))
 
 
-def find_walk(scorer: PairScorer, *, segment_layers: int, kept_layers: int) -> LayerWalk | None:
-    """The walk, proven on a few tokens to give the model's own states and gradients; None where it does not."""
-    model = scorer.model
-    if scorer.head is None or not scorer.head.is_frozen or not isinstance(scorer.backbone.get("layers"), list):
-        return None
+def find_segmented(
+    scorer: PairScorer, *, segment_layers: int, kept_layers: int
+) -> tuple[SegmentedBackward | None, str]:
+    """The backward pass in segments, or None and why: enabled only if it matches the whole graph's on a probe."""
+    if scorer.head is None:
+        return None, "its head cannot be told apart from its body"
+    if not scorer.head.is_frozen:
+        return None, "something outside of its layers is trained"
+    if not isinstance(scorer.backbone.get("layers"), list):
+        return None, "its layers are not in one list"
     batch = scorer.collate(probe_pairs(scorer.layout), with_prompt=True)
-
-    def share(states: mx.array) -> tuple[mx.array, mx.array]:
-        # Weighted: the plain mean square of what an RMS norm has normalised is a constant, and its gradient is noise.
-        squares = states.astype(mx.float32).square()
-        return (squares * mx.linspace(0.5, 1.5, squares.shape[-1])).mean(), states
-
-    with without_dropout(model):
+    with without_dropout(scorer.model):
         try:
-            walk = LayerWalk(scorer, segment_layers=segment_layers, kept_layers=kept_layers)
-            (_, states), gradients = walk.value_and_grad(batch, share)
-        except Exception:
-            return None
-        (_, expected_states), expected = whole_value_and_grad(scorer, batch, share)
-    return (
-        walk
-        if close(states, expected_states) and all(close(gradients[name], expected[name]) for name in expected)
-        else None
-    )
+            segmented = SegmentedBackward(scorer, segment_layers=segment_layers, kept_layers=kept_layers)
+            (_, states), gradients = segmented.value_and_grad(batch, (), _probe_share)
+            segmented.forget()
+            (_, expected_states), expected = whole_value_and_grad(scorer, batch, (), _probe_share)
+            same = close(states, expected_states) and all(close(gradients[name], expected[name]) for name in expected)
+        except Exception as error:
+            return None, reason_of(error)
+    return (segmented, "") if same else (None, "its states or gradients differ from those of the whole graph")
+
+
+def _probe_share(states: mx.array, _: Batch, __: Extra) -> tuple[mx.array, mx.array]:
+    # Weighted: the plain mean square of what an RMS norm has normalised is a constant, and its gradient is noise.
+    squares = states.astype(mx.float32).square()
+    return (squares * mx.linspace(0.5, 1.5, squares.shape[-1])).mean(), states

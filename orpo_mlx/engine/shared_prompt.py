@@ -32,6 +32,10 @@ class PrefixCache:
         """Causal mask of the prefix over itself."""
         return _mask(length, 0, return_array, window_size)
 
+    def fresh(self, length: int) -> PrefixCache:
+        """An empty one for prefixes of that many tokens."""
+        return PrefixCache(length)
+
     def branch(self, rows: int) -> RowCache:
         """A cache for `rows` rows that continue each prefix; any number of caches may start from one prefix."""
         return RowCache(self, rows)
@@ -58,6 +62,10 @@ class RowCache:
 class RecurrentPrefix(ArraysCache):
     """One recurrent layer's state after B prefixes."""
 
+    def fresh(self, length: int) -> RecurrentPrefix:
+        """An empty one for prefixes of any length."""
+        return RecurrentPrefix(len(self.cache))
+
     def branch(self, rows: int) -> ArraysCache:
         """A cache for `rows` rows that go on from each state. The states are left as they are."""
         cache = ArraysCache(len(self.cache))
@@ -67,6 +75,10 @@ class RecurrentPrefix(ArraysCache):
 
 class PrefixList(CacheList):
     """The prefix caches of a layer that keeps several."""
+
+    def fresh(self, length: int) -> PrefixList:
+        """Empty ones for prefixes of that many tokens."""
+        return PrefixList(*(cache.fresh(length) for cache in self.caches))
 
     def branch(self, rows: int) -> CacheList:
         """Those for rows."""

@@ -85,7 +85,7 @@ def require_finite(run: Run, step_batch: Sequence[TokenizedPair], step: int, fou
 def _finite_alone(run: Run, step_batch: Sequence[TokenizedPair], pair: TokenizedPair) -> bool:
     """Whether a pair's own share of the step's loss, its metrics and its gradient are finite."""
     loss, metrics, gradients = run.functions.micro_batch(micro_batch_inputs(run, step_batch, [pair]))
-    return all(mx.isfinite(value).all().item() for value in (loss, gradient_norm(gradients), *metrics.values()))
+    return all(mx.isfinite(value).all().item() for value in (loss, gradient_norm(gradients), metrics))
 
 
 def _not_finite(arrays: Mapping[str, mx.array]) -> list[str]:

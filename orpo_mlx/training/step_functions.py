@@ -17,8 +17,6 @@ from orpo_mlx.losses.registry import BoundLoss
 from orpo_mlx.training.reference import with_reference
 from orpo_mlx.types import Batch, PairLogProbs
 
-Metrics = dict[str, mx.array]
-
 
 class LossGradient(NamedTuple):
     """d(step loss)/d(log-probs) of one micro-batch, for losses that couple pairs."""
@@ -66,20 +64,20 @@ class StepFunctions:
         self.norm = CompiledByShape(gradient_norm, list, most)
         self._apply = CompiledByShape(self._apply_scaled, self._all_state, most)
 
-    def micro_batch(self, inputs: MicroBatch) -> tuple[mx.array, Metrics, Gradients]:
-        """One micro-batch's share of the step loss, its per-pair metrics, and the share's gradients by flat name."""
-
-        def share(states: mx.array) -> tuple[mx.array, Metrics]:
-            tokens = inputs.nll_tokens_per_pair
-            policy = pair_logps(self.scorer, inputs.batch, nll_tokens_per_pair=tokens, states=states)
-            logps = with_reference(policy, inputs.reference)
-            output = self._loss(logps)
-            given = inputs.loss_gradient
-            loss = output.losses.sum() / inputs.step_pairs if given is None else given.times(logps)
-            return loss, pair_metrics(logps, output)
-
-        (loss, metrics), gradients = self._memory.value_and_grad(inputs.batch, share)
+    def micro_batch(self, inputs: MicroBatch) -> tuple[mx.array, mx.array, Gradients]:
+        """One micro-batch's share of the step loss, its metrics (metrics, B), and the share's gradients by flat name."""
+        (loss, metrics), gradients = self._memory.value_and_grad(inputs.batch, inputs, self._share)
         return loss, metrics, gradients
+
+    def _share(self, states: mx.array, batch: Batch, inputs: MicroBatch) -> tuple[mx.array, mx.array]:
+        tokens = inputs.nll_tokens_per_pair
+        policy = pair_logps(self.scorer, batch, nll_tokens_per_pair=tokens, states=states)
+        logps = with_reference(policy, inputs.reference)
+        output = self._loss(logps)
+        given = inputs.loss_gradient
+        loss = output.losses.sum() / inputs.step_pairs if given is None else given.times(logps)
+        # One array: MLX 0.32.4 cannot compile several outputs that are one number behind `stop_gradient` ("map::at").
+        return loss, mx.stack(list(pair_metrics(logps, output).values()))
 
     def update(self, gradients: Gradients, factor: float = 1.0) -> None:
         """Apply `factor` times the gradients; they are taken out of the mapping as they are used up."""
@@ -94,8 +92,7 @@ class StepFunctions:
         for name in list(before):
             # One at a time: two whole gradients need not exist at once.
             gradients[name] = before.pop(name) + gradients[name]
-        # One array: MLX 0.32.4 cannot compile several outputs that are one number behind `stop_gradient` ("map::at").
-        return loss, mx.stack(list(metrics.values())), gradients
+        return loss, metrics, gradients
 
     def _apply_scaled(self, gradients: Gradients, factor: mx.array) -> mx.array:
         scaled: dict[str, Any] = tree_map(lambda gradient: gradient * factor.astype(gradient.dtype), gradients)
