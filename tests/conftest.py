@@ -19,6 +19,9 @@ from mlx_lm.utils import _get_classes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from orpo_mlx.types import TokenizedPair
+from tests.helpers.compile_without_kernels import fuse_nothing
+
+fuse_nothing()
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

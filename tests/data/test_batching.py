@@ -10,33 +10,85 @@ import pytest
 
 from orpo_mlx.data.batching import (
     TrainingOrder,
+    bucket,
     collate,
     epoch_order,
     length_order,
     micro_batches,
     padded_tokens,
+    split_by_completion,
     sequence_tokens,
     steps_per_epoch,
 )
 from orpo_mlx.data.row_counts import RowReport
 from orpo_mlx.data.token_store import StoreWriter
+from orpo_mlx.device_profile import CPU, GPU, RowLayout
 from orpo_mlx.types import TokenizedPair
 from tests.conftest import make_pairs
 
 
-def test_collate_pads_prompts_on_the_left_and_completions_on_the_right() -> None:
-    batch = collate([TokenizedPair((1, 2, 3), (4,), (5, 6)), TokenizedPair((7,), (8, 9), (10,))])
-    assert np.array(batch.prompt_ids).tolist() == [[1, 2, 3], [0, 0, 7]]
-    assert np.array(batch.prompt_mask).tolist() == [[True, True, True], [False, False, True]]
-    assert batch.left_padding is not None
-    assert np.array(batch.left_padding).tolist() == [0, 2]
-    assert np.array(batch.chosen_ids)[:, :2].tolist() == [[4, 0], [8, 9]]
-    assert np.array(batch.chosen_mask).sum(axis=1).tolist() == [1, 2]
-    assert np.array(batch.rejected_mask).sum(axis=1).tolist() == [2, 1]
+PAIRS = [TokenizedPair((1, 2, 3), (4,), (5, 6)), TokenizedPair((7, 8), (9, 10), (11,))]
+JOINED = CPU.layout._replace(joined=True, row_multiple=1)
 
 
-def test_equal_prompts_have_no_padding() -> None:
-    assert collate([TokenizedPair((1, 2), (3,), (4,)), TokenizedPair((5, 6), (7, 8), (9,))]).left_padding is None
+def predictions(pairs: list[TokenizedPair], layout: RowLayout) -> list[tuple[tuple[int, ...], int]]:
+    """What precedes each wanted token, and the token, as a batch has them."""
+    batch = collate(pairs, layout, with_prompt=True)
+    prefixes = [()] * len(pairs) if batch.prefix_ids is None else [tuple(row) for row in np.array(batch.prefix_ids)]
+    rows = []
+    for ids in map(np.array, batch.row_ids):
+        each = ids.shape[0] // len(pairs)
+        rows += [(prefixes[number // each], tuple(row)) for number, row in enumerate(ids)]
+    rows += [((), prefix) for prefix in prefixes]
+    states = [(*prefix, *row[: end + 1]) for prefix, row in rows for end in range(len(row))]
+    places, targets = np.array(batch.places).tolist(), np.array(batch.targets).tolist()
+    return [(states[place], target) for place, target in zip(places, targets, strict=True)]
+
+
+@pytest.mark.parametrize("layout", [CPU.layout, GPU.layout, JOINED, CPU.layout._replace(share_prompt=False)], ids=str)
+@pytest.mark.parametrize("longest", [8, 90])
+def test_every_token_is_predicted_from_what_precedes_it(layout: RowLayout, longest: int) -> None:
+    pairs = make_pairs(5, longest=longest, seed=longest)
+    sides = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
+    sides += [(pair.prompt_ids[:1], pair.prompt_ids[1:]) for pair in pairs]
+    expected = [((*before, *ids[:place]), ids[place]) for before, ids in sides for place in range(len(ids))]
+    assert predictions(pairs, layout)[: len(expected)] == expected
+
+
+def test_members_are_each_pairs_own_tokens() -> None:
+    batch = collate(PAIRS, GPU.layout, with_prompt=True)
+    assert batch.prompt is not None
+    counts = [np.array(part).sum(axis=1).tolist() for part in (batch.chosen, batch.rejected, batch.prompt)]
+    assert counts == [[1, 2], [2, 1], [2, 1]]
+    together = np.concatenate([np.array(part) for part in (batch.chosen, batch.rejected, batch.prompt)])
+    # Padding is nobody's.
+    assert together.sum(axis=0).tolist() == [1] * 9 + [0] * (together.shape[1] - 9)
+
+
+def test_prompts_share_as_much_as_the_shortest_allows() -> None:
+    batch = collate(PAIRS, CPU.layout._replace(row_multiple=1))
+    assert np.array(batch.prefix_ids).tolist() == [[1], [7]]
+    assert [np.array(ids).tolist() for ids in batch.row_ids] == [[[2, 3], [8, 9]], [[2, 3, 5], [8, 0, 0]]]
+    joined = collate(PAIRS, JOINED)
+    assert [np.array(ids).tolist() for ids in joined.row_ids] == [[[2, 3, 0], [2, 3, 5], [8, 9, 0], [8, 0, 0]]]
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_buckets_are_few_and_near(up: bool) -> None:
+    sizes = [bucket(length, 32, GPU.layout, up=up) for length in range(1, 4097)]
+    for length, size in enumerate(sizes, 1):
+        assert 0 <= (size - length if up else length - size) < max(32, length / 8)
+    # 16 multiples of 32 up to 512, and 8 sizes in each octave from there to 4,096.
+    assert len(set(sizes)) <= 16 + 3 * 8 + 1
+    assert bucket(37, 8, CPU.layout) == 40
+    assert bucket(1000, 8, CPU.layout) == 1000
+
+
+def test_values_by_completion() -> None:
+    assert split_by_completion(PAIRS, np.arange(9)[:6])[0][0].tolist() == [0]
+    assert [part.tolist() for pair in split_by_completion(PAIRS, np.arange(6)) for part in pair] == [
+        [0], [3, 4], [1, 2], [5],
+    ]  # fmt: skip
 
 
 def test_collate_needs_pairs() -> None:
@@ -121,11 +173,13 @@ def test_a_pair_joins_the_batch_it_pads_least_or_none() -> None:
     assert micro_batches(window, 4, 10_000) == [long_prompt, long_answer]
 
 
-def test_what_is_counted_as_padded_is_what_collate_makes() -> None:
+@pytest.mark.parametrize("layout", [CPU.layout, GPU.layout], ids=["cpu", "gpu"])
+def test_what_is_counted_as_padded_is_what_collate_makes(layout: RowLayout) -> None:
     for seed in range(20):
-        pairs = make_pairs(5, seed=seed, longest=40)
-        batch = collate(pairs)
-        assert padded_tokens(pairs) == sum(ids.size for ids in (batch.prompt_ids, batch.chosen_ids, batch.rejected_ids))
+        pairs = make_pairs(5, seed=seed, longest=40 + 20 * seed)
+        batch = collate(pairs, layout)
+        arrays = [*batch.row_ids, *([] if batch.prefix_ids is None else [batch.prefix_ids])]
+        assert padded_tokens(pairs, layout) == sum(ids.size for ids in arrays)
 
 
 def test_orders_of_a_store_are_those_of_its_pairs(tmp_path: Path) -> None:

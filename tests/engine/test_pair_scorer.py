@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from orpo_mlx.data.batching import collate, sequence_tokens
-from orpo_mlx.engine.equivalence import probe_batch, same_states
+from orpo_mlx.data.batching import collate, sequence_tokens, split_by_completion
+from orpo_mlx.device_profile import CPU, GPU, DeviceProfile
+from orpo_mlx.engine.equivalence import same_states
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.models.adapters import add_adapters
 from orpo_mlx.models.loading import load
-from orpo_mlx.types import Batch, States, TokenizedPair
+from orpo_mlx.types import PairLogProbs, TokenizedPair
 from tests.conftest import CONFIGS, PROVABLE, VOCABULARY, make_model, make_pairs
 from tests.helpers import float64_losses as oracle
 
@@ -31,10 +32,18 @@ SWITCHES: list[dict[str, bool]] = [
     for lean in (True, False)
 ]
 PLAIN_SWITCHES = SWITCHES[-1]
-
+PAIRS = make_pairs(6)
+# Prompts that a GPU's layout shares in part.
+LONG = [pair._replace(prompt_ids=tuple(range(1, 50)) + pair.prompt_ids) for pair in make_pairs(3, seed=2)]
 
 PLAIN = PairScorer(make_model(), **PLAIN_SWITCHES)
 SHARED = PairScorer(make_model())
+
+
+@pytest.fixture(params=[CPU, GPU], ids=["cpu", "gpu"])
+def profile(request: pytest.FixtureRequest) -> DeviceProfile:
+    chosen: DeviceProfile = request.param
+    return chosen
 
 
 def oracle_logps(model: nn.Module, prompt: tuple[int, ...], completion: tuple[int, ...]) -> oracle.Array:
@@ -44,67 +53,70 @@ def oracle_logps(model: nn.Module, prompt: tuple[int, ...], completion: tuple[in
     return oracle.token_logps(logits[len(prompt) - 1 : -1], np.array(completion))
 
 
-@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def logps_of(scorer: PairScorer, pairs: list[TokenizedPair], tokens: float | None = None) -> PairLogProbs:
+    batch = scorer.collate(pairs, with_prompt=tokens is not None)
+    return pair_logps(scorer, batch, nll_tokens_per_pair=tokens)
+
+
+PATHS = [*((CPU, switches) for switches in SWITCHES), (GPU, SWITCHES[0]), (GPU, PLAIN_SWITCHES)]
+
+
+@pytest.mark.parametrize(("profile", "switches"), PATHS, ids=str)
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_every_token_of_every_pair_matches_the_oracle(kind: str, switches: dict[str, bool]) -> None:
+def test_every_token_of_every_pair_matches_the_oracle(
+    kind: str, switches: dict[str, bool], profile: DeviceProfile
+) -> None:
     model = make_model(kind)
-    pairs = make_pairs(6)
-    tokens = PairScorer(model, **switches)(collate(pairs), with_prompt=True)
-    assert tokens.prompt is not None
-    prompts, chosen, rejected = (np.array(part) for part in tokens)
-    for row, pair in enumerate(pairs):
-        for grid, ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
-            np.testing.assert_allclose(
-                grid[row, : len(ids)], oracle_logps(model, pair.prompt_ids, ids), rtol=2e-6, atol=5e-5
-            )
-            assert not grid[row, len(ids) :].any()
-        before = prompts.shape[1] - len(pair.prompt_ids)
-        assert not prompts[row, : before + 1].any()
-        if len(pair.prompt_ids) > 1:
-            expected = oracle_logps(model, pair.prompt_ids[:1], pair.prompt_ids[1:])
-            np.testing.assert_allclose(prompts[row, before + 1 :], expected, rtol=2e-6, atol=5e-5)
+    scorer = PairScorer(model, profile=profile, **switches)
+    for pairs in (PAIRS, LONG):
+        logps = np.array(scorer(scorer.collate(pairs, with_prompt=True)))
+        for pair, found in zip(pairs, split_by_completion(pairs, logps), strict=True):
+            for values, ids in zip(found, (pair.chosen_ids, pair.rejected_ids), strict=True):
+                np.testing.assert_allclose(values, oracle_logps(model, pair.prompt_ids, ids), rtol=1e-5, atol=5e-5)
+        start = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
+        for pair in pairs:
+            values, start = logps[start : start + len(pair.prompt_ids) - 1], start + len(pair.prompt_ids) - 1
+            if len(pair.prompt_ids) > 1:
+                expected = oracle_logps(model, pair.prompt_ids[:1], pair.prompt_ids[1:])
+                np.testing.assert_allclose(values, expected, rtol=1e-5, atol=5e-5)
 
 
-@pytest.mark.parametrize("kind", PROVABLE)
-def test_what_can_be_proven_is(kind: str) -> None:
-    scorer = PairScorer(make_model(kind))
+@pytest.mark.parametrize("kind", [*PROVABLE, "mamba"])
+def test_what_can_be_proven_is(kind: str, profile: DeviceProfile) -> None:
+    scorer = PairScorer(make_model(kind), profile=profile)
     assert scorer.shares_prompt
-    assert scorer.splits_head
     assert scorer.lean
-
-
-def test_a_recurrent_model_shares_the_prompt_of_pairs_one_at_a_time() -> None:
-    scorer = PairScorer(make_model("mamba"))
-    # mlx-lm's Mamba takes no mask, so that a padded prompt would run into its state.
-    assert scorer.shares_prompt
-    assert not scorer._padded_prefix
+    # mlx-lm's Mamba has its head in its backbone.
+    assert scorer.splits_head == (kind != "mamba")
 
 
 @pytest.mark.parametrize("kind", PROVABLE)
 def test_gradients_do_not_depend_on_the_path(kind: str) -> None:
-    batch = collate(make_pairs(4))
-    plain = adapter_gradients(kind, batch, **PLAIN_SWITCHES)
-    for switches in SWITCHES[:-1]:
-        for name, gradient in adapter_gradients(kind, batch, **switches).items():
-            scale = np.abs(plain[name]).max()
-            np.testing.assert_allclose(gradient, plain[name], rtol=0, atol=1e-4 * scale, err_msg=f"{name} {switches}")
+    for pairs in (PAIRS[:4], LONG):
+        plain = adapter_gradients(kind, pairs, CPU, **PLAIN_SWITCHES)
+        for profile, switches in PATHS[1:] if pairs is LONG else [PATHS[0], PATHS[-2]]:
+            for name, gradient in adapter_gradients(kind, pairs, profile, **switches).items():
+                atol = 1e-4 * np.abs(plain[name]).max()
+                np.testing.assert_allclose(gradient, plain[name], rtol=0, atol=atol, err_msg=f"{name} {switches}")
 
 
-def adapter_gradients(kind: str, batch: Batch, **switches: bool) -> dict[str, oracle.Array]:
+def adapter_gradients(
+    kind: str, pairs: list[TokenizedPair], profile: DeviceProfile, **switches: bool
+) -> dict[str, oracle.Array]:
     """Gradients of every adapter for a loss that weighs each side of each pair differently."""
     model = make_model(kind)
     mx.random.seed(1)
     add_adapters(model, "lora", -1, {"rank": 2, "scale": 4.0, "dropout": 0.0})
     for name, array in dict(tree_flatten(model.trainable_parameters())).items():
         model.load_weights([(name, mx.random.normal(array.shape) * 0.1)], strict=False)
-    scorer = PairScorer(model, **switches)
+    scorer = PairScorer(model, profile=profile, **switches)
 
-    def loss(batch: Batch) -> mx.array:
-        logps = pair_logps(scorer, batch, nll_tokens_per_pair=7.0)
+    def loss(pairs: list[TokenizedPair]) -> mx.array:
+        logps = logps_of(scorer, pairs, 7.0)
         weights = mx.arange(1, logps.chosen.size + 1)
         return (logps.nll * weights).sum() + (logps.rejected * weights).sum() - (logps.chosen**2).sum() / 50
 
-    _, gradients = nn.value_and_grad(model, loss)(batch)
+    _, gradients = nn.value_and_grad(model, loss)(pairs)
     found = {name: np.array(value, np.float64) for name, value in dict(tree_flatten(gradients)).items()}
     assert all(np.abs(value).max() > 0 for value in found.values()), "an adapter without gradient"
     return found
@@ -113,81 +125,62 @@ def adapter_gradients(kind: str, batch: Batch, **switches: bool) -> dict[str, or
 def test_gradient_matches_finite_differences() -> None:
     model = make_model()
     add_adapters(model, "lora", -1, {"rank": 2, "scale": 4.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]})
-    scorer, batch = PairScorer(model), collate(make_pairs(3))
+    scorer = PairScorer(model)
     name = "model.layers.0.self_attn.q_proj.lora_b"
     start = 0.1 * mx.random.normal(dict(tree_flatten(model.trainable_parameters()))[name].shape)
     direction = mx.random.normal(start.shape)
     direction = direction / mx.sqrt((direction**2).sum())
 
-    def loss(batch: Batch) -> mx.array:
-        return pair_logps(scorer, batch).chosen.sum()
+    def loss(pairs: list[TokenizedPair]) -> mx.array:
+        return logps_of(scorer, pairs).chosen.sum()
 
     def at(step: float) -> float:
         model.load_weights([(name, start + step * direction)], strict=False)
-        return float(loss(batch))
+        return float(loss(PAIRS[:3]))
 
     slope = (at(0.02) - at(-0.02)) / 0.04
     at(0.0)
-    gradient = dict(tree_flatten(nn.value_and_grad(model, loss)(batch)[1]))[name]
+    gradient = dict(tree_flatten(nn.value_and_grad(model, loss)(PAIRS[:3])[1]))[name]
     assert float((gradient * direction).sum()) == pytest.approx(slope, rel=2e-2)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "mixtral"])
-def test_row_order_padding_and_company_change_nothing(kind: str) -> None:
-    model = make_model(kind)
-    scorer, pairs = PairScorer(model), make_pairs(6)
-    together = np.array(pair_logps(scorer, collate(pairs)).chosen)
-    turned = np.array(pair_logps(scorer, collate(pairs[::-1])).chosen)[::-1]
-    alone = np.concatenate([np.array(pair_logps(scorer, collate([pair])).chosen) for pair in pairs])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "mixtral", "mamba"])
+def test_row_order_padding_and_company_change_nothing(kind: str, profile: DeviceProfile) -> None:
+    scorer, pairs = PairScorer(make_model(kind), profile=profile), [*PAIRS, *LONG]
+    together = np.array(logps_of(scorer, pairs).chosen)
+    turned = np.array(logps_of(scorer, pairs[::-1]).chosen)[::-1]
+    alone = np.concatenate([np.array(logps_of(scorer, [pair]).chosen) for pair in pairs])
     np.testing.assert_allclose(turned, together, atol=1e-5, rtol=1e-6)
     np.testing.assert_allclose(alone, together, atol=1e-5, rtol=1e-6)
 
 
-def outlier_model(kind: str) -> nn.Module:
-    """In half precision, with one channel that is far larger than all others, as trained models have them."""
-    model = make_model(kind)
-    embedding: Any = model["backbone"].embeddings if kind == "mamba" else model["model"].embed_tokens
-    shift = 30 * mx.abs(embedding.weight).mean() * (mx.arange(embedding.weight.shape[1]) == 0)
-    embedding.weight = embedding.weight + shift
-    model.set_dtype(mx.bfloat16)
-    return model
-
-
-def test_padding_that_runs_into_a_state_is_seen_in_half_precision_too() -> None:
-    # mlx-lm's Mamba takes no mask; llama's attention does.
-    assert not PairScorer(outlier_model("mamba"))._padded_prefix
-    assert PairScorer(outlier_model("llama"))._padded_prefix
-
-
 def test_what_one_large_channel_would_hide() -> None:
-    batch = probe_batch(padded=True)
     rng = np.random.default_rng(0)
-    shapes = [(*mask.shape, 64) for mask in (batch.prompt_mask, batch.chosen_mask, batch.rejected_mask)]
-    expected = [rng.standard_normal(shape) + 100 * (np.arange(64) == 0) for shape in shapes]
+    expected = rng.standard_normal((60, 64)) + 100 * (np.arange(64) == 0)
 
-    def states(error: float, rows: list[float]) -> States:
-        parts = [part + error * np.array(rows)[:, None, None] * rng.standard_normal(part.shape) for part in expected]
-        first, second, third = (mx.array(part.astype(np.float32)).astype(mx.bfloat16) for part in parts)
-        return first, second, third
+    def states(error: float) -> mx.array:
+        values = expected + error * rng.standard_normal(expected.shape)
+        return mx.array(values.astype(np.float32)).astype(mx.bfloat16)
 
-    def same(error: float, rows: list[float]) -> bool:
-        return same_states(states(error, rows), states(0, rows), batch)
-
-    assert same(0.02, [1, 1])
-    assert not same(0.2, [0, 1])
-    # Where the row without padding is as far off, it is rounding.
-    assert same(0.2, [1, 1])
-    assert not same(0.5, [1, 1])
-    assert float(mx.abs(states(0.2, [0, 1])[1] - states(0, [0, 1])[1]).max()) < 0.05 * 100
+    assert same_states(states(0.02), states(0))
+    # Of the largest channel this is half a percent: rounding, were it not for all the others.
+    assert not same_states(states(0.5), states(0))
 
 
-def test_sums_and_counts_are_each_sides_own() -> None:
-    model, pairs = make_model(), make_pairs(6)
-    logps = pair_logps(PairScorer(model), collate(pairs))
-    assert np.array(logps.chosen_tokens).tolist() == [len(pair.chosen_ids) for pair in pairs]
-    assert np.array(logps.rejected_tokens).tolist() == [len(pair.rejected_ids) for pair in pairs]
+def test_a_batch_that_shares_prompts_is_refused_where_they_cannot_be_shared() -> None:
+    with pytest.raises(ValueError, match="cannot share prompts"):
+        PLAIN(collate(LONG, CPU.layout))
+    with pytest.raises(ValueError, match="collated with its prompts"):
+        pair_logps(PLAIN, PLAIN.collate(LONG), nll_tokens_per_pair=1.0)
+
+
+def test_sums_and_counts_are_each_sides_own(profile: DeviceProfile) -> None:
+    model = make_model()
+    logps = logps_of(PairScorer(model, profile=profile), PAIRS)
+    assert np.array(logps.chosen_tokens).tolist() == [len(pair.chosen_ids) for pair in PAIRS]
+    assert np.array(logps.rejected_tokens).tolist() == [len(pair.rejected_ids) for pair in PAIRS]
     for found, side in ((logps.chosen, "chosen_ids"), (logps.rejected, "rejected_ids")):
-        expected = [oracle_logps(model, pair.prompt_ids, getattr(pair, side)).sum() for pair in pairs]
+        expected = [oracle_logps(model, pair.prompt_ids, getattr(pair, side)).sum() for pair in PAIRS]
         np.testing.assert_allclose(np.array(found), expected, rtol=1e-5)
 
 
@@ -199,8 +192,8 @@ sides = st.lists(token, min_size=1, max_size=9).map(tuple)
 @hypothesis.given(st.lists(st.builds(TokenizedPair, sides, sides, sides), min_size=1, max_size=5), st.data())
 def test_shared_is_plain_for_any_pairs_in_any_order(pairs: list[TokenizedPair], data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(len(pairs))))
-    plain = pair_logps(PLAIN, collate(pairs), nll_tokens_per_pair=3.0)
-    shared = pair_logps(SHARED, collate([pairs[index] for index in order]), nll_tokens_per_pair=3.0)
+    plain = logps_of(PLAIN, pairs, 3.0)
+    shared = logps_of(SHARED, [pairs[index] for index in order], 3.0)
     for one, other in zip(plain[:5], shared[:5], strict=True):
         np.testing.assert_allclose(np.array(other), np.array(one)[list(order)], rtol=1e-5, atol=5e-5)
 
@@ -211,29 +204,28 @@ def test_half_precision_models_are_reduced_in_float32(dtype: mx.Dtype) -> None:
     model.set_dtype(dtype)
     pair = make_pairs(3)[2]
     expected = oracle_logps(model, pair.prompt_ids, pair.chosen_ids)
-    batch = collate([pair])
-    exact = PairScorer(model, **PLAIN_SWITCHES)(batch).chosen
+    plain = PairScorer(model, **PLAIN_SWITCHES)
+    exact = plain(plain.collate([pair]))
     assert exact.dtype == mx.float32
     # The same logits, so nothing but the reduction could differ: half precision there would be 1e-2 off.
-    np.testing.assert_allclose(np.array(exact)[0, : len(expected)], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.array(exact)[: len(expected)], expected, rtol=0, atol=1e-5)
     split = PairScorer(model)
     assert split.shares_prompt
     assert split.splits_head
+    found = np.array(split(split.collate([pair])))[: len(expected)]
     rounding = 50 * float(mx.finfo(dtype).eps)
-    np.testing.assert_allclose(
-        np.array(split(batch).chosen)[0, : len(expected)], expected, rtol=rounding, atol=rounding
-    )
+    np.testing.assert_allclose(found, expected, rtol=rounding, atol=rounding)
 
 
 def test_nll_of_completion_and_of_sequence() -> None:
     model = make_model()
     pairs = make_pairs(4)
-    scorer, batch = PairScorer(model), collate(pairs)
-    completion = np.array(pair_logps(scorer, batch).nll)
+    scorer = PairScorer(model)
+    completion = np.array(logps_of(scorer, pairs).nll)
     per_token = [oracle_logps(model, pair.prompt_ids, pair.chosen_ids) for pair in pairs]
     np.testing.assert_allclose(completion, [-values.mean() for values in per_token], rtol=1e-5)
     tokens = sequence_tokens(pairs)
-    sequence = np.array(pair_logps(scorer, batch, nll_tokens_per_pair=tokens / 4).nll)
+    sequence = np.array(logps_of(scorer, pairs, tokens / 4).nll)
     total = sum(
         oracle_logps(model, pair.prompt_ids[:1], (*pair.prompt_ids[1:], *pair.chosen_ids)).sum() for pair in pairs
     )
@@ -243,11 +235,13 @@ def test_nll_of_completion_and_of_sequence() -> None:
 def test_a_trained_head_gets_its_gradient() -> None:
     model = make_model("qwen2")
     model.unfreeze()
-    scorer, batch = PairScorer(model), collate(make_pairs(3))
+    scorer = PairScorer(model)
     assert scorer.splits_head
     plain = PairScorer(model, **PLAIN_SWITCHES)
     gradients = [
-        dict(tree_flatten(nn.value_and_grad(model, lambda batch, s=each: pair_logps(s, batch).chosen.sum())(batch)[1]))
+        dict(
+            tree_flatten(nn.value_and_grad(model, lambda pairs, s=each: logps_of(s, pairs).chosen.sum())(PAIRS[:3])[1])
+        )
         for each in (scorer, plain)
     ]
     embedding = "model.embed_tokens.weight"
@@ -275,7 +269,7 @@ def test_a_model_that_hides_its_head_falls_back() -> None:
     scorer = PairScorer(Wrapped())
     assert not scorer.splits_head
     pair = make_pairs(3)[2]
-    found = np.array(scorer(collate([pair])).chosen)[0, : len(pair.chosen_ids)]
+    found = np.array(scorer(scorer.collate([pair])))[: len(pair.chosen_ids)]
     np.testing.assert_allclose(found, oracle_logps(make_model(), pair.prompt_ids, pair.chosen_ids), atol=2e-5)
 
 
@@ -286,11 +280,10 @@ def test_agrees_with_pytorch(shared: Path, name: str, parity: Callable[[str], nn
     pairs = [
         TokenizedPair(tuple(row["prompt_ids"]), tuple(row["chosen_ids"]), tuple(row["rejected_ids"])) for row in rows
     ]
-    tokens = scorer(collate(pairs))
-    for number, row in enumerate(rows):
-        for grid, side in ((tokens.chosen, "chosen"), (tokens.rejected, "rejected")):
-            expected = row[f"{side}_token_logps"]
-            np.testing.assert_allclose(np.array(grid)[number, : len(expected)], expected, atol=1e-4)
+    logps = np.array(scorer(scorer.collate(pairs)))
+    for row, (chosen, rejected) in zip(rows, split_by_completion(pairs, logps), strict=True):
+        np.testing.assert_allclose(chosen, row["chosen_token_logps"], atol=1e-4)
+        np.testing.assert_allclose(rejected, row["rejected_token_logps"], atol=1e-4)
 
 
 @pytest.fixture

@@ -11,17 +11,32 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.llama import TransformerBlock
 
-from orpo_mlx.data.batching import collate
-from orpo_mlx.engine import segmented_backward as segments_module
+from orpo_mlx.device_profile import CPU, GPU, DeviceProfile
 from orpo_mlx.engine.gated_delta import model_gated_delta_update
+from orpo_mlx.engine.layer_calls import RecordingLayer, layer_kind
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
-from orpo_mlx.engine.segmented_backward import find_walk, whole_value_and_grad
+from orpo_mlx.engine.segmented_backward import (
+    SegmentedBackward,
+    Share,
+    SubmittedWork,
+    find_segmented,
+    whole_value_and_grad,
+)
 from orpo_mlx.models.adapters import add_adapters
-from orpo_mlx.types import States
+from orpo_mlx.types import Batch
 from tests.conftest import PROVABLE, make_model, make_pairs, quantise
 
-BATCH = collate(make_pairs(4))
+SHORT = make_pairs(4)
+# Prompts that a GPU's layout shares in part.
+LONG = [pair._replace(prompt_ids=tuple(range(1, 40)) + pair.prompt_ids) for pair in make_pairs(2, seed=3)]
+PLAIN = {"share_prompt": False, "split_head": False, "lean": False}
 Result = tuple[float, dict[str, Any]]
+
+
+@pytest.fixture(params=[CPU, GPU], ids=["cpu", "gpu"])
+def profile(request: pytest.FixtureRequest) -> DeviceProfile:
+    chosen: DeviceProfile = request.param
+    return chosen
 
 
 def trained_model(
@@ -38,40 +53,48 @@ def trained_model(
     return model
 
 
-def result(scorer: PairScorer, segments: tuple[int, int] | None) -> Result:
-    """Loss and gradients, in segments of so many layers with so many kept, or (None) in one graph."""
+def share_of(scorer: PairScorer) -> Share:
+    """A loss that weighs each side of each pair differently."""
 
-    def share(states: States) -> tuple[mx.array, mx.array]:
-        logps = pair_logps(scorer, BATCH, nll_tokens_per_pair=7.0, states=states)
+    def share(states: mx.array, batch: Batch, _: Any) -> tuple[mx.array, mx.array]:
+        logps = pair_logps(scorer, batch, nll_tokens_per_pair=7.0, states=states)
         weights = mx.arange(1, logps.chosen.size + 1)
-        return (logps.nll * weights).sum() + (
-            logps.rejected * weights
-        ).sum() - logps.chosen.square().sum() / 50, weights
+        loss = (logps.nll * weights).sum() + (logps.rejected * weights).sum() - logps.chosen.square().sum() / 50
+        return loss, weights
 
-    if segments is None:
-        (value, _), gradients = whole_value_and_grad(scorer, BATCH, share)
-    else:
-        walk = find_walk(scorer, segment_layers=segments[0], kept_layers=segments[1])
-        assert walk is not None
-        (value, _), gradients = walk.value_and_grad(BATCH, share)
-    return float(value), {name: np.array(array, np.float64) for name, array in gradients.items()}
+    return share
 
 
-def assert_same(found: Result, expected: Result) -> None:
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    assert found[1].keys() == expected[1].keys()
-    for name, array in expected[1].items():
-        assert np.abs(array).max() > 0, name
-        np.testing.assert_allclose(found[1][name], array, rtol=0, atol=1e-4 * np.abs(array).max(), err_msg=name)
+def segmented_of(scorer: PairScorer, layers: int = 1, kept: int = 0) -> SegmentedBackward:
+    segmented, why_not = find_segmented(scorer, segment_layers=layers, kept_layers=kept)
+    assert segmented is not None, why_not
+    return segmented
+
+
+def assert_same(model: nn.Module, scorer: PairScorer, segments: tuple[int, int]) -> None:
+    """Loss and gradients of several batches in segments of so many layers, so many kept, are the plain forward's."""
+    plain = PairScorer(model, **PLAIN)
+    segmented = segmented_of(scorer, *segments)
+    share, plain_share = share_of(scorer), share_of(plain)
+    # The first batch twice: what was compiled for it is then used again.
+    for pairs in (SHORT, LONG, SHORT):
+        batch, whole = (each.collate(pairs, with_prompt=True) for each in (scorer, plain))
+        (found, _), gradients = segmented.value_and_grad(batch, (), share)
+        (expected, _), expected_gradients = whole_value_and_grad(plain, whole, (), plain_share)
+        assert float(found) == pytest.approx(float(expected), rel=1e-5, abs=1e-4)
+        assert gradients.keys() == expected_gradients.keys()
+        for name, array in expected_gradients.items():
+            largest = float(mx.abs(array).max())
+            assert largest > 0, name
+            np.testing.assert_allclose(np.array(gradients[name]), array, rtol=0, atol=1e-4 * largest, err_msg=name)
 
 
 @pytest.mark.parametrize("segments", [(1, 0), (1, 1), (5, 0)])
 @pytest.mark.parametrize("kind", [kind for kind in PROVABLE if kind != "gemma4_shared"])
-def test_segments_change_nothing(kind: str, segments: tuple[int, int]) -> None:
+def test_segments_change_nothing(kind: str, segments: tuple[int, int], profile: DeviceProfile) -> None:
     model = trained_model(kind, "lora")
-    plain = PairScorer(model, share_prompt=False, split_head=False, lean=False)
     before = dict(tree_flatten(model.trainable_parameters()))
-    assert_same(result(PairScorer(model), segments), result(plain, None))
+    assert_same(model, PairScorer(model, profile=profile), segments)
     after = dict(tree_flatten(model.trainable_parameters()))
     assert all(mx.array_equal(after[name], array).item() for name, array in before.items())
 
@@ -88,40 +111,77 @@ def test_segments_change_nothing(kind: str, segments: tuple[int, int]) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("switches", [{}, {"share_prompt": False}, {"lean": False}], ids=str)
-def test_whatever_is_trained(how: dict[str, Any], switches: dict[str, bool]) -> None:
+def test_whatever_is_trained(how: dict[str, Any], switches: dict[str, bool], profile: DeviceProfile) -> None:
     model = trained_model("llama", **how)
-    plain = PairScorer(model, share_prompt=False, split_head=False, lean=False)
-    assert_same(result(PairScorer(model, **switches), (1, 0)), result(plain, None))
+    assert_same(model, PairScorer(model, profile=profile, **switches), (1, 0))
 
 
-def test_dropout_is_drawn_once() -> None:
+def test_each_kind_of_layer_is_compiled_once() -> None:
+    model = trained_model("llama", "lora")
+    assert len({layer_kind(layer) for layer in model.layers}) == 1
+    scorer = PairScorer(model, profile=GPU)
+    segmented = segmented_of(scorer)
+    for pairs in (LONG, LONG):
+        segmented.value_and_grad(scorer.collate(pairs), (), _chosen_sum(scorer))
+    traced = {key[:2]: function.traced for key, function in segmented._functions.items()}
+    # Both layers go forward by one trace; the first one's backward pass gives no gradient to what enters it.
+    assert sorted(key[0] for key in traced) == ["backward", "backward", "forward", "last"]
+    # Each with its own share, which is another function in each call.
+    assert all(count == 1 for key, count in traced.items() if key[0] != "last")
+
+
+def test_layers_that_differ_in_anything_their_code_may_read_are_of_other_kinds() -> None:
+    kinds = [layer_kind(layer) for layer in trained_model("sliding", "lora").layers]
+    assert kinds[0] != kinds[1]
+    gemma = trained_model("gemma3", "lora")
+    assert len({layer_kind(layer) for layer in gemma.layers}) == 2
+    first, second = trained_model("llama", "lora").layers
+    second.self_attn.rope.base = 7.0
+    assert layer_kind(first) != layer_kind(second)
+
+
+def test_dropout_is_drawn_once(profile: DeviceProfile) -> None:
     # With dropout, the loss at weights moved along the gradient must change as the gradient says.
     model = trained_model("llama", "lora", dropout=0.5)
-    scorer = PairScorer(model)
-    walk = find_walk(scorer, segment_layers=1, kept_layers=0)
-    assert walk is not None
+    scorer = PairScorer(model, profile=profile)
+    segmented = segmented_of(scorer)
+    batch, share = scorer.collate(SHORT), _chosen_sum(scorer)
     model.train()
-
-    def share(states: States) -> tuple[mx.array, None]:
-        return pair_logps(scorer, BATCH, states=states).chosen.sum(), None
 
     def loss() -> float:
         mx.random.seed(3)
-        return float(walk.value_and_grad(BATCH, share)[0][0])
+        return float(segmented.value_and_grad(batch, (), share)[0][0])
 
     mx.random.seed(3)
-    _, gradients = walk.value_and_grad(BATCH, share)
+    _, gradients = segmented.value_and_grad(batch, (), share)
     assert loss() == loss()
     for name in ("model.layers.0.self_attn.q_proj.lora_b", "model.layers.1.mlp.down_proj.lora_b"):
         start = dict(tree_flatten(model.trainable_parameters()))[name]
         direction = gradients[name] / mx.sqrt(gradients[name].square().sum())
         values = []
-        for step in (0.01, -0.01):
+        for step in (0.002, -0.002):
             model.load_weights([(name, start + step * direction)], strict=False)
             values.append(loss())
         model.load_weights([(name, start)], strict=False)
         slope = float((gradients[name] * direction).sum())
-        assert (values[0] - values[1]) / 0.02 == pytest.approx(slope, rel=2e-2)
+        assert (values[0] - values[1]) / 0.004 == pytest.approx(slope, rel=1e-2)
+
+
+def _chosen_sum(scorer: PairScorer) -> Share:
+    return lambda states, batch, _: (pair_logps(scorer, batch, states=states).chosen.sum(), mx.array(0))
+
+
+def test_a_device_is_never_far_ahead_of_what_was_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(mx, "async_eval", lambda tree: events.append(f"begin {tree[0]}"))
+    monkeypatch.setattr(mx, "eval", lambda tree: events.append(f"wait {tree[0]}"))
+    work = SubmittedWork(2)
+    for number in range(4):
+        work.submit(number)
+    assert events == ["begin 0", "begin 1", "begin 2", "wait 0", "begin 3", "wait 1"]
+    events.clear()
+    SubmittedWork(0).submit(7)
+    assert events == ["wait 7"]
 
 
 def test_no_kernel_without_a_gradient_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +195,7 @@ def test_no_kernel_without_a_gradient_is_run(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("mlx_lm.models.qwen3_5.gated_delta_update", spy)
     model = trained_model("qwen3_5", "lora")
     assert not model.training
-    assert find_walk(PairScorer(model), segment_layers=1, kept_layers=0) is not None
+    segmented_of(PairScorer(model))
     assert set(kernels) == {False}
     assert not model.training
 
@@ -143,10 +203,10 @@ def test_no_kernel_without_a_gradient_is_run(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_layer_is_of_its_own_class_to_those_who_ask() -> None:
     (first, *_), kind = make_model("llama")["model"].layers, TransformerBlock
     assert isinstance(first, kind)
-    assert isinstance(segments_module._StandIn(first, True, None), kind)
+    assert isinstance(RecordingLayer(first, None), kind)
 
 
-def test_models_that_cannot_be_walked_have_no_walk() -> None:
+def test_models_that_cannot_be_run_in_segments_say_why() -> None:
     class Summed(nn.Module):
         """Layers whose output depends on a state beside the one that is passed on."""
 
@@ -167,10 +227,16 @@ def test_models_that_cannot_be_walked_have_no_walk() -> None:
     model.model = Summed(model.model)
     scorer = PairScorer(model)
     assert scorer.splits_head
-    assert find_walk(scorer, segment_layers=1, kept_layers=0) is None
+    assert find_segmented(scorer, segment_layers=1, kept_layers=0) == (
+        None,
+        "its states or gradients differ from those of the whole graph",
+    )
     hidden = PairScorer(make_model("mamba"), split_head=False)
-    assert find_walk(hidden, segment_layers=1, kept_layers=0) is None
+    assert find_segmented(hidden, segment_layers=1, kept_layers=0) == (
+        None,
+        "its head cannot be told apart from its body",
+    )
     # Its last layers take keys and values from earlier ones.
     shared = PairScorer(trained_model("gemma4_shared", "lora"))
     assert shared.splits_head
-    assert find_walk(shared, segment_layers=1, kept_layers=0) is None
+    assert find_segmented(shared, segment_layers=1, kept_layers=0)[0] is None
