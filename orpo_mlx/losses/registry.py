@@ -1,6 +1,6 @@
 """The registry: a method is a loss, what it needs, and its hyper-parameters. Weighted sums of methods are methods.
 
-Adding one takes a function in `losses.py`, a line here and a row in `tests/losses/test_preference.py`.
+Adding one takes a function in `preference.py`, a line here and a row in `tests/losses/test_preference.py`.
 """
 
 from __future__ import annotations
