@@ -271,7 +271,7 @@ def recipe(config: TrainingConfig) -> Recipe:
     """The method of a run with its parameters.
 
     Raises:
-        ConfigError: see `methods.resolve`.
+        ConfigError: see `registry.resolve`.
     """
     return resolve_method(config.method, {name: getattr(config, name) for name in PARAMETERS})
 
@@ -280,7 +280,7 @@ def data_reading(config: TrainingConfig) -> Reading:
     """How a run's rows are read.
 
     Raises:
-        ConfigError: see `data.parse_columns`.
+        ConfigError: see `pairs.parse_columns`.
     """
     columns = parse_columns(config.columns)
     return Reading(columns, config.pair_ratings, config.min_margin, config.skip_bad_rows)

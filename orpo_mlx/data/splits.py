@@ -37,7 +37,7 @@ class Lengths(NamedTuple):
 
     max_seq_length: int
     truncate: str = "drop"
-    """One of `tokenization.TRUNCATIONS`."""
+    """One of `truncation.TRUNCATIONS`."""
     limit: str = "--max-seq-length"
     """Where the length comes from, in words."""
 
