@@ -10,8 +10,7 @@ from orpo_mlx.data.formats import PAIRINGS
 from orpo_mlx.data.pairs import Reading, parse_columns
 from orpo_mlx.data.truncation import TRUNCATIONS
 from orpo_mlx.engine.memory_modes import MODES
-from orpo_mlx.losses.registry import PARAMETERS, Recipe
-from orpo_mlx.losses.registry import resolve as resolve_method
+from orpo_mlx.losses.recipe import PARAMETERS, Recipe, make_recipe
 from orpo_mlx.models.adapters import FINE_TUNE_TYPES
 from orpo_mlx.models.loading import DEFAULT_MODEL, DTYPES
 from orpo_mlx.reporting.tracking import SERVICES
@@ -273,7 +272,7 @@ def recipe(config: TrainingConfig) -> Recipe:
     Raises:
         ConfigError: see `registry.resolve`.
     """
-    return resolve_method(config.method, {name: getattr(config, name) for name in PARAMETERS})
+    return make_recipe(config.method, {name: getattr(config, name) for name in PARAMETERS})
 
 
 def data_reading(config: TrainingConfig) -> Reading:

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from orpo_mlx.losses.numerics import log_sigmoid
-from orpo_mlx.losses.preference import log_odds_ratio, mean_logps
+from orpo_mlx.losses.terms import log_odds_ratio, mean_logps
 from orpo_mlx.types import LossOutput, PairLogProbs
 
 
