@@ -7,6 +7,8 @@ completion, |y| its number of tokens, π the policy. s(y) = log π(y|x) is summe
 
 from __future__ import annotations
 
+import mlx.core as mx
+
 from orpo_mlx.losses.numerics import log_sigmoid, positive_part
 from orpo_mlx.losses.registry import NonNegative, Positive, preference_loss
 from orpo_mlx.losses.terms import Sides, log_odds_ratio, mean_logps, output
@@ -63,6 +65,13 @@ def slic(logps: PairLogProbs, *, delta: NonNegative = 1.0, alpha: NonNegative = 
     sums = Sides(logps.chosen, logps.rejected)
     losses = positive_part(delta - logps.chosen + logps.rejected) - alpha * logps.chosen
     return output(losses, sums, sums)
+
+
+@preference_loss(equation="exp(m_l) - exp(m_w)", source="Xiao et al. 2025, arXiv:2502.00883")
+def simper(logps: PairLogProbs) -> LossOutput:
+    """SimPER: the difference of inverse perplexities, exp(m(y)). The reward logged is the mean log-prob."""
+    means = mean_logps(logps)
+    return output(mx.exp(means.rejected) - mx.exp(means.chosen), means, means)
 
 
 @preference_loss(equation="NLL_w", source="maximum likelihood")

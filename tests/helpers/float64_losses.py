@@ -137,6 +137,13 @@ def slic(x: Columns, delta: float, alpha: float) -> Array:
 
 
 @tried({})
+def simper(x: Columns) -> Array:
+    """Xiao et al. 2025: the inverse perplexity of the chosen side is raised, that of the rejected side lowered."""
+    chosen, rejected = m(x)
+    return -np.exp(chosen) + np.exp(rejected)
+
+
+@tried({})
 def sft(x: Columns) -> Array:
     """Mean negative log-likelihood of the chosen side's tokens."""
     return -x["c"] / x["nc"]
