@@ -28,7 +28,7 @@ class Pair(NamedTuple):
     prompt: Text
     chosen: Text
     rejected: Text
-    place: str
+    location: str
     """Where it was read, `file:line`, for error messages."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """What the chat template shows as tools."""
@@ -44,7 +44,7 @@ class TokenizedPair(NamedTuple):
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
     rejected_ids: tuple[int, ...]
-    place: str = ""
+    location: str = ""
 
     @property
     def pair_tokens(self) -> int:

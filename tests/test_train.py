@@ -531,7 +531,7 @@ def test_the_order_is_saved_with_the_adapters_and_restored(
     def recorded(run: Run, window: Any, number: int) -> Any:
         if interrupted and len(seen) == 2:
             raise KeyboardInterrupt
-        seen.append([pair.place for pair in window])
+        seen.append([pair.location for pair in window])
         return step(run, window, number)
 
     monkeypatch.setattr("orpo_mlx.training.loop.optimiser_step", recorded)

@@ -123,7 +123,7 @@ def _write(
             for row in read_pairs(source, reading, report):
                 waiting.append(row)
                 if to_ids.folds_system and any(map(_has_system_turn, row.pairs)):
-                    report.note(SYSTEM_FOLDED, row.place)
+                    report.note(SYSTEM_FOLDED, row.location)
                 yield from row.pairs
 
         outcomes = to_ids.batches(pairs())
@@ -156,7 +156,7 @@ def _kept(row: PairsOfRow, outcomes: list[Any], reading: Reading, lengths: Lengt
             cuts.append(fit(outcome, lengths.max_seq_length, lengths.truncate))
     kept = [cut for cut in cuts if cut.pair is not None]
     if not kept:
-        report.drop("bad_row" if bad else cuts[0].reason, row.place, bad)
+        report.drop("bad_row" if bad else cuts[0].reason, row.location, bad)
         return []
     report.rows_kept += 1
     report.pairs_left_out += len(outcomes) - len(kept)
@@ -165,7 +165,7 @@ def _kept(row: PairsOfRow, outcomes: list[Any], reading: Reading, lengths: Lengt
         (COMPLETION_CUT, [cut.completion_cut for cut in kept]),
     ):
         if any(flags):
-            report.note(words, row.place)
+            report.note(words, row.location)
     return [cut.pair for cut in kept]
 
 

@@ -131,7 +131,7 @@ def _spread(count: int) -> list[int]:
 def _example(store: TokenStore, number: int, tokenizer: Any | None) -> dict[str, Any]:
     pair = store[number]
     sides = dict(zip(SIDES, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids), strict=True))
-    return {"place": pair.place, **{side: show_tokens(ids, tokenizer) for side, ids in sides.items()}}
+    return {"place": pair.location, **{side: show_tokens(ids, tokenizer) for side, ids in sides.items()}}
 
 
 def as_text(figures: Mapping[str, Any]) -> str:

@@ -75,7 +75,7 @@ def _tensor(file: Path, name: str, entry: Any) -> Tensor:
         fits = False
     if not fits:
         raise ModelError(
-            f"{file}: tensor {name!r} has a dtype, shape and place that do not agree; download the file again."
+            f"{file}: tensor {name!r} has a dtype, shape and offsets that do not agree; download the file again."
         )
     return Tensor(dtype, tuple(shape), start, end)
 

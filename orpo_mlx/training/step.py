@@ -83,7 +83,7 @@ def require_finite(
     other = [key for key in bad if key != "loss"]
     if other and "loss" not in bad:
         what += f"; {other[0]} is {metrics[other[0]]}"
-    places = ", ".join(pair.place for pair in (rows or window)[:_SHOWN])
+    places = ", ".join(pair.location for pair in (rows or window)[:_SHOWN])
     raise NonFiniteError(
         f"step {step}: the loss is {metrics['loss']} and the gradient's norm {norm} on {places}"
         f"{_more(rows or window, _SHOWN)}{what}, so the step was not applied: "

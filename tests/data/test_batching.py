@@ -129,7 +129,7 @@ def test_what_is_counted_as_padded_is_what_collate_makes() -> None:
 
 
 def test_orders_of_a_store_are_those_of_its_pairs(tmp_path: Path) -> None:
-    pairs = [pair._replace(place=f"f:{number}") for number, pair in enumerate(make_pairs(80, longest=60))]
+    pairs = [pair._replace(location=f"f:{number}") for number, pair in enumerate(make_pairs(80, longest=60))]
     with StoreWriter(tmp_path / "store") as writer:
         writer.extend(pairs)
         store = writer.close(RowReport())

@@ -142,7 +142,7 @@ def test_every_shape_gives_the_same_pairs(name: str, make: Callable[..., Row], w
         (pair,) = read.pairs
         expected = (turns(question, **which), [said("assistant", chosen)], [said("assistant", rejected)])
         assert as_conversation(pair) == tuple(map(tuple, expected))
-        assert pair.place == "f:1"
+        assert pair.location == "f:1"
 
 
 def test_the_table_above_has_every_shape() -> None:

@@ -61,8 +61,8 @@ def test_a_row_is_named(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatc
         optimiser_step(run, window, 7)
     message = str(caught.value)
     assert message.startswith("step 7: ")
-    assert f" on {window[2].place}" in message
-    assert not any(f"{pair.place}" in message for pair in (window[0], window[1], window[3]))
+    assert f" on {window[2].location}" in message
+    assert not any(f"{pair.location}" in message for pair in (window[0], window[1], window[3]))
     assert "gradient's norm " in message
     for name, value in trainable(run).items():
         assert np.array_equal(value, before[name])

@@ -73,13 +73,15 @@ class _Cursor:
     """Reads forward; nothing beyond the end, and no count that the rest of the file could not hold."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self._path, self._data, self.place, self.size = path, data, 0, len(data)
+        self._path, self._data, self.position, self.size = path, data, 0, len(data)
 
     def take(self, count: int) -> bytes:
-        if count > self.size - self.place:
-            raise ModelError(f"{self._path}: cannot be read as GGUF (cut short: {count} bytes more at {self.place}).")
-        self.place += count
-        return self._data[self.place - count : self.place]
+        if count > self.size - self.position:
+            raise ModelError(
+                f"{self._path}: cannot be read as GGUF (cut short: {count} bytes more at {self.position})."
+            )
+        self.position += count
+        return self._data[self.position - count : self.position]
 
     def number(self, form: str) -> Any:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
@@ -87,7 +89,7 @@ class _Cursor:
     def count(self, least: int) -> int:
         """A number of things that take at least so many bytes each."""
         found = int(self.number("<Q"))
-        if found * least > self.size - self.place:
+        if found * least > self.size - self.position:
             raise ModelError(f"{self._path}: cannot be read as GGUF (states {found} items, more than it can hold).")
         return found
 
@@ -123,7 +125,7 @@ def _parse(path: Path, cursor: _Cursor) -> GgufFile:
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise ModelError(f"{path}: general.alignment is {alignment!r}, expected a power of two.")
-    data = -(-cursor.place // alignment) * alignment
+    data = -(-cursor.position // alignment) * alignment
     tensors = {}
     for name, kind, shape, offset in entries:
         tensors[name] = _placed(path, name, kind, shape, data + offset, cursor.size)
