@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from orpo_mlx.data.formats import PAIRINGS
 from orpo_mlx.data.pairs import Reading, parse_columns
+from orpo_mlx.data.ratings import PAIRINGS
 from orpo_mlx.data.truncation import TRUNCATIONS
 from orpo_mlx.engine.memory_modes import MODES
 from orpo_mlx.losses.recipe import PARAMETERS, Recipe, make_recipe

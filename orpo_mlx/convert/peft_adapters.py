@@ -96,9 +96,10 @@ def peft_to_mlx(peft: Adapter, model: nn.Module, location: str) -> Adapter:
     if carried is None:
         lora = {"rank": scaling.rank, "scale": scaling.scale, "dropout": scaling.dropout}
         config = {
-            "fine_tune_type": "dora" if scaling.dora else "lora", **_place_keys(adapted, model, lora),
+            "fine_tune_type": "dora" if scaling.dora else "lora",
+            **_place_keys(adapted, model, lora),
             "peft": {"config": peft.config, "base_layers": stored},
-        }  # fmt: skip
+        }
     else:
         config = _carried_mlx(carried, scaling, location)
     result = Adapter(config, weights, {key: value for key, value in peft.metadata.items() if key != _CARRIED})

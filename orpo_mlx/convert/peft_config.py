@@ -10,13 +10,35 @@ from typing import Any, NamedTuple
 from orpo_mlx.errors import ModelError
 
 _HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
     "fan_in_fan_out",
-    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-    "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
     "revision",
-    "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora", "alpha_pattern", "rank_pattern",
-}  # fmt: skip
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+    "alpha_pattern",
+    "rank_pattern",
+}
 """Keys that are read here, or say how the adapter was made; every other must be at rest (null, false, empty)."""
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Ways to initialise that leave the base model's weights as they are; the others adapt a changed base."""
@@ -92,11 +114,21 @@ def make_peft_config(scaling: Scaling, targets: Mapping[str, Any], base: str) ->
         base: the name of the base model.
     """
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-        "r": scaling.rank, "lora_alpha": _alpha(scaling), "lora_dropout": scaling.dropout, "bias": "none",
-        "use_dora": scaling.dora, "use_rslora": False, "fan_in_fan_out": False, "init_lora_weights": True,
-        "modules_to_save": None, **targets,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": scaling.rank,
+        "lora_alpha": _alpha(scaling),
+        "lora_dropout": scaling.dropout,
+        "bias": "none",
+        "use_dora": scaling.dora,
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        **targets,
+    }
 
 
 def _alpha(scaling: Scaling) -> float | int:

@@ -26,7 +26,7 @@ class Reading:
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Column names by the names this package knows, such as {"prompt": "question"}."""
     pair_ratings: str | None = None
-    """How a row of rated completions becomes pairs, one of `formats.PAIRINGS`."""
+    """How a row of rated completions becomes pairs, one of `ratings.PAIRINGS`."""
     min_margin: float | None = None
     """Leave out pairs whose chosen side scores less than this above the rejected one."""
     skip_bad_rows: bool = False

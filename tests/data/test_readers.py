@@ -16,9 +16,9 @@ from orpo_mlx.data.readers import READERS, read_rows
 from orpo_mlx.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
-    {"prompt": f"Q{number}\n, \"é\"", "chosen": [{"role": "assistant", "content": "A"}], "rejected": f"B{number}"}
+    {"prompt": f'Q{number}\n, "é"', "chosen": [{"role": "assistant", "content": "A"}], "rejected": f"B{number}"}
     for number in range(1500)
-]  # fmt: skip
+]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

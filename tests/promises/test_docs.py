@@ -19,8 +19,9 @@ from orpo_mlx.cli.convert import build_parser
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.convert.quantize import MODES as MODES_OF_QUANTISATION
 from orpo_mlx.convert.verify import EXACT, MERGED, ROUNDED
-from orpo_mlx.data.formats import PAIRINGS, SHAPES
+from orpo_mlx.data.formats import SHAPES
 from orpo_mlx.data.pairs import Reading
+from orpo_mlx.data.ratings import PAIRINGS
 from orpo_mlx.data.readers import READERS
 from orpo_mlx.data.row_counts import REASONS
 from orpo_mlx.data.sources import SPLIT_NAMES, FileSource
