@@ -1,4 +1,4 @@
-"""Errors a user can mend. Each message is one sentence: the place, what was found, what was expected, what to do."""
+"""Errors a user can mend. Each message is one sentence: the location, what was found, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ def exit_status(prog: str, command: Callable[[], object]) -> int:
         print(f"{prog}: error: {message}{'' if message.endswith('?') else '.'}", file=sys.stderr)
         return 2
     except OSError as error:  # A full disk, or a folder that cannot be written, wherever a command meets it.
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"{prog}: error: {place}{error.strerror or error}; free space or choose another folder.", file=sys.stderr)
+        location = f"{error.filename}: " if error.filename else ""
+        print(
+            f"{prog}: error: {location}{error.strerror or error}; free space or choose another folder.", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"{prog}: interrupted: {str(interrupt) or 'nothing was saved'}.", file=sys.stderr)

@@ -15,7 +15,7 @@ from orpo_mlx.config.mlx_lm_keys import KEYS, without_mlx_lm_keys
 from orpo_mlx.config.print_config import CHECKPOINT, FILE, FLAG, Settled, as_yaml
 from orpo_mlx.config.settings import FIELDS, GROUPS, TrainingConfig, flag_of
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.losses.registry import describe
+from orpo_mlx.losses.recipe import describe_methods
 from orpo_mlx.text import printable
 
 
@@ -40,7 +40,7 @@ _REPLACES = {
 
 class _ListMethods(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print(describe())
+        print(describe_methods())
         parser.exit(0)
 
 

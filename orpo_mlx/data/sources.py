@@ -136,7 +136,7 @@ def _data_files(folder: Path) -> list[Path]:
     """Readable files in a folder, its `data/`, and its sub-folders that bear a split's name."""
     known = {name for names in SPLIT_NAMES.values() for name in names} | {"data"}
     folders = [folder, *(entry for entry in sorted(folder.iterdir()) if entry.is_dir() and entry.name in known)]
-    files = [entry for place in folders for entry in sorted(place.iterdir()) if entry.is_file()]
+    files = [entry for location in folders for entry in sorted(location.iterdir()) if entry.is_file()]
     return [entry for entry in files if entry.suffix.lower() in READERS and entry.name not in _NOT_ROWS]
 
 

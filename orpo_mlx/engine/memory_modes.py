@@ -18,7 +18,7 @@ class Mode(NamedTuple):
     share_prompt: bool = True
     split_head: bool = True
     lean: bool = True
-    """Whether layers call `lean`'s functions rather than mlx-lm's."""
+    """Whether layers call `patched_layers`' functions rather than mlx-lm's."""
     kept_layers: float = 1.0
     """Share of the layers, from the last, that are not run again in the backward pass."""
     kept_attention_mib: int = 8

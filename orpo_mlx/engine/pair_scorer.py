@@ -1,7 +1,7 @@
 """Log-probabilities of completions: the only place where the model's states meet the tokens they predict.
 
-The state at position t predicts token t+1, so a completion's first token is predicted from the last prompt position; and
-only positions somebody asked for reach the head. Which they are is laid out by `data.batching.collate`.
+The state at position t predicts token t+1, so a completion's first token is predicted from the last prompt position;
+and only positions somebody asked for reach the head. Which they are is laid out by `data.batching.collate`.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class PairScorer:
         return head_logps(self.head, states, batch.targets, gradient=gradient)
 
     def states(self, batch: Batch) -> mx.array:
-        """(N, H): what the head is given for each target; the logits themselves where the head could not be told apart."""
+        """(N, H): what the head is given for each target; logits themselves where the head could not be told apart."""
         with self.layers():
             outputs = self.sequences(batch, lambda ids, caches: self.backbone(ids, cache=caches))
         return self.wanted(batch, outputs)

@@ -43,7 +43,7 @@ class Blueprint(NamedTuple):
 
 
 def read_blueprint(name: str, *, dtype: str | None = None) -> Blueprint:
-    """The blueprint of a model by the names that `models.load` takes; `dtype` as there. No weight is read.
+    """The blueprint of a model by the names that `models.loading.load` takes; `dtype` as there. No weight is read.
 
     Raises:
         ModelError: it cannot be found or read, or its config does not say how many layers it has.

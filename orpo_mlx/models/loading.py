@@ -102,15 +102,15 @@ def load_lazily(head: ModelHead, *, trust_remote_code: bool = False) -> tuple[nn
     return _load_folder(head, trust_remote_code)
 
 
-def check_vocabulary(loaded: LoadedModel, token: int, place: str) -> None:
-    """Make sure that the largest token id of some rows, which stands at `place`, is one the model has.
+def check_vocabulary(loaded: LoadedModel, token: int, location: str) -> None:
+    """Make sure that the largest token id of some rows, which stands at `location`, is one the model has.
 
     Raises:
         DataError: it is not.
     """
     vocabulary = getattr(loaded.model.args, "vocab_size", None)
     if vocabulary is not None and token >= vocabulary:
-        raise DataError(f"{place}: token id {token} is outside the model's vocabulary of {vocabulary}.")
+        raise DataError(f"{location}: token id {token} is outside the model's vocabulary of {vocabulary}.")
 
 
 def loaded_dtype(asked: str | None) -> mx.Dtype | None:

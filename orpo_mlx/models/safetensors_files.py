@@ -13,9 +13,25 @@ from orpo_mlx.errors import ModelError
 
 INDEX_FILE = "model.safetensors.index.json"
 ITEM_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
-    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4,
-}  # fmt: skip
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "C64": 64,
+    "F4": 4,
+}
 _MOST_HEADER = 100_000_000  # Bytes; the reference implementation's bound.
 _MOST_JSON = 100_000_000
 
@@ -75,7 +91,7 @@ def _tensor(file: Path, name: str, entry: Any) -> Tensor:
         fits = False
     if not fits:
         raise ModelError(
-            f"{file}: tensor {name!r} has a dtype, shape and place that do not agree; download the file again."
+            f"{file}: tensor {name!r} has a dtype, shape and offsets that do not agree; download the file again."
         )
     return Tensor(dtype, tuple(shape), start, end)
 

@@ -47,7 +47,7 @@ def optimiser_step(run: Run, step_batch: Sequence[TokenizedPair], step: int) -> 
 
 
 def clip_factor(norm: float, most: float) -> float:
-    """What gradients of a norm are multiplied by to have the norm `most` at most, as PyTorch's `clip_grad_norm_` does."""
+    """What gradients of a norm are multiplied by to have at most the norm `most`, as in PyTorch's `clip_grad_norm_`."""
     return min(1.0, most / (norm + _NORM_FLOOR))
 
 
@@ -74,7 +74,7 @@ def require_finite(run: Run, step_batch: Sequence[TokenizedPair], step: int, fou
     other = [key for key in bad if key != "loss"]
     if other and "loss" not in bad:
         what += f"; {other[0]} is {metrics[other[0]]}"
-    places = ", ".join(pair.place for pair in (rows or step_batch)[:_SHOWN])
+    places = ", ".join(pair.location for pair in (rows or step_batch)[:_SHOWN])
     raise NonFiniteError(
         f"step {step}: the loss is {metrics['loss']} and the gradient's norm {found.norm} on {places}"
         f"{_more(rows or step_batch, _SHOWN)}{what}, so the step was not applied: "

@@ -13,7 +13,7 @@ from orpo_mlx.engine.memory_modes import Memory
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.engine.segmented_backward import Gradients
 from orpo_mlx.losses.metrics import pair_metrics
-from orpo_mlx.losses.registry import BoundLoss
+from orpo_mlx.losses.recipe import BoundLoss
 from orpo_mlx.training.reference import with_reference
 from orpo_mlx.types import Batch, PairLogProbs
 
@@ -31,7 +31,7 @@ class LossGradient(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """All that a micro-batch's gradient depends on beside the model: a tree of arrays, so that it crosses `mx.compile`."""
+    """All that a micro-batch's gradient depends on beside the model: a tree of arrays, which `mx.compile` takes."""
 
     batch: Batch
     reference: tuple[mx.array, mx.array] | None
@@ -65,7 +65,7 @@ class StepFunctions:
         self._apply = CompiledByShape(self._apply_scaled, self._all_state, most)
 
     def micro_batch(self, inputs: MicroBatch) -> tuple[mx.array, mx.array, Gradients]:
-        """One micro-batch's share of the step loss, its metrics (metrics, B), and the share's gradients by flat name."""
+        """One micro-batch's share of the step loss, its metrics (metrics, B), and the share's gradients by name."""
         (loss, metrics), gradients = self._memory.value_and_grad(inputs.batch, inputs, self._share)
         return loss, metrics, gradients
 

@@ -25,9 +25,13 @@ _TEKKEN_SPLIT = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SPLITS = {
-    "llama-bpe": _LLAMA3_SPLIT, "llama3": _LLAMA3_SPLIT, "llama-v3": _LLAMA3_SPLIT, "qwen2": _QWEN2_SPLIT,
-    "deepseek-r1-qwen": _QWEN2_SPLIT, "tekken": _TEKKEN_SPLIT,
-}  # fmt: skip
+    "llama-bpe": _LLAMA3_SPLIT,
+    "llama3": _LLAMA3_SPLIT,
+    "llama-v3": _LLAMA3_SPLIT,
+    "qwen2": _QWEN2_SPLIT,
+    "deepseek-r1-qwen": _QWEN2_SPLIT,
+    "tekken": _TEKKEN_SPLIT,
+}
 _ADD_BOS = ("llama-bpe", "llama3", "llama-v3", "tekken")
 """Where llama.cpp puts BOS in front although a file does not say so."""
 
@@ -151,9 +155,11 @@ def _finish(file: GgufFile, tokenizer: Tokenizer, tokens: list[str]) -> PreTrain
 
     _add_ends(file, tokenizer, token("bos"), token("eos"))
     roles: dict[str, Any] = {
-        "bos_token": token("bos"), "eos_token": token("eos"), "unk_token": token("unknown"),
+        "bos_token": token("bos"),
+        "eos_token": token("eos"),
+        "unk_token": token("unknown"),
         "pad_token": token("padding"),
-    }  # fmt: skip
+    }
     template = file.metadata.get("tokenizer.chat_template")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **roles)
 
