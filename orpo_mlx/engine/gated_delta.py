@@ -42,8 +42,8 @@ def gated_delta_update(
     use_kernel: bool = True,
     **other: Any,
 ) -> tuple[mx.array, mx.array]:
-    """What `mlx_lm.models.gated_delta.gated_delta_update` gives, arguments as there; computed by `gated_delta` or, where
-    `profile` says so and there is one for these shapes, by MLX's kernel.
+    """What `mlx_lm.models.gated_delta.gated_delta_update` gives, arguments as there; computed by `gated_delta` or,
+    where `profile` says so and it fits, by MLX's kernel.
 
     A gate for each channel, other settings, and mlx-lm's own kernel where no gradient is asked for are left to mlx-lm.
     """
@@ -55,12 +55,13 @@ def gated_delta_update(
     beta = mx.sigmoid(b).astype(mx.float32)
     if mask is not None:
         decay, beta = decay * mask[..., None], beta * mask[..., None]
-    native = profile.native_gated_delta and _has_kernel(k, v)
+    native = profile.native_gated_delta and has_kernel(k, v)
     out, state = (native_gated_delta if native else gated_delta)(q, k, v, decay, beta, state)
     return out.astype(q.dtype), state
 
 
-def _has_kernel(k: mx.array, v: mx.array) -> bool:
+def has_kernel(k: mx.array, v: mx.array) -> bool:
+    """Whether MLX has a kernel for such keys and values."""
     widths = (k.shape[-1], v.shape[-1])
     return widths == (_NATIVE_WIDTH, _NATIVE_WIDTH) and (k.shape[2], v.shape[2]) in _NATIVE_HEADS
 
