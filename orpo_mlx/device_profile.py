@@ -64,6 +64,12 @@ class DeviceProfile(NamedTuple):
     """Freed buffers that MLX may keep, as a share of the recommended working set; None leaves MLX's own limit."""
     polynomial_exp: bool
     """Whether e^x is this package's polynomial rather than MLX's function."""
+    half_products: bool
+    """Whether products of half-precision matrices are as fast as those of float32."""
+    native_gated_delta: bool
+    """Whether the gated delta rule is MLX's kernel where it has one, forward and backward."""
+    native_cross_entropy: bool
+    """Whether log-probs of logits in one piece are MLX's kernel, which sums in float32."""
     compiled: bool
     """Whether a step's forward and backward pass, its norm and its update are compiled (`mx.compile`)."""
     most_traces: int
@@ -83,6 +89,11 @@ CPU = DeviceProfile(
     micro_batch_tokens=1024,
     cache_share=None,
     polynomial_exp=True,
+    # No BLAS has them: MLX's own loops take thirty times as long as float32's, conversions included.
+    half_products=False,
+    native_gated_delta=False,
+    # There it sums in the logits' dtype, and in one level.
+    native_cross_entropy=False,
     # MLX compiles CPU kernels with the system's C++ compiler, about a second each, and gains nothing here.
     compiled=False,
     most_traces=0,
@@ -103,6 +114,9 @@ GPU = DeviceProfile(
     # before it goes beyond the working set.
     cache_share=0.5,
     polynomial_exp=False,
+    half_products=True,
+    native_gated_delta=True,
+    native_cross_entropy=True,
     compiled=True,
     most_traces=32,
     layout=RowLayout(share_prompt=True, multiple=32, row_multiple=32, joined=True, token_multiple=128, few_shapes=True),
@@ -123,7 +137,16 @@ def device_profile() -> DeviceProfile:
     if named not in PROFILES:
         raise ConfigError(f"{VARIABLE}: found {named!r}, expected one of {', '.join(PROFILES)}, or leave it unset.")
     profile = PROFILES[named]
-    return profile._replace(native_attention=profile.native_attention and mlx_version() >= FUSED_BACKWARD_SINCE)
+    on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    return profile._replace(
+        native_attention=profile.native_attention and mlx_version() >= FUSED_BACKWARD_SINCE,
+        # Elsewhere these run token by token, and in the logits' dtype.
+        native_gated_delta=profile.native_gated_delta
+        and on_gpu
+        and mx.metal.is_available()
+        and hasattr(mx.fast, "gated_delta_update"),
+        native_cross_entropy=profile.native_cross_entropy and on_gpu and hasattr(mx.fast, "cross_entropy"),
+    )
 
 
 @cache

@@ -1,10 +1,11 @@
 """Exact attention in blocks of query rows, without the scores a backward pass need not keep.
 
 mlx-lm's layers call `mx.fast.scaled_dot_product_attention`. Where a backend has no fused kernel for it, or none for its
-gradient, MLX makes the whole (rows x keys) score matrix, half of it masked away, and on a CPU keeps it for the backward
-pass. Here scores exist for one block of query rows at a time, and only for keys that some row of the block may see. The
+gradient, MLX makes the whole (rows x keys) score matrix, half of it masked away, and keeps it for the backward pass.
+Here scores exist for one block of query rows at a time, and only for keys that some row of the block may see. The
 backward pass recomputes a block's weights or, where that costs more than memory does, finds them kept.
-The result is attention itself, not an approximation of it.
+The result is attention itself, not an approximation of it. Scores and sums are float32 whatever the arrays are, so a
+gradient that is summed over many blocks is rounded once, and no masked score leaves the range of its type.
 """
 
 from __future__ import annotations
@@ -15,18 +16,51 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from orpo_mlx.engine.fast_exp import exp, on_cpu
+from orpo_mlx.device_profile import DeviceProfile
+from orpo_mlx.engine.fast_exp import exp
 
-_BLOCK_BYTES = 2 << 20
 KEPT_BYTES = 8 << 20
-_FEWEST_ROWS = 32
-_FAR = 1e9
 # e^-50 = 2e-22 is nothing beside a weight of 1 in float32. Smaller ones, times a small gradient, leave the range of
 # normal numbers, and CPUs take some hundred cycles for each number outside of it.
 _LOWEST = -50.0
+_HIDDEN = float(np.finfo(np.float32).min)
+_FEW_QUERIES = 8
+# Those of MLX's fused backward pass on Metal (0.32.4); others would make and keep all scores there.
+_FUSED_WIDTHS = (64, 72, 80, 96, 128, 192, 256)
 
 model_attention = mx.fast.scaled_dot_product_attention
 """MLX's own, whatever stands in its place later."""
+
+
+def guarded_attention(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, **options: Any
+) -> mx.array:
+    """MLX's own attention, kept from a kernel that has no gradient.
+
+    Under a gradient, MLX 0.32.4 on Metal takes a kernel for at most 8 queries without an array mask that raises when it
+    is evaluated, since it gives no log-sum-exp. An array mask that says the same takes another way; on a CPU the result
+    is the same to the bit. Arguments are those of `mx.fast.scaled_dot_product_attention`.
+    """
+    if q.shape[2] <= _FEW_QUERIES and not isinstance(mask, mx.array):
+        mask = _seen(mask, Block(0, q.shape[2], 0, k.shape[2]), k.shape[2] - q.shape[2])
+    result: mx.array = model_attention(q, k, v, scale=scale, mask=mask, **options)
+    return result
+
+
+def is_fused(q: mx.array, v: mx.array, mask: Any, profile: DeviceProfile) -> bool:
+    """Whether MLX has a fused kernel for such a call's forward and backward pass where `profile` takes those."""
+    width = q.shape[-1]
+    few = q.shape[2] <= _FEW_QUERIES
+    # An array mask makes it unfused, but of a few queries all scores together are small.
+    return profile.native_attention and (
+        few or (not isinstance(mask, mx.array) and width == v.shape[-1] and width in _FUSED_WIDTHS)
+    )
+
+
+def fits(q: mx.array, mask: Any, options: dict[str, Any]) -> bool:
+    """Whether `attention` takes such a call of `mx.fast.scaled_dot_product_attention`."""
+    known_mask = mask is None or isinstance(mask, str) or mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1] == 1)
+    return q.shape[2] > 1 and known_mask and all(value is None for value in options.values())
 
 
 class Block(NamedTuple):
@@ -44,32 +78,34 @@ def attention(
     v: mx.array,
     *,
     scale: float,
+    profile: DeviceProfile,
     mask: Any = None,
     kept_bytes: int = KEPT_BYTES,
     rows: int | None = None,
 ) -> mx.array:
-    """softmax(scale·q kᵀ + mask) v.
+    """softmax(scale·q kᵀ + mask) v, and its gradients towards q, k and v.
 
     Args:
         q: (B, heads, L, D).
         k: (B, key heads, K, D); each serves heads / key heads query heads.
         v: (B, key heads, K, D').
         scale: multiplies the scores.
+        profile: how many rows a block has, whether weights may be kept, and which exponential is taken.
         mask: None, "causal" (the last row sees all K keys), or (L, K) or (B, 1, L, K): boolean, true where a row sees
-            a key, or numbers that are added to the scores.
-        kept_bytes: keep the weights for the backward pass, where the forward pass makes them (on a CPU), while they
-            take no more than this, so that memory does not grow with the square of the length.
-        rows: query rows of a block; None takes what fits 2 MiB of scores.
+            a key, or numbers that are added to the scores. A row that sees nothing gives the mean of `v`, as in MLX.
+        kept_bytes: keep the weights for the backward pass while they take no more than this, so that memory does not
+            grow with the square of the length.
+        rows: query rows of a block; None leaves it to the profile.
 
     Returns:
         (B, heads, L, D'), of q's dtype.
     """
-    blocks = _blocks(mask, q, k, rows)
-    in_blocks = on_cpu()
-    work = _Work(blocks, scale, mask, in_blocks and _weight_bytes(blocks, q) <= kept_bytes)
+    blocks = _blocks(mask, q, k, rows, profile)
+    keep = profile.kept_attention and _weight_bytes(blocks, q) <= kept_bytes
+    work = _Work(blocks, scale, mask, keep, profile.polynomial_exp)
 
     def forward(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
-        return _forward(q, k, v, work) if in_blocks else [model_attention(q, k, v, scale=scale, mask=mask)]
+        return _forward(q, k, v, work)
 
     function: Any = mx.custom_function(forward)
 
@@ -88,18 +124,22 @@ class _Work(NamedTuple):
     scale: float
     mask: Any
     keep: bool
+    polynomial_exp: bool
 
 
 def _forward(q: mx.array, k: mx.array, v: mx.array, work: _Work) -> list[mx.array]:
     """The attention's value and, where they are kept, every block's weights and their row sums."""
+    offset = k.shape[2] - q.shape[2]
+    dtype, k, v = q.dtype, _float32(k), _float32(v)
     outputs: list[mx.array] = []
     kept: list[mx.array] = []
     for block in work.blocks:
         parts = [_rows(q, block), _keys(k, block), _keys(v, block)]
+        # One block after another, or the lazy scheduler would hold several at once.
         parts = mx.depends(parts, outputs[-1:]) if outputs else parts
-        weights, total = _weights(parts[0] * work.scale, parts[1], _added(work.mask, block, q, k))
-        outputs.append(((weights @ parts[2]) / total).reshape(*parts[0].shape[:3], -1))
-        kept += [weights, total]
+        weights, total = _weights(_float32(parts[0]) * work.scale, parts[1], work, block, offset)
+        outputs.append(((weights @ parts[2]) / total).reshape(*parts[0].shape[:3], -1).astype(dtype))
+        kept += [weights.astype(dtype), total]
     return [mx.concatenate(outputs, axis=2), *(kept if work.keep else [])]
 
 
@@ -107,32 +147,27 @@ def _backward(
     primals: Sequence[mx.array], cotangent: mx.array, outputs: Sequence[mx.array], work: _Work
 ) -> tuple[mx.array, ...]:
     """Gradients towards q, k and v, block by block; `outputs` are those of `_forward`."""
-    q, k, v = primals
+    q, k, v = primals[0], _float32(primals[1]), _float32(primals[2])
+    offset = k.shape[2] - q.shape[2]
     grad_q: list[mx.array] = []
     grad_k, grad_v = mx.zeros_like(k), mx.zeros_like(v)
     for number, block in enumerate(work.blocks):
         parts = [_rows(each, block) for each in (q, cotangent, outputs[0])]
         parts = mx.depends(parts, [grad_q[-1], grad_k, grad_v]) if grad_q else parts
-        queries, keys = parts[0] * work.scale, _keys(k, block)
-        weights, total = (
-            outputs[1 + 2 * number : 3 + 2 * number]
-            if work.keep
-            else _weights(queries, keys, _added(work.mask, block, q, k))
-        )
-        # Weights are not normalised: rows of the small arrays are divided instead.
-        grads = _grouped(parts[1], k) / total
-        inner = (grads * _grouped(parts[2], k)).sum(axis=-1, keepdims=True)
+        rows, slope, output = map(_float32, parts)
+        queries, keys = rows * work.scale, _keys(k, block)
+        if work.keep:
+            weights, total = map(_float32, outputs[1 + 2 * number : 3 + 2 * number])
+        else:
+            weights, total = _weights(queries, keys, work, block, offset)
+        # Weights are not normalised; dividing the gradients of few columns by the row sums is cheaper.
+        grads = _grouped(slope, k) / total
+        inner = (grads * _grouped(output, k)).sum(axis=-1, keepdims=True)
         slopes = weights * (grads @ _keys(v, block).swapaxes(-1, -2) - inner)
-        grad_q.append(((slopes @ keys) * work.scale).reshape(parts[0].shape))
+        grad_q.append(((slopes @ keys) * work.scale).reshape(rows.shape).astype(q.dtype))
         grad_k = grad_k + _put_back(slopes.swapaxes(-1, -2) @ _grouped(queries, k), block, k)
         grad_v = grad_v + _put_back(weights.swapaxes(-1, -2) @ grads, block, v)
-    return mx.concatenate(grad_q, axis=2), grad_k, grad_v
-
-
-def fits(q: mx.array, mask: Any, options: dict[str, Any]) -> bool:
-    """Whether `attention` takes such a call of `mx.fast.scaled_dot_product_attention`."""
-    known_mask = mask is None or isinstance(mask, str) or mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1] == 1)
-    return q.shape[2] > 1 and known_mask and all(value is None for value in options.values())
+    return mx.concatenate(grad_q, axis=2), grad_k.astype(primals[1].dtype), grad_v.astype(primals[2].dtype)
 
 
 def _weight_bytes(blocks: Sequence[Block], q: mx.array) -> int:
@@ -141,22 +176,39 @@ def _weight_bytes(blocks: Sequence[Block], q: mx.array) -> int:
     return cells * q.itemsize * q.shape[0] * q.shape[1]
 
 
-def _blocks(mask: Any, q: mx.array, k: mx.array, rows: int | None) -> list[Block]:
+def _blocks(mask: Any, q: mx.array, k: mx.array, rows: int | None, profile: DeviceProfile) -> list[Block]:
     batch, heads, length, _ = q.shape
     keys = k.shape[2]
-    size = rows or max(_FEWEST_ROWS, _BLOCK_BYTES // (4 * batch * heads * keys))
+    fitting = (profile.attention_block_mib << 20) // (4 * batch * heads * keys)
+    size = rows or max(profile.attention_rows, fitting)
     spans = [(first, min(first + size, length)) for first in range(0, length, size)]
     if isinstance(mask, str):
         return [Block(first, last, 0, keys - length + last) for first, last in spans]
-    if mask is None or mask.dtype != mx.bool_:
+    # Looking at a mask's values makes the host wait for a GPU.
+    seen = None if profile.compiled else _seen_by_some_row(mask)
+    if seen is None:
         return [Block(first, last, 0, keys) for first, last in spans]
-    seen = np.array(mx.any(mask.reshape(-1, *mask.shape[-2:]), axis=0))
     blocks = []
     for first, last in spans:
         columns = np.flatnonzero(seen[first:last].any(axis=0))
         low, high = (int(columns[0]), int(columns[-1]) + 1) if columns.size else (0, keys)
         blocks.append(Block(first, last, low, high))
     return blocks
+
+
+def _seen_by_some_row(mask: mx.array | None) -> Any:
+    """(L, K) booleans: whether query i of some row of the batch sees key j; None where the mask does not say."""
+    if mask is None or mask.dtype != mx.bool_:
+        return None
+    try:
+        return np.array(mx.any(mask.reshape(-1, *mask.shape[-2:]), axis=0))
+    except ValueError:
+        # A function that is being compiled has no values yet.
+        return None
+
+
+def _float32(x: mx.array) -> mx.array:
+    return x.astype(mx.float32)
 
 
 def _rows(x: mx.array, block: Block) -> mx.array:
@@ -176,29 +228,38 @@ def _put_back(x: mx.array, block: Block, k: mx.array) -> mx.array:
     return mx.pad(x, [(0, 0), (0, 0), (block.low, k.shape[2] - block.high), (0, 0)])
 
 
-def _weights(queries: mx.array, keys: mx.array, added: mx.array | None) -> tuple[mx.array, mx.array]:
+def _weights(queries: mx.array, keys: mx.array, work: _Work, block: Block, offset: int) -> tuple[mx.array, mx.array]:
     """exp(scores - their maximum) and its row sums, for scaled queries (B, heads, rows, D): softmax is their quotient.
 
-    Shapes: (B, key heads, heads per key head · rows, keys), and 1 in place of keys. Sums are float32.
+    Shapes: (B, key heads, heads per key head · rows, keys), and 1 in place of keys. All in float32.
     """
     scores = _grouped(queries, keys) @ keys.swapaxes(-1, -2)
+    added = _added(work.mask, block, offset)
     if added is not None:
         batch, heads, rows, _ = queries.shape
         scores = (scores.reshape(batch, heads, rows, -1) + added).reshape(scores.shape)
-    weights = exp(scores - scores.max(axis=-1, keepdims=True), lowest=_LOWEST)
-    total = weights.astype(mx.float32).sum(axis=-1, keepdims=True)
-    return weights, total.astype(weights.dtype)
+    weights = exp(scores - scores.max(axis=-1, keepdims=True), polynomial=work.polynomial_exp, lowest=_LOWEST)
+    return weights, weights.sum(axis=-1, keepdims=True)
 
 
-def _added(mask: Any, block: Block, q: mx.array, k: mx.array) -> mx.array | None:
-    """What a block's scores receive, (rows, keys) or (B, 1, rows, keys) of q's dtype: very far below 0 where unseen."""
+def _added(mask: Any, block: Block, offset: int) -> mx.array | None:
+    """What a block's scores receive, (rows, keys) or (B, 1, rows, keys) in float32.
+
+    A masked score becomes float32's lowest number, since no score is large enough to move it. Choosing among the few
+    numbers here and adding is three times as fast on a CPU as choosing among the scores of all heads.
+    """
     if mask is None:
         return None
-    if isinstance(mask, str):
-        row = mx.arange(block.first, block.last)[:, None] + (k.shape[2] - q.shape[2])
-        beyond = mx.minimum(row - mx.arange(block.low, block.high)[None], 0)
-        return (beyond.astype(mx.float32) * _FAR).astype(q.dtype)
-    part: mx.array = mask[..., block.first : block.last, block.low : block.high]
+    part = _seen(mask, block, offset)
     if part.dtype != mx.bool_:
-        return part.astype(q.dtype)
-    return mx.where(part, mx.array(0, q.dtype), mx.array(mx.finfo(q.dtype).min, q.dtype))
+        return _float32(part)
+    return mx.where(part, 0.0, _HIDDEN)
+
+
+def _seen(mask: Any, block: Block, offset: int) -> mx.array:
+    """An array mask of a block; `offset` is how many keys the first query of all sees beside its own."""
+    if isinstance(mask, mx.array):
+        return mask[..., block.first : block.last, block.low : block.high]
+    keys = mx.arange(block.low, block.high)[None]
+    rows = mx.arange(block.first, block.last)[:, None]
+    return rows + offset >= keys if mask == "causal" else (rows >= 0) & (keys >= 0)

@@ -1,9 +1,10 @@
-"""Probes that show whether a cheaper path gives what the plain forward gives."""
+"""Whether a cheaper way gives what the plain one gives: the comparisons, and the probes they are made on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,7 +13,16 @@ import numpy as np
 from orpo_mlx.device_profile import RowLayout
 from orpo_mlx.types import TokenizedPair
 
+Function = Callable[..., Sequence[mx.array]]
+"""Arrays to arrays."""
+
 _PROBE_TOLERANCE = 1e-3
+_FLOAT32_ERROR = 1e-4
+# Several products follow one another in a function and its gradient.
+_PRODUCTS = 10
+# Rounding of half precision that is allowed at least, in its last place; twice mlx-lm's own error is allowed too.
+_LAST_PLACES = 3
+_LAST_PLACE = {mx.bfloat16: 2.0**-8, mx.float16: 2.0**-10}
 
 
 _MOST_ROUNDING = 0.25
@@ -81,3 +91,78 @@ def close(found: mx.array, expected: mx.array) -> bool:
 def reason_of(error: Exception) -> str:
     """What an error says, as a clause."""
     return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
+
+
+def disagreement(ours: Function, theirs: Function, primals: Sequence[mx.array]) -> str | None:
+    """In what `ours` differs from `theirs`, in a clause; None where values and gradients agree up to rounding.
+
+    Compared are the outputs and, for random cotangents, the gradients towards all `primals`, each by
+    ‖found - expected‖ / ‖expected‖ (Euclidean norms over the whole array).
+
+    In float32 they may be 1e-4 apart, or ten times what the device's float32 products are off: where it makes them in
+    TF32, as the M5 does, that is more. In half precision both are measured against `theirs` in float32, on the same
+    numbers, and ours may be off by twice what theirs is, or by three units in the last place.
+
+    Args:
+        ours: the function to be proven.
+        theirs: the one it stands in for, with its native gradient.
+        primals: what both are called with; float arrays.
+    """
+    cotangents = _random_like(theirs(*primals))
+    expected = _value_and_gradients(theirs, primals, cotangents)
+    found = _value_and_gradients(ours, primals, cotangents)
+    places = [_LAST_PLACE[array.dtype] for array in primals if array.dtype in _LAST_PLACE]
+    if places:
+        wide = [[array.astype(mx.float32) for array in arrays] for arrays in (primals, cotangents)]
+        exact = _value_and_gradients(theirs, *wide)
+        floor = _LAST_PLACES * max(places)
+        allowed = [mx.maximum(floor, 2 * relative_error(*pair)) for pair in zip(expected, exact, strict=True)]
+    else:
+        exact, floor = expected, max(_FLOAT32_ERROR, _PRODUCTS * product_error())
+        allowed = [mx.array(floor)] * len(exact)
+    errors = [relative_error(*pair) for pair in zip(found, exact, strict=True)]
+    mx.eval(errors, allowed)
+    for number, (error, most) in enumerate(zip(errors, allowed, strict=True)):
+        what = "value" if number < len(cotangents) else "gradient"
+        if found[number].dtype != expected[number].dtype:
+            return f"its {what} is {found[number].dtype} instead of {expected[number].dtype}"
+        # Not "error > most": that is false of NaN.
+        if not error.item() <= most.item():
+            return f"its {what} is {_percent(error.item())} off here"
+    return None
+
+
+def relative_error(found: mx.array, expected: mx.array) -> mx.array:
+    """‖found - expected‖ / ‖expected‖ in float32; 0 where both are 0."""
+    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
+    gap, size = (mx.sqrt(each.square().sum()) for each in (found - expected, expected))
+    return mx.where(gap == 0, 0.0, gap / size)
+
+
+@cache
+def product_error() -> float:
+    """How far a float32 product on the default device is from the same on the CPU: 0 there, some 1e-7 where both are
+    float32, some 1e-4 where it is TF32."""
+    left, right = (mx.random.normal((256, 256), key=mx.random.key(number)) for number in range(2))
+    found = left @ right
+    with mx.stream(mx.cpu):
+        expected = left @ right
+    return float(relative_error(found, expected).item())
+
+
+def _value_and_gradients(
+    function: Function, primals: Sequence[mx.array], cotangents: Sequence[mx.array]
+) -> list[mx.array]:
+    """The function's outputs and its gradients towards `primals`; cotangents are given in its outputs' dtypes."""
+    outputs = function(*primals)
+    slopes = [slope.astype(output.dtype) for slope, output in zip(cotangents, outputs, strict=True)]
+    return [*outputs, *mx.vjp(function, list(primals), slopes)[1]]
+
+
+def _random_like(arrays: Sequence[mx.array]) -> list[mx.array]:
+    keys = mx.random.split(mx.random.key(0), len(arrays))
+    return [mx.random.normal(each.shape, each.dtype, key=keys[number]) for number, each in enumerate(arrays)]
+
+
+def _percent(share: float) -> str:
+    return "not finite or wholly" if not share < 10 else f"{100 * share:.2g} %"

@@ -1,4 +1,4 @@
-"""e^x and the logistic function, quickly on every device.
+"""e^x and the logistic function from additions and multiplications, for devices where MLX's own are slow.
 
 Half of a forward pass on a CPU is `exp`: MLX's takes 12 to 17 ns per element there (2 x86 cores, mlx 0.32), adding and
 multiplying 0.4 ns. Written in additions and multiplications it takes 3, at the same accuracy.
@@ -21,19 +21,18 @@ _TERMS: list[float] = [1.0, *_SERIES.coef[1:].tolist()]
 _EXPONENT_BITS = 23
 
 
-def on_cpu() -> bool:
-    """Whether arrays are computed on a CPU."""
-    return mx.default_device() == mx.Device(mx.cpu)
+def exp(x: mx.array, *, polynomial: bool, lowest: float = _LOWEST) -> mx.array:
+    """e^x for x up to 87, without a gradient of its own, of x's dtype.
 
-
-def exp(x: mx.array, *, lowest: float = _LOWEST) -> mx.array:
-    """e^x for x up to 87, without a gradient of its own, of x's dtype; relative error below 1e-5 from `lowest` on.
-
-    On a CPU, what lies below gives e^lowest, by default e^-87 = 1.6e-38; elsewhere this is `mx.exp`.
-    2^n 2^f with n = round(x log₂ e): 2^f by a polynomial, |f| <= 1/2; n goes into the bits of the exponent.
+    Args:
+        x: of any shape and float dtype.
+        polynomial: whether it is computed here, with a relative error below 1e-5 from `lowest` on, or is `mx.exp`; see
+            `DeviceProfile.polynomial_exp`.
+        lowest: what lies below gives e^lowest, by default e^-87 = 1.6e-38, where it is computed here.
     """
-    if not on_cpu():
+    if not polynomial:
         return mx.exp(x)
+    # 2^n 2^f with n = round(x log₂ e) and |f| <= 1/2; n goes into the bits of the exponent.
     scaled = mx.maximum(x.astype(mx.float32), lowest) * _LOG2_E
     shifted = scaled + _ROUNDER
     fraction = scaled - (shifted - _ROUNDER)
@@ -44,6 +43,10 @@ def exp(x: mx.array, *, lowest: float = _LOWEST) -> mx.array:
     return bits.view(mx.float32).astype(x.dtype)
 
 
-def sigmoid(x: mx.array) -> mx.array:
-    """1 / (1 + e^-x), without a gradient of its own."""
-    return 1 / (1 + exp(mx.minimum(-x, _HIGHEST))) if on_cpu() else mx.sigmoid(x)
+def sigmoid(x: mx.array, *, polynomial: bool) -> mx.array:
+    """1 / (1 + e^-x), without a gradient of its own, of x's dtype; `polynomial` as in `exp`."""
+    if not polynomial:
+        return mx.sigmoid(x)
+    # Half precision would round the sum and the quotient as well.
+    power = exp(mx.minimum(-x.astype(mx.float32), _HIGHEST), polynomial=True)
+    return (1 / (1 + power)).astype(x.dtype)

@@ -1,7 +1,8 @@
 """The gated delta rule in chunks: the recurrence of Qwen3.5's linear attention as matrix products.
 
 mlx-lm runs it token by token where a gradient is taken, and its backward pass keeps several states for each token: with
-32 heads of 128 x 128 that is some 8 GiB a layer for 1,024 tokens. Here a state is kept for each chunk of 64.
+32 heads of 128 x 128 that is some 8 GiB a layer for 1,024 tokens. Here a state is kept for each chunk of 64. Where MLX
+has a kernel for the rule with a gradient (`mx.fast.gated_delta_update`, on Metal), that one is taken.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gated_delta as model_module
 
+from orpo_mlx.device_profile import DeviceProfile
+
 CHUNK = 64
+_NATIVE_WIDTH = 128
+# (key heads, value heads) for which MLX 0.32.4 has kernels; for others its function runs token by token.
+_NATIVE_HEADS = ((16, 16), (16, 32), (16, 48), (16, 64), (24, 24), (32, 32))
+# On chips before the M5 the kernel's backward pass keeps a state for each token of a call: 64 KiB a head.
+_NATIVE_TOKENS = 128
 
 model_gated_delta_update: Callable[..., tuple[mx.array, mx.array]] = model_module.gated_delta_update
 """mlx-lm's own, whatever stands in its place later."""
@@ -30,22 +38,47 @@ def gated_delta_update(
     state: mx.array | None = None,
     mask: mx.array | None = None,
     *,
+    profile: DeviceProfile,
     use_kernel: bool = True,
     **other: Any,
 ) -> tuple[mx.array, mx.array]:
-    """What `mlx_lm.models.gated_delta.gated_delta_update` gives, arguments as there; computed by `gated_delta`.
+    """What `mlx_lm.models.gated_delta.gated_delta_update` gives, arguments as there; computed by `gated_delta` or,
+    where `profile` says so and it fits, by MLX's kernel.
 
-    A gate for each channel, other settings, and Metal's kernel where no gradient is asked for are left to mlx-lm's own.
+    A gate for each channel, other settings, and mlx-lm's own kernel where no gradient is asked for are left to mlx-lm.
     """
-    on_gpu = use_kernel and mx.default_device() == mx.gpu
-    if on_gpu or a.ndim != 3 or any(value is not None and value is not False for value in other.values()):
+    # That is when mlx-lm takes its kernel, which has no gradient.
+    without_gradient = use_kernel and mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
+    if without_gradient or a.ndim != 3 or any(value is not None and value is not False for value in other.values()):
         return model_gated_delta_update(q, k, v, a, b, A_log, dt_bias, state, mask, use_kernel=use_kernel, **other)
     decay = -mx.exp(A_log.astype(mx.float32)) * nn.softplus(a + dt_bias)
     beta = mx.sigmoid(b).astype(mx.float32)
     if mask is not None:
         decay, beta = decay * mask[..., None], beta * mask[..., None]
-    out, state = gated_delta(q, k, v, decay, beta, state)
+    native = profile.native_gated_delta and has_kernel(k, v)
+    out, state = (native_gated_delta if native else gated_delta)(q, k, v, decay, beta, state)
     return out.astype(q.dtype), state
+
+
+def has_kernel(k: mx.array, v: mx.array) -> bool:
+    """Whether MLX has a kernel for such keys and values."""
+    widths = (k.shape[-1], v.shape[-1])
+    return widths == (_NATIVE_WIDTH, _NATIVE_WIDTH) and (k.shape[2], v.shape[2]) in _NATIVE_HEADS
+
+
+def native_gated_delta(
+    q: mx.array, k: mx.array, v: mx.array, decay: mx.array, beta: mx.array, state: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """What `gated_delta` gives, by MLX's kernel, a few tokens at a time."""
+    # In float32: in half precision the kernel would round e^γ, which is near 1, for each token of a long sequence.
+    parts = [each.astype(mx.float32) for each in (q, k, v, mx.exp(decay), beta)]
+    outputs = []
+    for start in range(0, v.shape[1], _NATIVE_TOKENS):
+        tokens = [part[:, start : start + _NATIVE_TOKENS] for part in parts]
+        out, state = mx.fast.gated_delta_update(*tokens, state)
+        outputs.append(out)
+    assert state is not None
+    return mx.concatenate(outputs, axis=1), state
 
 
 def gated_delta(

@@ -1,40 +1,56 @@
 """What mlx-lm's layers call, exchanged for the length of a `with` block for the same functions at a lower price.
 
-Attention goes to `attention.attention`; SwiGLU keeps nothing for the backward pass but its two arguments; a LoRA layer
-adds its low-rank part inside of a matrix product, both ways, rather than in passes of their own over its output; the
-gated delta rule runs in chunks. Layers that call none of them run as they are.
+Attention goes to `attention.attention` where MLX has no fused kernel for it; SwiGLU keeps nothing for the backward pass
+but its two arguments; a LoRA layer adds its low-rank part inside of a matrix product, both ways, rather than in passes
+of their own over its output; the gated delta rule runs in chunks. Layers that call none of them run as they are.
+`proofs.prove_functions` says which of these give what mlx-lm's own give.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations
 from mlx_lm.tuner.lora import LoRALinear
 
-from orpo_mlx.engine.attention import KEPT_BYTES, attention, fits, model_attention
-from orpo_mlx.engine.equivalence import close
+from orpo_mlx.device_profile import DeviceProfile
+from orpo_mlx.engine.attention import KEPT_BYTES, attention, fits, guarded_attention, is_fused
 from orpo_mlx.engine.fast_exp import sigmoid
 from orpo_mlx.engine.gated_delta import gated_delta_update, model_gated_delta_update
 
+Function = Callable[..., Any]
 
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+ATTENTION, SWIGLU, LORA, GATED_DELTA = "attention", "swiglu", "lora", "gated_delta"
+
+model_lora_linear = LoRALinear.__call__
+"""mlx-lm's own, whatever stands in its place later."""
+
+
+class Exchange(NamedTuple):
+    """This package's function, and the one of mlx-lm or MLX that it stands in for."""
+
+    ours: Function
+    theirs: Function
+
+
+def swiglu(gate: mx.array, up: mx.array, *, polynomial_exp: bool) -> mx.array:
     """gate · σ(gate) · up, elementwise; σ(gate) is computed again in the backward pass."""
 
     def forward(gate: mx.array, up: mx.array) -> mx.array:
-        return gate * sigmoid(gate) * up
+        return gate * sigmoid(gate, polynomial=polynomial_exp) * up
 
     function: Any = mx.custom_function(forward)
 
     @function.vjp  # type: ignore[untyped-decorator]
     def backward(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, mx.array]:
         gate, up = primals
-        share = sigmoid(gate)
+        share = sigmoid(gate, polynomial=polynomial_exp)
         slope = cotangent * share
         return slope * up * (1 + gate * (1 - share)), slope * gate
 
@@ -46,16 +62,13 @@ def lora_linear(layer: LoRALinear, x: mx.array) -> mx.array:
     """linear(x) + scale · (x A) B, and its gradients towards x, A and B; the linear layer itself is frozen.
 
     Both sums are made by the product that makes their last term (addmm), so no array of the output's or the input's
-    size is written and read again for them. mlx-lm's own call is taken where LoRA dropout is on, or where A and B are
-    not of x's dtype, since the low-rank part is then rounded before it is added.
+    size is written and read again for them. Where x is half precision and A and B are float32, their products are made
+    in x's dtype, and the gradients come back in float32.
     """
     linear, scale = layer.linear, layer.scale
-    same = x.dtype == layer.lora_a.dtype == layer.lora_b.dtype
-    if not same or layer.dropout(x) is not x or linear.trainable_parameters():
-        plain: mx.array = model_lora_linear(layer, x)
-        return plain
 
-    def forward(x: mx.array, a: mx.array, b: mx.array) -> list[mx.array]:
+    def forward(x: mx.array, *masters: mx.array) -> list[mx.array]:
+        a, b = (each.astype(x.dtype) for each in masters)
         narrow = x @ a
         return [mx.addmm(linear(x), narrow, b, alpha=scale), narrow]
 
@@ -63,90 +76,104 @@ def lora_linear(layer: LoRALinear, x: mx.array) -> mx.array:
 
     @function.vjp  # type: ignore[untyped-decorator]
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array, mx.array]:
-        x, a, b = primals
+        x, *masters = primals
+        a, b = (each.astype(x.dtype) for each in masters)
         cotangent, narrow = cotangents[0], outputs[1]
         slope = cotangent @ b.T
         (through_linear,) = mx.vjp(linear, [x], [cotangent])[1]
         grad_x = mx.addmm(through_linear, slope, a.T, alpha=scale)
-        return grad_x, scale * (_flat(x).T @ _flat(slope)), scale * (_flat(narrow).T @ _flat(cotangent))
+        grad_a = _summed_product(x, slope).astype(masters[0].dtype)
+        grad_b = _summed_product(narrow, cotangent).astype(masters[1].dtype)
+        return grad_x, scale * grad_a, scale * grad_b
 
     result: mx.array = function(x, layer.lora_a, layer.lora_b)[0]
     return result
 
 
-def _flat(x: mx.array) -> mx.array:
-    return x.reshape(-1, x.shape[-1])
+def _summed_product(left: mx.array, right: mx.array) -> mx.array:
+    """leftᵀ right, summed over all tokens."""
+    if left.dtype == mx.float16:
+        # Of small gradients float16 would keep a few bits.
+        left, right = left.astype(mx.float32), right.astype(mx.float32)
+    return left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])
 
 
-model_lora_linear = LoRALinear.__call__
-"""mlx-lm's own, whatever stands in its place later."""
+def joins_lora(layer: LoRALinear, x: mx.array, profile: DeviceProfile) -> bool:
+    """Whether `lora_linear` takes a layer.
+
+    Not where LoRA dropout is on, or the linear layer is trained; nor where A and B would have to be rounded on a device
+    that gains nothing from it.
+    """
+    dtypes = {layer.lora_a.dtype, layer.lora_b.dtype}
+    wide = x.dtype == mx.float32 or profile.half_products
+    same = dtypes == {x.dtype} or (wide and dtypes <= {mx.float32, x.dtype})
+    return same and layer.dropout(x) is x and not layer.linear.trainable_parameters()
 
 
-Function = Callable[..., Any]
-Choice = Callable[[Function, Function], Function]
-"""This package's function and mlx-lm's to what the layers call."""
+def exchanges(profile: DeviceProfile, kept_bytes: int = KEPT_BYTES) -> dict[str, Exchange]:
+    """What layers call, by name. Each takes any call: those it is not made for go to mlx-lm's own.
 
-_EXCHANGED: dict[str, tuple[Function, Function]] = {
-    "swiglu": (swiglu, activations.swiglu),
-    "gated_delta_update": (gated_delta_update, model_gated_delta_update),
-}
-"""By the name that the layers' modules have for it: this package's function and mlx-lm's."""
+    Args:
+        profile: of the device.
+        kept_bytes: see `attention`.
+    """
+
+    def any_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, **rest: Any) -> Any:
+        if is_fused(q, v, mask, profile) or not fits(q, mask, rest):
+            return guarded_attention(q, k, v, scale=scale, mask=mask, **rest)
+        return attention(q, k, v, scale=scale, mask=mask, profile=profile, kept_bytes=kept_bytes)
+
+    def any_lora(layer: LoRALinear, x: mx.array) -> mx.array:
+        return (lora_linear if joins_lora(layer, x, profile) else model_lora_linear)(layer, x)
+
+    return {
+        ATTENTION: Exchange(any_attention, guarded_attention),
+        SWIGLU: Exchange(partial(swiglu, polynomial_exp=profile.polynomial_exp), activations.swiglu),
+        LORA: Exchange(any_lora, model_lora_linear),
+        GATED_DELTA: Exchange(partial(gated_delta_update, profile=profile), model_gated_delta_update),
+    }
 
 
-def _ours(ours: Function, _: Function) -> Function:
-    return ours
+def patched_layers(
+    model: nn.Module, enabled: Collection[str], profile: DeviceProfile, kept_bytes: int = KEPT_BYTES
+) -> AbstractContextManager[None]:
+    """Within the block, the layers of `model` call this package's functions.
+
+    Args:
+        model: an mlx-lm model.
+        enabled: names of those functions, as `prove_functions` gives them. With none, layers run as mlx-lm wrote them,
+            but for kernels of attention that have no gradient (`guarded_attention`).
+        profile: of the device.
+        kept_bytes: see `attention`.
+    """
+    functions = {name: each.ours for name, each in exchanges(profile, kept_bytes).items() if name in enabled}
+    return exchanged(model, {ATTENTION: guarded_attention, **functions})
 
 
 @contextmanager
-def lean_layers(model: nn.Module, kept_bytes: int = KEPT_BYTES, choose: Choice = _ours) -> Iterator[None]:
-    """Within the block, the layers of `model` call the functions of this package, `attention` with `kept_bytes`."""
-
-    def patched_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, **rest: Any) -> Any:
-        if fits(q, mask, rest):
-            return attention(q, k, v, scale=scale, mask=mask, kept_bytes=kept_bytes)
-        return model_attention(q, k, v, scale=scale, mask=mask, **rest)
-
-    places: list[tuple[Any, str, Function, Function]] = [
-        (mx.fast, "scaled_dot_product_attention", patched_attention, model_attention),
-        (LoRALinear, "__call__", lora_linear, model_lora_linear),
-    ]
-    for module in _modules_of(model):
-        for name, (ours, theirs) in _EXCHANGED.items():
-            if getattr(module, name, None) is theirs:
-                places.append((module, name, ours, theirs))
-    before = [getattr(owner, name) for owner, name, _, _ in places]
-    for owner, name, ours, theirs in places:
-        setattr(owner, name, choose(ours, theirs))
+def exchanged(model: nn.Module, functions: Mapping[str, Function]) -> Iterator[None]:
+    """Within the block, the layers of `model` call `functions`, by name, in place of mlx-lm's."""
+    places = [(owner, attribute, functions[name]) for name, owner, attribute in _places(model) if name in functions]
+    before = [getattr(owner, attribute) for owner, attribute, _ in places]
+    for owner, attribute, function in places:
+        setattr(owner, attribute, function)
     try:
         yield
     finally:
-        for (owner, name, _, _), function in zip(places, before, strict=True):
-            setattr(owner, name, function)
+        for (owner, attribute, _), function in zip(places, before, strict=True):
+            setattr(owner, attribute, function)
 
 
-def lean_agrees(model: nn.Module, run: Callable[[], Any], kept_bytes: int = KEPT_BYTES) -> bool:
-    """Whether each function gives what mlx-lm's gives, up to rounding, on what it is called with in `run`.
-
-    One by one, since in half precision the rounding of one layer is blown up by those that follow: whole models of 24
-    layers differ by 10 % and more between two right ways to compute them.
-    """
-    agreed: list[bool] = []
-
-    def both(ours: Function, theirs: Function) -> Function:
-        def call(*arguments: Any, **options: Any) -> Any:
-            found, expected = ours(*arguments, **options), theirs(*arguments, **options)
-            several = isinstance(expected, tuple)
-            agreed.extend(map(close, found, expected) if several else [close(found, expected)])
-            return expected
-
-        return call
-
-    with lean_layers(model, kept_bytes, both):
-        mx.eval(run())
-    return all(agreed)
-
-
-def _modules_of(model: nn.Module) -> list[Any]:
-    """The Python modules that define the model's layers."""
-    names = {type(layer).__module__ for _, layer in model.named_modules()}
-    return [sys.modules[name] for name in names if name.startswith("mlx_lm.")]
+def _places(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """(name, module or class, attribute) from which the model's layers take the functions."""
+    yield ATTENTION, mx.fast, "scaled_dot_product_attention"
+    yield LORA, LoRALinear, "__call__"
+    # mlx-lm's modules import these by name, so each has a reference of its own.
+    own = {
+        SWIGLU: ("swiglu", activations.swiglu),
+        GATED_DELTA: ("gated_delta_update", model_gated_delta_update),
+    }
+    for module in {type(layer).__module__ for _, layer in model.named_modules()}:
+        for name, (attribute, theirs) in own.items():
+            if module.startswith("mlx_lm.") and getattr(sys.modules[module], attribute, None) is theirs:
+                yield name, sys.modules[module], attribute
