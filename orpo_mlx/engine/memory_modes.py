@@ -82,12 +82,9 @@ def spend_memory(
         "This model cannot share a prompt: each prompt is run once per completion.": (
             mode.share_prompt and share_prompt and not scorer.shares_prompt
         ),
-        "This model's layers do not agree with this package's functions: they run as mlx-lm wrote them.": (
-            mode.lean and not scorer.lean
-        ),
         f"This model's layers cannot be run in segments ({why_not}): instead of --memory {name} it takes fast.": (
             why_not != ""
         ),
     }
     notes = tuple(note for note, holds in missing.items() if holds)
-    return scorer, Memory(name, value_and_grad, segmented is None, notes)
+    return scorer, Memory(name, value_and_grad, segmented is None, (*notes, *scorer.notes))

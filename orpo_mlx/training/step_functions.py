@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from orpo_mlx.engine.compiled import CompiledByShape
 from orpo_mlx.engine.memory_modes import Memory
@@ -80,11 +80,11 @@ class StepFunctions:
         return loss, mx.stack(list(pair_metrics(logps, output).values()))
 
     def update(self, gradients: Gradients, factor: float = 1.0) -> None:
-        """Apply `factor` times the gradients; they are taken out of the mapping as they are used up."""
+        """Let the optimiser apply `factor` times the gradients."""
         if self._apply.compiles:
             # A state that came to be inside of a trace would not be seen by the next call.
             self._optimizer.init(self.scorer.model.trainable_parameters())
-        self._apply(gradients, mx.array(factor))
+        self._apply(gradients, None if factor == 1 else mx.array(factor))
 
     def _add_micro_batch(self, inputs: MicroBatch, before: Gradients) -> tuple[mx.array, mx.array, Gradients]:
         """The loss, the metrics' values (metrics, B), and gradients added to those of the micro-batches before."""
@@ -94,10 +94,11 @@ class StepFunctions:
             gradients[name] = before.pop(name) + gradients[name]
         return loss, metrics, gradients
 
-    def _apply_scaled(self, gradients: Gradients, factor: mx.array) -> mx.array:
-        scaled: dict[str, Any] = tree_map(lambda gradient: gradient * factor.astype(gradient.dtype), gradients)
-        self._optimizer.update(self.scorer.model, tree_unflatten(list(scaled.items())))
-        return factor
+    def _apply_scaled(self, gradients: Gradients, factor: mx.array | None) -> list[mx.array]:
+        if factor is not None:
+            gradients = {name: gradient * factor.astype(gradient.dtype) for name, gradient in gradients.items()}
+        self._optimizer.update(self.scorer.model, tree_unflatten(list(gradients.items())))
+        return []
 
     def _model_state(self) -> list[Any]:
         return [self.scorer.model.state, mx.random.state]
