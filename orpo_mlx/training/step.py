@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from orpo_mlx.errors import HalfAppliedError, NonFiniteError
+from orpo_mlx.errors import HalfAppliedError, NonFiniteError, reason_of
 from orpo_mlx.losses.metrics import MetricMeans
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.process_memory import clear_cache_above
@@ -42,8 +42,7 @@ def optimiser_step(run: Run, window: Sequence[TokenizedPair], step: int) -> Metr
         run.optimizer.update(model, gradients)
         mx.eval(model.trainable_parameters(), run.optimizer.state)
     except BaseException as error:
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise HalfAppliedError(f"step {step}: {reason}, while the step was applied") from error
+        raise HalfAppliedError(f"step {step}: {reason_of(error)}, while the step was applied") from error
     del gradients  # What is freed after the cache was looked at would be in it all the same.
     clear_cache_above(run.config.clear_cache_threshold)
     return means
