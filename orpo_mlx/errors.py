@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from orpo_mlx.text import printable
+
+_MOST_REASON = 300
+"""Characters of another package's message that are shown: some list hundreds of tensors."""
 
 
 class UserError(Exception):
@@ -35,6 +39,29 @@ class NonFiniteError(TrainingError):
 
 class HalfAppliedError(TrainingError):
     """A step that ended while it was applied: what is in memory is neither before nor after it, and is not saved."""
+
+
+def did_you_mean(word: object, known: Iterable[str], otherwise: str = ".") -> str:
+    """How a message about an unknown word ends: with the known one nearest to it, or with `otherwise`."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else otherwise
+
+
+def reason_of(error: BaseException, most: int | None = _MOST_REASON, *, first_line: bool = False) -> str:
+    """What an exception says, on one line of at most `most` characters without a full stop, or else its type.
+
+    `first_line` is for exceptions whose further lines are addresses and request numbers.
+    """
+    said = str(error).strip()
+    if first_line:
+        said = said.partition("\n")[0]
+    return " ".join(said.split())[:most].rstrip(".,: ") or type(error).__name__
+
+
+def kind_and_reason(error: BaseException) -> str:
+    """`reason_of` after the exception's type, for those that say little without it."""
+    kind, words = type(error).__name__, reason_of(error)
+    return kind if words == kind else f"{kind}: {words}"
 
 
 def exit_status(prog: str, command: Callable[[], object]) -> int:

@@ -7,7 +7,6 @@ import pytest
 
 from orpo_mlx.process_memory import clear_cache_above, settle, working_set_bytes
 
-
 SIZE = {"max_recommended_working_set_size": 1000}
 
 

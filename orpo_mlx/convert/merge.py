@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import dequantize_model
 
-from orpo_mlx.errors import ModelError
+from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.models.safetensors_files import read_json
 
 _STACKED = ".switch_mlp."  # mlx-lm's name for the experts of a layer in one array.
@@ -49,8 +49,7 @@ def fuse(model: nn.Module, dtype: mx.Dtype | None, location: str) -> dict[str, m
         model.update_modules(tree_unflatten([(name, module.fuse(dequantize=True)) for name, module in adapted]))
         dequantize_model(model)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{location}: mlx-lm cannot merge into this quantised model ({reason}).") from None
+        raise ModelError(f"{location}: mlx-lm cannot merge into this quantised model ({reason_of(error)}).") from None
 
     def rounded(name: str, array: mx.array) -> mx.array:
         stem = name.removesuffix("weight")

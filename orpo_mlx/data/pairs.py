@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -13,7 +12,7 @@ from orpo_mlx.data.messages import is_empty
 from orpo_mlx.data.readers import Row
 from orpo_mlx.data.row_counts import RowReport
 from orpo_mlx.data.sources import FileSource, Source
-from orpo_mlx.errors import ConfigError, DataError
+from orpo_mlx.errors import ConfigError, DataError, did_you_mean
 from orpo_mlx.types import Pair, TokenizedPair
 
 SCORED_WRONGLY = "whose scores put the rejected side first"
@@ -98,9 +97,8 @@ def parse_columns(text: str | None) -> dict[str, str]:
         if not (name and equals and column) or name in columns:
             raise ConfigError(f"--columns: found {part!r}, expected NAME=COLUMN once for each name, joined by commas.")
         if name not in COLUMNS:
-            near = difflib.get_close_matches(name, COLUMNS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COLUMNS)}."
-            raise ConfigError(f"--columns: {name!r} is not a name that rows are read by; {hint}")
+            hint = did_you_mean(name, COLUMNS, f"; expected one of {', '.join(COLUMNS)}.")
+            raise ConfigError(f"--columns: {name!r} is not a name that rows are read by{hint}")
         columns[name] = column
     return columns
 

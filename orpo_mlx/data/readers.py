@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from orpo_mlx.errors import DataError
+from orpo_mlx.errors import DataError, reason_of
 
 _BLOCK = 1 << 20
 _BATCH_ROWS = 512
@@ -39,7 +39,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         _check_kind(path)
         yield from reader(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or _one_line(error)}).") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror or reason_of(error)}).") from None
 
 
 def _check_kind(path: Path) -> None:
@@ -195,7 +195,7 @@ def _arrow_rows(path: Path, batches: Callable[[], Iterable[Any]], kind: str) -> 
                     number += 1
                     yield Row(f"{path}:{number}", value)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}:{number + 1}: not {kind}, or a damaged one ({_one_line(error)}).") from None
+        raise DataError(f"{path}:{number + 1}: not {kind}, or a damaged one ({reason_of(error)}).") from None
 
 
 def _or_error(parse: Callable[..., Any], *arguments: Any) -> Any | DataError:
@@ -224,10 +224,6 @@ def _json_reason(error: Exception) -> str:
 
 def _not_utf8(location: str) -> DataError:
     return DataError(f"{location}: not UTF-8 text; save the file as UTF-8.")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from orpo_mlx.data.messages import as_turns
-from orpo_mlx.errors import DataError
+from orpo_mlx.errors import DataError, reason_of
 from orpo_mlx.text import printable
 from orpo_mlx.types import Message, Pair, Text, TokenizedPair
 
@@ -172,7 +172,7 @@ class PairTokenizer:
         except Exception as error:  # Templates raise whatever they like, jinja2's errors among others.
             roles = ", ".join(str(turn.get("role")) for turn in turns)
             raise DataError(
-                f"{pair.location}: the chat template refused the turns ({roles}): {_first_line(error)}."
+                f"{pair.location}: the chat template refused the turns ({roles}): {reason_of(error, first_line=True)}."
             ) from error
 
     def _template(self, turns: list[dict[str, Any]], add_generation_prompt: bool, **extras: Any) -> str:
@@ -289,7 +289,3 @@ def _folded(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return turns
     first = {**turns[1], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
     return [first, *turns[2:]]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -61,9 +61,7 @@ class PairScorer:
         with without_dropout(model):
             self.head = find_head(model) if split_head else None
             if lean:
-                self.proofs = prove_functions(
-                    model, self._probe_states, self.profile, kept_attention_bytes, self.head
-                )
+                self.proofs = prove_functions(model, self._probe_states, self.profile, kept_attention_bytes, self.head)
             if self.head is not None and lean and HEAD not in self.proofs.enabled:
                 self.head.tiles = False
             if share_prompt and self.profile.layout.share_prompt:

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from orpo_mlx.engine.compiled import CompiledByShape
-from orpo_mlx.engine.equivalence import close, probe_pairs, reason_of, without_dropout
+from orpo_mlx.engine.equivalence import close, probe_pairs, without_dropout
 from orpo_mlx.engine.layer_calls import (
     LayerCall,
     LayerRecorder,
@@ -29,6 +29,7 @@ from orpo_mlx.engine.layer_calls import (
     split_arrays,
 )
 from orpo_mlx.engine.pair_scorer import PairScorer
+from orpo_mlx.errors import reason_of
 from orpo_mlx.types import Batch
 
 Streams = tuple[mx.array, ...]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from orpo_mlx.errors import ConfigError
+from orpo_mlx.errors import ConfigError, did_you_mean
 from orpo_mlx.losses.registry import METHODS, BoundLoss, Range
 from orpo_mlx.types import LossOutput, PairLogProbs
 
@@ -63,8 +62,7 @@ def parse_terms(expression: str) -> list[Term]:
             )
         name = ALIASES.get(match[2], match[2])
         if name not in METHODS:
-            near = difflib.get_close_matches(name, [*METHODS, *ALIASES], n=1)
-            hint = f"; did you mean {near[0]}?" if near else "."
+            hint = did_you_mean(name, [*METHODS, *ALIASES])
             raise ConfigError(
                 f"--method {expression}: no method {match[2]!r}, expected one of {', '.join(METHODS)}{hint}"
             )

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orpo_mlx.errors import ModelError
+from orpo_mlx.errors import ModelError, reason_of
 
 INDEX_FILE = "model.safetensors.index.json"
 ITEM_BITS = {
@@ -122,8 +122,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelError(f"{file}: no such file.") from None
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{file}: cannot be read as JSON ({reason}).") from None
+        raise ModelError(f"{file}: cannot be read as JSON ({reason_of(error, first_line=True)}).") from None
     if not isinstance(value, dict):
         raise ModelError(f"{file}: holds a {type(value).__name__}, expected a table.")
     return value

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from orpo_mlx.errors import HalfAppliedError, NonFiniteError
+from orpo_mlx.errors import HalfAppliedError, NonFiniteError, reason_of
 from orpo_mlx.losses.metrics import MetricMeans
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.process_memory import clear_cache_above
@@ -38,8 +38,7 @@ def optimiser_step(run: Run, step_batch: Sequence[TokenizedPair], step: int) -> 
         run.functions.update(found.gradients, 1.0 if most is None else clip_factor(found.norm, most))
         mx.eval(run.loaded.model.trainable_parameters(), run.optimizer.state)
     except BaseException as error:
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise HalfAppliedError(f"step {step}: {reason}, while the step was applied") from error
+        raise HalfAppliedError(f"step {step}: {reason_of(error)}, while the step was applied") from error
     means = found.means
     del found  # What is freed after the cache was looked at would be in it all the same.
     clear_cache_above(run.config.clear_cache_threshold)

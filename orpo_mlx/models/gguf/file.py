@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from orpo_mlx.errors import ModelError
+from orpo_mlx.errors import ModelError, reason_of
 
 BLOCKS = {
     0: ("F32", 1, 4),
@@ -94,7 +94,7 @@ def read_gguf(path: Path) -> GgufFile:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(path, _Cursor(path, data))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as GGUF ({' '.join(str(error).split())}).") from None
+        raise ModelError(f"{path}: cannot be read as GGUF ({reason_of(error)}).") from None
 
 
 def tensor_bytes(file: GgufFile, tensor: GgufTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -8,7 +8,7 @@ from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, SPMStreamingDetokeni
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from orpo_mlx.errors import ModelError
+from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.models.gguf.file import GgufFile
 
 _CONTROL, _USER = 3, 4
@@ -55,7 +55,7 @@ def build_tokenizer(file: GgufFile) -> TokenizerWrapper:
     except ModelError:
         raise
     except Exception as error:  # The library raises plain Exception where merges and tokens do not fit.
-        raise ModelError(f"{file.path}: its tokenizer is damaged ({' '.join(str(error).split())}).") from None
+        raise ModelError(f"{file.path}: its tokenizer is damaged ({reason_of(error)}).") from None
     return TokenizerWrapper(_finish(file, tokenizer, tokens), detokenizer)
 
 
