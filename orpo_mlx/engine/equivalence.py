@@ -79,12 +79,6 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def has_dropout(model: nn.Module) -> bool:
-    """Whether some module of the model draws random numbers."""
-    kinds = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
-    return any(isinstance(module, kinds) and module.training and module._p_1 < 1 for module in model.modules())
-
-
 def close(found: mx.array, expected: mx.array) -> bool:
     """Equal up to rounding, relative to the largest value; half precision rounds more than float32."""
     found, wanted = found.astype(mx.float32), expected.astype(mx.float32)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from orpo_mlx.device_profile import DeviceProfile
-from orpo_mlx.engine.equivalence import has_dropout
+from orpo_mlx.engine.dropout import dropout_from, dropout_keys, has_dropout
 from orpo_mlx.engine.fast_exp import exp
 from orpo_mlx.engine.lm_head import ModelHead
 
@@ -130,27 +130,22 @@ def trained_head_logps(head: ModelHead, hidden: mx.array, targets: mx.array, *, 
     starts = range(0, hidden.shape[0], rows)
     # Dropout must be drawn the same when a chunk runs again. Without any, the random state is left alone: keys that
     # nobody evaluates would grow by a few operations a step.
-    random: Any = mx.random.state
-    keys = mx.random.split(random[0], len(starts) + 1) if has_dropout(head.model) else None
+    keys = dropout_keys(len(starts)) if has_dropout(head.model) else None
 
     def chunk(start: int, part: mx.array, parameters: Sequence[mx.array]) -> mx.array:
-        draw_from(start // rows)
         head.update(dict(zip(values, parameters, strict=True)))
         try:
-            return token_logps(head(part), targets[start : start + rows], native=profile.native_cross_entropy)
+            with dropout_from(None if keys is None else keys[start // rows]):
+                logits = head(part)
+            return token_logps(logits, targets[start : start + rows], native=profile.native_cross_entropy)
         finally:
             head.update(values)
-
-    def draw_from(number: int) -> None:
-        if keys is not None:
-            random[0] = keys[number]
 
     def forward(hidden: mx.array, *parameters: mx.array) -> mx.array:
         done: list[mx.array] = []
         for start in starts:
             part = hidden[start : start + rows]
             done.append(chunk(start, mx.depends([part], done[-1:])[0] if done else part, parameters))
-        draw_from(len(starts))
         return mx.concatenate(done)
 
     function: Any = mx.custom_function(forward)
@@ -169,7 +164,6 @@ def trained_head_logps(head: ModelHead, hidden: mx.array, targets: mx.array, *, 
             )
             slopes.append(pulled[0])
             sums = [total + share for total, share in zip(sums, pulled[1:], strict=True)]
-        draw_from(len(starts))
         return mx.concatenate(slopes), *sums
 
     logps: mx.array = function(hidden, *values.values())

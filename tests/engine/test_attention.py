@@ -134,17 +134,13 @@ def errors(found: list[mx.array], exact: list[mx.array]) -> list[float]:
 @pytest.mark.parametrize("profile", [CPU, GPU], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("length", [256, pytest.param(2048, marks=pytest.mark.slow)])
-def test_half_precision_is_no_further_off_than_mlx_itself(
-    length: int, dtype: mx.Dtype, profile: DeviceProfile
-) -> None:
+def test_half_precision_is_no_further_off_than_mlx_itself(length: int, dtype: mx.Dtype, profile: DeviceProfile) -> None:
     mx.random.seed(0)
     heads = (3, 1, 1, 3)
     primals = [mx.random.normal((1, each, length, 64)).astype(dtype) for each in heads]
 
     def run(function: Any, arrays: list[mx.array], **options: Any) -> list[mx.array]:
-        outputs, grads = mx.vjp(
-            lambda *x: function(*x, scale=0.125, mask="causal", **options), arrays[:3], [arrays[3]]
-        )
+        outputs, grads = mx.vjp(lambda *x: function(*x, scale=0.125, mask="causal", **options), arrays[:3], [arrays[3]])
         return [*outputs, *grads]
 
     exact = run(model_attention, [each.astype(mx.float32) for each in primals])
@@ -211,7 +207,11 @@ def test_weights_are_made_once_while_they_take_no_more_than_the_bytes_given(monk
     monkeypatch.setattr(attention_module, "_weights", counted)
     for kept_bytes, times in ((taken, 1), (taken - 1, 2)):
         made.clear()
-        mx.eval(mx.vjp(lambda q, most=kept_bytes: attention(q, k, k, scale=SCALE, profile=CPU, kept_bytes=most), [q], [q])[1])
+        mx.eval(
+            mx.vjp(lambda q, most=kept_bytes: attention(q, k, k, scale=SCALE, profile=CPU, kept_bytes=most), [q], [q])[
+                1
+            ]
+        )
         assert len(made) == times
 
 
