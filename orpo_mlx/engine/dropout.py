@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,17 +33,18 @@ def dropout_from(key: mx.array | None) -> Iterator[None]:
     Args:
         key: one of `dropout_keys`, or None to leave them to MLX's random state.
     """
-    drawn = 0
+    if key is None:
+        yield
+        return
+    number = itertools.count(1)
 
     def keyed(p: Any = 0.5, shape: Any = None, **_: Any) -> mx.array:
-        nonlocal drawn
-        drawn += 1
-        return _bernoulli(p, shape, key=key + drawn)
+        return _bernoulli(p, shape, key=key + next(number))
 
-    before = mx.random.bernoulli
-    if key is not None:
-        mx.random.bernoulli = keyed
+    # Dropout layers look it up there each time they are called.
+    random: Any = mx.random
+    before, random.bernoulli = random.bernoulli, keyed
     try:
         yield
     finally:
-        mx.random.bernoulli = before
+        random.bernoulli = before

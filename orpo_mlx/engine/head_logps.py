@@ -133,13 +133,15 @@ def trained_head_logps(head: ModelHead, hidden: mx.array, targets: mx.array, *, 
     keys = dropout_keys(len(starts)) if has_dropout(head.model) else None
 
     def chunk(start: int, part: mx.array, parameters: Sequence[mx.array]) -> mx.array:
+        # The backward pass comes when the model may hold others than it held here.
+        before = head.trained
         head.update(dict(zip(values, parameters, strict=True)))
         try:
             with dropout_from(None if keys is None else keys[start // rows]):
                 logits = head(part)
             return token_logps(logits, targets[start : start + rows], native=profile.native_cross_entropy)
         finally:
-            head.update(values)
+            head.update(before)
 
     def forward(hidden: mx.array, *parameters: mx.array) -> mx.array:
         done: list[mx.array] = []

@@ -208,7 +208,8 @@ def test_the_kernel_is_called_for_some_tokens_after_another(with_state: bool, mo
 
     def loss(function: Any, *values: mx.array) -> mx.array:
         out, last = function(**dict(zip(names, values, strict=True)), use_kernel=False)
-        return (out * weights).sum() + last.square().sum()
+        total: mx.array = (out * weights).sum() + last.square().sum()
+        return total
 
     found, wanted = (
         mx.value_and_grad(partial(loss, function), argnums=list(range(len(names))))(*map(arguments.get, names))
