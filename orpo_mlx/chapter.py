@@ -8,7 +8,7 @@ import mlx.optimizers as optim
 
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.losses.numerics import log_sigmoid
-from orpo_mlx.losses.preference import mean_logps
+from orpo_mlx.losses.terms import mean_logps
 from orpo_mlx.types import Batch
 
 _PRINTED_EPSILON = 1e-8

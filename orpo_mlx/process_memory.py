@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from orpo_mlx.device_profile import device_profile
+
 _GIB = 2**30
 
 _STATUS = Path("/proc/self/status")
@@ -18,7 +20,6 @@ _STATUS = Path("/proc/self/status")
 _RUSAGE_INFO_V4 = 4
 
 
-_CACHE_SHARE = 0.1
 # glibc's names are M_TRIM_THRESHOLD and M_MMAP_THRESHOLD.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _NEVER_TRIM, _LARGEST_MMAP_THRESHOLD = (1 << 31) - 1, 1 << 30
@@ -33,14 +34,16 @@ def working_set_bytes() -> int | None:
 def settle() -> None:
     """Set the limits a training run wants, for the whole process.
 
-    On Metal: weights stay resident up to what the device recommends, and freed buffers kept for reuse take at most a
-    tenth of that. On Linux, freed memory stays with the process: MLX's CPU allocator returns every large array to the
+    On a GPU: weights stay resident up to what the device recommends, and freed buffers kept for reuse take at most the
+    device profile's share of that. On Linux, freed memory stays with the process: MLX's CPU allocator returns every large array to the
     system, which hands it back page by page (2 to 4 times the time of an elementwise operation on arrays over 1 MB).
     """
     size = working_set_bytes()
     if size is not None:
         mx.set_wired_limit(size)
-        mx.set_cache_limit(int(_CACHE_SHARE * size))
+        share = device_profile().cache_share
+        if share is not None:
+            mx.set_cache_limit(int(share * size))
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:

@@ -24,7 +24,7 @@ class Pair(NamedTuple):
     prompt: Text
     chosen: Text
     rejected: Text
-    place: str
+    location: str
     """Where it was read, `file:line`, for error messages."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """What the chat template shows as tools."""
@@ -40,7 +40,7 @@ class TokenizedPair(NamedTuple):
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
     rejected_ids: tuple[int, ...]
-    place: str = ""
+    location: str = ""
 
     @property
     def pair_tokens(self) -> int:
@@ -54,8 +54,8 @@ class Batch(NamedTuple):
     prefix_ids: mx.array | None
     """(B, S) int32: the first S tokens of each prompt, which both of its completions share; None where S is 0."""
     row_ids: tuple[mx.array, ...]
-    """The rest of a prompt and a completion in each row, int32: (B, W) of chosen and (B, W') of rejected completions, or
-    both in one (2B, W), a pair's two rows side by side."""
+    """The rest of a prompt and a completion in each row, int32: (B, W) of chosen and (B, W') of rejected completions,
+    or both in one (2B, W), a pair's two rows side by side."""
     places: mx.array
     """(N,) int32: where the state is from which each wanted token is predicted, in all rows' states laid end to end and
     then the prefixes'."""
@@ -66,7 +66,7 @@ class Batch(NamedTuple):
     rejected: mx.array
     """(B, N) bool: which are of its rejected one."""
     prompt: mx.array | None
-    """(B, N) bool: which are of its prompt; None where those are not wanted. A prompt's first token is never predicted."""
+    """(B, N) bool: which are of its prompt, whose first token is never predicted; None where those are not wanted."""
 
 
 class PairLogProbs(NamedTuple):

@@ -15,15 +15,24 @@ from orpo_mlx.compare.tables import number
 from orpo_mlx.config.command_line import OneLineParser
 from orpo_mlx.errors import ConfigError, DataError, exit_status
 from orpo_mlx.files import save_json, write_text
+from orpo_mlx.losses.recipe import PARAMETERS
+from orpo_mlx.losses.registry import METHODS
 from orpo_mlx.reporting.html_page import Cell, Table, markdown_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PROG = "python scripts/docs_tables.py"
 FOLDER = PurePath("docs", "results")
-DOCUMENTS = ("README.md", "docs/comparison.md", "docs/data.md", "docs/memory.md", "docs/recipes.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/comparison.md",
+    "docs/data.md",
+    "docs/memory.md",
+    "docs/methods.md",
+    "docs/recipes.md",
+)
 """Where `<!-- results: NAME TABLE -->` and `<!-- end of results -->` may stand. `memory` in the place of both is every
 published measurement of memory; `memory START` compares the modes in those whose file names begin so; `figures NAME`
-is a table that another program printed."""
+is a table that another program printed; `methods` and `parameters` are the cards of the losses."""
 
 _MARKED = re.compile(r"<!-- results: (?P<what>[a-z0-9_ -]+) -->\n.*?<!-- end of results -->", re.S)
 
@@ -135,6 +144,32 @@ def figures(record: Mapping[str, Any]) -> str:
     return f"{table}\n\nTaken {record['date']} on {record['machine']}, by `{record['command']}`."
 
 
+def methods_table() -> str:
+    """The losses by their cards."""
+    rows = ["| `--method` | loss | reference model | source |", "|---|---|---|---|"]
+    for name, method in METHODS.items():
+        equation = method.equation.replace("|", r"\|")
+        rows.append(f"| `{name}` | {equation} | {'yes' if method.needs_reference else 'no'} | {method.source} |")
+    return "\n".join(rows)
+
+
+def parameters_table() -> str:
+    """The losses' hyper-parameters: the values each takes, and the losses that have it with their defaults."""
+    rows = ["| flag | values | methods and their defaults |", "|---|---|---|"]
+    for parameter in PARAMETERS:
+        having: dict[str, list[str]] = {}
+        for name, method in METHODS.items():
+            if parameter in method.parameters:
+                default, values = method.parameters[parameter]
+                having.setdefault(values.words, []).append(f"`{name}` {default:g}")
+        flag = f"`--{parameter.replace('_', '-')}`"
+        rows += [f"| {flag} | {words} | {', '.join(methods)} |" for words, methods in having.items()]
+    return "\n".join(rows)
+
+
+FROM_CODE = {"methods": methods_table, "parameters": parameters_table}
+
+
 def add_results(source: Path, root: Path, name: str, *, replies: bool) -> Path:
     """Copy a comparison's `results.json` to where tables are made from; without `replies`, without prompts and answers.
 
@@ -142,8 +177,8 @@ def add_results(source: Path, root: Path, name: str, *, replies: bool) -> Path:
         DataError: it is not one.
         ConfigError: the name cannot stand in a marker.
     """
-    if not re.fullmatch(r"[a-z0-9_-]+", name) or name in ("memory", "figures"):
-        raise ConfigError(f"--name {name}: expected small letters, digits, - and _, and not 'memory' or 'figures'.")
+    if not re.fullmatch(r"[a-z0-9_-]+", name) or name in ("memory", "figures", *FROM_CODE):
+        raise ConfigError(f"--name {name}: expected small letters, digits, - and _, and no name of another table.")
     results = dict(_read(source))
     try:
         for make in TABLES.values():
@@ -184,7 +219,9 @@ def stale_documents(root: Path, *, write: bool) -> list[str]:
 
 def _block(what: str, root: Path) -> str:
     name, _, table = what.partition(" ")
-    if name == "memory":
+    if name in FROM_CODE:
+        body = FROM_CODE[name]()
+    elif name == "memory":
         files = sorted((root / FOLDER / "memory").glob(f"{table}*.json"), key=lambda file: file.stem)
         make = modes_table if table else memory_table
         body = make({file.name: _read(file) for file in files}).markdown() if files else "None yet."

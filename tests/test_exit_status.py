@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orpo_mlx.config.command_line import OneLineParser
-from orpo_mlx.errors import DataError, exit_status
+from orpo_mlx.errors import DataError, did_you_mean, exit_status, kind_and_reason, reason_of
 
 
 def raising(error: BaseException) -> int:
@@ -64,3 +64,19 @@ def test_a_question_needs_no_full_stop(capsys: pytest.CaptureFixture[str]) -> No
 
     assert exit_status("prog", command) == 2
     assert capsys.readouterr().err == "prog: error: did you mean this?\n"
+
+
+def test_a_reason_is_one_line_without_a_full_stop() -> None:
+    assert reason_of(ValueError("one\n  two.\n")) == "one two"
+    assert reason_of(ValueError("one\n  two.\n"), first_line=True) == "one"
+    assert reason_of(ValueError(" . ")) == "ValueError"
+    assert len(reason_of(ValueError("x" * 999))) == 300
+    assert len(reason_of(ValueError("x" * 999), None)) == 999
+    assert kind_and_reason(KeyError("x")) == "KeyError: 'x'"
+    assert kind_and_reason(KeyError()) == "KeyError"
+
+
+def test_the_nearest_known_word_is_named() -> None:
+    assert did_you_mean("trian", ["train", "test"]) == "; did you mean train?"
+    assert did_you_mean("x", ["train"]) == "."
+    assert did_you_mean(3, ["train"], "; expected train.") == "; expected train."

@@ -8,7 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
-GROUND = ("__init__", "types", "errors", "text", "files", "folder_lock", "process_memory", "_blas")
+GROUND = ("__init__", "types", "errors", "text", "files", "folder_lock", "device_profile", "process_memory", "_blas")
 ROOMS = (
     "losses", "data", "reporting", "models", "engine", "config", "training", "convert", "memory", "chapter", "train",
     "compare", "cli", "__main__",

@@ -7,11 +7,16 @@ import pytest
 
 from orpo_mlx.process_memory import clear_cache_above, settle, working_set_bytes
 
+SIZE = {"max_recommended_working_set_size": 1000}
 
-@pytest.mark.parametrize(("info", "limits"), [({}, []), ({"max_recommended_working_set_size": 1000}, [1000, 100])])
+
+@pytest.mark.parametrize(
+    ("info", "profile", "limits"), [({}, "gpu", []), (SIZE, "gpu", [1000, 500]), (SIZE, "cpu", [1000])]
+)
 def test_limits_are_set_only_where_the_device_names_a_size(
-    info: dict[str, int], limits: list[int], monkeypatch: pytest.MonkeyPatch
+    info: dict[str, int], profile: str, limits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("ORPO_MLX_PROFILE", profile)
     found: list[int] = []
     monkeypatch.setattr(mx, "device_info", lambda: info)
     monkeypatch.setattr(mx, "set_wired_limit", found.append)

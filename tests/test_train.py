@@ -27,7 +27,7 @@ from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.train import main, train
 from orpo_mlx.training.data_order import total_steps
-from orpo_mlx.training.gradients import window_gradient
+from orpo_mlx.training.gradients import step_gradient
 from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.reference import ReferenceLogProbs
 from orpo_mlx.training.run import Run
@@ -177,9 +177,9 @@ def fail_at(step: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) ->
     def gradient(*args: Any) -> Any:
         if next(calls) == step:
             raise error
-        return window_gradient(*args)
+        return step_gradient(*args)
 
-    monkeypatch.setattr("orpo_mlx.training.step.window_gradient", gradient)
+    monkeypatch.setattr("orpo_mlx.training.step.step_gradient", gradient)
 
 
 @pytest.mark.parametrize(
@@ -531,7 +531,7 @@ def test_the_order_is_saved_with_the_adapters_and_restored(
     def recorded(run: Run, window: Any, number: int) -> Any:
         if interrupted and len(seen) == 2:
             raise KeyboardInterrupt
-        seen.append([pair.place for pair in window])
+        seen.append([pair.location for pair in window])
         return step(run, window, number)
 
     monkeypatch.setattr("orpo_mlx.training.loop.optimiser_step", recorded)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from orpo_mlx import __version__
-from orpo_mlx.errors import ConfigError, exit_status
+from orpo_mlx.errors import ConfigError, did_you_mean, exit_status
 
 PROG = "orpo-mlx"
 
@@ -63,9 +62,7 @@ def find_command(name: str) -> Command:
     """
     if name in COMMANDS:
         return COMMANDS[name]
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    raise ConfigError(f"no command {name!r}, expected one of {', '.join(COMMANDS)}{hint}")
+    raise ConfigError(f"no command {name!r}, expected one of {', '.join(COMMANDS)}{did_you_mean(name, COMMANDS)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

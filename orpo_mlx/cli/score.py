@@ -82,7 +82,7 @@ def _run(argv: Sequence[str] | None) -> None:
     if loaded.note:
         print(printable(loaded.note))
     for pair in pairs:
-        check_vocabulary(loaded, max(itertools.chain(*pair[:3])), pair.place)
+        check_vocabulary(loaded, max(itertools.chain(*pair[:3])), pair.location)
     _check_lengths(loaded, pairs)
     if args.adapter_path is not None:
         add_trained_adapters(loaded.model, Path(args.adapter_path))
@@ -102,8 +102,8 @@ def _check_lengths(loaded: LoadedModel, pairs: Sequence[TokenizedPair]) -> None:
         longest = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
         if limit is not None and longest > limit:
             raise DataError(
-                f"{pair.place}: {longest} tokens, but this model attends within a window of {limit} which mlx-lm does "
-                "not apply, so the log-probs would be wrong; leave out or shorten the row."
+                f"{pair.location}: {longest} tokens, but this model attends within a window of {limit} which mlx-lm "
+                "does not apply, so the log-probs would be wrong; leave out or shorten the row."
             )
 
 

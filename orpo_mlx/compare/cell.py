@@ -273,9 +273,9 @@ def _eos(config: dict[str, Any]) -> set[int]:
 
 def _texts(run: Run, test: Pairs) -> list[Pair]:
     """The test pairs as text, where their rows are text."""
-    places = {pair.place for pair in test}
+    places = {pair.location for pair in test}
     split = run.splits["test" if "test" in run.splits else "train"]
-    return [pair for pair in split.raw() if pair.place in places]
+    return [pair for pair in split.raw() if pair.location in places]
 
 
 def run_cell(spec: dict[str, Any], progress: Progress) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from orpo_mlx.config.command_line import OneLineParser, resolve
 from orpo_mlx.config.settings import TrainingConfig, recipe
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.losses.registry import PARAMETERS
+from orpo_mlx.losses.recipe import PARAMETERS
 
 PROG = "orpo-mlx compare"
 LABELS = ("given", "swapped", "shuffled")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from orpo_mlx.config.settings import (
     recipe,
 )
 from orpo_mlx.engine.memory_modes import MODES
-from orpo_mlx.errors import ConfigError
+from orpo_mlx.errors import ConfigError, did_you_mean
 from orpo_mlx.reporting.tracking import check_reporting
 
 ELSEWHERE = {
@@ -52,8 +51,8 @@ def check_settings(table: Mapping[Any, Any], place: str, also: Sequence[str] = (
     values = {}
     for key, value in table.items():
         if key not in FIELDS:
-            near = [ELSEWHERE[key]] if key in ELSEWHERE else difflib.get_close_matches(str(key), [*FIELDS, *also], n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known keys are {', '.join(FIELDS)}."
+            known = [*FIELDS, *also]
+            hint = did_you_mean(ELSEWHERE.get(key, key), known, f"; known keys are {', '.join(FIELDS)}.")
             raise ConfigError(f"{place}: unknown key {key!r}{hint}")
         if value is not None:
             values[key] = coerce(key, value, f"{place}: {key}")
@@ -179,8 +178,7 @@ def coerce(name: str, value: Any, place: str) -> Any:
     chosen: Any = str(value).lower() if metadata.get("lower") else value
     choices = metadata.get("choices")
     if choices and chosen not in choices:
-        near = difflib.get_close_matches(chosen, choices, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
+        hint = did_you_mean(chosen, choices)
         raise ConfigError(f"{place}: found {value!r}, expected one of {', '.join(choices)}{hint}")
     return chosen
 

@@ -14,8 +14,8 @@ from orpo_mlx.config.checks import check_settings, coerce, make_config
 from orpo_mlx.config.mlx_lm_keys import KEYS, without_mlx_lm_keys
 from orpo_mlx.config.print_config import CHECKPOINT, FILE, FLAG, Settled, as_yaml
 from orpo_mlx.config.settings import FIELDS, GROUPS, TrainingConfig, flag_of
-from orpo_mlx.errors import ConfigError
-from orpo_mlx.losses.registry import describe
+from orpo_mlx.errors import ConfigError, reason_of
+from orpo_mlx.losses.recipe import describe_methods
 from orpo_mlx.text import printable
 
 
@@ -40,7 +40,7 @@ _REPLACES = {
 
 class _ListMethods(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print(describe())
+        print(describe_methods())
         parser.exit(0)
 
 
@@ -173,8 +173,7 @@ def read_config_file(path: Path, flags: Mapping[str, Any] | None = None) -> dict
     except UnicodeDecodeError:
         raise ConfigError(f"--config {path}: not a text file in UTF-8, expected YAML.") from None
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--config {path}: not valid YAML ({reason}).") from None
+        raise ConfigError(f"--config {path}: not valid YAML ({reason_of(error)}).") from None
     if not isinstance(table, dict):
         found = "nothing" if table is None else f"a {type(table).__name__}"
         raise ConfigError(f"{path}: found {found}, expected a table of settings (key: value).")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from orpo_mlx.config.settings import FIELDS, GROUPS, TrainingConfig, recipe
-from orpo_mlx.losses.registry import PARAMETERS
+from orpo_mlx.losses.recipe import PARAMETERS
 
 FLAG, FILE, CHECKPOINT, DEFAULT = "flag", "file", "checkpoint", "default"
 """Where a setting may come from, the first of them first."""

@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from orpo_mlx.data.formats import PAIRINGS
 from orpo_mlx.data.pairs import Reading, parse_columns
+from orpo_mlx.data.ratings import PAIRINGS
 from orpo_mlx.data.truncation import TRUNCATIONS
 from orpo_mlx.engine.memory_modes import MODES
-from orpo_mlx.losses.registry import PARAMETERS, Recipe
-from orpo_mlx.losses.registry import resolve as resolve_method
+from orpo_mlx.losses.recipe import PARAMETERS, Recipe, make_recipe
 from orpo_mlx.models.adapters import FINE_TUNE_TYPES
 from orpo_mlx.models.loading import DEFAULT_MODEL, DTYPES
 from orpo_mlx.reporting.tracking import SERVICES
@@ -271,16 +270,16 @@ def recipe(config: TrainingConfig) -> Recipe:
     """The method of a run with its parameters.
 
     Raises:
-        ConfigError: see `methods.resolve`.
+        ConfigError: see `registry.resolve`.
     """
-    return resolve_method(config.method, {name: getattr(config, name) for name in PARAMETERS})
+    return make_recipe(config.method, {name: getattr(config, name) for name in PARAMETERS})
 
 
 def data_reading(config: TrainingConfig) -> Reading:
     """How a run's rows are read.
 
     Raises:
-        ConfigError: see `data.parse_columns`.
+        ConfigError: see `pairs.parse_columns`.
     """
     columns = parse_columns(config.columns)
     return Reading(columns, config.pair_ratings, config.min_margin, config.skip_bad_rows)

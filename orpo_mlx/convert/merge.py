@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import dequantize_model
 
-from orpo_mlx.errors import ModelError
+from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.models.safetensors_files import read_json
 
 _STACKED = ".switch_mlp."  # mlx-lm's name for the experts of a layer in one array.
@@ -23,13 +23,13 @@ def is_quantised(model: nn.Module) -> bool:
     return any(isinstance(module, _QUANTISED) for _, module in model.named_modules())
 
 
-def fuse(model: nn.Module, dtype: mx.Dtype | None, place: str) -> dict[str, mx.array]:
+def fuse(model: nn.Module, dtype: mx.Dtype | None, location: str) -> dict[str, mx.array]:
     """Merge the adapters into `model`, everything in floating point afterwards; computed in float32, rounded once.
 
     Args:
         model: a model with adapters.
         dtype: what the weights are to be in; None for what they were in.
-        place: the adapters' folder, for errors.
+        location: the adapters' folder, for errors.
 
     Returns:
         Weight name to the base model's weight before, in float32, for each layer that had an adapter.
@@ -49,8 +49,7 @@ def fuse(model: nn.Module, dtype: mx.Dtype | None, place: str) -> dict[str, mx.a
         model.update_modules(tree_unflatten([(name, module.fuse(dequantize=True)) for name, module in adapted]))
         dequantize_model(model)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{place}: mlx-lm cannot merge into this quantised model ({reason}).") from None
+        raise ModelError(f"{location}: mlx-lm cannot merge into this quantised model ({reason_of(error)}).") from None
 
     def rounded(name: str, array: mx.array) -> mx.array:
         stem = name.removesuffix("weight")
@@ -64,7 +63,7 @@ def fuse(model: nn.Module, dtype: mx.Dtype | None, place: str) -> dict[str, mx.a
 
 
 def merged_tensors(
-    tensors: dict[str, mx.array], model: nn.Module, base: dict[str, mx.array], place: str
+    tensors: dict[str, mx.array], model: nn.Module, base: dict[str, mx.array], location: str
 ) -> dict[str, mx.array]:
     """`tensors` of a checkpoint with the weights in `base` exchanged for the merged model's.
 
@@ -80,14 +79,14 @@ def merged_tensors(
             own = tensors.get(part)
             if own is None or own.shape != old.shape or not mx.array_equal(own.astype(old.dtype), old).item():
                 raise ModelError(
-                    f"{place}: {name} has no counterpart in the checkpoint that it could be merged into ({part}); "
+                    f"{location}: {name} has no counterpart in the checkpoint that it could be merged into ({part}); "
                     "train on other layers, or give --quantize, which writes mlx-lm's own layout."
                 )
             result[part] = new
     return result
 
 
-def model_tensors(model: nn.Module, place: str) -> dict[str, mx.array]:
+def model_tensors(model: nn.Module, location: str) -> dict[str, mx.array]:
     """All weights of a model under mlx-lm's names, where those are Hugging Face's.
 
     Raises:
@@ -97,8 +96,8 @@ def model_tensors(model: nn.Module, place: str) -> dict[str, mx.array]:
     stacked = next((name for name in weights if _STACKED in name), None)
     if stacked is not None:
         raise ModelError(
-            f"{place}: {stacked} holds all experts of a layer, which is mlx-lm's layout and not Hugging Face's; merge "
-            "into the unquantised Hugging Face checkpoint, or give --quantize."
+            f"{location}: {stacked} holds all experts of a layer, which is mlx-lm's layout and not Hugging Face's; "
+            "merge into the unquantised Hugging Face checkpoint, or give --quantize."
         )
     return weights
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from orpo_mlx.errors import ModelError
+from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.files import check_space, save_safetensors
 from orpo_mlx.models.hf_config import normalise_config
 from orpo_mlx.models.loading import ModelHead, find, load_lazily, locate
@@ -146,9 +146,8 @@ def _read_pickle(torch: Any, file: Path) -> dict[str, mx.array]:
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, zip errors.
-        reason = " ".join(str(error).split())[:160].rstrip(".")
         raise ModelError(
-            f"{file}: torch's safe reader refuses it ({reason}); get the checkpoint's safetensors."
+            f"{file}: torch's safe reader refuses it ({reason_of(error)}); get the checkpoint's safetensors."
         ) from None
     table = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else None
     if not isinstance(table, Mapping) or not all(hasattr(value, "numpy") for value in table.values()):

@@ -64,49 +64,50 @@ def write_adapter(folder: Path, weights_file: str, adapter: Adapter) -> int:
     return sum(array.nbytes for array in adapter.weights.values())
 
 
-def peft_to_mlx(peft: Adapter, model: nn.Module, place: str) -> Adapter:
+def peft_to_mlx(peft: Adapter, model: nn.Module, location: str) -> Adapter:
     """mlx-lm's form of a PEFT adapter for `model`.
 
     Args:
         peft: PEFT's form.
         model: the base model, without adapters; it has them afterwards, at their starting values.
-        place: the folder, for errors.
+        location: the folder, for errors.
 
     Raises:
         ModelError: it is for another model, or says something mlx-lm's adapters cannot express.
     """
-    scaling = read_scaling(peft.config, f"{place}/{CONFIG}")
+    scaling = read_scaling(peft.config, f"{location}/{CONFIG}")
     modules = dict(model.named_modules())
     weights: dict[str, mx.array] = {}
     stored = []
     for name, array in peft.weights.items():
-        module, leaf = _split(name, place)
+        module, leaf = _split(name, location)
         if module not in modules:
-            raise ModelError(f"{place}: adapts {module!r}, which this model does not have; check --model.")
+            raise ModelError(f"{location}: adapts {module!r}, which this model does not have; check --model.")
         if leaf == _BASE_LAYER:
-            _check_same(array, modules[module], module, place)
+            _check_same(array, modules[module], module, location)
             stored.append(name)
         elif leaf == "lora_magnitude_vector":
             weights[f"{module}.m"] = array
         else:
             weights[f"{module}.{(_LINEAR | _EMBEDDING)[leaf]}"] = array.T
     adapted = {name.rpartition(".")[0] for name in weights}
-    _check_kinds(adapted, modules, model, scaling, place)
+    _check_kinds(adapted, modules, model, scaling, location)
     carried = peft.metadata.get(_CARRIED)
     if carried is None:
         lora = {"rank": scaling.rank, "scale": scaling.scale, "dropout": scaling.dropout}
         config = {
-            "fine_tune_type": "dora" if scaling.dora else "lora", **_place_keys(adapted, model, lora),
+            "fine_tune_type": "dora" if scaling.dora else "lora",
+            **_place_keys(adapted, model, lora),
             "peft": {"config": peft.config, "base_layers": stored},
-        }  # fmt: skip
+        }
     else:
-        config = _carried_mlx(carried, scaling, place)
+        config = _carried_mlx(carried, scaling, location)
     result = Adapter(config, weights, {key: value for key, value in peft.metadata.items() if key != _CARRIED})
-    check_fits(result, model, place)
+    check_fits(result, model, location)
     return result
 
 
-def mlx_to_peft(adapter: Adapter, model: nn.Module, names: set[str], base: str, place: str) -> Adapter:
+def mlx_to_peft(adapter: Adapter, model: nn.Module, names: set[str], base: str, location: str) -> Adapter:
     """PEFT's form of one of mlx-lm's adapters for `model`.
 
     Args:
@@ -114,21 +115,21 @@ def mlx_to_peft(adapter: Adapter, model: nn.Module, names: set[str], base: str, 
         model: the base model, without adapters; it has them afterwards, at their starting values.
         names: the checkpoint's own tensor names, by which PEFT will look for modules.
         base: the base model's name, for PEFT's config.
-        place: the folder, for errors.
+        location: the folder, for errors.
 
     Raises:
         ModelError: it is for another model, or is something PEFT cannot express.
     """
     modules = dict(model.named_modules())
-    scaling = _mlx_scaling(adapter.config, f"{place}/{CONFIG}")
+    scaling = _mlx_scaling(adapter.config, f"{location}/{CONFIG}")
     adapted = {name.rpartition(".")[0] for name in adapter.weights}
-    _check_kinds(adapted, modules, model, scaling, place)
+    _check_kinds(adapted, modules, model, scaling, location)
     for module in sorted(adapted):
         if f"{module}.weight" not in names:
             raise ModelError(
-                f"{place}: adapts {module!r}, which the checkpoint has under no such name for PEFT to find."
+                f"{location}: adapts {module!r}, which the checkpoint has under no such name for PEFT to find."
             )
-    check_fits(adapter, model, place)
+    check_fits(adapter, model, location)
     weights = {}
     for name, array in adapter.weights.items():
         module, _, leaf = name.rpartition(".")
@@ -141,13 +142,13 @@ def mlx_to_peft(adapter: Adapter, model: nn.Module, names: set[str], base: str, 
         config = make_peft_config(scaling, find_targets(adapted, list(modules), leaves), base)
         metadata = {_CARRIED: json.dumps(adapter.config)}
     else:
-        config, metadata = _carried_config(carried, scaling, adapted, place), {}
+        config, metadata = _carried_config(carried, scaling, adapted, location), {}
         for name in carried.get("base_layers", ()):
-            weights[name] = modules[_split(name, place)[0]].weight
+            weights[name] = modules[_split(name, location)[0]].weight
     return Adapter(config, weights, {"format": "pt", **adapter.metadata, **metadata})
 
 
-def check_fits(adapter: Adapter, model: nn.Module, place: str) -> None:
+def check_fits(adapter: Adapter, model: nn.Module, location: str) -> None:
     """Put adapters on `model` as mlx-lm does and make sure that these weights are exactly theirs, in name and shape.
 
     Raises:
@@ -161,7 +162,7 @@ def check_fits(adapter: Adapter, model: nn.Module, place: str) -> None:
             use_dora=adapter.config.get("fine_tune_type") == "dora",
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"{place}: mlx-lm cannot put these adapters on the model ({error}).") from None
+        raise ModelError(f"{location}: mlx-lm cannot put these adapters on the model ({error}).") from None
     expected = {
         f"{name}.{leaf}": module[leaf].shape
         for name, module in model.named_modules()
@@ -174,62 +175,62 @@ def check_fits(adapter: Adapter, model: nn.Module, place: str) -> None:
         if name not in expected or found != expected[name]:
             wanted = f"shape {expected[name]}" if name in expected else "nothing of this name"
             raise ModelError(
-                f"{place}: {name} {'is missing' if found is None else f'has shape {found}'}, the model with these "
+                f"{location}: {name} {'is missing' if found is None else f'has shape {found}'}, the model with these "
                 f"settings has {wanted}; check --model."
             )
 
 
-def _split(name: str, place: str) -> tuple[str, str]:
+def _split(name: str, location: str) -> tuple[str, str]:
     """Module and leaf of a PEFT tensor name."""
     for leaf in (*_LINEAR, *_EMBEDDING, _BASE_LAYER):
         if name.startswith(_PREFIX) and name.endswith(f".{leaf}"):
             return name[len(_PREFIX) : -len(leaf) - 1], leaf
-    raise ModelError(f"{place}: tensor {name!r} is of no LoRA or DoRA layer, so it cannot be expressed by mlx-lm.")
+    raise ModelError(f"{location}: tensor {name!r} is of no LoRA or DoRA layer, so it cannot be expressed by mlx-lm.")
 
 
 def _check_kinds(
-    adapted: set[str], modules: Mapping[str, nn.Module], model: nn.Module, scaling: Scaling, place: str
+    adapted: set[str], modules: Mapping[str, nn.Module], model: nn.Module, scaling: Scaling, location: str
 ) -> None:
     for name in sorted(adapted):
         module = modules.get(name)
         if module is None:
-            raise ModelError(f"{place}: adapts {name!r}, which this model does not have; check --model.")
+            raise ModelError(f"{location}: adapts {name!r}, which this model does not have; check --model.")
         if _is_embedding(module):
             if not any(other.rpartition(".")[2] == "lm_head" for other in modules):
                 raise ModelError(
-                    f"{place}: adapts {name!r}, which this model also uses as its head: mlx-lm adapts both uses and "
+                    f"{location}: adapts {name!r}, which this model also uses as its head: mlx-lm adapts both uses and "
                     "PEFT only one, so neither can express the other's."
                 )
             if scaling.dora:
-                raise ModelError(f"{place}: DoRA on the embedding {name!r} is not the same in PEFT and mlx-lm.")
+                raise ModelError(f"{location}: DoRA on the embedding {name!r} is not the same in PEFT and mlx-lm.")
         elif not isinstance(module, nn.Linear | nn.QuantizedLinear):
             kind = type(module).__name__
-            raise ModelError(f"{place}: {name!r} is a {kind} here, and only linear and embedding layers convert.")
+            raise ModelError(f"{location}: {name!r} is a {kind} here, and only linear and embedding layers convert.")
 
 
 def _is_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
 
 
-def _check_same(stored: mx.array, module: nn.Module, name: str, place: str) -> None:
+def _check_same(stored: mx.array, module: nn.Module, name: str, location: str) -> None:
     own = module.get("weight")
     if own is None or own.shape != stored.shape or not mx.array_equal(own.astype(stored.dtype), stored).item():
         raise ModelError(
-            f"{place}: holds weights of {name!r} itself that differ from this model's, which mlx-lm's adapters cannot "
-            "express; merge them with PEFT."
+            f"{location}: holds weights of {name!r} itself that differ from this model's, which mlx-lm's adapters "
+            "cannot express; merge them with PEFT."
         )
 
 
-def _carried_mlx(carried: str, scaling: Scaling, place: str) -> dict[str, Any]:
+def _carried_mlx(carried: str, scaling: Scaling, location: str) -> dict[str, Any]:
     """The config of mlx-lm's that an adapter came with, as long as PEFT's still says the same."""
     try:
         config = dict(json.loads(carried))
-        same = same_scaling(_mlx_scaling(config, place), scaling)
+        same = same_scaling(_mlx_scaling(config, location), scaling)
     except (ValueError, TypeError):
         same = False
     if not same:
         raise ModelError(
-            f"{place}/{CONFIG}: r, lora_alpha or another setting was changed since it was converted, so it and the "
+            f"{location}/{CONFIG}: r, lora_alpha or another setting was changed since it was converted, so it and the "
             "header of its safetensors file disagree; put them back."
         )
     return config
@@ -256,10 +257,10 @@ def _place_keys(adapted: set[str], model: nn.Module, lora: Mapping[str, Any]) ->
     return {"num_layers": layers, "lora_parameters": {**lora, "keys": sorted(keys)}}
 
 
-def _mlx_scaling(config: Mapping[str, Any], place: str) -> Scaling:
+def _mlx_scaling(config: Mapping[str, Any], location: str) -> Scaling:
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
-        raise ModelError(f"{place}: fine_tune_type is {kind!r}: these are whole weights, not an adapter; use merge.")
+        raise ModelError(f"{location}: fine_tune_type is {kind!r}: these are whole weights, not an adapter; use merge.")
     lora = config.get("lora_parameters")
     try:
         rank, scale, dropout = lora["rank"], lora["scale"], lora.get("dropout", 0.0)  # type: ignore[index, union-attr]
@@ -267,20 +268,20 @@ def _mlx_scaling(config: Mapping[str, Any], place: str) -> Scaling:
             return Scaling(rank, float(scale), float(dropout), kind == "dora")
     except (KeyError, TypeError, ValueError, AttributeError):
         pass
-    raise ModelError(f"{place}: is no adapter config of mlx-lm (num_layers, lora_parameters with rank and scale).")
+    raise ModelError(f"{location}: is no adapter config of mlx-lm (num_layers, lora_parameters with rank and scale).")
 
 
-def _carried_config(carried: Any, scaling: Scaling, adapted: set[str], place: str) -> dict[str, Any]:
+def _carried_config(carried: Any, scaling: Scaling, adapted: set[str], location: str) -> dict[str, Any]:
     """The PEFT config an adapter came with, as long as it still says the same."""
     try:
         config = dict(carried["config"])
-        same = same_scaling(read_scaling(config, place), scaling)
+        same = same_scaling(read_scaling(config, location), scaling)
         named = config["target_modules"] == "all-linear" or all(matches(config, name) for name in adapted)
     except (KeyError, TypeError, ValueError):
         same = named = False
     if not same or not named:
         raise ModelError(
-            f"{place}/{CONFIG}: its `peft` part, which it was converted from, and its lora_parameters disagree; remove "
-            "that part to write a new PEFT config."
+            f"{location}/{CONFIG}: its `peft` part, which it was converted from, and its lora_parameters disagree; "
+            "remove that part to write a new PEFT config."
         )
     return config

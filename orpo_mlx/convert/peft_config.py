@@ -10,13 +10,35 @@ from typing import Any, NamedTuple
 from orpo_mlx.errors import ModelError
 
 _HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
     "fan_in_fan_out",
-    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-    "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
     "revision",
-    "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora", "alpha_pattern", "rank_pattern",
-}  # fmt: skip
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+    "alpha_pattern",
+    "rank_pattern",
+}
 """Keys that are read here, or say how the adapter was made; every other must be at rest (null, false, empty)."""
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Ways to initialise that leave the base model's weights as they are; the others adapt a changed base."""
@@ -32,22 +54,22 @@ class Scaling(NamedTuple):
     dora: bool
 
 
-def read_scaling(config: Mapping[str, Any], place: str) -> Scaling:
+def read_scaling(config: Mapping[str, Any], location: str) -> Scaling:
     """The numbers of a PEFT config.
 
     Raises:
         ModelError: it is not LoRA's, is damaged, or says something mlx-lm's adapters cannot express.
     """
     if config.get("peft_type") != "LORA":
-        raise ModelError(f"{place}: peft_type is {config.get('peft_type')!r}, and only 'LORA' can be converted.")
+        raise ModelError(f"{location}: peft_type is {config.get('peft_type')!r}, and only 'LORA' can be converted.")
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")
     dropout: Any = config.get("lora_dropout", 0.0)
     if type(rank) is not int or rank < 1 or not _is_number(alpha) or not _is_number(dropout):
         raise ModelError(
-            f"{place}: r, lora_alpha and lora_dropout are {rank!r}, {alpha!r} and {dropout!r}, not numbers."
+            f"{location}: r, lora_alpha and lora_dropout are {rank!r}, {alpha!r} and {dropout!r}, not numbers."
         )
-    _refuse_inexpressible(config, rank, alpha, place)
+    _refuse_inexpressible(config, rank, alpha, location)
     root = math.sqrt(rank) if config.get("use_rslora") else rank
     return Scaling(rank, alpha / root, float(dropout), bool(config.get("use_dora")))
 
@@ -56,28 +78,29 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _refuse_inexpressible(config: Mapping[str, Any], rank: int, alpha: float, place: str) -> None:
+def _refuse_inexpressible(config: Mapping[str, Any], rank: int, alpha: float, location: str) -> None:
     for key, value in config.items():
         if key not in _HARMLESS and value not in (None, False) and value != {} and value != []:
             if key == "megatron_config" or key not in ("modules_to_save", "lora_bias", "layer_replication"):
-                raise ModelError(f"{place}: {key} ({value!r}) cannot be expressed by mlx-lm's adapters.")
+                raise ModelError(f"{location}: {key} ({value!r}) cannot be expressed by mlx-lm's adapters.")
             raise ModelError(
-                f"{place}: {key} ({value!r}) cannot be expressed by mlx-lm's adapters; merge it with PEFT."
+                f"{location}: {key} ({value!r}) cannot be expressed by mlx-lm's adapters; merge it with PEFT."
             )
     if config.get("bias", "none") != "none":
         raise ModelError(
-            f"{place}: bias is {config['bias']!r}: trained biases cannot be expressed by mlx-lm's adapters."
+            f"{location}: bias is {config['bias']!r}: trained biases cannot be expressed by mlx-lm's adapters."
         )
     for key, common in (("rank_pattern", rank), ("alpha_pattern", alpha)):
         other = {name: value for name, value in (config.get(key) or {}).items() if value != common}
         if other:
             raise ModelError(
-                f"{place}: {key} ({other!r}) differs from the rest, and mlx-lm's adapters have one rank and one scale."
+                f"{location}: {key} ({other!r}) differs from the rest, and mlx-lm's adapters have one rank and "
+                "one scale."
             )
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise ModelError(
-            f"{place}: init_lora_weights is {start!r}, which changes the base model's weights; convert the adapter "
+            f"{location}: init_lora_weights is {start!r}, which changes the base model's weights; convert the adapter "
             "to plain LoRA with PEFT first (path_initial_model_for_weight_conversion)."
         )
 
@@ -91,11 +114,21 @@ def make_peft_config(scaling: Scaling, targets: Mapping[str, Any], base: str) ->
         base: the name of the base model.
     """
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-        "r": scaling.rank, "lora_alpha": _alpha(scaling), "lora_dropout": scaling.dropout, "bias": "none",
-        "use_dora": scaling.dora, "use_rslora": False, "fan_in_fan_out": False, "init_lora_weights": True,
-        "modules_to_save": None, **targets,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": scaling.rank,
+        "lora_alpha": _alpha(scaling),
+        "lora_dropout": scaling.dropout,
+        "bias": "none",
+        "use_dora": scaling.dora,
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        **targets,
+    }
 
 
 def _alpha(scaling: Scaling) -> float | int:

@@ -19,7 +19,7 @@ from orpo_mlx.convert.peft_adapters import Adapter
 from orpo_mlx.convert.task import Task
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.score import score_pairs
-from orpo_mlx.errors import ModelError
+from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.loading import ModelHead, load
 from orpo_mlx.types import TokenizedPair
@@ -127,8 +127,7 @@ def transformers_logps(
                 for side in (pair.chosen_ids, pair.rejected_ids)
             ]
     except Exception as error:  # Whatever a model's own code raises means that there is nothing to compare with.
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise ModelError(f"{folder}: transformers cannot run it ({reason}).") from error
+        raise ModelError(f"{folder}: transformers cannot run it ({reason_of(error)}).") from error
     return np.concatenate(rows)
 
 

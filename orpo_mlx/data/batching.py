@@ -26,9 +26,9 @@ Value = TypeVar("Value")
 def collate(pairs: Sequence[TokenizedPair], layout: RowLayout | None = None, *, with_prompt: bool = False) -> Batch:
     """B pairs as one `Batch`: what their prompts share with the completions once, the rest before each completion.
 
-    All prompts give the same number of tokens to `prefix_ids`, so that only the right end of a row is ever padded: every
-    row is causal from its first token on, and no layer needs a mask. The last token of a completion is not run, since
-    nothing is predicted from it.
+    All prompts give the same number of tokens to `prefix_ids`, so that only the right end of a row is ever padded:
+    every row is causal from its first token on, and no layer needs a mask. The last token of a completion is not run,
+    since nothing is predicted from it.
 
     Args:
         pairs: B pairs.
@@ -76,8 +76,11 @@ def shared_tokens(pairs: Sequence[TokenizedPair], layout: RowLayout) -> int:
 
 
 def bucket(length: int, multiple: int, layout: RowLayout, *, up: bool = True) -> int:
-    """`length`, rounded up or down to a multiple of `multiple`; with `layout.few_shapes` to one of at most 16 sizes between
-    a length and its double, so that shapes repeat and padding takes little."""
+    """`length`, rounded up or down to a multiple of `multiple`.
+
+    With `layout.few_shapes` to one of at most 16 sizes between a length and its double, so that shapes repeat and
+    padding takes little.
+    """
     step = multiple
     while layout.few_shapes and length > step * _STEPS_PER_OCTAVE:
         step *= 2
@@ -155,8 +158,8 @@ def micro_batches(
 ) -> list[list[TokenizedPair]]:
     """The pairs of a step in batches of at most `most_pairs` pairs and `most_tokens` tokens, padding included.
 
-    Each pair, by length, joins the batch it pads least, unless that costs more tokens than a batch of its own is worth; a
-    pair that is longer than `most_tokens` is always alone. Tokens are those that are run, as `collate` lays them out.
+    Each pair, by length, joins the batch it pads least, unless that costs more tokens than a batch of its own is worth;
+    a pair that is longer than `most_tokens` is always alone. Tokens are those that are run, as `collate` lays them out.
     """
     layout = layout or device_profile().layout
     batches: list[list[TokenizedPair]] = []
@@ -202,6 +205,15 @@ def _chunks(indices: npt.NDArray[Any], size: int) -> list[list[int]]:
     return [[int(index) for index in indices[start : start + size]] for start in range(0, len(indices), size)]
 
 
+def real_tokens(pairs: Sequence[TokenizedPair], layout: RowLayout | None = None) -> int:
+    """Tokens that are run for a batch of these pairs, without padding."""
+    shared = shared_tokens(pairs, layout or device_profile().layout)
+    rows = sum(
+        2 * (len(pair.prompt_ids) - shared - 1) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs
+    )
+    return len(pairs) * shared + rows
+
+
 def _row_groups(pairs: Sequence[TokenizedPair], shared: int, layout: RowLayout) -> list[list[Ids]]:
     """The rows of each array: of chosen and of rejected completions, or both, a pair's rows side by side."""
     sides = [
@@ -239,8 +251,8 @@ def _completion_places(pairs: Sequence[TokenizedPair], shared: int, widths: Ids,
 
 
 def _prompt_places(pairs: Sequence[TokenizedPair], shared: int, widths: Ids, layout: RowLayout) -> list[Places]:
-    """The same for prompt tokens from the second on: from the prefixes' states, which lie behind all rows, and then from
-    those of the rest of the prompt in the chosen row."""
+    """The same for prompt tokens from the second on: in the prefixes, which lie behind all rows, and then in the rest
+    of the prompt in the chosen row."""
     chosen, _ = _row_starts(len(pairs), widths, layout)
     behind = len(pairs) * (2 * widths[0] if layout.joined else sum(widths))
     return [

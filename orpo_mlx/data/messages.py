@@ -12,54 +12,54 @@ from orpo_mlx.types import Message, Text
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 
 
-def text_or_turns(value: Any, name: str, place: str, role: str) -> Text:
+def text_or_turns(value: Any, name: str, location: str, role: str) -> Text:
     """A string as it is; a message or a list of messages as turns.
 
     Raises:
         DataError: it is neither.
     """
-    return text_of(value, name, place) if not isinstance(value, (list, dict)) else texts(value, name, place, role)
+    return text_of(value, name, location) if not isinstance(value, (list, dict)) else texts(value, name, location, role)
 
 
-def texts(value: Any, name: str, place: str, role: str = "user") -> tuple[Message, ...]:
+def texts(value: Any, name: str, location: str, role: str = "user") -> tuple[Message, ...]:
     """Chat turns: a list of messages, one message, or a string as one turn of `role`.
 
     Raises:
         DataError: it is something else, or a message is.
     """
     if isinstance(value, str):
-        return ({"role": role, "content": text_of(value, name, place)},)
+        return ({"role": role, "content": text_of(value, name, location)},)
     if isinstance(value, dict):
-        return (message(value, name, place),)
+        return (message(value, name, location),)
     if not isinstance(value, list):
-        raise DataError(f"{place}: {name!r} is a JSON {kind(value)}, expected a string or a list of messages.")
+        raise DataError(f"{location}: {name!r} is a JSON {kind(value)}, expected a string or a list of messages.")
     if not value:
-        raise DataError(f"{place}: {name!r} is an empty list, expected at least one message.")
-    return tuple(message(item, f"{name}[{number}]", place) for number, item in enumerate(value))
+        raise DataError(f"{location}: {name!r} is an empty list, expected at least one message.")
+    return tuple(message(item, f"{name}[{number}]", location) for number, item in enumerate(value))
 
 
-def message(value: Any, name: str, place: str) -> Message:
+def message(value: Any, name: str, location: str) -> Message:
     """One chat turn, from `role` and `content` or from ShareGPT's `from` and `value`.
 
     Raises:
         DataError: it is not a message whose content is text.
     """
     if not isinstance(value, dict):
-        raise DataError(f"{place}: {name} is a JSON {kind(value)}, expected a message object.")
+        raise DataError(f"{location}: {name} is a JSON {kind(value)}, expected a message object.")
     turn = {key: item for key, item in value.items() if item is not None}
     if "role" not in turn and "from" in turn:
-        return _sharegpt_message(turn, name, place)
+        return _sharegpt_message(turn, name, location)
     role = turn.get("role")
     if not isinstance(role, str):
-        raise DataError(f"{place}: {name}.role must be a string, found {_found(turn, 'role')}.")
+        raise DataError(f"{location}: {name}.role must be a string, found {_found(turn, 'role')}.")
     content = turn.get("content")
     if content is None and turn.get("tool_calls"):
         content = ""
     if isinstance(content, list):
-        content = "".join(_part(part, f"{name}.content[{number}]", place) for number, part in enumerate(content))
+        content = "".join(_part(part, f"{name}.content[{number}]", location) for number, part in enumerate(content))
     if not isinstance(content, str):
-        raise DataError(f"{place}: {name}.content must be a string, found {_found(turn, 'content')}.")
-    return {**turn, "content": _encodable(content, f"{name}.content", place)}
+        raise DataError(f"{location}: {name}.content must be a string, found {_found(turn, 'content')}.")
+    return {**turn, "content": _encodable(content, f"{name}.content", location)}
 
 
 def as_turns(text: Text, role: str) -> tuple[Message, ...]:
@@ -74,15 +74,15 @@ def is_empty(text: Text) -> bool:
     return not any(turn["content"].strip() or turn.get("tool_calls") for turn in text)
 
 
-def text_of(value: Any, name: str, place: str) -> str:
+def text_of(value: Any, name: str, location: str) -> str:
     """A string that can be encoded.
 
     Raises:
         DataError: it is not one.
     """
     if not isinstance(value, str):
-        raise DataError(f"{place}: {name!r} is a JSON {kind(value)}, expected a string or a list of messages.")
-    return _encodable(value, name, place)
+        raise DataError(f"{location}: {name!r} is a JSON {kind(value)}, expected a string or a list of messages.")
+    return _encodable(value, name, location)
 
 
 def kind(value: Any) -> str:
@@ -91,35 +91,35 @@ def kind(value: Any) -> str:
     return names.get(type(value), "null" if value is None else type(value).__name__)
 
 
-def _sharegpt_message(turn: dict[str, Any], name: str, place: str) -> Message:
+def _sharegpt_message(turn: dict[str, Any], name: str, location: str) -> Message:
     said, value = turn["from"], turn.get("value")
     if not isinstance(said, str) or not isinstance(value, str):
-        raise DataError(f"{place}: {name} must have 'from' and 'value' as strings, found {_found(turn, 'value')}.")
+        raise DataError(f"{location}: {name} must have 'from' and 'value' as strings, found {_found(turn, 'value')}.")
     role = _ROLES.get(said, said)
     if said != "function_call":
-        return {"role": role, "content": _encodable(value, f"{name}.value", place)}
+        return {"role": role, "content": _encodable(value, f"{name}.value", location)}
     try:
         call = json.loads(value)
     except (ValueError, RecursionError):
-        raise DataError(f"{place}: {name} is a function call, but its value is not JSON.") from None
+        raise DataError(f"{location}: {name} is a function call, but its value is not JSON.") from None
     return {"role": role, "content": "", "tool_calls": [{"type": "function", "function": call}]}
 
 
-def _part(part: Any, name: str, place: str) -> str:
+def _part(part: Any, name: str, location: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     found = part.get("type", "no type") if isinstance(part, dict) else kind(part)
-    raise DataError(f"{place}: {name} is of type {str(found)[:40]!r}; only text can be trained on here.")
+    raise DataError(f"{location}: {name} is of type {str(found)[:40]!r}; only text can be trained on here.")
 
 
 def _found(turn: dict[str, Any], key: str) -> str:
     return kind(turn[key]) if key in turn else "nothing"
 
 
-def _encodable(text: str, name: str, place: str) -> str:
+def _encodable(text: str, name: str, location: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ascii(text[error.start])
-        raise DataError(f"{place}: {name!r} holds half of a surrogate pair ({code}), which is not text.") from None
+        raise DataError(f"{location}: {name!r} holds half of a surrogate pair ({code}), which is not text.") from None
     return text

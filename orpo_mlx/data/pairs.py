@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -13,7 +12,7 @@ from orpo_mlx.data.messages import is_empty
 from orpo_mlx.data.readers import Row
 from orpo_mlx.data.row_counts import RowReport
 from orpo_mlx.data.sources import FileSource, Source
-from orpo_mlx.errors import ConfigError, DataError
+from orpo_mlx.errors import ConfigError, DataError, did_you_mean
 from orpo_mlx.types import Pair, TokenizedPair
 
 SCORED_WRONGLY = "whose scores put the rejected side first"
@@ -26,7 +25,7 @@ class Reading:
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Column names by the names this package knows, such as {"prompt": "question"}."""
     pair_ratings: str | None = None
-    """How a row of rated completions becomes pairs, one of `shapes.PAIRINGS`."""
+    """How a row of rated completions becomes pairs, one of `ratings.PAIRINGS`."""
     min_margin: float | None = None
     """Leave out pairs whose chosen side scores less than this above the rejected one."""
     skip_bad_rows: bool = False
@@ -36,7 +35,7 @@ class Reading:
 class PairsOfRow(NamedTuple):
     """The pairs one row gave, at least one."""
 
-    place: str
+    location: str
     pairs: list[Pair | TokenizedPair]
 
 
@@ -54,18 +53,18 @@ def read_pairs(source: Source, reading: Reading, report: RowReport) -> Iterator[
         except DataError as error:
             if not reading.skip_bad_rows:
                 raise with_remedy(error) from None
-            report.drop("bad_row", row.place, error)
+            report.drop("bad_row", row.location, error)
             continue
         report.shapes[read.shape] += 1
         if not pairs:
-            report.drop(reason, row.place)
+            report.drop(reason, row.location)
             continue
         report.pairs_left_out += len(read.pairs) - len(pairs)
         if read.note is not None:
-            report.note(read.note, row.place)
+            report.note(read.note, row.location)
         if any(isinstance(pair, Pair) and (pair.margin or 0) < 0 for pair in pairs):
-            report.note(SCORED_WRONGLY, row.place)
-        yield PairsOfRow(row.place, pairs)
+            report.note(SCORED_WRONGLY, row.location)
+        yield PairsOfRow(row.location, pairs)
     if not report.rows_read:
         _no_rows(source.name)
 
@@ -81,7 +80,7 @@ def load_pairs(path: str | Path, reading: Reading | None = None) -> list[Pair | 
     for row in FileSource([Path(path)]).rows():
         reason, usable = _usable(_read(row, reading).pairs, reading.min_margin)
         if not usable:
-            raise DataError(f"{row.place}: {report.words(reason)}.")
+            raise DataError(f"{row.location}: {report.words(reason)}.")
         pairs += usable
     return pairs or _no_rows(str(path))
 
@@ -98,9 +97,8 @@ def parse_columns(text: str | None) -> dict[str, str]:
         if not (name and equals and column) or name in columns:
             raise ConfigError(f"--columns: found {part!r}, expected NAME=COLUMN once for each name, joined by commas.")
         if name not in COLUMNS:
-            near = difflib.get_close_matches(name, COLUMNS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COLUMNS)}."
-            raise ConfigError(f"--columns: {name!r} is not a name that rows are read by; {hint}")
+            hint = did_you_mean(name, COLUMNS, f"; expected one of {', '.join(COLUMNS)}.")
+            raise ConfigError(f"--columns: {name!r} is not a name that rows are read by{hint}")
         columns[name] = column
     return columns
 
@@ -108,7 +106,7 @@ def parse_columns(text: str | None) -> dict[str, str]:
 def _read(row: Row, reading: Reading) -> ReadRow:
     if isinstance(row.value, DataError):
         raise row.value
-    return read_row(_renamed(row, reading.columns), row.place, pair_ratings=reading.pair_ratings)
+    return read_row(_renamed(row, reading.columns), row.location, pair_ratings=reading.pair_ratings)
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Any:
@@ -117,7 +115,7 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Any:
     for name, column in columns.items():
         if column not in row.value:
             found = ", ".join(sorted(map(str, row.value))[:8]) or "no columns"
-            raise DataError(f"{row.place}: --columns {name}={column}: no such column, found {found}.")
+            raise DataError(f"{row.location}: --columns {name}={column}: no such column, found {found}.")
     # A column that gives its name to another is out of the way, whatever it held.
     taken = set(columns) | set(columns.values())
     rest = {name: value for name, value in row.value.items() if name not in taken}
@@ -136,7 +134,7 @@ def _unusable(pair: Pair | TokenizedPair, min_margin: float | None) -> str | Non
         margin = pair.margin if isinstance(pair, Pair) else None
         if margin is None:
             raise DataError(
-                f"{pair.place}: --min-margin {min_margin:g} needs scores such as score_chosen and score_rejected; "
+                f"{pair.location}: --min-margin {min_margin:g} needs scores such as score_chosen and score_rejected; "
                 "the row does not have both."
             )
         if margin < min_margin:

@@ -1,4 +1,4 @@
-"""Rows of one data file, one after another, with the place each stands at. A broken row is handed on as its error."""
+"""Rows of one data file, one after another, each with its location. A broken row is handed on as its error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from orpo_mlx.errors import DataError
+from orpo_mlx.errors import DataError, reason_of
 
 _BLOCK = 1 << 20
 _BATCH_ROWS = 512
@@ -20,7 +20,7 @@ _BETWEEN = re.compile(r"[\s,]*")
 class Row(NamedTuple):
     """A row as it stands in its file."""
 
-    place: str
+    location: str
     """`file:line`; for Parquet, Arrow and the Hub the row's number from 1."""
     value: Any | DataError
     """What was read, or why it cannot be."""
@@ -39,7 +39,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         _check_kind(path)
         yield from reader(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or _one_line(error)}).") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror or reason_of(error)}).") from None
 
 
 def _check_kind(path: Path) -> None:
@@ -58,8 +58,8 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
         for number, line in enumerate(file, 1):
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if text.strip():
-                place = f"{path}:{number}"
-                yield Row(place, _or_error(_parse_json, text, place))
+                location = f"{path}:{number}"
+                yield Row(location, _or_error(_parse_json, text, location))
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -138,20 +138,20 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             raise DataError(f"{path}:{line}: not valid CSV ({error}).") from None
 
 
-def _csv_row(header: list[str], cells: list[str], place: str) -> dict[str, Any]:
+def _csv_row(header: list[str], cells: list[str], location: str) -> dict[str, Any]:
     if len(cells) != len(header):
-        raise DataError(f"{place}: found {len(cells)} cells, expected {len(header)} ({', '.join(header[:8])}).")
-    return {name: _cell(text, name, place) for name, text in zip(header, cells, strict=True)}
+        raise DataError(f"{location}: found {len(cells)} cells, expected {len(header)} ({', '.join(header[:8])}).")
+    return {name: _cell(text, name, location) for name, text in zip(header, cells, strict=True)}
 
 
-def _cell(text: str, name: str, place: str) -> Any:
+def _cell(text: str, name: str, location: str) -> Any:
     start = text.lstrip()[:2]
     if start in ("[{", "[["):
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
             if text.lstrip().startswith("[{'"):
-                raise DataError(f"{place}: {name!r} is a list as Python prints it, expected JSON.") from None
+                raise DataError(f"{location}: {name!r} is a list as Python prints it, expected JSON.") from None
     return text
 
 
@@ -195,7 +195,7 @@ def _arrow_rows(path: Path, batches: Callable[[], Iterable[Any]], kind: str) -> 
                     number += 1
                     yield Row(f"{path}:{number}", value)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}:{number + 1}: not {kind}, or a damaged one ({_one_line(error)}).") from None
+        raise DataError(f"{path}:{number + 1}: not {kind}, or a damaged one ({reason_of(error)}).") from None
 
 
 def _or_error(parse: Callable[..., Any], *arguments: Any) -> Any | DataError:
@@ -205,13 +205,15 @@ def _or_error(parse: Callable[..., Any], *arguments: Any) -> Any | DataError:
         return error
 
 
-def _parse_json(text: bytes, place: str) -> Any:
+def _parse_json(text: bytes, location: str) -> Any:
     try:
         return json.loads(text)
     except UnicodeDecodeError:
-        raise _not_utf8(place) from None
+        raise _not_utf8(location) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: invalid JSON ({_json_reason(error)}); expected one JSON object per line.") from None
+        raise DataError(
+            f"{location}: invalid JSON ({_json_reason(error)}); expected one JSON object per line."
+        ) from None
 
 
 def _json_reason(error: Exception) -> str:
@@ -220,12 +222,8 @@ def _json_reason(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else "a number that is too long"
 
 
-def _not_utf8(place: str) -> DataError:
-    return DataError(f"{place}: not UTF-8 text; save the file as UTF-8.")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
+def _not_utf8(location: str) -> DataError:
+    return DataError(f"{location}: not UTF-8 text; save the file as UTF-8.")
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

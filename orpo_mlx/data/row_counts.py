@@ -41,21 +41,21 @@ class RowReport:
     notes: Counter[str] = dataclasses.field(default_factory=Counter)
     """Rows that were taken, with something to know about how."""
     places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    """The first ten places of each reason and note."""
+    """The locations of the first ten of each reason and note."""
     left_out: list[str] = dataclasses.field(default_factory=list)
     """A line for each row left out, up to 10,000."""
 
-    def drop(self, reason: str, place: str, error: DataError | None = None) -> None:
+    def drop(self, reason: str, location: str, error: DataError | None = None) -> None:
         """Count a row that is left out."""
         self.dropped[reason] += 1
-        self._remember(reason, place)
+        self._remember(reason, location)
         if len(self.left_out) < _LISTED:
-            self.left_out.append(str(error) if error else f"{place}: {self.words(reason)}.")
+            self.left_out.append(str(error) if error else f"{location}: {self.words(reason)}.")
 
-    def note(self, words: str, place: str) -> None:
+    def note(self, words: str, location: str) -> None:
         """Count a row that is taken in a way worth knowing."""
         self.notes[words] += 1
-        self._remember(words, place)
+        self._remember(words, location)
 
     def words(self, reason: str) -> str:
         """A reason in words."""
@@ -82,7 +82,7 @@ class RowReport:
         counters = {name: Counter(table[name]) for name in ("shapes", "dropped", "notes")}
         return cls(**{**table, **counters})
 
-    def _remember(self, key: str, place: str) -> None:
+    def _remember(self, key: str, location: str) -> None:
         places = self.places.setdefault(key, [])
         if len(places) < _PLACES:
-            places.append(place)
+            places.append(location)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orpo_mlx.data.readers import READERS, Row, read_rows
-from orpo_mlx.errors import DataError
+from orpo_mlx.errors import DataError, reason_of
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -136,7 +136,7 @@ def _data_files(folder: Path) -> list[Path]:
     """Readable files in a folder, its `data/`, and its sub-folders that bear a split's name."""
     known = {name for names in SPLIT_NAMES.values() for name in names} | {"data"}
     folders = [folder, *(entry for entry in sorted(folder.iterdir()) if entry.is_dir() and entry.name in known)]
-    files = [entry for place in folders for entry in sorted(place.iterdir()) if entry.is_file()]
+    files = [entry for location in folders for entry in sorted(location.iterdir()) if entry.is_file()]
     return [entry for entry in files if entry.suffix.lower() in READERS and entry.name not in _NOT_ROWS]
 
 
@@ -160,9 +160,8 @@ def _hub_splits(
     try:
         found = load_dataset(name, config, revision=revision)
     except Exception as error:  # Hub, HTTP, format and cache errors of three libraries; each means it is not to be had.
-        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise DataError(
-            f"--data {data}: no such file or folder, and not to be had from the Hub as a data set ({reason})."
+            f"--data {data}: no such file or folder, and not to be had from the Hub as a data set ({reason_of(error)})."
         ) from None
     _check_revision(data, revision, found)
     splits: dict[str, Source] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orpo_mlx.data.batching import epoch_order, micro_batches, padded_tokens
+from orpo_mlx.data.batching import epoch_order, micro_batches, padded_tokens, real_tokens
 from orpo_mlx.data.splits import Split
 from orpo_mlx.data.token_store import TokenStore
 from orpo_mlx.data.tokenization import show_tokens
@@ -90,13 +90,15 @@ def _padding(store: TokenStore, batch_size: int, micro_batch_tokens: int, seed: 
     """Share of padding in what is run: as training cuts its batches up, and were each batch one block."""
     windows = epoch_order(store, batch_size, seed=seed, epoch=0)
     every = -(-len(windows) // _WINDOWS)
-    real = run = block = 0
+    real = run = real_block = block = 0
     for indices in windows[::every]:
         window = [store[index] for index in indices]
-        real += int(store.lengths[indices].sum())
-        run += sum(map(padded_tokens, micro_batches(window, batch_size, micro_batch_tokens)))
+        parts = micro_batches(window, batch_size, micro_batch_tokens)
+        real += sum(map(real_tokens, parts))
+        run += sum(map(padded_tokens, parts))
+        real_block += real_tokens(window)
         block += padded_tokens(window)
-    return 1 - real / run, 1 - real / block
+    return 1 - real / run, 1 - real_block / block
 
 
 def _length_bias(lengths: npt.NDArray[np.int64]) -> dict[str, float]:
@@ -131,7 +133,7 @@ def _spread(count: int) -> list[int]:
 def _example(store: TokenStore, number: int, tokenizer: Any | None) -> dict[str, Any]:
     pair = store[number]
     sides = dict(zip(SIDES, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids), strict=True))
-    return {"place": pair.place, **{side: show_tokens(ids, tokenizer) for side, ids in sides.items()}}
+    return {"place": pair.location, **{side: show_tokens(ids, tokenizer) for side, ids in sides.items()}}
 
 
 def as_text(figures: Mapping[str, Any]) -> str:

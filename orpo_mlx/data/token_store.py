@@ -26,7 +26,7 @@ class Largest(NamedTuple):
     """The largest token id of a store."""
 
     token: int
-    place: str
+    location: str
 
 
 class TokenStore(Sequence[TokenizedPair]):
@@ -79,10 +79,10 @@ class TokenStore(Sequence[TokenizedPair]):
             tuple(ids[:prompt]),
             tuple(ids[prompt : prompt + chosen]),
             tuple(ids[prompt + chosen :]),
-            self.place(number),
+            self.location(number),
         )
 
-    def place(self, number: int) -> str:
+    def location(self, number: int) -> str:
         """Where pair `number` stands, `file:line`."""
         file = bisect.bisect_right(self._first, number) - 1
         return f"{self._names[file]}:{self._lines[number]}"
@@ -111,10 +111,10 @@ class StoreWriter:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def extend(self, pairs: Iterable[TokenizedPair]) -> None:
-        """Add pairs, whose places end in `:number`."""
+        """Add pairs, whose locations end in `:number`."""
         rows = []
         for pair in pairs:
-            name, _, line = pair.place.rpartition(":")
+            name, _, line = pair.location.rpartition(":")
             if not self._names or self._names[-1] != name:
                 self._names.append(name)
                 self._first.append(self._count)
@@ -122,7 +122,7 @@ class StoreWriter:
             self._file.write(ids.tobytes())
             prompt = hashlib.blake2b(ids[: len(pair.prompt_ids)].tobytes(), digest_size=8).digest()
             if len(ids) and ids.max() > self._largest.token:
-                self._largest = Largest(int(ids.max()), pair.place)
+                self._largest = Largest(int(ids.max()), pair.location)
             lengths = (len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
             rows.append((self._position, *lengths, int(line), int.from_bytes(prompt, "little", signed=True)))
             self._position += len(ids)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from orpo_mlx.data.messages import as_turns
-from orpo_mlx.errors import DataError
+from orpo_mlx.errors import DataError, reason_of
 from orpo_mlx.text import printable
 from orpo_mlx.types import Message, Pair, Text, TokenizedPair
 
@@ -97,7 +97,7 @@ class PairTokenizer:
             return error
         except UnicodeEncodeError as error:  # In a role, a tool or another part that only the template looks at.
             code = ascii(error.object[error.start])
-            return DataError(f"{pair.place}: the row holds half of a surrogate pair ({code}), which is not text.")
+            return DataError(f"{pair.location}: the row holds half of a surrogate pair ({code}), which is not text.")
         return texts
 
     def _joined(self, chunk: Sequence[Any], rendered: Sequence[_Rendered], future: Any) -> Iterator[Outcome]:
@@ -116,16 +116,16 @@ class PairTokenizer:
         prompt = self._open(ids[0])
         if not prompt:
             raise DataError(
-                f"{pair.place}: the prompt has no tokens, so the first completion token has nothing to follow."
+                f"{pair.location}: the prompt has no tokens, so the first completion token has nothing to follow."
             )
         chosen, rejected = (
-            self._closed(self._after(prompt, texts[0], text, whole, pair.place))
+            self._closed(self._after(prompt, texts[0], text, whole, pair.location))
             for text, whole in zip(texts[1:], ids[1:], strict=True)
         )
-        return TokenizedPair(prompt, chosen, rejected, pair.place)
+        return TokenizedPair(prompt, chosen, rejected, pair.location)
 
     def _after(
-        self, prompt: tuple[int, ...], prompt_text: str, text: str, ids: tuple[int, ...], place: str
+        self, prompt: tuple[int, ...], prompt_text: str, text: str, ids: tuple[int, ...], location: str
     ) -> tuple[int, ...]:
         """The completion's ids: those after the prompt's."""
         if ids[: len(prompt)] == prompt:
@@ -137,18 +137,18 @@ class PairTokenizer:
             if self._decode((*prompt, *rest)) == self._decode(ids):
                 return rest
         raise DataError(
-            f"{place}: the chat template renders the prompt differently once the answer follows, so the boundary "
+            f"{location}: the chat template renders the prompt differently once the answer follows, so the boundary "
             "between them is unknown; use a template that does not rewrite earlier turns, or token ids."
         )
 
     def _prompt_text(self, pair: Pair) -> str:
         if self._tokenizer is None:
             raise DataError(
-                f"{pair.place}: the row is text but the model has no tokenizer; give prompt_ids, chosen_ids and "
+                f"{pair.location}: the row is text but the model has no tokenizer; give prompt_ids, chosen_ids and "
                 "rejected_ids."
             )
         if not self._has_template:
-            return _plain(pair.prompt, pair.place)
+            return _plain(pair.prompt, pair.location)
         return self._render(pair, as_turns(pair.prompt, "user"), add_generation_prompt=True)
 
     def _texts(self, pair: Pair) -> tuple[str, str, str]:
@@ -160,7 +160,7 @@ class PairTokenizer:
 
     def _full_text(self, pair: Pair, prompt: str, side: Text) -> str:
         if not self._has_template:
-            return prompt + _plain(side, pair.place)
+            return prompt + _plain(side, pair.location)
         turns = (*as_turns(pair.prompt, "user"), *as_turns(side, "assistant"))
         return self._render(pair, turns, add_generation_prompt=False).removesuffix(self._stray)
 
@@ -172,7 +172,7 @@ class PairTokenizer:
         except Exception as error:  # Templates raise whatever they like, jinja2's errors among others.
             roles = ", ".join(str(turn.get("role")) for turn in turns)
             raise DataError(
-                f"{pair.place}: the chat template refused the turns ({roles}): {_first_line(error)}."
+                f"{pair.location}: the chat template refused the turns ({roles}): {reason_of(error, first_line=True)}."
             ) from error
 
     def _template(self, turns: list[dict[str, Any]], add_generation_prompt: bool, **extras: Any) -> str:
@@ -275,10 +275,10 @@ def _backend(tokenizer: Any | None) -> Any | None:
     return backend
 
 
-def _plain(text: Text, place: str) -> str:
+def _plain(text: Text, location: str) -> str:
     if not isinstance(text, str):
         raise DataError(
-            f"{place}: the row is a conversation but the tokenizer has no chat template; give plain strings."
+            f"{location}: the row is a conversation but the tokenizer has no chat template; give plain strings."
         )
     return text
 
@@ -289,7 +289,3 @@ def _folded(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return turns
     first = {**turns[1], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
     return [first, *turns[2:]]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

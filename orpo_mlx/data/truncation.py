@@ -16,7 +16,7 @@ class Cut(NamedTuple):
     pair: TokenizedPair | None
     """None where it is left out."""
     reason: str = ""
-    """Why it is left out, a key of `row_report.REASONS`."""
+    """Why it is left out, a key of `row_counts.REASONS`."""
     prompt_cut: bool = False
     completion_cut: bool = False
 

@@ -13,9 +13,9 @@ from mlx.utils import tree_flatten
 class CompiledByShape:
     """`function`, compiled (`mx.compile`) for each set of shapes and dtypes that its arguments have.
 
-    `mx.compile` alone keeps every trace for ever: some ten thousand nodes each, and on Metal the process ends at 499,000
-    resources. Here the least recently used trace is dropped beyond `most`; met again, its shapes are traced again, which
-    costs what building the graph once without compilation does.
+    `mx.compile` alone keeps every trace for ever: some ten thousand nodes each, and on Metal the process ends at
+    499,000 resources. Here the least recently used trace is dropped beyond `most`; met again, its shapes are traced
+    again, which costs what building the graph once without compilation does.
 
     Args:
         function: of trees of arrays; returns a tree of arrays. It must not evaluate anything.

@@ -88,11 +88,6 @@ def close(found: mx.array, expected: mx.array) -> bool:
     return bool((mx.abs(found - wanted).max() <= tolerance * mx.abs(wanted).max()).item())
 
 
-def reason_of(error: Exception) -> str:
-    """What an error says, as a clause."""
-    return " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
-
-
 def disagreement(ours: Function, theirs: Function, primals: Sequence[mx.array]) -> str | None:
     """In what `ours` differs from `theirs`, in a clause; None where values and gradients agree up to rounding.
 

@@ -1,12 +1,13 @@
 """What a model's own backbone passes to its layers, found out without running them.
 
-How states travel between layers (embedding scale, masks, positions, final norm) stays the model's business: its backbone
-is called with stand-ins in the layers' places, which take note of what they are called with and pass states on. MLX
-never evaluates what nobody asks for, so this costs the building of a few nodes.
+How states travel between layers (embedding scale, masks, positions, final norm) stays the model's business: its
+backbone is called with stand-ins in the layers' places, which take note of what they are called with and pass states
+on. MLX never evaluates what nobody asks for, so this costs the building of a few nodes.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -90,7 +91,7 @@ class LayerRecorder:
             with self._recording() as layers:
                 output: mx.array = self._backbone(ids, cache=caches)
             # The last one's states may be normed before they are returned.
-            passed = zip(layers, layers[1:], strict=False)
+            passed = itertools.pairwise(layers)
             if layers[0].entering is None or any(low.leaving is not high.entering for low, high in passed):
                 raise CannotSegmentError("states are changed between layers")
             found.append(SequenceCalls(layers[0].entering, [with_cache(layer.call, caches) for layer in layers]))
@@ -168,8 +169,8 @@ def split_arrays(calls: Sequence[LayerCall]) -> tuple[list[mx.array], str]:
 
 
 def call_layer(layer: Any, states: mx.array, call: LayerCall, arrays: Iterator[mx.array], cache: Any) -> mx.array:
-    """The layer's states where it is called as in `call`, with the next of `arrays`, in `split_arrays`' order, and `cache`
-    in place of those there."""
+    """The layer's states where it is called as in `call`, but with the next of `arrays`, in `split_arrays`' order, and
+    with `cache`, in place of those there."""
 
     def filled(value: Any) -> Any:
         if isinstance(value, mx.array):
@@ -186,7 +187,7 @@ def call_layer(layer: Any, states: mx.array, call: LayerCall, arrays: Iterator[m
 
 
 def layer_kind(layer: nn.Module) -> str:
-    """All that a layer's code may depend on but the values of its parameters, in words: layers of one kind run alike."""
+    """All that a layer's code may depend on but its parameters' values, in words: layers of one kind run alike."""
     parts = []
     for path, module in sorted(layer.named_modules()):
         settings = {key: value for key, value in vars(module).items() if key not in ("_no_grad", "_training")}

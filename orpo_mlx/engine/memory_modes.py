@@ -18,7 +18,7 @@ class Mode(NamedTuple):
     share_prompt: bool = True
     split_head: bool = True
     lean: bool = True
-    """Whether layers call `lean`'s functions rather than mlx-lm's."""
+    """Whether layers call `patched_layers`' functions rather than mlx-lm's."""
     kept_layers: float = 1.0
     """Share of the layers, from the last, that are not run again in the backward pass."""
     kept_attention_mib: int = 8
@@ -82,12 +82,9 @@ def spend_memory(
         "This model cannot share a prompt: each prompt is run once per completion.": (
             mode.share_prompt and share_prompt and not scorer.shares_prompt
         ),
-        "This model's layers do not agree with this package's functions: they run as mlx-lm wrote them.": (
-            mode.lean and not scorer.lean
-        ),
         f"This model's layers cannot be run in segments ({why_not}): instead of --memory {name} it takes fast.": (
             why_not != ""
         ),
     }
     notes = tuple(note for note, holds in missing.items() if holds)
-    return scorer, Memory(name, value_and_grad, segmented is None, notes)
+    return scorer, Memory(name, value_and_grad, segmented is None, (*notes, *scorer.notes))

@@ -1,13 +1,13 @@
 """Log-probabilities of completions: the only place where the model's states meet the tokens they predict.
 
-The state at position t predicts token t+1, so a completion's first token is predicted from the last prompt position; and
-only positions somebody asked for reach the head. Which they are is laid out by `data.batching.collate`.
+The state at position t predicts token t+1, so a completion's first token is predicted from the last prompt position;
+and only positions somebody asked for reach the head. Which they are is laid out by `data.batching.collate`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import mlx.core as mx
@@ -16,8 +16,10 @@ import mlx.nn as nn
 from orpo_mlx.data.batching import collate
 from orpo_mlx.device_profile import DeviceProfile, device_profile
 from orpo_mlx.engine.equivalence import probe_pairs, same_states, without_dropout
-from orpo_mlx.engine.lm_head import find_head, head_logps, token_logps, trained_head_logps
-from orpo_mlx.engine.patched_layers import lean_agrees, lean_layers
+from orpo_mlx.engine.head_logps import head_logps, token_logps, trained_head_logps
+from orpo_mlx.engine.lm_head import find_head
+from orpo_mlx.engine.patched_layers import patched_layers
+from orpo_mlx.engine.proofs import HEAD, Proofs, prove_functions
 from orpo_mlx.engine.shared_prompt import PrefixCaches
 from orpo_mlx.types import Batch, PairLogProbs, TokenizedPair
 
@@ -31,7 +33,8 @@ class PairScorer:
 
     Each fast path is enabled only if it matches the plain forward on a probe of a few tokens, once, here: backbone and
     head apart, so that only wanted positions reach the head (`head`); this package's functions in the model's layers
-    (`lean`); and the prompt run once for both completions (`shares_prompt`). What does not match is left out.
+    (`proofs`); and the prompt run once for both completions (`shares_prompt`). What does not match is left out, and
+    `notes` says so.
 
     Args:
         model: an mlx-lm causal language model, `model(ids (R, L)) -> logits (R, L, V)`.
@@ -54,14 +57,22 @@ class PairScorer:
     ) -> None:
         self.model, self.profile, self._kept_attention_bytes = model, profile or device_profile(), kept_attention_bytes
         self.layout = self.profile.layout._replace(share_prompt=False)
-        self.lean = False
+        self.proofs = Proofs(frozenset(), ())
         with without_dropout(model):
             self.head = find_head(model) if split_head else None
-            self.lean = lean and self._lean_agrees()
+            if lean:
+                self.proofs = prove_functions(model, self._probe_states, self.profile, kept_attention_bytes, self.head)
+            if self.head is not None and lean and HEAD not in self.proofs.enabled:
+                self.head.tiles = False
             if share_prompt and self.profile.layout.share_prompt:
                 self._prefix_caches = PrefixCaches(model)
                 shared = self._prefix_caches.fit and self._matches_plain_rows()
                 self.layout = self.layout._replace(share_prompt=shared)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A sentence about each of this package's functions that the model has to do without."""
+        return self.proofs.notes
 
     @property
     def shares_prompt(self) -> bool:
@@ -94,18 +105,18 @@ class PairScorer:
         if self.head is None:
             return token_logps(states, batch.targets)
         if gradient and not self.head.is_frozen:
-            return trained_head_logps(self.head, states, batch.targets)
-        return head_logps(self.head, states, batch.targets, gradient=gradient)
+            return trained_head_logps(self.head, states, batch.targets, profile=self.profile)
+        return head_logps(self.head, states, batch.targets, profile=self.profile, gradient=gradient)
 
     def states(self, batch: Batch) -> mx.array:
-        """(N, H): what the head is given for each target; the logits themselves where the head could not be told apart."""
+        """(N, H): what the head is given for each target; logits themselves where the head could not be told apart."""
         with self.layers():
             outputs = self.sequences(batch, lambda ids, caches: self.backbone(ids, cache=caches))
         return self.wanted(batch, outputs)
 
     def layers(self) -> AbstractContextManager[None]:
         """The context in which the model's layers are to be called."""
-        return lean_layers(self.model, self._kept_attention_bytes) if self.lean else nullcontext()
+        return patched_layers(self.model, self.proofs.enabled, self.profile, self._kept_attention_bytes)
 
     def sequences(self, batch: Batch, run: Run) -> tuple[mx.array, ...]:
         """`run` on each array of token ids of a batch: prefixes before the rows that need them.
@@ -136,12 +147,6 @@ class PairScorer:
         # Behind these, padding stands for nothing.
         wanted = sum(len(pair.chosen_ids) + len(pair.rejected_ids) + len(pair.prompt_ids) - 1 for pair in pairs)
         return self.states(self.collate(pairs, with_prompt=True))[:wanted]
-
-    def _lean_agrees(self) -> bool:
-        try:
-            return lean_agrees(self.model, self._probe_states, self._kept_attention_bytes)
-        except Exception:
-            return False
 
     def _matches_plain_rows(self) -> bool:
         """Whether the states of a few tokens are the same with prompts shared as without."""

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from orpo_mlx.engine.compiled import CompiledByShape
-from orpo_mlx.engine.equivalence import close, probe_pairs, reason_of, without_dropout
+from orpo_mlx.engine.equivalence import close, probe_pairs, without_dropout
 from orpo_mlx.engine.layer_calls import (
     LayerCall,
     LayerRecorder,
@@ -29,6 +29,7 @@ from orpo_mlx.engine.layer_calls import (
     split_arrays,
 )
 from orpo_mlx.engine.pair_scorer import PairScorer
+from orpo_mlx.errors import reason_of
 from orpo_mlx.types import Batch
 
 Streams = tuple[mx.array, ...]
@@ -36,7 +37,7 @@ Streams = tuple[mx.array, ...]
 Extra = Any
 """A tree of arrays."""
 Share = Callable[[mx.array, Batch, Extra], tuple[mx.array, Any]]
-"""States (N, H) of a batch's targets, the batch, and whatever else it needs: to a scalar and whatever else is wanted."""
+"""States (N, H) of a batch's targets, the batch, and what else it needs: to a scalar and what else is wanted."""
 Gradients = dict[str, mx.array]
 """By flat parameter name."""
 ValueAndGrad = Callable[[Batch, Extra, Share], tuple[tuple[mx.array, Any], Gradients]]
@@ -228,8 +229,8 @@ class SegmentedBackward:
         return streams
 
     def _seeds(self) -> Callable[[int], None]:
-        """Sets the seed of a segment. Dropout must be drawn the same when it runs again; the seeds themselves are drawn as
-        a dropout mask would be, and only where there is dropout, since a GPU has to be waited for."""
+        """Sets the seed of a segment. Dropout must be drawn the same when it runs again; the seeds themselves are drawn
+        as a dropout mask would be, and only where there is dropout, since a GPU has to be waited for."""
         if not has_dropout(self.scorer.model):
             return lambda low: None
         drawn = int(mx.random.randint(0, _SEEDS).item())

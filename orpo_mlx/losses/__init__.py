@@ -1,51 +1,7 @@
 """Losses of preference alignment, pure functions of `PairLogProbs`: `from orpo_mlx.losses import dpo`."""
 
-from orpo_mlx.losses.preference import (
-    aot,
-    aot_unpaired,
-    apo_down,
-    apo_zero,
-    bco_pair,
-    cpo,
-    discopop,
-    dpo,
-    dpop,
-    exo_pair,
-    hinge,
-    ipo,
-    nca_pair,
-    orpo,
-    orpo_style,
-    robust,
-    rrhf,
-    sft,
-    sigmoid_norm,
-    simpo,
-    slic,
-    sppo_hard,
-)
+from orpo_mlx.losses.reference_free import *  # noqa: F403 (every loss, so that adding one opens one file)
+from orpo_mlx.losses.registry import METHODS
+from orpo_mlx.losses.with_reference import *  # noqa: F403
 
-__all__ = [
-    "aot",
-    "aot_unpaired",
-    "apo_down",
-    "apo_zero",
-    "bco_pair",
-    "cpo",
-    "discopop",
-    "dpo",
-    "dpop",
-    "exo_pair",
-    "hinge",
-    "ipo",
-    "nca_pair",
-    "orpo",
-    "orpo_style",
-    "robust",
-    "rrhf",
-    "sft",
-    "sigmoid_norm",
-    "simpo",
-    "slic",
-    "sppo_hard",
-]
+__all__ = [*METHODS]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orpo_mlx.losses.numerics import log_sigmoid
-from orpo_mlx.losses.preference import log_odds_ratio, mean_logps
+from orpo_mlx.losses.terms import log_odds_ratio, mean_logps
 from orpo_mlx.types import LossOutput, PairLogProbs
 
 METRICS = (

@@ -40,3 +40,11 @@ def log_sigmoid(x: mx.array) -> mx.array:
     above = -mx.log1p(mx.exp(-mx.where(positive, x, 0.0)))
     below = mx.where(positive, 0.0, x)
     return mx.where(positive, above, below - mx.log1p(mx.exp(below)))
+
+
+def positive_part(x: mx.array) -> mx.array:
+    """max(0, x), with gradient 0 at 0.
+
+    DPO-Positive starts at 0 on every pair, so the choice is made here and not left to `mx.maximum`.
+    """
+    return mx.where(x > 0, x, 0.0)

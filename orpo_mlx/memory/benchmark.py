@@ -33,9 +33,22 @@ from orpo_mlx.training.step import optimiser_step
 from orpo_mlx.types import TokenizedPair
 
 _MEMORY_SETTINGS = (
-    "model", "data", "dtype", "batch_size", "grad_accumulation_steps", "micro_batch_tokens", "max_seq_length", "iters",
-    "fine_tune_type", "num_layers", "lora_parameters", "optimizer", "share_prompt", "plain_head", "segment_layers",
-)  # fmt: skip
+    "model",
+    "data",
+    "dtype",
+    "batch_size",
+    "grad_accumulation_steps",
+    "micro_batch_tokens",
+    "max_seq_length",
+    "iters",
+    "fine_tune_type",
+    "num_layers",
+    "lora_parameters",
+    "optimizer",
+    "share_prompt",
+    "plain_head",
+    "segment_layers",
+)
 
 
 PROG = "orpo-mlx memory"

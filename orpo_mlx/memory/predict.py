@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.batching import micro_batches, side_lengths
 from orpo_mlx.engine.memory_modes import MODES
-from orpo_mlx.errors import ModelError
+from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.memory.skeleton import Blueprint, build, weight_bytes
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.models.loading import LoadedModel
@@ -142,8 +142,7 @@ def _probe(
     try:
         return _measured_step(config, blueprint, depth, trained, window)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ModelError(f"a model like this one with {depth} layers cannot be run ({reason}).") from error
+        raise ModelError(f"a model like this one with {depth} layers cannot be run ({reason_of(error)}).") from error
 
 
 def _measured_step(

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_config
 
-from orpo_mlx.errors import ModelError
+from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.models.gguf.loading import gguf_config
 from orpo_mlx.models.hf_config import normalise_config
 from orpo_mlx.models.loading import loaded_dtype, locate
@@ -43,7 +43,7 @@ class Blueprint(NamedTuple):
 
 
 def read_blueprint(name: str, *, dtype: str | None = None) -> Blueprint:
-    """The blueprint of a model by the names that `models.load` takes; `dtype` as there. No weight is read.
+    """The blueprint of a model by the names that `models.loading.load` takes; `dtype` as there. No weight is read.
 
     Raises:
         ModelError: it cannot be found or read, or its config does not say how many layers it has.
@@ -70,7 +70,7 @@ def build(blueprint: Blueprint, layers: int) -> nn.Module:
         model_class, args_class = _get_classes(config)
         model: nn.Module = model_class(args_class.from_dict(config))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"config.json: mlx-lm cannot build this model ({' '.join(str(error).split())}).") from None
+        raise ModelError(f"config.json: mlx-lm cannot build this model ({reason_of(error)}).") from None
     _tie_head(model, blueprint.tensors)
     table = config.get("quantization") or {}
     if blueprint.quantised:
@@ -107,7 +107,7 @@ def _folder_config(path: Path) -> dict[str, Any]:
     try:
         return normalise_config(load_config(path), str(path / "config.json"))
     except (ValueError, OSError) as error:
-        raise ModelError(f"{path}/config.json: cannot be read ({' '.join(str(error).split())}).") from None
+        raise ModelError(f"{path}/config.json: cannot be read ({reason_of(error)}).") from None
 
 
 def _headers(path: Path) -> tuple[mx.Dtype, frozenset[str], frozenset[str]]:

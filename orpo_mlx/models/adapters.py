@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
-from orpo_mlx.errors import ConfigError, ModelError
+from orpo_mlx.errors import ConfigError, ModelError, reason_of
 
 FINE_TUNE_TYPES = ("lora", "dora", "full")
 _PEFT_PREFIX = "base_model.model."
@@ -115,7 +115,7 @@ def load_adapter_file(model: nn.Module, path: str | Path, scale: float) -> None:
     try:
         loaded = mx.load(str(path))
     except (RuntimeError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as safetensors ({str(error).splitlines()[0]}).") from None
+        raise ModelError(f"{path}: cannot be read as safetensors ({reason_of(error, first_line=True)}).") from None
     assert isinstance(loaded, dict)
     weights = dict(_from_peft(name, array) for name, array in loaded.items())
     own = adapter_weights(model)
@@ -182,7 +182,6 @@ def add_trained_adapters(model: nn.Module, folder: Path) -> None:
     try:
         load_adapters(model, str(folder))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ModelError(f"--adapter-path {folder}: mlx-lm cannot load these adapters ({reason}).") from None
+        raise ModelError(f"--adapter-path {folder}: mlx-lm cannot load these adapters ({reason_of(error)}).") from None
     mx.eval(model.parameters())
     model.eval()

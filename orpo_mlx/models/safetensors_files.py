@@ -9,13 +9,29 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orpo_mlx.errors import ModelError
+from orpo_mlx.errors import ModelError, reason_of
 
 INDEX_FILE = "model.safetensors.index.json"
 ITEM_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
-    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4,
-}  # fmt: skip
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "C64": 64,
+    "F4": 4,
+}
 _MOST_HEADER = 100_000_000  # Bytes; the reference implementation's bound.
 _MOST_JSON = 100_000_000
 
@@ -75,7 +91,7 @@ def _tensor(file: Path, name: str, entry: Any) -> Tensor:
         fits = False
     if not fits:
         raise ModelError(
-            f"{file}: tensor {name!r} has a dtype, shape and place that do not agree; download the file again."
+            f"{file}: tensor {name!r} has a dtype, shape and offsets that do not agree; download the file again."
         )
     return Tensor(dtype, tuple(shape), start, end)
 
@@ -106,8 +122,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelError(f"{file}: no such file.") from None
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{file}: cannot be read as JSON ({reason}).") from None
+        raise ModelError(f"{file}: cannot be read as JSON ({reason_of(error, first_line=True)}).") from None
     if not isinstance(value, dict):
         raise ModelError(f"{file}: holds a {type(value).__name__}, expected a table.")
     return value

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
-from orpo_mlx.errors import ConfigError, TrainingError
+from orpo_mlx.errors import ConfigError, TrainingError, kind_and_reason
 
 METHODS = ("on_train_loss_report", "on_val_loss_report")
 _GB_PER_GIB = 2**30 / 1e9
@@ -108,7 +108,4 @@ class Callbacks:
                     getattr(callback, method)(dict(info))
             # Whatever it is, and sys.exit() too: a night's work must not go with it. Ctrl-C ends a run properly.
             except (Exception, SystemExit) as error:
-                reason = " ".join(str(error).split()).rstrip(".")
-                raise TrainingError(
-                    f"step {step}: {name}, {method}: {type(error).__name__}{': ' + reason if reason else ''}"
-                ) from error
+                raise TrainingError(f"step {step}: {name}, {method}: {kind_and_reason(error)}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
-from orpo_mlx.errors import ConfigError, ModelError, TrainingError
+from orpo_mlx.errors import ConfigError, ModelError, TrainingError, reason_of
 from orpo_mlx.files import json_text
 from orpo_mlx.reporting.model_card import has_hub_form, shareable
 
@@ -16,7 +16,6 @@ _NEEDED = ("adapters.safetensors", "adapter_config.json")
 _FILES = (*_NEEDED, "README.md", "run.json", "metrics.jsonl", "report.html", "report.png")
 _WITH_PATHS = ("adapter_config.json", "run.json")
 """Sent with local paths cut down to their last part."""
-_MOST_REASON = 300
 
 
 def contents(folder: Path) -> dict[str, bytes | Path]:
@@ -84,8 +83,7 @@ def push(folder: Path, repo_id: str, *, private: bool | None = None) -> str:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(saved) from None
     except Exception as error:  # Any of a dozen Hub, HTTP, transfer and file errors; each means it was not taken.
-        reason = " ".join(str(error).split())[:_MOST_REASON].rstrip(".") or type(error).__name__
-        raise TrainingError(f"{repo_id}: the Hub did not take the push ({reason}); {saved}") from None
+        raise TrainingError(f"{repo_id}: the Hub did not take the push ({reason_of(error)}); {saved}") from None
     return address
 
 

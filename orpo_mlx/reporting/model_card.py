@@ -16,7 +16,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from orpo_mlx.errors import DataError
 from orpo_mlx.files import write_text
-from orpo_mlx.losses.registry import METHODS, NOTATION, parse
+from orpo_mlx.losses.recipe import NOTATION, parse_terms
+from orpo_mlx.losses.registry import METHODS
 from orpo_mlx.reporting.console import CLOSING_ROWS
 from orpo_mlx.reporting.html_page import markdown_text
 from orpo_mlx.reporting.metrics_log import read_run
@@ -120,7 +121,7 @@ def _is_hub_id(name: str) -> bool:
 
 def _header(settings: Mapping[str, Any]) -> ModelCardData:
     model, data = settings["model"], re.split("[:@]", settings["data"])[0]
-    methods = [name for _, name in parse(settings["method"])]
+    methods = [name for _, name in parse_terms(settings["method"])]
     return ModelCardData(
         base_model=model if _is_hub_id(model) else None,
         base_model_relation="finetune" if settings["fine_tune_type"] == "full" else "adapter",
@@ -147,7 +148,7 @@ def _usage(settings: Mapping[str, Any]) -> str:
 
 def _method(record: Mapping[str, Any]) -> str:
     rows = []
-    for weight, name in parse(record["settings"]["method"]):
+    for weight, name in parse_terms(record["settings"]["method"]):
         parameters = ", ".join(f"{key} {value:g}" for key, value in record["method_parameters"][name].items())
         method = METHODS[name]
         cells = (_code(name), f"{weight:g}", method.equation, parameters or "none", method.source)

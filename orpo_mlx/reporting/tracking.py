@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
 
-from orpo_mlx.errors import ConfigError
+from orpo_mlx.errors import ConfigError, did_you_mean, kind_and_reason
 from orpo_mlx.reporting.callbacks import Named, TrainingCallback
 
 
@@ -45,8 +44,7 @@ def parse_services(text: str | None) -> tuple[str, ...]:
     names = [] if text is None else [name.strip().lower() for name in text.split(",")]
     for name in names:
         if name not in SERVICES:
-            near = difflib.get_close_matches(name, SERVICES, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "."
+            hint = did_you_mean(name, SERVICES)
             found = repr(name) if name else "an empty name"
             raise ConfigError(f"--report-to {text!r}: found {found}, expected some of {', '.join(SERVICES)}{hint}")
     return tuple(dict.fromkeys(names))
@@ -83,7 +81,6 @@ def require_installed(names: Sequence[str]) -> None:
 TENSORBOARD = "tensorboard"
 _EVENTS = "events.out.tfevents."
 _NOT_DRAWN = {"iteration", "val_time"}
-_MOST_REASON = 300
 
 
 @contextmanager
@@ -119,7 +116,7 @@ def reporting_to(
             try:
                 _close(name, callback, ended_well)
             except Exception as error:
-                say(f"Warning: {title}: could not be closed ({_reason(error)}).")
+                say(f"Warning: {title}: could not be closed ({kind_and_reason(error)}).")
 
 
 def _open(
@@ -133,7 +130,7 @@ def _open(
         return begin(name, project_name=project, log_dir=str(folder.resolve()), config=dict(settings))
     except Exception as error:  # Of a service's own kind: no login, no connection, no such project.
         raise ConfigError(
-            f"--report-to {name}: does not begin ({_reason(error)}); mend that, or leave --report-to out."
+            f"--report-to {name}: does not begin ({kind_and_reason(error)}); mend that, or leave --report-to out."
         ) from error
 
 
@@ -144,11 +141,6 @@ def _close(name: str, callback: TrainingCallback, ended_well: bool) -> None:
     service = SERVICES[name]
     # Left to the end of the process, a second run of it would be reported as the first one's.
     importlib.import_module(service.package).finish(**({} if ended_well else service.failed))
-
-
-def _reason(error: Exception) -> str:
-    words = " ".join(str(error).split()).rstrip(".")[:_MOST_REASON]
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 class EventFiles:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from orpo_mlx.errors import TrainingError
+from orpo_mlx.errors import TrainingError, reason_of
 from orpo_mlx.types import PairLogProbs
 
 _STARTED_BY = ("MLX_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -148,8 +148,9 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise TrainingError(f"rank {self.rank}: the connection to another rank is lost ({reason})") from None
+            raise TrainingError(
+                f"rank {self.rank}: the connection to another rank is lost ({reason_of(error)})"
+            ) from None
         finally:
             self._deadline = None
 
@@ -176,7 +177,7 @@ def find_ranks(timeout_s: float) -> Ranks:
         try:
             group = mx.distributed.init(strict=True)
         except RuntimeError as error:
-            raise TrainingError(f"the ranks cannot be brought together ({' '.join(str(error).split())})") from None
+            raise TrainingError(f"the ranks cannot be brought together ({reason_of(error)})") from None
     return Ranks(group, timeout_s)
 
 

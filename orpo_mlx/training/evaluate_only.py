@@ -14,7 +14,7 @@ import mlx.core as mx
 from orpo_mlx.config.checks import check_settings
 from orpo_mlx.config.settings import FIELDS, TrainingConfig, group_of
 from orpo_mlx.data.batching import length_order
-from orpo_mlx.errors import ConfigError, ModelError
+from orpo_mlx.errors import ConfigError, ModelError, reason_of
 from orpo_mlx.models.adapters import load_adapter_file
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.metrics_log import MetricsFile
@@ -124,7 +124,7 @@ def _table(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())}).") from None
+        raise ConfigError(f"{path}: cannot be read as JSON ({reason_of(error)}).") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: found {type(found).__name__}, expected an object.")
     return found

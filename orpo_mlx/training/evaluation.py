@@ -125,7 +125,7 @@ def evaluate_splits(
         metrics_file.write(step, name, held[name])
         reporter.figures(eval_line(step, name, held[name]))
         if suspects:
-            places = ", ".join(pair.place for pair in suspects[:4])
+            places = ", ".join(pair.location for pair in suspects[:4])
             reporter.say(f"Warning: not finite at step {step} on {len(suspects)} {name} pairs: {places}.")
         if name == "valid":
             told(step, held[name], max(time.perf_counter() - started, 0.0))

@@ -47,20 +47,21 @@ def step_gradient(run: Run, step_batch: Sequence[TokenizedPair]) -> StepGradient
     # On a GPU the host builds the next micro-batch while the device works on this one.
     evaluate = mx.async_eval if run.scorer.profile.compiled else mx.eval
     gradients: Gradients = {}
-    values = []
-    for pairs, loss_gradient in zip(parts, loss_gradients, strict=True):
+    values: list[mx.array] = []
+    for number, (pairs, loss_gradient) in enumerate(zip(parts, loss_gradients, strict=True)):
+        if number:
+            evaluate(values, gradients)
         inputs = micro_batch_inputs(run, step_batch, pairs, loss_gradient)
-        loss, metrics, gradients = run.functions.add_micro_batch(inputs, gradients)
-        evaluate(loss, metrics, gradients)
+        _, metrics, gradients = run.functions.add_micro_batch(inputs, gradients)
         values.append(metrics)
     if ranks.size > 1:
         gradients = _sum_of_all_ranks(run, gradients)
-    # The one wait for a GPU before the update: what follows is there already.
-    norm = run.functions.norm(gradients).item()
+    norm = run.functions.norm(gradients)
+    mx.eval(values, gradients, norm)
     means = MetricMeans()
     for metrics in values:
         means.add(dict(zip(METRICS, np.array(metrics), strict=True)))
-    return StepGradient(gradients, norm, means_of_step or _means_of_all_ranks(run, means))
+    return StepGradient(gradients, norm.item(), means_of_step or _means_of_all_ranks(run, means))
 
 
 def micro_batch_inputs(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from orpo_mlx.config.settings import DEFAULT_MAX_SKIPPED
-from orpo_mlx.errors import HalfAppliedError, NonFiniteError, TrainingError
+from orpo_mlx.errors import HalfAppliedError, NonFiniteError, TrainingError, reason_of
 from orpo_mlx.losses.metrics import MetricMeans
 from orpo_mlx.reporting.callbacks import Callbacks
 from orpo_mlx.reporting.console import Reporter, step_numbers, train_line
@@ -254,7 +254,7 @@ class Loop:
             if isinstance(error, KeyboardInterrupt):
                 number = error.number if isinstance(error, Interrupted) else 2
                 raise Interrupted(number, words) from None
-            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            reason = reason_of(error, None)
             if isinstance(error, OSError) and error.filename:
                 reason = f"{error.filename}: {error.strerror or reason}"
             if not isinstance(error, (TrainingError, OSError)):
@@ -269,7 +269,7 @@ class Loop:
             try:
                 self._save()
             except (TrainingError, OSError) as second:
-                problem = f"step {step} cannot be saved: {' '.join(str(second).split()).rstrip('.')}; "
+                problem = f"step {step} cannot be saved: {reason_of(second, None)}; "
         if self._saved_step is None:
             return f"{problem}nothing was saved"
         return (

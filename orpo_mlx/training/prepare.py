@@ -16,7 +16,7 @@ from orpo_mlx.data.sources import find_splits
 from orpo_mlx.data.splits import Lengths, Split, tokenized_split
 from orpo_mlx.engine.memory_modes import Memory, spend_memory
 from orpo_mlx.engine.pair_scorer import PairScorer
-from orpo_mlx.errors import ConfigError
+from orpo_mlx.errors import ConfigError, reason_of
 from orpo_mlx.files import cache_folder
 from orpo_mlx.models.adapters import add_adapters, load_adapter_file
 from orpo_mlx.models.loading import LoadedModel, check_vocabulary, find, load
@@ -122,8 +122,9 @@ def _optimizer(config: TrainingConfig) -> optim.Optimizer:
             schedule = build_schedule(config.lr_schedule)
             float(schedule(mx.array(1)))
         except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"lr_schedule: {config.lr_schedule} is not a schedule of mlx-lm ({reason}).") from None
+            raise ConfigError(
+                f"lr_schedule: {config.lr_schedule} is not a schedule of mlx-lm ({reason_of(error)})."
+            ) from None
     arguments = config.optimizer_config[config.optimizer]
     try:
         return _OPTIMIZERS[config.optimizer](learning_rate=schedule, **arguments)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
 
+from orpo_mlx.errors import reason_of
 from orpo_mlx.files import write_atomically
 
 _KEY = np.dtype("S16")
@@ -125,7 +126,7 @@ class ReferenceTable:
                     return _checked(rows)
                 problem = "is of another model, other settings or versions"
             except Exception as error:  # Any of a dozen, depending on which byte is wrong; each means it is of no use.
-                problem = f"is damaged ({' '.join(str(error).split()).rstrip('.') or type(error).__name__})"
+                problem = f"is damaged ({reason_of(error)})"
             self.notes.append(f"{self._file} {problem}: its reference log-probs are not used, but computed again.")
         return Rows(np.empty(0, _KEY), np.empty((0, 2), np.float32))
 

@@ -16,7 +16,7 @@ from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.splits import Split
 from orpo_mlx.engine.memory_modes import Memory
 from orpo_mlx.engine.pair_scorer import PairScorer
-from orpo_mlx.losses.registry import Recipe
+from orpo_mlx.losses.recipe import Recipe
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.training.distributed import Ranks

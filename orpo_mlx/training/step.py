@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from orpo_mlx.errors import HalfAppliedError, NonFiniteError
+from orpo_mlx.errors import HalfAppliedError, NonFiniteError, reason_of
 from orpo_mlx.losses.metrics import MetricMeans
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.process_memory import clear_cache_above
@@ -38,8 +38,7 @@ def optimiser_step(run: Run, step_batch: Sequence[TokenizedPair], step: int) -> 
         run.functions.update(found.gradients, 1.0 if most is None else clip_factor(found.norm, most))
         mx.eval(run.loaded.model.trainable_parameters(), run.optimizer.state)
     except BaseException as error:
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise HalfAppliedError(f"step {step}: {reason}, while the step was applied") from error
+        raise HalfAppliedError(f"step {step}: {reason_of(error)}, while the step was applied") from error
     means = found.means
     del found  # What is freed after the cache was looked at would be in it all the same.
     clear_cache_above(run.config.clear_cache_threshold)
@@ -47,7 +46,7 @@ def optimiser_step(run: Run, step_batch: Sequence[TokenizedPair], step: int) -> 
 
 
 def clip_factor(norm: float, most: float) -> float:
-    """What gradients of a norm are multiplied by to have the norm `most` at most, as PyTorch's `clip_grad_norm_` does."""
+    """What gradients of a norm are multiplied by to have at most the norm `most`, as in PyTorch's `clip_grad_norm_`."""
     return min(1.0, most / (norm + _NORM_FLOOR))
 
 
@@ -74,7 +73,7 @@ def require_finite(run: Run, step_batch: Sequence[TokenizedPair], step: int, fou
     other = [key for key in bad if key != "loss"]
     if other and "loss" not in bad:
         what += f"; {other[0]} is {metrics[other[0]]}"
-    places = ", ".join(pair.place for pair in (rows or step_batch)[:_SHOWN])
+    places = ", ".join(pair.location for pair in (rows or step_batch)[:_SHOWN])
     raise NonFiniteError(
         f"step {step}: the loss is {metrics['loss']} and the gradient's norm {found.norm} on {places}"
         f"{_more(rows or step_batch, _SHOWN)}{what}, so the step was not applied: "

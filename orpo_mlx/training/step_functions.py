@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from orpo_mlx.engine.compiled import CompiledByShape
 from orpo_mlx.engine.memory_modes import Memory
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.engine.segmented_backward import Gradients
 from orpo_mlx.losses.metrics import pair_metrics
-from orpo_mlx.losses.registry import BoundLoss
+from orpo_mlx.losses.recipe import BoundLoss
 from orpo_mlx.training.reference import with_reference
 from orpo_mlx.types import Batch, PairLogProbs
 
@@ -31,7 +31,7 @@ class LossGradient(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """All that a micro-batch's gradient depends on beside the model: a tree of arrays, so that it crosses `mx.compile`."""
+    """All that a micro-batch's gradient depends on beside the model: a tree of arrays, which `mx.compile` takes."""
 
     batch: Batch
     reference: tuple[mx.array, mx.array] | None
@@ -65,7 +65,7 @@ class StepFunctions:
         self._apply = CompiledByShape(self._apply_scaled, self._all_state, most)
 
     def micro_batch(self, inputs: MicroBatch) -> tuple[mx.array, mx.array, Gradients]:
-        """One micro-batch's share of the step loss, its metrics (metrics, B), and the share's gradients by flat name."""
+        """One micro-batch's share of the step loss, its metrics (metrics, B), and the share's gradients by name."""
         (loss, metrics), gradients = self._memory.value_and_grad(inputs.batch, inputs, self._share)
         return loss, metrics, gradients
 
@@ -80,11 +80,11 @@ class StepFunctions:
         return loss, mx.stack(list(pair_metrics(logps, output).values()))
 
     def update(self, gradients: Gradients, factor: float = 1.0) -> None:
-        """Apply `factor` times the gradients; they are taken out of the mapping as they are used up."""
+        """Let the optimiser apply `factor` times the gradients."""
         if self._apply.compiles:
             # A state that came to be inside of a trace would not be seen by the next call.
             self._optimizer.init(self.scorer.model.trainable_parameters())
-        self._apply(gradients, mx.array(factor))
+        self._apply(gradients, None if factor == 1 else mx.array(factor))
 
     def _add_micro_batch(self, inputs: MicroBatch, before: Gradients) -> tuple[mx.array, mx.array, Gradients]:
         """The loss, the metrics' values (metrics, B), and gradients added to those of the micro-batches before."""
@@ -94,10 +94,11 @@ class StepFunctions:
             gradients[name] = before.pop(name) + gradients[name]
         return loss, metrics, gradients
 
-    def _apply_scaled(self, gradients: Gradients, factor: mx.array) -> mx.array:
-        scaled: dict[str, Any] = tree_map(lambda gradient: gradient * factor.astype(gradient.dtype), gradients)
-        self._optimizer.update(self.scorer.model, tree_unflatten(list(scaled.items())))
-        return factor
+    def _apply_scaled(self, gradients: Gradients, factor: mx.array | None) -> list[mx.array]:
+        if factor is not None:
+            gradients = {name: gradient * factor.astype(gradient.dtype) for name, gradient in gradients.items()}
+        self._optimizer.update(self.scorer.model, tree_unflatten(list(gradients.items())))
+        return []
 
     def _model_state(self) -> list[Any]:
         return [self.scorer.model.state, mx.random.state]

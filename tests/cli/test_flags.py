@@ -14,7 +14,7 @@ from orpo_mlx.cli.main import COMMANDS, main
 from orpo_mlx.compare.plan import BUDGETS
 from orpo_mlx.config import settings as config_module
 from orpo_mlx.config.settings import TrainingConfig
-from orpo_mlx.losses.registry import PARAMETERS
+from orpo_mlx.losses.recipe import PARAMETERS
 
 PACKAGE = Path(config_module.__file__).parent.parent
 SETTINGS = {field.name for field in dataclasses.fields(TrainingConfig)}

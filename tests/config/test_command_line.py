@@ -12,7 +12,8 @@ import pytest
 from orpo_mlx.config.command_line import read_config_file, resolve
 from orpo_mlx.config.settings import TrainingConfig, recipe
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.losses.registry import METHODS, PARAMETERS
+from orpo_mlx.losses.recipe import PARAMETERS
+from orpo_mlx.losses.registry import METHODS
 
 
 def write(tmp_path: Path, text: str) -> str:

@@ -91,12 +91,43 @@ def test_a_merged_model_is_the_same_to_transformers(shared: Path, base: Path, tm
 
 
 POOL = (
-    "the quick brown fox", "Übergröße", "naïve café", "你好世界", "日本語テキスト", "🙂🚀👩‍👩‍👧", "مرحبا", "привет мир",
+    "the quick brown fox",
+    "Übergröße",
+    "naïve café",
+    "你好世界",
+    "日本語テキスト",
+    "🙂🚀👩‍👩‍👧",
+    "مرحبا",
+    "привет мир",
     "def f(x):\n\treturn x**2",
-    "  ", "\n\n", "\t", "   \n ", "12345", "3.14159", "1,000,000", "x1y22z333", "<|im_start|>",
-    "<|im_end|>", "<|endoftext|>", "don't", "I'm we'll they've", "http://a.b/c?d=e&f=1", '{"a": [1, 2]}', "e\u0301",
-    "\u00a0", "\u200b", "ﬁ", "½", "٣٤", "if (a && b) { return; }", "$100%", "...", "—", "'s", "A" * 7,
-)  # fmt: skip
+    "  ",
+    "\n\n",
+    "\t",
+    "   \n ",
+    "12345",
+    "3.14159",
+    "1,000,000",
+    "x1y22z333",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "don't",
+    "I'm we'll they've",
+    "http://a.b/c?d=e&f=1",
+    '{"a": [1, 2]}',
+    "e\u0301",
+    "\u00a0",
+    "\u200b",
+    "ﬁ",
+    "½",
+    "٣٤",
+    "if (a && b) { return; }",
+    "$100%",
+    "...",
+    "—",
+    "'s",
+    "A" * 7,
+)
 
 
 @pytest.mark.filterwarnings("default")

@@ -18,17 +18,31 @@ from tests.conftest import make_model, write_model_folder
 from tests.convert.test_conversions import write_adapter_folder
 
 PEFT: dict[str, Any] = {
-    "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 7, "lora_dropout": 0.05, "bias": "none",
-    "use_rslora": False, "use_dora": False, "target_modules": ["q_proj", "down_proj"], "base_model_name_or_path": "x",
-    "inference_mode": True, "modules_to_save": None, "layers_to_transform": None, "fan_in_fan_out": False,
-}  # fmt: skip
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "r": 3,
+    "lora_alpha": 7,
+    "lora_dropout": 0.05,
+    "bias": "none",
+    "use_rslora": False,
+    "use_dora": False,
+    "target_modules": ["q_proj", "down_proj"],
+    "base_model_name_or_path": "x",
+    "inference_mode": True,
+    "modules_to_save": None,
+    "layers_to_transform": None,
+    "fan_in_fan_out": False,
+}
 SIZES = {"self_attn.q_proj": (32, 32), "mlp.down_proj": (48, 32), "self_attn.v_proj": (32, 16)}
 
 
 def write_peft_folder(
-    folder: Path, modules: tuple[str, ...] = ("self_attn.q_proj", "mlp.down_proj"), layers: tuple[int, ...] = (0, 1),
-    dtype: mx.Dtype = mx.float32, **changes: Any,
-) -> Path:  # fmt: skip
+    folder: Path,
+    modules: tuple[str, ...] = ("self_attn.q_proj", "mlp.down_proj"),
+    layers: tuple[int, ...] = (0, 1),
+    dtype: mx.Dtype = mx.float32,
+    **changes: Any,
+) -> Path:
     """Random matrices, named and shaped as PEFT does."""
     config = {**PEFT, **changes}
     rng = np.random.default_rng(3)

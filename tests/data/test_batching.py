@@ -16,8 +16,8 @@ from orpo_mlx.data.batching import (
     length_order,
     micro_batches,
     padded_tokens,
-    split_by_completion,
     sequence_tokens,
+    split_by_completion,
     steps_per_epoch,
 )
 from orpo_mlx.data.row_counts import RowReport
@@ -25,7 +25,6 @@ from orpo_mlx.data.token_store import StoreWriter
 from orpo_mlx.device_profile import CPU, GPU, RowLayout
 from orpo_mlx.types import TokenizedPair
 from tests.conftest import make_pairs
-
 
 PAIRS = [TokenizedPair((1, 2, 3), (4,), (5, 6)), TokenizedPair((7, 8), (9, 10), (11,))]
 JOINED = CPU.layout._replace(joined=True, row_multiple=1)
@@ -183,7 +182,7 @@ def test_what_is_counted_as_padded_is_what_collate_makes(layout: RowLayout) -> N
 
 
 def test_orders_of_a_store_are_those_of_its_pairs(tmp_path: Path) -> None:
-    pairs = [pair._replace(place=f"f:{number}") for number, pair in enumerate(make_pairs(80, longest=60))]
+    pairs = [pair._replace(location=f"f:{number}") for number, pair in enumerate(make_pairs(80, longest=60))]
     with StoreWriter(tmp_path / "store") as writer:
         writer.extend(pairs)
         store = writer.close(RowReport())

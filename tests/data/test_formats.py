@@ -106,8 +106,14 @@ def capybara(question: str, chosen: str, rejected: str) -> Row:
 
 def text_parts(question: str, chosen: str, rejected: str) -> Row:
     row = messages(question, chosen, rejected)
-    return {name: [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in value]
-            for name, value in row.items()}  # fmt: skip
+    return {
+        name: [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in value]
+        for name, value in row.items()
+    }
+
+
+def rated(question: str, chosen: str, rejected: str) -> Row:
+    return {"prompt": question, "completions": [rejected, "A third.", chosen], "scores": [1, 2, 3]}
 
 
 CASES: list[tuple[str, Callable[[str, str, str], Row], dict[str, Any]]] = [
@@ -124,6 +130,7 @@ CASES: list[tuple[str, Callable[[str, str, str], Row], dict[str, Any]]] = [
     ("instruction and input (Alpaca)", alpaca, {}),
     ("instruction and input (Alpaca)", alpaca_history, {"history": True}),
     ("conversational, implicit prompt", capybara, {"history": True}),
+    ("rated completions", rated, {}),
 ]
 
 
@@ -136,17 +143,18 @@ def as_conversation(pair: Pair | TokenizedPair) -> tuple[Any, ...]:
 def test_every_shape_gives_the_same_pairs(name: str, make: Callable[..., Row], which: dict[str, Any]) -> None:
     for question, chosen, rejected in SINGLE:
         # Through JSON, since that is how rows arrive.
-        read = read_row(json.loads(json.dumps(make(question, chosen, rejected))), "f:1")
+        row = json.loads(json.dumps(make(question, chosen, rejected)))
+        read = read_row(row, "f:1", pair_ratings="best_worst")
         assert read.shape == name
         assert read.note is None
         (pair,) = read.pairs
         expected = (turns(question, **which), [said("assistant", chosen)], [said("assistant", rejected)])
         assert as_conversation(pair) == tuple(map(tuple, expected))
-        assert pair.place == "f:1"
+        assert pair.location == "f:1"
 
 
 def test_the_table_above_has_every_shape() -> None:
-    assert {shape.name for shape in SHAPES} - {case[0] for case in CASES} == {"strings, implicit prompt"}
+    assert {shape.name for shape in SHAPES} - {case[0] for case in CASES} == {"strings, implicit prompt", "token ids"}
 
 
 @pytest.mark.parametrize(
@@ -190,7 +198,7 @@ RATED: list[Row] = [
     {"prompt": "Q", "responses": [{"text": t, "rating": s} for t, s in [("b", "2"), ("c", "1"), ("a", "3")]]},
     {"prompt": "Q", "answers": [{"answer": t, "rank": r} for t, r in [("a", 1.0), ("b", 2.0), ("c", 3.0)]]},
     {"question": "Q", "generations": ["a", "b", "c"], "ranks": [1, 2, 3]},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("row", RATED)
@@ -209,8 +217,10 @@ def test_equal_ratings_give_no_pair() -> None:
     assert read_row(row, "f:1", pair_ratings="all").pairs == []
 
 
-@pytest.mark.parametrize("names", [("prompt_ids", "chosen_ids", "rejected_ids"),
-                                   ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")])  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [("prompt_ids", "chosen_ids", "rejected_ids"), ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")],
+)
 def test_token_ids(names: tuple[str, str, str]) -> None:
     for sides in ([1, 2], [3], [4, 5]), ([0], [0], [1]), ([9] * 50, [7], [8]), ([1], [2, 3], [3]), ([5], [6], [7, 8]):
         read = read_row(dict(zip(names, sides, strict=True)), "f:1")
@@ -235,8 +245,11 @@ def test_tools_and_template_arguments_travel_along() -> None:
 
 
 def test_a_function_call_in_sharegpt() -> None:
-    start = [{"from": "human", "value": "Q"}, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
-             {"from": "observation", "value": "42"}]  # fmt: skip
+    start = [
+        {"from": "human", "value": "Q"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+        {"from": "observation", "value": "42"},
+    ]
     row = {"conversations": start, "chosen": {"from": "gpt", "value": "A"}, "rejected": {"from": "gpt", "value": "B"}}
     (pair,) = read_row(row, "f:1").pairs
     assert isinstance(pair, Pair)
@@ -281,15 +294,23 @@ def test_a_side_that_stops_early_is_empty() -> None:
     [
         ({"chosen": "Yes", "rejected": "No"}, "chosen and rejected do not begin with the same words"),
         ({"chosen": "蓝天白云", "rejected": "蓝天黑云"}, "chosen and rejected do not begin with the same words"),
-        ({"chosen": [*turns("Q"), said("assistant", "A")], "rejected": [*turns("R"), said("assistant", "B")]},
-         "chosen and rejected share no first turn"),
-        ({"chosen": [*turns("Q"), said("user", "A")], "rejected": [*turns("Q"), said("assistant", "B")]},
-         "chosen[1], the first turn that differs, is of role 'user', expected the assistant's"),
+        (
+            {"chosen": [*turns("Q"), said("assistant", "A")], "rejected": [*turns("R"), said("assistant", "B")]},
+            "chosen and rejected share no first turn",
+        ),
+        (
+            {"chosen": [*turns("Q"), said("user", "A")], "rejected": [*turns("Q"), said("assistant", "B")]},
+            "chosen[1], the first turn that differs, is of role 'user', expected the assistant's",
+        ),
         ({"prompt": "Q", "chosen": turns("A"), "rejected": "B"}, "'chosen' begins with a turn of the user"),
-        ({"prompt": [*turns("Q"), said("assistant", "A")], "chosen": "A", "rejected": "B"},
-         "the prompt ends with a turn of the assistant, so the answer may be in it already"),
-        ({"conversations": sharegpt([*turns("Q"), said("assistant", "A")]), "chosen": "A", "rejected": "B"},
-         "the prompt ends with a turn of the assistant"),
+        (
+            {"prompt": [*turns("Q"), said("assistant", "A")], "chosen": "A", "rejected": "B"},
+            "the prompt ends with a turn of the assistant, so the answer may be in it already",
+        ),
+        (
+            {"conversations": sharegpt([*turns("Q"), said("assistant", "A")]), "chosen": "A", "rejected": "B"},
+            "the prompt ends with a turn of the assistant",
+        ),
         ({**strings("Q", "A", "B"), "tools": "x"}, "'tools' is text but not JSON"),
         ({**strings("Q", "A", "B"), "tools": [1]}, "'tools' must be a list of tool descriptions"),
         ({**strings("Q", "A", "B"), "chat_template_kwargs": [1]}, "'chat_template_kwargs' must be an object"),
@@ -298,17 +319,21 @@ def test_a_side_that_stops_early_is_empty() -> None:
         ({**strings("Q", "A", "B"), "score_chosen": float("nan"), "score_rejected": 1}, "is not a number (NaN)"),
         ({"instruction": "Q", "history": ["x"], "chosen": "A", "rejected": "B"}, "'history' must be a list of"),
         ({"conversations": [{"from": "human"}], "chosen": "A", "rejected": "B"}, "must have 'from' and 'value'"),
-        ({"conversations": [{"from": "function_call", "value": "{"}], "chosen": "A", "rejected": "B"},
-         "is a function call, but its value is not JSON"),
-        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "A", "rejected": "B"},
-         "prompt[0].content[0] is of type 'image'; only text"),
+        (
+            {"conversations": [{"from": "function_call", "value": "{"}], "chosen": "A", "rejected": "B"},
+            "is a function call, but its value is not JSON",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "A", "rejected": "B"},
+            "prompt[0].content[0] is of type 'image'; only text",
+        ),
         ({"completions": ["a", "b"], "scores": [1, 2]}, "the row has rated completions but no prompt"),
         ({"prompt": "Q", "completions": ["a"], "scores": [1]}, "at least two completions"),
         ({"prompt": "Q", "completions": ["a", "b"], "scores": [1]}, "needs a list of as many scores"),
         ({"prompt": "Q", "completions": [{"x": 1}, {"x": 2}]}, "completions[0] has x; expected a text"),
         ({"prompt": "Q", "good": "A", "bad": "B"}, "--columns chosen=NAME says which column it is"),
     ],
-)  # fmt: skip
+)
 def test_rows_that_cannot_be_used(row: Row, expected: str) -> None:
     with pytest.raises(DataError) as caught:
         read_row(row, "f:1", pair_ratings="all")

@@ -42,11 +42,26 @@ def test_empty(text: Any, empty: bool) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [None, 3, 1.5, True, [], [None], ["x"], [{}], [{"role": "user"}], {"content": "x"},
-     [{"role": None, "content": "x"}],
-     [{"role": "user", "content": {"a": 1}}], [{"role": "user", "content": ["x"]}], "\udc80", {"from": "gpt"},
-     {"from": 1, "value": "x"}, [{"role": "user", "content": "\ud800"}]],
-)  # fmt: skip
+    [
+        None,
+        3,
+        1.5,
+        True,
+        [],
+        [None],
+        ["x"],
+        [{}],
+        [{"role": "user"}],
+        {"content": "x"},
+        [{"role": None, "content": "x"}],
+        [{"role": "user", "content": {"a": 1}}],
+        [{"role": "user", "content": ["x"]}],
+        "\udc80",
+        {"from": "gpt"},
+        {"from": 1, "value": "x"},
+        [{"role": "user", "content": "\ud800"}],
+    ],
+)
 def test_whatever_is_not_text_is_refused_at_its_place(value: Any) -> None:
     with pytest.raises(DataError, match=r"^f:1: "):
         text_or_turns(value, "prompt", "f:1", "user")
@@ -54,6 +69,4 @@ def test_whatever_is_not_text_is_refused_at_its_place(value: Any) -> None:
 
 def test_names_of_types() -> None:
     values: tuple[Any, ...] = (None, True, 1, 1.5, "x", [], {})
-    assert [kind(value) for value in values] == [
-        "null", "boolean", "number", "number", "string", "list", "object"
-    ]  # fmt: skip
+    assert [kind(value) for value in values] == ["null", "boolean", "number", "number", "string", "list", "object"]

@@ -83,7 +83,7 @@ def test_a_bad_row_is_named_by_file_and_line_or_left_out_and_listed(tmp_path: Pa
         assert expected in message
         assert "\n" not in message
     pairs, report = read(path, skip_bad_rows=True)
-    assert [pair.place for pair in pairs] == [f"{path}:1", f"{path}:3"]
+    assert [pair.location for pair in pairs] == [f"{path}:1", f"{path}:3"]
     assert report.dropped == {"bad_row": 1}
     assert report.places == {"bad_row": [f"{path}:2"]}
     assert expected in report.left_out[0]
@@ -112,7 +112,7 @@ def test_a_margin_leaves_out_what_is_too_close(tmp_path: Path) -> None:
     rows = [{**GOOD, "score_chosen": high, "score_rejected": low} for high, low in [(5, 4), (3.5, 3), (2, 4)]]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     pairs, report = read(path, min_margin=1.0)
-    assert [pair.place for pair in pairs] == [f"{path}:1"]
+    assert [pair.location for pair in pairs] == [f"{path}:1"]
     assert report.dropped == {"low_margin": 2}
     pairs, report = read(path)
     assert len(pairs) == 3

@@ -16,9 +16,9 @@ from orpo_mlx.data.readers import READERS, read_rows
 from orpo_mlx.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
-    {"prompt": f"Q{number}\n, \"é\"", "chosen": [{"role": "assistant", "content": "A"}], "rejected": f"B{number}"}
+    {"prompt": f'Q{number}\n, "é"', "chosen": [{"role": "assistant", "content": "A"}], "rejected": f"B{number}"}
     for number in range(1500)
-]  # fmt: skip
+]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -47,7 +47,7 @@ def test_every_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path / f"rows{kind}", ROWS)
     rows = list(read_rows(path))
     assert [row.value for row in rows] == ROWS
-    places = [int(row.place.removeprefix(f"{path}:")) for row in rows]
+    places = [int(row.location.removeprefix(f"{path}:")) for row in rows]
     if kind in (".json", ".csv"):
         lines = path.read_text().split("\n")
         for row, place in zip(rows, places, strict=True):
@@ -74,7 +74,7 @@ def test_a_json_list_is_the_same_however_it_is_cut_into_blocks(tmp_path: Path, m
     path.write_text("\n [" + ",\n".join(json.dumps(row) for row in rows) + "] \n")
     for block in (1, 2, 3, 17, 1000):
         monkeypatch.setattr("orpo_mlx.data.readers._BLOCK", block)
-        assert [(row.place, row.value) for row in read_rows(path)] == [
+        assert [(row.location, row.value) for row in read_rows(path)] == [
             (f"{path}:{number + 2}", row) for number, row in enumerate(rows)
         ]
 
@@ -96,7 +96,7 @@ def test_a_byte_order_mark_and_crlf_are_passed_over(tmp_path: Path, kind: str) -
 def test_blank_lines_keep_line_numbers(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('\n{"a": 1}\n\n{"a": 2}')
-    assert [row.place for row in read_rows(path)] == [f"{path}:2", f"{path}:4"]
+    assert [row.location for row in read_rows(path)] == [f"{path}:2", f"{path}:4"]
 
 
 @pytest.mark.parametrize(

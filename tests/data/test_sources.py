@@ -112,7 +112,7 @@ def test_a_hub_id_with_configuration_and_revision(monkeypatch: pytest.MonkeyPatc
     assert asked == [(("owner/name.v1", "en-US"), {"revision": "refs/pr/1"})]
     assert list(splits) == ["train", "valid", "test"]
     source = splits["valid"]
-    assert [row.place for row in source.rows()] == [
+    assert [row.location for row in source.rows()] == [
         f"owner/name.v1:en-US@refs/pr/1/validation:{number}" for number in (1, 2)
     ]
     assert next(iter(source.rows())).value == GOOD

@@ -49,7 +49,7 @@ def test_every_row_is_kept_or_counted(tmp_path: Path, tokenizer: Any) -> None:
     assert report.rows_kept == 3
     assert report.dropped == {"empty_side": 1, "equal_sides": 1, "too_long": 1, "bad_row": 1, "equal_ratings": 1}
     assert report.places["too_long"] == [f"{path}:4"]
-    assert [pair.place for pair in split.pairs] == [f"{path}:{line}" for line in (1, 6, 6, 6, 6, 6, 8)]
+    assert [pair.location for pair in split.pairs] == [f"{path}:{line}" for line in (1, 6, 6, 6, 6, 6, 8)]
     to_ids = PairTokenizer(tokenizer)
     assert split.pairs[0] == to_ids(Pair("Q", "A", "B", f"{path}:1"))
     assert split.pairs[2] == to_ids(Pair("Q", "a", "c", f"{path}:6"))

@@ -17,7 +17,7 @@ from tests.conftest import make_pairs
 
 def placed(pairs: list[TokenizedPair]) -> list[TokenizedPair]:
     """Pairs of three files, several of one line among them."""
-    return [pair._replace(place=f"f{number // 40}:x:{number // 2 + 1}") for number, pair in enumerate(pairs)]
+    return [pair._replace(location=f"f{number // 40}:x:{number // 2 + 1}") for number, pair in enumerate(pairs)]
 
 
 def write(folder: Path, pairs: list[TokenizedPair]) -> TokenStore:
@@ -40,7 +40,7 @@ def test_pairs_come_back(tmp_path: Path) -> None:
         store[100]
     assert store.lengths.tolist() == [[len(side) for side in pair[:3]] for pair in pairs]
     largest = max(pairs, key=lambda pair: max(max(side) for side in pair[:3]))
-    assert tuple(store.largest) == (max(max(side) for side in largest[:3]), largest.place)
+    assert tuple(store.largest) == (max(max(side) for side in largest[:3]), largest.location)
     assert store.report.dropped == {"too_long": 1}
     assert store.report.left_out == ["f:3: longer than L 4."]
     assert [entry.name for entry in (tmp_path / "a").iterdir()] == ["store"]

@@ -51,8 +51,11 @@ def test_strings_and_messages_are_the_same_conversation(tokenizer: Any) -> None:
 
 
 def test_eos_is_appended_once_where_the_template_writes_none(tmp_path: Path) -> None:
-    tokenizer = with_template(tmp_path, "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-                              "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
+    tokenizer = with_template(
+        tmp_path,
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+    )
     pair = PairTokenizer(tokenizer)(Pair("Hi", "Yes", "No", "f:1"))
     assert pair.chosen_ids.count(END) == 1
     assert pair.chosen_ids[-1] == END
@@ -152,8 +155,12 @@ def test_thinking_stripped_from_earlier_turns_only_is_no_trouble(tmp_path: Path)
     template = EACH.replace("m['content']", "(m['content'] if loop.last else m['content'].split('</think>')[-1])")
     tokenizer = with_template(tmp_path, template + HEADER)
     earlier = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>x</think>b"})
-    pair = Pair((*earlier, {"role": "user", "content": "c"}), ({"role": "assistant", "content": "<think>y</think>d"},),
-                ({"role": "assistant", "content": "e"},), "f:1")  # fmt: skip
+    pair = Pair(
+        (*earlier, {"role": "user", "content": "c"}),
+        ({"role": "assistant", "content": "<think>y</think>d"},),
+        ({"role": "assistant", "content": "e"},),
+        "f:1",
+    )
     prompt, chosen, _ = texts_of(tokenizer, pair)
     assert "<think>" not in prompt
     assert chosen == "<think>y</think>d<|end|>\n"
@@ -185,12 +192,14 @@ def test_an_empty_thinking_block_belongs_to_the_side_that_writes_it(tmp_path: Pa
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TURN
-        + "{% endfor %}" + HEADER,
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + TURN
+        + "{% endfor %}"
+        + HEADER,
         "{% for m in messages %}{% if m['role'] != 'system' %}" + TURN + "{% endif %}{% endfor %}" + HEADER,
     ],
     ids=["raises", "leaves it out"],
-)  # fmt: skip
+)
 def test_a_template_without_a_system_role_gets_it_in_the_next_turn(tmp_path: Path, template: str) -> None:
     tokenizer = with_template(tmp_path, template)
     turns = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"})

@@ -8,13 +8,41 @@ differentiate without cancellation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 Columns = Mapping[str, Array]
+
+
+class Oracle(NamedTuple):
+    """A loss in float64."""
+
+    loss: Callable[..., Array]
+    """`loss(columns, **parameters)`, a value for each pair."""
+    tries: tuple[dict[str, float], ...]
+    """Hyper-parameters to hold it against the package's with."""
+    compares_sums: bool
+    """Whether a loss without a reference compares summed log-probs, not means."""
+    kink_at_equal_means: bool
+    """Whether it has no gradient where both sides' means are equal."""
+
+
+ORACLES: dict[str, Oracle] = {}
+
+
+def tried(
+    *tries: dict[str, float], compares_sums: bool = False, kink_at_equal_means: bool = False
+) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
+    """Make a function the oracle of the loss of that name."""
+
+    def register(loss: Callable[..., Array]) -> Callable[..., Array]:
+        ORACLES[loss.__name__] = Oracle(loss, tries, compares_sums, kink_at_equal_means)
+        return loss
+
+    return register
 
 
 def gradient(f: Callable[[Columns], Array], x: Columns, name: str) -> Array:
@@ -69,44 +97,59 @@ def h(x: Columns) -> tuple[Array, Array]:
     return x["c"] - x["rc"], x["r"] - x["rr"]
 
 
+@tried({"beta": 0.1}, {"beta": 2.0})
 def orpo(x: Columns, beta: float) -> Array:
     """Hong et al. 2024, eqs. 6 and 7, NLL over the chosen completion's tokens."""
     chosen, rejected = m(x)
     return -chosen - beta * log_sigmoid(log_odds(chosen) - log_odds(rejected))
 
 
+@tried({"beta": 0.5}, {"beta": 0.05})
 def orpo_style(x: Columns, beta: float) -> Array:
     """The chapter: -log(r / (1 + r)) + beta (logp_rejected - logp_chosen), length-normalised."""
     chosen, rejected = m(x)
     return -log_sigmoid(log_odds(chosen) - log_odds(rejected)) + beta * (rejected - chosen)
 
 
+@tried({"beta": 2.0, "gamma": 1.0}, {"beta": 0.5, "gamma": 0.0})
 def simpo(x: Columns, beta: float, gamma: float) -> Array:
     """Meng et al. 2024, eq. 6."""
     return -log_sigmoid(beta * x["c"] / x["nc"] - beta * x["r"] / x["nr"] - gamma)
 
 
+@tried({"beta": 0.1, "alpha": 1.0}, {"beta": 0.5, "alpha": 0.25}, compares_sums=True)
 def cpo(x: Columns, beta: float, alpha: float) -> Array:
     """Xu et al. 2024, eqs. 4 and 5, NLL per token."""
     return -log_sigmoid(beta * x["c"] - beta * x["r"]) - alpha * x["c"] / x["nc"]
 
 
+@tried({"alpha": 1.0}, {"alpha": 0.1}, kink_at_equal_means=True)
 def rrhf(x: Columns, alpha: float) -> Array:
     """Yuan et al. 2023, eqs. 2 to 4."""
     chosen, rejected = m(x)
     return positive(rejected - chosen) - alpha * x["c"]
 
 
+@tried({"delta": 1.0, "alpha": 1.0}, {"delta": 5.0, "alpha": 0.1}, compares_sums=True)
 def slic(x: Columns, delta: float, alpha: float) -> Array:
     """Zhao et al. 2023, eq. 1."""
     return positive(delta - x["c"] + x["r"]) - alpha * x["c"]
 
 
+@tried({})
+def simper(x: Columns) -> Array:
+    """Xiao et al. 2025: the inverse perplexity of the chosen side is raised, that of the rejected side lowered."""
+    chosen, rejected = m(x)
+    return -np.exp(chosen) + np.exp(rejected)
+
+
+@tried({})
 def sft(x: Columns) -> Array:
     """Mean negative log-likelihood of the chosen side's tokens."""
     return -x["c"] / x["nc"]
 
 
+@tried({"beta": 0.1, "label_smoothing": 0.0}, {"beta": 1.0, "label_smoothing": 0.2})
 def dpo(x: Columns, beta: float, label_smoothing: float) -> Array:
     """Rafailov et al. 2023, eq. 7, with the label noise of conservative DPO."""
     chosen, rejected = h(x)
@@ -114,30 +157,35 @@ def dpo(x: Columns, beta: float, label_smoothing: float) -> Array:
     return -(1 - label_smoothing) * log_sigmoid(z) - label_smoothing * log_sigmoid(-z)
 
 
+@tried({"beta": 0.1}, {"beta": 5.0})
 def sigmoid_norm(x: Columns, beta: float) -> Array:
     """Lambert et al. 2024, eq. 5."""
     chosen, rejected = h(x)
     return -log_sigmoid(beta * chosen / x["nc"] - beta * rejected / x["nr"])
 
 
+@tried({"beta": 0.1}, {"beta": 1.0})
 def hinge(x: Columns, beta: float) -> Array:
     """Liu et al. 2023, table 1."""
     chosen, rejected = h(x)
     return positive(1 - beta * (chosen - rejected))
 
 
+@tried({"beta": 0.1}, {"beta": 1.0})
 def ipo(x: Columns, beta: float) -> Array:
     """Azar et al. 2023, eq. 17, means over tokens."""
     chosen, rejected = h(x)
     return (chosen / x["nc"] - rejected / x["nr"] - 1 / (2 * beta)) ** 2
 
 
+@tried({"beta": 0.1, "label_smoothing": 0.1}, {"beta": 1.0, "label_smoothing": 0.3})
 def robust(x: Columns, beta: float, label_smoothing: float) -> Array:
     """Chowdhury et al. 2024, eq. 12."""
     plain, flipped = dpo(x, beta, 0.0), dpo({**x, "c": x["r"], "r": x["c"], "rc": x["rr"], "rr": x["rc"]}, beta, 0.0)
     return ((1 - label_smoothing) * plain - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
+@tried({"beta": 0.1, "label_smoothing": 1e-3}, {"beta": 1.0, "label_smoothing": 0.2})
 def exo_pair(x: Columns, beta: float, label_smoothing: float) -> Array:
     """Ji et al. 2024, eq. 16: KL of the policy's preference from the smoothed label."""
     chosen, rejected = h(x)
@@ -148,6 +196,7 @@ def exo_pair(x: Columns, beta: float, label_smoothing: float) -> Array:
     return losses
 
 
+@tried({"beta": 0.1}, {"beta": 1.0})
 def nca_pair(x: Columns, beta: float) -> Array:
     """Chen et al. 2024, eq. 11, for two responses."""
     chosen, rejected = h(x)
@@ -155,24 +204,28 @@ def nca_pair(x: Columns, beta: float) -> Array:
     return -log_sigmoid(beta * chosen) - both / 2
 
 
+@tried({"beta": 0.1, "delta": 0.0}, {"beta": 1.0, "delta": 0.7})
 def bco_pair(x: Columns, beta: float, delta: float) -> Array:
     """Jung et al. 2024, eq. 6."""
     chosen, rejected = h(x)
     return -log_sigmoid(beta * chosen - delta) - log_sigmoid(-(beta * rejected - delta))
 
 
+@tried({"beta": 0.1}, {"beta": 1.0})
 def sppo_hard(x: Columns, beta: float) -> Array:
     """Wu et al. 2024, eq. 4.7 with P = 1 for the winner and 0 for the loser."""
     chosen, rejected = h(x)
     return (chosen - 1 / (2 * beta)) ** 2 + (rejected + 1 / (2 * beta)) ** 2
 
 
+@tried({"beta": 0.1, "label_smoothing": 0.0}, {"beta": 1.0, "label_smoothing": 0.2})
 def aot(x: Columns, beta: float, label_smoothing: float) -> Array:
     """Melnyk et al. 2024, section 3, paired."""
     z = beta * (ranked(x["c"] - x["r"]) - ranked(x["rc"] - x["rr"]))
     return -(1 - label_smoothing) * log_sigmoid(z) - label_smoothing * log_sigmoid(-z)
 
 
+@tried({"beta": 0.1, "label_smoothing": 0.0}, {"beta": 1.0, "label_smoothing": 0.2})
 def aot_unpaired(x: Columns, beta: float, label_smoothing: float) -> Array:
     """Melnyk et al. 2024, section 3, unpaired."""
     chosen, rejected = h(x)
@@ -180,18 +233,21 @@ def aot_unpaired(x: Columns, beta: float, label_smoothing: float) -> Array:
     return -(1 - label_smoothing) * log_sigmoid(z) - label_smoothing * log_sigmoid(-z)
 
 
+@tried({"beta": 0.1}, {"beta": 1.0})
 def apo_zero(x: Columns, beta: float) -> Array:
     """D'Oosterlinck et al. 2024, eq. 7."""
     chosen, rejected = h(x)
     return sigmoid(-beta * chosen) + sigmoid(beta * rejected)
 
 
+@tried({"beta": 0.1}, {"beta": 1.0})
 def apo_down(x: Columns, beta: float) -> Array:
     """D'Oosterlinck et al. 2024, eq. 8."""
     chosen, rejected = h(x)
     return sigmoid(beta * chosen) + sigmoid(-beta * (chosen - rejected))
 
 
+@tried({"beta": 0.05, "tau": 0.05}, {"beta": 1.0, "tau": 0.5})
 def discopop(x: Columns, beta: float, tau: float) -> Array:
     """Lu et al. 2024, eq. 5; the product of σ(z/τ) and e⁻ᶻ in logs, since each alone leaves float64."""
     chosen, rejected = h(x)
@@ -199,6 +255,7 @@ def discopop(x: Columns, beta: float, tau: float) -> Array:
     return (1 - sigmoid(z / tau)) * -log_sigmoid(z) + np.exp(log_sigmoid(z / tau) - z)
 
 
+@tried({"beta": 0.1, "delta": 50.0}, {"beta": 1.0, "delta": 5.0})
 def dpop(x: Columns, beta: float, delta: float) -> Array:
     """Pal et al. 2024, eq. 3."""
     chosen, rejected = h(x)

@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from orpo_mlx.losses import dpo, orpo
 from orpo_mlx.losses.metrics import MetricMeans, pair_metrics
-from orpo_mlx.losses.preference import dpo, orpo
 from orpo_mlx.types import PairLogProbs
 from tests.helpers import float64_losses as oracle
 

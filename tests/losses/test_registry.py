@@ -1,103 +1,69 @@
-"""The registry, sums of methods, and their parameters."""
+"""A loss carries its card, and `orpo_mlx.losses` has every loss."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator
+
 import pytest
 
-from orpo_mlx.errors import ConfigError
-from orpo_mlx.losses.preference import bco_pair, dpo, sft
-from orpo_mlx.losses.registry import ALIASES, METHODS, PARAMETERS, describe, parse, resolve
-from tests.losses.test_preference import as_logps, grid
+from orpo_mlx import losses
+from orpo_mlx.losses.recipe import make_recipe
+from orpo_mlx.losses.registry import METHODS, Positive, preference_loss
+from orpo_mlx.types import LossOutput, PairLogProbs
 
 
-def test_defaults_come_from_the_losses() -> None:
-    assert METHODS["orpo"].defaults == {"beta": 0.1}
-    assert METHODS["orpo_style"].defaults == {"beta": 0.5}
-    assert METHODS["sft"].defaults == {}
+@pytest.fixture
+def own_losses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Losses that a test registers are gone after it."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
 
 
-def test_every_parameter_of_every_method_can_be_given() -> None:
-    assert {key for method in METHODS.values() for key in method.defaults} == set(PARAMETERS)
+def test_the_folder_exports_every_loss_and_nothing_else() -> None:
+    assert losses.__all__ == list(METHODS)
+    assert all(getattr(losses, name) is method.loss for name, method in METHODS.items())
 
 
-def test_given_parameters_override_and_none_does_not() -> None:
-    assert resolve("orpo", {"beta": 0.7}).parameters == {"orpo": {"beta": 0.7}}
-    assert resolve("orpo", {"beta": None}).parameters == {"orpo": {"beta": 0.1}}
+def test_a_loss_shows_its_card() -> None:
+    for method in METHODS.values():
+        shown = str(method.loss.__doc__)
+        assert method.equation in shown
+        assert method.source in shown
 
 
-def test_bound_parameters_reach_the_loss() -> None:
-    logps = as_logps(grid())
-    one, two = (resolve("dpo", {"beta": beta}).loss(logps).chosen_rewards for beta in (0.1, 0.2))
-    assert (two == 2 * one).all().item()
+@pytest.mark.usefixtures("own_losses")
+def test_a_card_makes_a_function_a_method() -> None:
+    @preference_loss(equation="s_l - β s_w", source="nobody")
+    def own(logps: PairLogProbs, *, beta: Positive = 0.25) -> LossOutput:
+        """Mine."""
+        return LossOutput(logps.rejected - beta * logps.chosen, *logps[:4])
+
+    method = METHODS["own"]
+    assert method.loss is own
+    assert (method.equation, method.source) == ("s_l - β s_w", "nobody")
+    assert not method.needs_reference
+    assert not method.couples_pairs
+    assert method.defaults == {"beta": 0.25}
+    assert make_recipe("2*own", {"beta": 3.0}).parameters == {"own": {"beta": 3.0}}
 
 
-def test_a_sum_is_the_weighted_sum_and_logs_its_first_term() -> None:
-    logps = as_logps(grid())
-    recipe = resolve("0.8*sigmoid + 0.2*bco_pair+sft", {"beta": 0.3})
-    expected = 0.8 * dpo(logps, beta=0.3).losses + 0.2 * bco_pair(logps, beta=0.3).losses + sft(logps).losses
-    found = recipe.loss(logps)
-    np.testing.assert_allclose(np.array(found.losses), np.array(expected), rtol=1e-6)
-    assert (found.chosen_rewards == dpo(logps, beta=0.3).chosen_rewards).all().item()
-    assert recipe.needs_reference
-    assert recipe.parameters == {
-        "dpo": {"beta": 0.3, "label_smoothing": 0.0},
-        "bco_pair": {"beta": 0.3, "delta": 0.0},
-        "sft": {},
-    }
+@pytest.mark.usefixtures("own_losses")
+def test_a_name_is_taken_once() -> None:
+    def dpo(logps: PairLogProbs) -> LossOutput:
+        """Another."""
+        return LossOutput(logps.nll, *logps[:4])
+
+    with pytest.raises(ValueError, match="there is a loss dpo already"):
+        preference_loss(equation="0", source="nobody")(dpo)
 
 
-def test_a_sum_needs_what_any_term_needs() -> None:
-    assert not resolve("orpo + sft", {}).needs_reference
-    assert resolve("sft + aot", {}).couples_pairs
-    assert not resolve("sft + dpo", {}).couples_pairs
+@pytest.mark.usefixtures("own_losses")
+def test_a_parameter_says_its_range() -> None:
+    def own(logps: PairLogProbs, *, beta: float = 0.1) -> LossOutput:
+        """Mine."""
+        return LossOutput(beta * logps.nll, *logps[:4])
 
-
-@pytest.mark.parametrize(
-    ("expression", "expected"),
-    [
-        ("orop", r"--method orop: no method 'orop', expected one of .*did you mean orpo"),
-        ("dpo + sfft", "no method 'sfft'.*did you mean sft"),
-        ("sigmoid + dpo", "stands in the sum twice"),
-        ("dpo + ", "cannot read the term ''"),
-        ("-1*dpo", "cannot read the term"),
-        ("0*dpo", "cannot read the term"),
-        ("1e-*dpo", "cannot read the term"),
-        ("2 dpo", "cannot read the term '2 dpo'"),
-    ],
-)
-def test_a_method_that_cannot_be_read(expression: str, expected: str) -> None:
-    with pytest.raises(ConfigError, match=expected):
-        parse(expression)
-
-
-@pytest.mark.parametrize(
-    ("expression", "given", "expected"),
-    [
-        ("sft", {"beta": 0.1}, "--beta: method sft has no such parameter; it has no parameters"),
-        (
-            "simpo",
-            {"label_smoothing": 0.1},
-            "--label-smoothing: method simpo has no such parameter; it has --beta, --gamma",
-        ),
-        ("dpo + slic", {"tau": 0.1}, "it has --alpha, --beta, --delta, --label-smoothing"),
-        ("robust", {"label_smoothing": 0.5}, "--label-smoothing: found 0.5, expected a number 0 or more and below 0.5"),
-        ("dpo", {"beta": 0.0}, "--beta: found 0, expected a number above 0"),
-        ("discopop", {"tau": 1.0}, "--tau: found 1, expected a number above 0 and below 1"),
-        ("exo_pair", {"label_smoothing": 0.0}, "above 0 for exo_pair"),
-    ],
-)
-def test_a_parameter_that_does_not_fit(expression: str, given: dict[str, float], expected: str) -> None:
-    with pytest.raises(ConfigError, match=expected):
-        resolve(expression, given)
-
-
-def test_the_list_tells_everything_about_each_method() -> None:
-    text = describe()
-    for name, method in METHODS.items():
-        block = text.split(f"{name}\n  loss")[1].split("\n\n")[0]
-        assert method.equation in block
-        assert method.source in block
-        assert ("reference   needed" in block) == method.needs_reference
-        assert all(f"{key}={value:g}" in block for key, value in method.defaults.items())
-    assert all(alias in text for alias in ALIASES)
+    with pytest.raises(ValueError, match="own: annotate beta"):
+        preference_loss(equation="0", source="nobody")(own)

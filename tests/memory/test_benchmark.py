@@ -21,9 +21,17 @@ from tests.conftest import make_model, make_pairs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEYS = {
-    "peak_memory_gib", "active_memory_gib", "cache_memory_gib", "footprint_gib", "footprint_peak_gib", "step_s_median",
-    "steps_s", "reference_s", "pair_tokens_per_s", "loss",
-}  # fmt: skip
+    "peak_memory_gib",
+    "active_memory_gib",
+    "cache_memory_gib",
+    "footprint_gib",
+    "footprint_peak_gib",
+    "step_s_median",
+    "steps_s",
+    "reference_s",
+    "pair_tokens_per_s",
+    "loss",
+}
 
 
 @pytest.fixture
@@ -93,8 +101,9 @@ def test_ratios_are_to_orpo_or_else_to_the_first() -> None:
     assert peaks(row("dpo", 3.0), row("orpo", 2.0)) == ["3.00 (1.50x)", "2.00 (1.00x)"]
     assert peaks(row("dpo", 3.0), row("sft", 1.5)) == ["3.00 (1.00x)", "1.50 (0.50x)"]
     assert peaks({"method": "orpo", "memory": "fast", "error": "killed by SIGKILL"}, row("dpo", 3.0)) == [
-        "killed by SIGKILL", "3.00 (1.00x)",
-    ]  # fmt: skip
+        "killed by SIGKILL",
+        "3.00 (1.00x)",
+    ]
     assert peaks({"method": "orpo", "memory": "fast", "error": "killed by SIGKILL"}) == ["killed by SIGKILL"]
 
 
@@ -169,5 +178,8 @@ def test_each_method_in_each_mode(arguments: list[str], monkeypatch: pytest.Monk
     monkeypatch.setattr(memory_benchmark, "_in_a_process", lambda _: {})
     rows = compare(["orpo", "dpo"], arguments, modes=["plain", "thrift"])["methods"]
     assert [(row["method"], row["memory"]) for row in rows] == [
-        ("orpo", "plain"), ("orpo", "thrift"), ("dpo", "plain"), ("dpo", "thrift"),
-    ]  # fmt: skip
+        ("orpo", "plain"),
+        ("orpo", "thrift"),
+        ("dpo", "plain"),
+        ("dpo", "thrift"),
+    ]

@@ -18,7 +18,7 @@ from orpo_mlx.memory.predict import (
     made_window,
     predict,
     recommended_working_set,
-)  # fmt: skip
+)
 from orpo_mlx.memory.skeleton import read_blueprint
 from orpo_mlx.models.loading import load
 from orpo_mlx.training.prepare import assemble

@@ -10,9 +10,14 @@ from orpo_mlx.errors import ModelError
 from orpo_mlx.models.hf_config import normalise_config, rope_note, unseen_window
 
 BASE = {
-    "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "vocab_size": 512,
-}  # fmt: skip
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 512,
+}
 
 
 def config(model_type: str, **more: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ _IMPORT_SECONDS = 0.3
 _OLD_PYTHONS = ((3, 11), (3, 10))
 _ARITHMETIC = (
     "test_train", "test_python_api", "test_files", "training/checkpoints/test_resume", "models/test_adapters",
-    "engine/test_pair_scorer", "losses/test_preference", "engine/test_lm_head", "engine/test_shared_prompt",
+    "engine/test_pair_scorer", "losses/test_losses", "engine/test_lm_head", "engine/test_shared_prompt",
     "engine/test_segmented_backward", "engine/test_patched_layers", "training/test_reference", "models/test_hf_config",
     "data/test_tokenization", "promises/test_mlx_lm_tools", "cli/test_score",
 )  # fmt: skip

@@ -104,7 +104,7 @@ def test_a_failure_after_training_loses_nothing(
     again = error.rstrip(".\n").split("to push again: ")[1].split()
     assert again == ["orpo-mlx", "push", folder, "me/mine"]
     hub.refuses = None
-    assert main(again[3:]) == 0
+    assert main(again[2:]) == 0
     assert list(hub.sent) == SENT
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orpo_mlx.engine.pair_scorer import PairScorer, TokenLogProbs
-from orpo_mlx.losses.registry import resolve
+from orpo_mlx.engine.pair_scorer import PairScorer
+from orpo_mlx.losses.recipe import make_recipe
 from orpo_mlx.models.adapters import add_adapters
 from orpo_mlx.training.evaluation import evaluate
 from orpo_mlx.training.reference import ReferenceLogProbs
@@ -26,7 +26,7 @@ def scorer_with_adapters() -> PairScorer:
 @pytest.mark.parametrize("nll", ["completion", "sequence"])
 @pytest.mark.parametrize("method", ["orpo", "dpo", "aot", "sft"])
 def test_batch_size_changes_no_metric(method: str, nll: str) -> None:
-    pairs, recipe = make_pairs(9), resolve(method, {})
+    pairs, recipe = make_pairs(9), make_recipe(method, {})
     results = []
     for size in (1, 4, 9):
         scorer = scorer_with_adapters()
@@ -42,7 +42,7 @@ def test_means_are_the_oracles_and_dropout_is_off_for_the_length_of_it() -> None
     scorer, pairs = scorer_with_adapters(), make_pairs(7)
     seen: list[int] = []
     found = evaluate(
-        scorer, pairs, resolve("sft", {}).loss, batch_size=3, nll="completion", reference=None, progress=seen.append
+        scorer, pairs, make_recipe("sft", {}).loss, batch_size=3, nll="completion", reference=None, progress=seen.append
     )
     base = make_model()
     chosen, rejected = (
@@ -65,12 +65,12 @@ def test_an_untrained_policy_is_its_own_reference_and_is_run_once(monkeypatch: p
     calls: list[int] = []
     original = PairScorer.__call__
 
-    def counted(*args: Any, **kwargs: Any) -> TokenLogProbs:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return original(*args, **kwargs)
 
     monkeypatch.setattr(PairScorer, "__call__", counted)
-    loss = resolve("dpo", {}).loss
+    loss = make_recipe("dpo", {}).loss
     first = evaluate(scorer, pairs, loss, batch_size=5, nll="completion", reference=reference, untrained=True)
     assert len(calls) == 1
     again = evaluate(scorer, pairs, loss, batch_size=5, nll="completion", reference=reference)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from orpo_mlx.data.batching import collate
-from orpo_mlx.engine.pair_scorer import PairScorer, TokenLogProbs, pair_logps
+from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.models.adapters import adapter_weights, add_adapters
 from orpo_mlx.training.reference import ReferenceLogProbs, pair_key, with_reference
 from orpo_mlx.types import Batch, TokenizedPair
@@ -99,8 +99,8 @@ def test_only_the_missing_pairs_of_a_batch_are_computed(monkeypatch: pytest.Monk
     sizes = []
     call = PairScorer.__call__
 
-    def counted(self: PairScorer, batch: Batch, **keywords: Any) -> TokenLogProbs:
-        sizes.append(len(batch.chosen_ids))
+    def counted(self: PairScorer, batch: Batch, **keywords: Any) -> mx.array:
+        sizes.append(len(batch.chosen))
         return call(self, batch, **keywords)
 
     monkeypatch.setattr(PairScorer, "__call__", counted)

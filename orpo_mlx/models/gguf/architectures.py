@@ -12,16 +12,25 @@ from orpo_mlx.errors import ModelError
 from orpo_mlx.models.gguf.file import GgufFile
 
 _COMMON = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 _QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _SANDWICH = {
-    "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
-}  # fmt: skip
+}
 _FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 _ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _GEMMA2_27B_LAYERS = 46
@@ -219,8 +228,11 @@ def _phi3(settings: _Settings, config: Mapping[str, Any], rotated: int) -> dict[
     if "rope_factors_long.weight" in file.tensors:
         long, short = (_table(file, f"rope_factors_{part}.weight").tolist() for part in ("long", "short"))
         own["rope_scaling"] = {
-            "type": "longrope", "rope_type": "longrope", "long_factor": long, "short_factor": short,
-        }  # fmt: skip
+            "type": "longrope",
+            "rope_type": "longrope",
+            "long_factor": long,
+            "short_factor": short,
+        }
     return own
 
 

@@ -10,22 +10,55 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from orpo_mlx.errors import ModelError
+from orpo_mlx.errors import ModelError, reason_of
 
 BLOCKS = {
-    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210),
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
     30: ("BF16", 1, 2),
-}  # fmt: skip
+}
 """Number of a tensor type to its name, numbers in a block, and bytes of a block."""
 _OTHER_TYPES = {
-    4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
-    19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0",
+    4: "Q4_2",
+    5: "Q4_3",
+    9: "Q8_1",
+    10: "Q2_K",
+    11: "Q3_K",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    29: "IQ1_M",
+    34: "TQ1_0",
+    35: "TQ2_0",
     39: "MXFP4",
-}  # fmt: skip
+}
 _SCALARS = {
-    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
-}  # fmt: skip
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
 
@@ -61,7 +94,7 @@ def read_gguf(path: Path) -> GgufFile:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(path, _Cursor(path, data))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as GGUF ({' '.join(str(error).split())}).") from None
+        raise ModelError(f"{path}: cannot be read as GGUF ({reason_of(error)}).") from None
 
 
 def tensor_bytes(file: GgufFile, tensor: GgufTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -73,13 +106,15 @@ class _Cursor:
     """Reads forward; nothing beyond the end, and no count that the rest of the file could not hold."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self._path, self._data, self.place, self.size = path, data, 0, len(data)
+        self._path, self._data, self.position, self.size = path, data, 0, len(data)
 
     def take(self, count: int) -> bytes:
-        if count > self.size - self.place:
-            raise ModelError(f"{self._path}: cannot be read as GGUF (cut short: {count} bytes more at {self.place}).")
-        self.place += count
-        return self._data[self.place - count : self.place]
+        if count > self.size - self.position:
+            raise ModelError(
+                f"{self._path}: cannot be read as GGUF (cut short: {count} bytes more at {self.position})."
+            )
+        self.position += count
+        return self._data[self.position - count : self.position]
 
     def number(self, form: str) -> Any:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
@@ -87,7 +122,7 @@ class _Cursor:
     def count(self, least: int) -> int:
         """A number of things that take at least so many bytes each."""
         found = int(self.number("<Q"))
-        if found * least > self.size - self.place:
+        if found * least > self.size - self.position:
             raise ModelError(f"{self._path}: cannot be read as GGUF (states {found} items, more than it can hold).")
         return found
 
@@ -123,7 +158,7 @@ def _parse(path: Path, cursor: _Cursor) -> GgufFile:
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise ModelError(f"{path}: general.alignment is {alignment!r}, expected a power of two.")
-    data = -(-cursor.place // alignment) * alignment
+    data = -(-cursor.position // alignment) * alignment
     tensors = {}
     for name, kind, shape, offset in entries:
         tensors[name] = _placed(path, name, kind, shape, data + offset, cursor.size)

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _get_classes
 
-from orpo_mlx.errors import ModelError
+from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.models.gguf.architectures import architecture_of, hf_name, is_weight, read_config
 from orpo_mlx.models.gguf.blocks import can_pack, expand, pack
 from orpo_mlx.models.gguf.file import GgufFile, read_gguf, tensor_bytes
@@ -36,8 +36,9 @@ def load_gguf(path: Path, dtype: mx.Dtype = mx.float16) -> tuple[nn.Module, Toke
         weights = read_weights(file, config, dtype=dtype)
         model.load_weights(list(weights.items()), strict=True)
     except (ValueError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{path}: its tensors do not fit a {config['model_type']} model ({reason}).") from None
+        raise ModelError(
+            f"{path}: its tensors do not fit a {config['model_type']} model ({reason_of(error)})."
+        ) from None
     return model, tokenizer, config
 
 

@@ -8,7 +8,7 @@ from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, SPMStreamingDetokeni
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from orpo_mlx.errors import ModelError
+from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.models.gguf.file import GgufFile
 
 _CONTROL, _USER = 3, 4
@@ -25,9 +25,13 @@ _TEKKEN_SPLIT = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SPLITS = {
-    "llama-bpe": _LLAMA3_SPLIT, "llama3": _LLAMA3_SPLIT, "llama-v3": _LLAMA3_SPLIT, "qwen2": _QWEN2_SPLIT,
-    "deepseek-r1-qwen": _QWEN2_SPLIT, "tekken": _TEKKEN_SPLIT,
-}  # fmt: skip
+    "llama-bpe": _LLAMA3_SPLIT,
+    "llama3": _LLAMA3_SPLIT,
+    "llama-v3": _LLAMA3_SPLIT,
+    "qwen2": _QWEN2_SPLIT,
+    "deepseek-r1-qwen": _QWEN2_SPLIT,
+    "tekken": _TEKKEN_SPLIT,
+}
 _ADD_BOS = ("llama-bpe", "llama3", "llama-v3", "tekken")
 """Where llama.cpp puts BOS in front although a file does not say so."""
 
@@ -51,7 +55,7 @@ def build_tokenizer(file: GgufFile) -> TokenizerWrapper:
     except ModelError:
         raise
     except Exception as error:  # The library raises plain Exception where merges and tokens do not fit.
-        raise ModelError(f"{file.path}: its tokenizer is damaged ({' '.join(str(error).split())}).") from None
+        raise ModelError(f"{file.path}: its tokenizer is damaged ({reason_of(error)}).") from None
     return TokenizerWrapper(_finish(file, tokenizer, tokens), detokenizer)
 
 
@@ -151,9 +155,11 @@ def _finish(file: GgufFile, tokenizer: Tokenizer, tokens: list[str]) -> PreTrain
 
     _add_ends(file, tokenizer, token("bos"), token("eos"))
     roles: dict[str, Any] = {
-        "bos_token": token("bos"), "eos_token": token("eos"), "unk_token": token("unknown"),
+        "bos_token": token("bos"),
+        "eos_token": token("eos"),
+        "unk_token": token("unknown"),
         "pad_token": token("padding"),
-    }  # fmt: skip
+    }
     template = file.metadata.get("tokenizer.chat_template")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **roles)
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from orpo_mlx.config.settings import TrainingConfig, group_of
-from orpo_mlx.errors import ConfigError, TrainingError
+from orpo_mlx.errors import ConfigError, TrainingError, reason_of
 from orpo_mlx.files import json_text, save_adapters, save_json, save_safetensors
 from orpo_mlx.models.adapters import adapter_weights, load_adapter_file
 from orpo_mlx.reporting.resumable_jsonl import FileMark
@@ -266,8 +266,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise TrainingError(f"{path}: not what a checkpoint holds under this name ({reason})") from None
+        raise TrainingError(f"{path}: not what a checkpoint holds under this name ({reason_of(error)})") from None
 
 
 def _arrays(path: Path) -> dict[str, mx.array]:

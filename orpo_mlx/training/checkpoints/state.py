@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from orpo_mlx.config.checks import check_settings
-from orpo_mlx.errors import TrainingError
+from orpo_mlx.errors import TrainingError, kind_and_reason
 from orpo_mlx.reporting.resumable_jsonl import FileMark
 from orpo_mlx.training.checkpoints.folders import Checkpoint
 from orpo_mlx.training.checkpoints.progress import Progress
@@ -103,8 +103,7 @@ def read_state(checkpoint: Checkpoint) -> State:
         if progress.step != checkpoint.step:
             raise ValueError(f"step {progress.step}, expected {checkpoint.step}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise TrainingError(f"{path}: not the state of a run ({type(error).__name__}: {reason})") from None
+        raise TrainingError(f"{path}: not the state of a run ({kind_and_reason(error)})") from None
     checked = check_settings(settings, str(path))
     return State(progress, total, first_step, checked, randoms, order, texts[0], model, texts[1], metrics, samples)
 

@@ -32,7 +32,9 @@ def test_expanded_and_packed(kind: str) -> None:
 def test_plain_types() -> None:
     values = np.array([1.5, -2.25, 0.0, 3.0], np.float32)
     for kind, data in (
-        ("F32", values), ("F16", values.astype(np.float16)), ("BF16", (values.view(np.uint32) >> 16).astype(np.uint16)),
-    ):  # fmt: skip
+        ("F32", values),
+        ("F16", values.astype(np.float16)),
+        ("BF16", (values.view(np.uint32) >> 16).astype(np.uint16)),
+    ):
         found = expand(kind, data.view(np.uint8), (2, 2), mx.float32)
         assert np.array(found.astype(mx.float32)).ravel().tolist() == values.tolist()

@@ -173,9 +173,13 @@ def test_a_file_that_is_not_gguf(tmp_path: Path) -> None:
 
 def test_llama_3_settings_are_told_from_its_frequencies(tmp_path: Path) -> None:
     scaling: dict[str, Any] = {
-        "rope_type": "llama3", "type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
-    }  # fmt: skip
+    }
     head, base = 8, 500000.0
     freqs = Llama3RoPE(dims=head, base=base, scaling_config=scaling)._freqs
     divisors = freqs / (base ** (mx.arange(0, head, 2) / head))
@@ -234,8 +238,14 @@ def test_sentencepiece_is_rebuilt_from_scores(tmp_path: Path) -> None:
     ids = {token: number for number, token in enumerate(tokens)}
     assert tokenizer.encode("abc") == [1, ids["▁ab"], ids["c"]]
     assert tokenizer.encode("c bc é", add_special_tokens=False) == [
-        ids["▁"], ids["c"], ids["▁"], ids["bc"], ids["▁"], ids["<0xC3>"], ids["<0xA9>"],
-    ]  # fmt: skip
+        ids["▁"],
+        ids["c"],
+        ids["▁"],
+        ids["bc"],
+        ids["▁"],
+        ids["<0xC3>"],
+        ids["<0xA9>"],
+    ]
     assert tokenizer.decode(tokenizer.encode("abc é", add_special_tokens=False)) == "abc é"
 
 

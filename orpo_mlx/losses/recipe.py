@@ -1,0 +1,136 @@
+"""What `--method` says: a loss, or a weighted sum of losses, with its hyper-parameters filled in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from orpo_mlx.errors import ConfigError, did_you_mean
+from orpo_mlx.losses.registry import METHODS, BoundLoss, Range
+from orpo_mlx.types import LossOutput, PairLogProbs
+
+ALIASES = {"sigmoid": "dpo"}
+
+NOTATION = (
+    "_w: chosen, _l: rejected. s: log π summed over completion tokens; m = s/|y|; h = log π - log π_ref; "
+    "OR: odds ratio of exp(m). ε: --label-smoothing, β: --beta, γ: --gamma, δ: --delta, α: --alpha, τ: --tau."
+)
+
+PARAMETERS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.parameters))
+"""Every hyper-parameter that some loss has."""
+
+_TERM = re.compile(r"\s*(?:([0-9.eE-]+)\s*\*\s*)?([a-z_]+)\s*")
+
+
+class Term(NamedTuple):
+    """A summand of a method."""
+
+    weight: float
+    name: str
+    """A key of `METHODS`."""
+
+
+class Recipe(NamedTuple):
+    """A loss, or a weighted sum of losses, with its parameters filled in."""
+
+    expression: str
+    loss: BoundLoss
+    parameters: dict[str, dict[str, float]]
+    """Parameters of each term, by its name."""
+    needs_reference: bool
+    couples_pairs: bool
+
+
+def parse_terms(expression: str) -> list[Term]:
+    """The terms of `name`, or of `weight*name + name + ...`.
+
+    Raises:
+        ConfigError: not such an expression, or an unknown name.
+    """
+    terms = []
+    for part in expression.split("+"):
+        match = _TERM.fullmatch(part)
+        try:
+            weight = float(match[1] or 1.0) if match else 0.0
+        except ValueError:
+            weight = 0.0
+        if match is None or not 0 < weight < float("inf"):
+            raise ConfigError(
+                f"--method {expression}: cannot read the term {part.strip()!r}; expected a method's name, or a sum "
+                "such as '0.8*sigmoid + 0.2*bco_pair + sft' with weights above 0."
+            )
+        name = ALIASES.get(match[2], match[2])
+        if name not in METHODS:
+            hint = did_you_mean(name, [*METHODS, *ALIASES])
+            raise ConfigError(
+                f"--method {expression}: no method {match[2]!r}, expected one of {', '.join(METHODS)}{hint}"
+            )
+        terms.append(Term(weight, name))
+    if len({term.name for term in terms}) < len(terms):
+        raise ConfigError(f"--method {expression}: a method stands in the sum twice; give it one weight.")
+    return terms
+
+
+def make_recipe(expression: str, given: Mapping[str, float | None]) -> Recipe:
+    """The loss or sum with its parameters: each term's defaults, overridden in every term that has a given one.
+
+    The rewards and log-probs of a sum, which are only logged, are its first term's.
+
+    Raises:
+        ConfigError: an unknown method, a parameter no term has, or one out of its range.
+    """
+    terms = parse_terms(expression)
+    chosen = {name: value for name, value in given.items() if value is not None}
+    methods = [METHODS[term.name] for term in terms]
+    _check_parameters(expression, terms, chosen)
+    parameters = {
+        term.name: {**method.defaults, **{key: chosen[key] for key in method.parameters if key in chosen}}
+        for term, method in zip(terms, methods, strict=True)
+    }
+
+    def loss(logps: PairLogProbs) -> LossOutput:
+        outputs = [METHODS[name].loss(logps, **parameters[name]) for _, name in terms]
+        total = terms[0].weight * outputs[0].losses
+        for term, output in zip(terms[1:], outputs[1:], strict=True):
+            total = total + term.weight * output.losses
+        return outputs[0]._replace(losses=total)
+
+    return Recipe(
+        expression,
+        loss,
+        parameters,
+        any(method.needs_reference for method in methods),
+        any(method.couples_pairs for method in methods),
+    )
+
+
+def _check_parameters(expression: str, terms: Sequence[Term], chosen: Mapping[str, float]) -> None:
+    """Every given parameter is one that a term has, and in the range of every term that has it."""
+    ranges: dict[str, list[Range]] = {}
+    for term in terms:
+        for name, parameter in METHODS[term.name].parameters.items():
+            ranges.setdefault(name, []).append(parameter.range)
+    for name, value in chosen.items():
+        if name not in ranges:
+            known = ", ".join(map(_flag, sorted(ranges))) or "no parameters"
+            raise ConfigError(f"{_flag(name)}: method {expression} has no such parameter; it has {known}.")
+        for words, holds in ranges[name]:
+            if not holds(value):
+                raise ConfigError(f"{_flag(name)}: found {value:g}, expected a number {words}.")
+
+
+def _flag(parameter: str) -> str:
+    return f"--{parameter.replace('_', '-')}"
+
+
+def describe_methods() -> str:
+    """All methods, one after another, for `--list-methods`."""
+    lines = []
+    for name, method in METHODS.items():
+        parameters = ", ".join(f"{key}={value:g}" for key, value in method.defaults.items()) or "none"
+        reference = "needed" if method.needs_reference else "not needed"
+        lines += [name, f"  loss        {method.equation}", f"  reference   {reference}", f"  parameters  {parameters}"]
+        lines += [f"  paper       {method.source}", ""]
+    aliases = ", ".join(f"{alias} is {name}" for alias, name in ALIASES.items())
+    return "\n".join([*lines, NOTATION, f"Sums: --method '0.8*sigmoid + 0.2*bco_pair + sft' ({aliases})."])

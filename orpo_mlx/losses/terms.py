@@ -1,0 +1,73 @@
+"""Quantities that several losses are made of, and the `LossOutput` they end in. x is the prompt throughout."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from orpo_mlx.losses.numerics import log_odds
+from orpo_mlx.types import LossOutput, PairLogProbs
+
+
+class Sides(NamedTuple):
+    """One value per pair, shape (B,), for each of its completions."""
+
+    chosen: mx.array
+    rejected: mx.array
+
+    def times(self, factor: float) -> Sides:
+        """Both multiplied by `factor`."""
+        return Sides(factor * self.chosen, factor * self.rejected)
+
+
+def mean_logps(logps: PairLogProbs) -> Sides:
+    """m(y_w), m(y_l): the length-normalised log-probs."""
+    return Sides(logps.chosen / logps.chosen_tokens, logps.rejected / logps.rejected_tokens)
+
+
+def log_odds_ratio(logps: PairLogProbs) -> mx.array:
+    """log OR(y_w, y_l) = log odds(y_w|x) - log odds(y_l|x) with length-normalised P (Hong et al. 2024, eq. 5)."""
+    chosen, rejected = mean_logps(logps)
+    return log_odds(chosen) - log_odds(rejected)
+
+
+def reference_logps(logps: PairLogProbs) -> Sides:
+    """log π_ref(y_w|x), log π_ref(y_l|x).
+
+    Raises:
+        ValueError: there are none.
+    """
+    if logps.reference_chosen is None or logps.reference_rejected is None:
+        raise ValueError(
+            "this loss compares with a reference model: reference_chosen and reference_rejected are needed."
+        )
+    return Sides(logps.reference_chosen, logps.reference_rejected)
+
+
+def log_ratios(logps: PairLogProbs) -> Sides:
+    """h(y_w), h(y_l): log π(y|x) - log π_ref(y|x), summed over tokens."""
+    reference = reference_logps(logps)
+    return Sides(logps.chosen - reference.chosen, logps.rejected - reference.rejected)
+
+
+def mean_log_ratios(logps: PairLogProbs) -> Sides:
+    """h(y_w)/|y_w|, h(y_l)/|y_l|."""
+    chosen, rejected = log_ratios(logps)
+    return Sides(chosen / logps.chosen_tokens, rejected / logps.rejected_tokens)
+
+
+def margin(logps: PairLogProbs) -> mx.array:
+    """h(y_w) - h(y_l)."""
+    chosen, rejected = log_ratios(logps)
+    return chosen - rejected
+
+
+def output(losses: mx.array, rewards: Sides, compared: Sides) -> LossOutput:
+    """`losses` (B,) with what is logged beside them, which takes no gradient: rewards, and the log-probs compared."""
+    return LossOutput(losses, *(mx.stop_gradient(value) for value in (*rewards, *compared)))
+
+
+def output_with_implicit_rewards(logps: PairLogProbs, losses: mx.array, beta: float) -> LossOutput:
+    """`losses` (B,) with DPO's implicit rewards β h(y) (Rafailov et al. 2023, section 4)."""
+    return output(losses, log_ratios(logps).times(beta), Sides(logps.chosen, logps.rejected))
