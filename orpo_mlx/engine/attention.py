@@ -92,7 +92,7 @@ def attention(
         scale: multiplies the scores.
         profile: how many rows a block has, whether weights may be kept, and which exponential is taken.
         mask: None, "causal" (the last row sees all K keys), or (L, K) or (B, 1, L, K): boolean, true where a row sees
-            a key, or numbers that are added to the scores. A row that sees nothing gives the mean of `v`, as in MLX.
+            a key, or numbers that are added to the scores. What a row that sees nothing gives is finite, no more.
         kept_bytes: keep the weights for the backward pass while they take no more than this, so that memory does not
             grow with the square of the length.
         rows: query rows of a block; None leaves it to the profile.

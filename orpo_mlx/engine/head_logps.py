@@ -7,11 +7,13 @@ sum drifts. All logits never exist at one time: the head is run on tiles of rows
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from orpo_mlx.device_profile import DeviceProfile
+from orpo_mlx.engine.dropout import dropout_from, dropout_keys, has_dropout
 from orpo_mlx.engine.fast_exp import exp
 from orpo_mlx.engine.lm_head import ModelHead
 
@@ -128,26 +130,24 @@ def trained_head_logps(head: ModelHead, hidden: mx.array, targets: mx.array, *, 
     starts = range(0, hidden.shape[0], rows)
     # Dropout must be drawn the same when a chunk runs again. Without any, the random state is left alone: keys that
     # nobody evaluates would grow by a few operations a step.
-    keys = mx.random.split(mx.random.state[0], len(starts) + 1) if head.draws else None
+    keys = dropout_keys(len(starts)) if has_dropout(head.model) else None
 
     def chunk(start: int, part: mx.array, parameters: Sequence[mx.array]) -> mx.array:
-        draw_from(start // rows)
+        # The backward pass comes when the model may hold others than it held here.
+        before = head.trained
         head.update(dict(zip(values, parameters, strict=True)))
         try:
-            return token_logps(head(part), targets[start : start + rows], native=profile.native_cross_entropy)
+            with dropout_from(None if keys is None else keys[start // rows]):
+                logits = head(part)
+            return token_logps(logits, targets[start : start + rows], native=profile.native_cross_entropy)
         finally:
-            head.update(values)
-
-    def draw_from(number: int) -> None:
-        if keys is not None:
-            mx.random.state[0] = keys[number]
+            head.update(before)
 
     def forward(hidden: mx.array, *parameters: mx.array) -> mx.array:
         done: list[mx.array] = []
         for start in starts:
             part = hidden[start : start + rows]
             done.append(chunk(start, mx.depends([part], done[-1:])[0] if done else part, parameters))
-        draw_from(len(starts))
         return mx.concatenate(done)
 
     function: Any = mx.custom_function(forward)
@@ -166,7 +166,6 @@ def trained_head_logps(head: ModelHead, hidden: mx.array, targets: mx.array, *, 
             )
             slopes.append(pulled[0])
             sums = [total + share for total, share in zip(sums, pulled[1:], strict=True)]
-        draw_from(len(starts))
         return mx.concatenate(slopes), *sums
 
     logps: mx.array = function(hidden, *values.values())
@@ -190,14 +189,14 @@ def _tiled(
     head: ModelHead, hidden: mx.array, targets: mx.array, profile: DeviceProfile, gradient: bool
 ) -> list[mx.array]:
     """[logps] or [logps, gradients] of a few rows."""
-    chosen, at_target = _run(lambda x: head(x, targets), hidden)
+    chosen, at_target = _run(partial(head, rows=targets), hidden)
     # Row i's own token is column i of the logits for the targets.
     picked = mx.diag(chosen).astype(mx.float32)[:, None]
     sums: _Sums | None = None
     for low in range(0, head.vocabulary, profile.head_tile_tokens):
         tokens = slice(low, min(low + profile.head_tile_tokens, head.vocabulary))
         part = hidden if sums is None else mx.depends([hidden], [each for each in sums if each is not None])[0]
-        sums = _with_tile(_run(lambda x, tokens=tokens: head(x, tokens), part), sums, profile, gradient)
+        sums = _with_tile(_run(partial(head, rows=tokens), part), sums, profile, gradient)
     assert sums is not None
     logps = ((picked - sums.peak) - mx.log(sums.total)).squeeze(-1)
     if sums.slope is None:

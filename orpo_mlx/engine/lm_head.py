@@ -64,12 +64,6 @@ class ModelHead:
         parameters: dict[str, mx.array] = dict(tree_flatten(self.model.trainable_parameters()))
         return {name: value for name, value in parameters.items() if not name.startswith(prefix)}
 
-    @property
-    def draws(self) -> bool:
-        """Whether some dropout of the model draws random numbers."""
-        dropouts = [module for module in self.model.modules() if isinstance(module, nn.Dropout)]
-        return any(module.training and module._p_1 < 1 for module in dropouts)
-
     def update(self, parameters: Mapping[str, mx.array]) -> None:
         """Set parameters by flat name."""
         self.model.update(tree_unflatten(list(parameters.items())))

@@ -10,6 +10,7 @@ would hide what is wrong in the others; and since a new LoRA layer's B is 0, so 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -20,7 +21,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from orpo_mlx.device_profile import DeviceProfile
 from orpo_mlx.engine.attention import KEPT_BYTES, fits, is_fused
-from orpo_mlx.engine.equivalence import disagreement, without_dropout
+from orpo_mlx.engine.equivalence import disagreement, reason_of, without_dropout
 from orpo_mlx.engine.gated_delta import CHUNK, has_kernel
 from orpo_mlx.engine.head_logps import head_logps, token_logps, trained_head_logps
 from orpo_mlx.engine.lm_head import ModelHead, Rows
@@ -91,13 +92,14 @@ def prove_functions(
         try:
             calls, states = _recorded(model, run, profile)
         except Exception as error:
-            return Proofs(frozenset(), (f"All functions run as mlx-lm wrote them: a probe raised {_clause(error)}.",))
-        reasons = {call.name: None for call in calls}
+            return Proofs(frozenset(), (f"All functions run as mlx-lm wrote them: {_raised(error)}.",))
+        reasons: dict[str, str | None] = {}
         for call in calls:
-            reasons[call.name] = reasons[call.name] or _why_not(lambda call=call: _cases(call, profile, kept_bytes))
+            why_not = _why_not(partial(_MAKERS[call.name], profile, kept_bytes, *call.arguments, **call.options))
+            reasons[call.name] = reasons.get(call.name) or why_not
         notes = [f"{_TITLES[name]} runs as mlx-lm wrote it: {why}." for name, why in reasons.items() if why]
         if head is not None:
-            reasons[HEAD] = _why_not(lambda: _head_cases(head, states, profile))
+            reasons[HEAD] = _why_not(partial(_head_cases, head, states, profile))
             if reasons[HEAD]:
                 notes.append(f"The head makes all logits at one time: {reasons[HEAD]}.")
     return Proofs(frozenset(name for name, why in reasons.items() if why is None), tuple(notes))
@@ -108,13 +110,11 @@ def _why_not(cases: Callable[[], Iterator[Case]]) -> str | None:
     try:
         return next(filter(None, (disagreement(*case) for case in cases())), None)
     except Exception as error:
-        return f"it raises {_clause(error)} here"
+        return _raised(error)
 
 
-def _clause(error: Exception) -> str:
-    """An error's type and the first line of what it says."""
-    said = str(error).strip().partition("\n")[0].rstrip(".")
-    return f"{type(error).__name__} ({said})" if said else type(error).__name__
+def _raised(error: Exception) -> str:
+    return f"{type(error).__name__} is raised here ({reason_of(error)})"
 
 
 def _recorded(model: nn.Module, run: Callable[[], mx.array], profile: DeviceProfile) -> tuple[list[Call], mx.array]:
@@ -141,8 +141,9 @@ def _attention_kind(q: mx.array, k: mx.array, v: mx.array, *, mask: Any = None, 
 
 
 def _lora_kind(layer: LoRALinear, x: mx.array) -> tuple[Any, ...]:
-    parameters = sorted((name, each.shape, each.dtype) for name, each in tree_flatten(layer.parameters()))
-    return type(layer.linear), str(parameters), x.dtype
+    parameters: dict[str, mx.array] = dict(tree_flatten(layer.parameters()))
+    shapes = tuple((name, each.shape, each.dtype) for name, each in sorted(parameters.items()))
+    return type(layer.linear), shapes, x.dtype
 
 
 def _gated_delta_kind(q: mx.array, k: mx.array, v: mx.array, a: mx.array, *_: Any, **__: Any) -> tuple[Any, ...]:
@@ -156,10 +157,6 @@ _KINDS: dict[str, Callable[..., tuple[Any, ...]]] = {
     GATED_DELTA: _gated_delta_kind,
 }
 """What tells calls of a function apart, beside the number of rows and tokens."""
-
-
-def _cases(call: Call, profile: DeviceProfile, kept_bytes: int) -> Iterator[Case]:
-    return _MAKERS[call.name](profile, kept_bytes, *call.arguments, **call.options)
 
 
 def _attention_cases(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -9,14 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from orpo_mlx.device_profile import CPU, GPU
 from orpo_mlx.engine import gated_delta as module
-from orpo_mlx.engine.gated_delta import (
-    CHUNK,
-    gated_delta,
-    gated_delta_update,
-    model_gated_delta_update,
-    unit_lower_inverse,
-)
+from orpo_mlx.engine.gated_delta import CHUNK, gated_delta, model_gated_delta_update, unit_lower_inverse
+
+gated_delta_update = partial(module.gated_delta_update, profile=CPU)
 
 Array = npt.NDArray[np.float64]
 NAMES = ("q", "k", "v", "decay", "beta", "state")
@@ -162,8 +160,11 @@ def test_what_it_does_not_know_is_left_to_mlx_lm(monkeypatch: pytest.MonkeyPatch
     gated_delta_update(**settled(3), use_kernel=False, lower_bound=-5.0)
     gated_delta_update(**settled(3), use_kernel=False, allow_neg_eigval=True)
     # Metal's kernel is for where no gradient is asked for.
-    monkeypatch.setattr("orpo_mlx.engine.gated_delta.mx.default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     gated_delta_update(**settled(3))
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "model_gated_delta_update", own)
     assert calls == [
         {"use_kernel": False},
         {"use_kernel": False, "lower_bound": -5.0},
@@ -190,3 +191,51 @@ def test_a_state_is_kept_for_each_chunk_and_not_for_each_token() -> None:
     own, chunked = peak(model_gated_delta_update), peak(gated_delta_update)
     assert own > 4 * length * 4 * width * width, "no longer a state for each token: is this module still needed?"
     assert 3 * chunked < own
+
+
+NATIVE = GPU._replace(native_gated_delta=True)
+
+
+@pytest.mark.skipif(not hasattr(mx.fast, "gated_delta_update"), reason="this MLX has no such function")
+@pytest.mark.parametrize("with_state", [False, True])
+def test_the_kernel_is_called_for_some_tokens_after_another(with_state: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a CPU MLX's function runs token by token, which gives what the kernel must.
+    monkeypatch.setattr(module, "has_kernel", lambda k, v: True)
+    monkeypatch.setattr(module, "_NATIVE_TOKENS", 4)
+    arguments = settled(11)
+    names = ["q", "k", "v", "a", "b", "A_log", "dt_bias", *(["state"] if with_state else [])]
+    weights = mx.random.normal((2, 11, 4, 6))
+
+    def loss(function: Any, *values: mx.array) -> mx.array:
+        out, last = function(**dict(zip(names, values, strict=True)), use_kernel=False)
+        total: mx.array = (out * weights).sum() + last.square().sum()
+        return total
+
+    found, wanted = (
+        mx.value_and_grad(partial(loss, function), argnums=list(range(len(names))))(*map(arguments.get, names))
+        for function in (partial(module.gated_delta_update, profile=NATIVE), model_gated_delta_update)
+    )
+    for one, other in zip([found[0], *found[1]], [wanted[0], *wanted[1]], strict=True):
+        np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("keys", "values", "width", "taken"), [
+    (16, 32, 128, True), (16, 16, 128, True), (32, 32, 128, True), (2, 4, 128, False), (16, 32, 64, False),
+])  # fmt: skip
+def test_where_there_is_a_kernel(
+    keys: int, values: int, width: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[mx.Dtype]] = []
+
+    def kernel(*arrays: mx.array | None) -> list[mx.array]:
+        calls.append([each.dtype for each in arrays if each is not None])
+        return [mx.zeros((1, 3, values, width)), mx.zeros((1, values, width, width))]
+
+    monkeypatch.setattr(mx.fast, "gated_delta_update", kernel)
+    q, k, v = (mx.zeros((1, 3, heads, width), mx.bfloat16) for heads in (keys, keys, values))
+    gates, each = mx.zeros((1, 3, values), mx.bfloat16), mx.zeros(values)
+    for profile in (NATIVE, CPU):
+        out, _ = module.gated_delta_update(q, k, v, gates, gates, each, each, profile=profile, use_kernel=False)
+        assert out.dtype == mx.bfloat16
+    # In float32, or a decay near 1 would be rounded to 1.
+    assert calls == ([[mx.float32] * 5] if taken else [])
