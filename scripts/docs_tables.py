@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from orpo_mlx.compare.report import facts
 from orpo_mlx.compare.tables import number
 from orpo_mlx.config.command_line import OneLineParser
 from orpo_mlx.errors import ConfigError, DataError, exit_status
-from orpo_mlx.files import save_json, write_text
+from orpo_mlx.files import read_json_table, save_json, write_text
 from orpo_mlx.losses.recipe import PARAMETERS
 from orpo_mlx.losses.registry import METHODS
 from orpo_mlx.reporting.html_page import Cell, Table, markdown_text
@@ -179,7 +178,7 @@ def add_results(source: Path, root: Path, name: str, *, replies: bool) -> Path:
     """
     if not re.fullmatch(r"[a-z0-9_-]+", name) or name in ("memory", "figures", *FROM_CODE):
         raise ConfigError(f"--name {name}: expected small letters, digits, - and _, and no name of another table.")
-    results = dict(_read(source))
+    results = dict(read_json_table(source, DataError))
     try:
         for make in TABLES.values():
             make(results)
@@ -224,27 +223,16 @@ def _block(what: str, root: Path) -> str:
     elif name == "memory":
         files = sorted((root / FOLDER / "memory").glob(f"{table}*.json"), key=lambda file: file.stem)
         make = modes_table if table else memory_table
-        body = make({file.name: _read(file) for file in files}).markdown() if files else "None yet."
+        records = {file.name: read_json_table(file, DataError) for file in files}
+        body = make(records).markdown() if records else "None yet."
     elif name == "figures":
-        body = figures(_read(root / FOLDER / "figures" / f"{table}.json"))
+        body = figures(read_json_table(root / FOLDER / "figures" / f"{table}.json", DataError))
     else:
         if table not in TABLES:
             raise DataError(f"<!-- results: {what} -->: no table {table!r}, expected one of {', '.join(TABLES)}.")
         file = root / FOLDER / f"{name}.json"
-        body = TABLES[table](_read(file)) if file.is_file() else "Not measured yet."
+        body = TABLES[table](read_json_table(file, DataError)) if file.is_file() else "Not measured yet."
     return f"<!-- results: {what} -->\n{body}\n<!-- end of results -->"
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON ({error}).") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: holds no JSON object.")
-    return found
 
 
 def build_parser() -> OneLineParser:

@@ -138,7 +138,7 @@ def test_what_cannot_be_published(documents: Path, tmp_path: Path, comparison: P
     with pytest.raises(DataError, match="no table 'odd', expected one of facts"):
         regenerated("<!-- results: tiny odd -->\n<!-- end of results -->", documents)
     other.write_text("[")
-    with pytest.raises(DataError, match="is not JSON"):
+    with pytest.raises(DataError, match="cannot be read as JSON"):
         add_results(other, documents, "tiny", replies=True)
 
 
