@@ -21,7 +21,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from orpo_mlx.device_profile import DeviceProfile
 from orpo_mlx.engine.attention import KEPT_BYTES, fits, is_fused
-from orpo_mlx.engine.equivalence import disagreement, reason_of, without_dropout
+from orpo_mlx.engine.equivalence import disagreement, without_dropout
 from orpo_mlx.engine.gated_delta import CHUNK, has_kernel
 from orpo_mlx.engine.head_logps import head_logps, token_logps, trained_head_logps
 from orpo_mlx.engine.lm_head import ModelHead, Rows
@@ -35,6 +35,7 @@ from orpo_mlx.engine.patched_layers import (
     exchanges,
     joins_lora,
 )
+from orpo_mlx.errors import reason_of
 
 HEAD = "head"
 _TITLES = {ATTENTION: "Attention", SWIGLU: "SwiGLU", LORA: "LoRA", GATED_DELTA: "The gated delta rule"}
