@@ -9,7 +9,7 @@ import pytest
 
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.config.settings import TrainingConfig
-from orpo_mlx.engine.segmented_backward import LayerWalk
+from orpo_mlx.engine.segmented_backward import SegmentedBackward
 from orpo_mlx.errors import ModelError, TrainingError
 from orpo_mlx.memory import choose_mode as memory_plan
 from orpo_mlx.memory.choose_mode import plan_memory
@@ -56,8 +56,8 @@ def test_auto_is_the_fastest_that_is_predicted_to_fit(
 ) -> None:
     run, said = planned({**settings, "method": "dpo"}, monkeypatch, limit)
     assert run.memory.mode == mode == predicted[-1]
-    walk = getattr(run.memory.value_and_grad, "__self__", None)
-    assert isinstance(walk, LayerWalk) == (kept is not None)
+    segmented = getattr(run.memory.value_and_grad, "__self__", None)
+    assert isinstance(segmented, SegmentedBackward) == (kept is not None)
     assert run.reference is not None
     assert run.reference.scorer is run.scorer
     assert said == [f"Predicted peak {PEAKS[mode]:.2f} GiB (weights {PEAKS[mode]:.2f})."]
