@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -17,11 +18,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from orpo_mlx.errors import ConfigError
+from orpo_mlx.errors import ConfigError, UserError, reason_of
 from orpo_mlx.text import redacted
 
 _MARK, _OLD = ".unfinished-", ".replaced-"
 _GB = 1e9
+_MOST_JSON = 100_000_000  # Bytes. A hostile checkpoint's config could otherwise fill the memory.
 
 
 @contextmanager
@@ -45,7 +47,7 @@ def staged_folder(destination: Path, *, overwrite: bool = False) -> Iterator[Pat
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield staging
-        _sync(staging)
+        flush_folder_to_disk(staging)
         staging.chmod(0o755)
         _check_free(destination, overwrite)
         _swap(staging, destination)
@@ -80,19 +82,15 @@ def _check_free(destination: Path, overwrite: bool) -> None:
 
 def _clean(destination: Path) -> None:
     """Remove what a killed run left behind, and put back a destination it had moved aside but not replaced."""
-    for left in sorted(destination.parent.glob(f".{_escape(destination.name)}{_OLD}*")):
+    for left in sorted(destination.parent.glob(f".{glob.escape(destination.name)}{_OLD}*")):
         if _abandoned(left):
             if os.path.lexists(destination):
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.rename(destination)
-    for left in sorted(destination.parent.glob(f".{_escape(destination.name)}{_MARK}*")):
+    for left in sorted(destination.parent.glob(f".{glob.escape(destination.name)}{_MARK}*")):
         if left.is_dir() and _abandoned(left):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _escape(name: str) -> str:
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
 def _abandoned(folder: Path) -> bool:
@@ -109,19 +107,13 @@ def _abandoned(folder: Path) -> bool:
     return True
 
 
-def _sync(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        _flush(path)
-
-
 def _swap(staging: Path, destination: Path) -> None:
     if not destination.is_dir():
         _rename(staging, destination)
     else:
         old = Path(f"{destination.parent}/.{destination.name}{_OLD}{staging.name.rpartition('-')[2]}")
-        lock = os.open(
-            destination, os.O_RDONLY
-        )  # The lock goes with the folder, so no other run takes it for a remnant.
+        # The lock goes with the folder, so no other run takes it for a remnant.
+        lock = os.open(destination, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             destination.rename(old)
@@ -134,7 +126,7 @@ def _swap(staging: Path, destination: Path) -> None:
             os.close(lock)
         with suppress(OSError):
             shutil.rmtree(old)
-    _flush(destination.parent)
+    flush_to_disk(destination.parent)
 
 
 def _rename(staging: Path, destination: Path) -> None:
@@ -144,14 +136,6 @@ def _rename(staging: Path, destination: Path) -> None:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise ConfigError(f"{destination}: appeared while this run was at work; it was left as it is.") from None
         raise
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -182,14 +166,20 @@ def flush_to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         if sys.platform == "darwin":
-            import fcntl
-
-            # fsync on macOS leaves the drive's own cache alone.
-            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
-        else:
-            os.fsync(handle)
+            # fsync on macOS returns while the drive still holds the data in its own cache. Network drives and other
+            # file systems than Apple's may refuse the stronger one.
+            with suppress(OSError):
+                fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+                return
+        os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def flush_folder_to_disk(folder: Path) -> None:
+    """`flush_to_disk` for a folder and all that is in it."""
+    for path in (*folder.rglob("*"), folder):
+        flush_to_disk(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -215,7 +205,7 @@ def json_text(value: Mapping[str, Any]) -> str:
 
 
 def save_adapters(folder: Path, weights: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
-    """Write `adapters.safetensors`; `metadata` goes into its header, which other readers pass over."""
+    """Write `adapters.safetensors`; `metadata` goes into its header, which other readers skip."""
     write_atomically(folder / "adapters.safetensors", lambda temporary: save_safetensors(temporary, weights, metadata))
 
 
@@ -227,13 +217,36 @@ def save_safetensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mappi
         raise OSError(errno.EIO, str(error).rstrip(".")) from error
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
+def sha256_of(*paths: Path, head: bytes = b"") -> str:
+    """SHA-256 of `head` and the content of some files after it, as hex."""
+    digest = hashlib.sha256(head)
+    for path in paths:
+        with path.open("rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
     return digest.hexdigest()
+
+
+def read_json_table(path: Path, error: type[UserError]) -> dict[str, Any]:
+    """A JSON object from a file of reasonable size.
+
+    Raises:
+        error: it is missing, cannot be read, is too large, not JSON, or not an object.
+    """
+    try:
+        if path.stat().st_size > _MOST_JSON:
+            raise error(f"{path}: {path.stat().st_size} bytes is no JSON settings file.")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path}: no such file.") from None
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror}).") from None
+    except (ValueError, RecursionError) as problem:
+        reason = reason_of(problem)
+        raise error(f"{path}: cannot be read as JSON ({reason}).") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: holds a {type(value).__name__}, expected a table.")
+    return value
 
 
 def cache_folder() -> Path | None:

@@ -35,8 +35,9 @@ def settle() -> None:
     """Set the limits a training run wants, for the whole process.
 
     On a GPU: weights stay resident up to what the device recommends, and freed buffers kept for reuse take at most the
-    device profile's share of that. On Linux, freed memory stays with the process: MLX's CPU allocator returns every large array to the
-    system, which hands it back page by page (2 to 4 times the time of an elementwise operation on arrays over 1 MB).
+    device profile's share of that. On Linux, freed memory stays with the process: MLX's CPU allocator returns every
+    large array to the system, which hands it back page by page (2 to 4 times the time of an elementwise operation on
+    arrays over 1 MB).
     """
     size = working_set_bytes()
     if size is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from orpo_mlx.compare.report import facts
 from orpo_mlx.compare.tables import number
 from orpo_mlx.config.command_line import OneLineParser
 from orpo_mlx.errors import ConfigError, DataError, exit_status
-from orpo_mlx.files import save_json, write_text
+from orpo_mlx.files import read_json_table, save_json, write_text
 from orpo_mlx.losses.recipe import PARAMETERS
 from orpo_mlx.losses.registry import METHODS
 from orpo_mlx.reporting.html_page import Cell, Table, markdown_text
@@ -26,13 +25,17 @@ DOCUMENTS = (
     "README.md",
     "docs/comparison.md",
     "docs/data.md",
+    "docs/macs.md",
     "docs/memory.md",
     "docs/methods.md",
     "docs/recipes.md",
 )
 """Where `<!-- results: NAME TABLE -->` and `<!-- end of results -->` may stand. `memory` in the place of both is every
 published measurement of memory; `memory START` compares the modes in those whose file names begin so; `figures NAME`
-is a table that another program printed; `methods` and `parameters` are the cards of the losses."""
+is a table that another program printed; `macs` and `gpus` are what `orpo-mlx doctor --json` wrote on them; `methods`
+and `parameters` are the cards of the losses."""
+EXAMINED = {"macs": "No Mac has been measured yet.", "gpus": "No other GPU has been measured yet."}
+"""Folders of the doctor's files, and what stands where they have none."""
 
 _MARKED = re.compile(r"<!-- results: (?P<what>[a-z0-9_ -]+) -->\n.*?<!-- end of results -->", re.S)
 
@@ -137,6 +140,56 @@ def modes_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
     return Table(header, tuple(rows))
 
 
+def examined_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What `orpo-mlx doctor` found, a row for each machine; steps are those of the full examination only.
+
+    Raises:
+        DataError: a record is not the doctor's.
+    """
+    header = ("machine", "memory, GiB", "system", "mlx", "checks", "verdict")
+    timed = tuple(f"{mode}, s" for mode in _TIMED)
+    rates = ("peak of fast, GiB", "bfloat16, TFLOP/s", "4 bits, TFLOP/s", "GB/s", "µs a launch", "date")
+    rows = []
+    for name, record in records.items():
+        try:
+            rows.append(_examined_row(record))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{name}: is not what orpo-mlx doctor --json writes ({error!r}).") from None
+    return Table((*header, *timed, *rates), tuple(rows))
+
+
+_TIMED_SHAPE = "SmolLM2-135M, bfloat16, "
+_TIMED = ("fast", "balanced", "thrift", "plain", "mlx-lm-lora")
+
+
+def _examined_row(record: Mapping[str, Any]) -> tuple[Cell, ...]:
+    checks = record["checks"]
+    steps = {check["name"].removeprefix(_TIMED_SHAPE): check for check in checks.get("speed", ())}
+    rivals = [check for check in checks.get("rival", ()) if check["name"].endswith(_TIMED_SHAPE.rstrip(", "))]
+    if rivals:
+        steps["mlx-lm-lora"] = rivals[0]
+    rates = {check["name"]: check for check in checks.get("calibration", ())}
+
+    def figure(found: Mapping[str, Any], key: str, shown: str) -> Cell:
+        return number(found[key], shown) if key in found else Cell("–")
+
+    return (
+        Cell(str(record["device"].get("device_name") or record["machine"]["chip"])),
+        number(record["machine"]["memory_gib"], "{:.0f}"),
+        Cell(record["machine"]["system"]),
+        Cell(record["versions"]["mlx"]),
+        Cell(record["level"]),
+        Cell(record["verdict"]),
+        *(figure(steps.get(mode, {}), "step_s", "{:.3f}") for mode in _TIMED),
+        figure(steps.get("fast", {}), "peak_gib", "{:.2f}"),
+        figure(rates.get("product, bfloat16", {}), "tflop_per_s", "{:.1f}"),
+        figure(rates.get("product with 4 bits, bfloat16", {}), "tflop_per_s", "{:.1f}"),
+        figure(rates.get("memory", {}), "gigabytes_per_s", "{:.0f}"),
+        figure(rates.get("launches", {}), "microseconds_per_launch", "{:.2f}"),
+        Cell(record["date"][:10]),
+    )
+
+
 def figures(record: Mapping[str, Any]) -> str:
     """A table of figures a program printed, and how they were taken."""
     rows = tuple(tuple(Cell(str(value)) for value in row) for row in record["rows"])
@@ -177,9 +230,9 @@ def add_results(source: Path, root: Path, name: str, *, replies: bool) -> Path:
         DataError: it is not one.
         ConfigError: the name cannot stand in a marker.
     """
-    if not re.fullmatch(r"[a-z0-9_-]+", name) or name in ("memory", "figures", *FROM_CODE):
+    if not re.fullmatch(r"[a-z0-9_-]+", name) or name in ("memory", "figures", *EXAMINED, *FROM_CODE):
         raise ConfigError(f"--name {name}: expected small letters, digits, - and _, and no name of another table.")
-    results = dict(_read(source))
+    results = dict(read_json_table(source, DataError))
     try:
         for make in TABLES.values():
             make(results)
@@ -224,27 +277,20 @@ def _block(what: str, root: Path) -> str:
     elif name == "memory":
         files = sorted((root / FOLDER / "memory").glob(f"{table}*.json"), key=lambda file: file.stem)
         make = modes_table if table else memory_table
-        body = make({file.name: _read(file) for file in files}).markdown() if files else "None yet."
+        records = {file.name: read_json_table(file, DataError) for file in files}
+        body = make(records).markdown() if records else "None yet."
+    elif name in EXAMINED:
+        files = sorted((root / FOLDER / name).glob("*.json"), key=lambda file: file.stem)
+        records = {str(file): read_json_table(file, DataError) for file in files}
+        body = examined_table(records).markdown() if records else EXAMINED[name]
     elif name == "figures":
-        body = figures(_read(root / FOLDER / "figures" / f"{table}.json"))
+        body = figures(read_json_table(root / FOLDER / "figures" / f"{table}.json", DataError))
     else:
         if table not in TABLES:
             raise DataError(f"<!-- results: {what} -->: no table {table!r}, expected one of {', '.join(TABLES)}.")
         file = root / FOLDER / f"{name}.json"
-        body = TABLES[table](_read(file)) if file.is_file() else "Not measured yet."
+        body = TABLES[table](read_json_table(file, DataError)) if file.is_file() else "Not measured yet."
     return f"<!-- results: {what} -->\n{body}\n<!-- end of results -->"
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON ({error}).") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: holds no JSON object.")
-    return found
 
 
 def build_parser() -> OneLineParser:

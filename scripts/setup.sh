@@ -4,15 +4,21 @@
 #
 #   scripts/setup.sh          what training needs
 #   scripts/setup.sh --dev    that, and what the tests need
+#   scripts/setup.sh --cuda   on Linux: MLX's backend for NVIDIA GPUs, in the place of the one for CPUs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-extras=""
-case "${1:-}" in
-  "") ;;
-  --dev) extras="dev" ;;
-  *) echo "setup.sh: found '$1', expected nothing or --dev." >&2; exit 2 ;;
-esac
+extras="" backend="cpu"
+for word in "$@"; do
+  case "$word" in
+    --dev) extras="dev" ;;
+    --cuda) backend="cuda" ;;
+    *) echo "setup.sh: found '$word', expected nothing, --dev or --cuda." >&2; exit 2 ;;
+  esac
+done
+if [ "$backend" = cuda ] && [ "$(uname -s)" != Linux ]; then
+  echo "setup.sh: --cuda is for Linux; a Mac needs no extra." >&2; exit 2
+fi
 
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || { echo "setup.sh: no $python; install Python 3.10 or newer." >&2; exit 2; }
@@ -20,7 +26,7 @@ command -v "$python" >/dev/null || { echo "setup.sh: no $python; install Python 
   { echo "setup.sh: found $("$python" --version), expected Python 3.10 or newer; set PYTHON=/path/to/python3." >&2; exit 2; }
 
 if [ "$(uname -s)" = Linux ]; then
-  extras="cpu${extras:+,$extras}"
+  extras="$backend${extras:+,$extras}"
   # MLX's Linux wheel is linked against a reference BLAS that is some 60 times slower than OpenBLAS.
   if ! ldconfig -p 2>/dev/null | grep -q libopenblas; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
+import os
+import sys
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
-from orpo_mlx.files import save_adapters, save_json, write_atomically
+from orpo_mlx.errors import ConfigError, DataError, ModelError, UserError
+from orpo_mlx.files import flush_to_disk, read_json_table, save_adapters, save_json, sha256_of, write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -58,3 +63,58 @@ def test_a_full_disk_leaves_the_last_adapters(tmp_path: Path, monkeypatch: pytes
 def test_json_is_utf8(tmp_path: Path) -> None:
     save_json(tmp_path / "run.json", {"name": "é", "path": Path("x")})
     assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == {"name": "é", "path": "x"}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "settings.json: no such file"),
+        (b"{", "settings.json: cannot be read as JSON"),
+        (b"\xff\xfe", "settings.json: cannot be read as JSON"),
+        (b"[" * 200_000, "settings.json: cannot be read as JSON"),
+        (b"[1]", "settings.json: holds a list, expected a table"),
+    ],
+)
+@pytest.mark.parametrize("error", [ConfigError, DataError])
+def test_what_is_no_json_table_is_said(
+    content: bytes | None, expected: str, error: type[UserError], tmp_path: Path
+) -> None:
+    path = tmp_path / "settings.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(error, match=expected):
+        read_json_table(path, error)
+
+
+def test_a_table_too_large_for_settings_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # Sparse: takes no room.
+    with pytest.raises(ModelError, match="1099511627776 bytes is no JSON settings file"):
+        read_json_table(path, ModelError)
+
+
+def test_a_hash_is_that_of_all_content_in_order(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"ab" * 1_000_000)
+    two.write_bytes(b"c")
+    assert sha256_of(one, two, head=b"x") == hashlib.sha256(b"x" + b"ab" * 1_000_000 + b"c").hexdigest()
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_macos_flushes_the_drive_and_falls_back_to_fsync(
+    refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+
+    def full_fsync(*_: object) -> None:
+        called.append("F_FULLFSYNC")
+        if refused:
+            raise OSError(45, "Operation not supported")
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", full_fsync)
+    monkeypatch.setattr(os, "fsync", lambda _: called.append("fsync"))
+    flush_to_disk(tmp_path)
+    assert called == (["F_FULLFSYNC", "fsync"] if refused else ["F_FULLFSYNC"])

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
 GROUND = ("__init__", "types", "errors", "text", "files", "folder_lock", "device_profile", "process_memory", "_blas")
 ROOMS = (
     "losses", "data", "reporting", "models", "engine", "config", "training", "convert", "memory", "chapter", "train",
-    "compare", "cli", "__main__",
+    "compare", "doctor", "cli", "__main__",
 )  # fmt: skip
 """From the lowest to the highest; each may import those before it, and the ground."""
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from orpo_mlx import files as staging
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.files import check_space, staged_folder
 
@@ -111,5 +110,11 @@ def test_killed_at_any_moment_the_folder_is_whole_or_not_there(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_marks_are_escaped() -> None:
-    assert staging._escape("a*b[1]?") == "a[*]b[[]1][?]"
+def test_a_name_with_marks_of_a_pattern_cleans_up_after_itself_alone(tmp_path: Path) -> None:
+    own, other = tmp_path / ".a[1].unfinished-x", tmp_path / ".a1.unfinished-x"
+    own.mkdir()
+    other.mkdir()
+    with staged_folder(tmp_path / "a[1]"):
+        pass
+    assert not own.exists()
+    assert other.exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from rich.text import Text
 
 from orpo_mlx.config.command_line import OneLineParser
 from orpo_mlx.errors import ConfigError, ModelError, exit_status
+from orpo_mlx.files import read_json_table
 from orpo_mlx.models.adapters import adapters_off, add_trained_adapters
 from orpo_mlx.models.loading import DTYPES, find, load
 from orpo_mlx.text import printable_lines
@@ -193,10 +193,8 @@ def base_model(folder: Path) -> str:
 def _table(source: Any) -> dict[str, Any]:
     """A JSON file's table, or `source` itself if it is one; empty where it is neither."""
     if isinstance(source, Path):
-        try:
-            source = json.loads(source.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+        with contextlib.suppress(ModelError):
+            source = read_json_table(source, ModelError)
     return source if isinstance(source, dict) else {}
 
 

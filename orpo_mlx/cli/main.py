@@ -29,6 +29,7 @@ COMMANDS = {
     "watch": Command("orpo_mlx.cli.watch", "a page that draws a run as it goes on"),
     "report": Command("orpo_mlx.cli.report", "draw training runs as a page and a picture"),
     "chat": Command("orpo_mlx.cli.chat", "talk with a tuned model, with the base model beside it"),
+    "doctor": Command("orpo_mlx.cli.doctor", "check and measure this package on this machine"),
     "push": Command("orpo_mlx.cli.push", "send adapters, model card and figures to the Hub"),
     "convert": Command("orpo_mlx.cli.convert", "checkpoints and adapters of every kind, in and out"),
     "compare": Command("orpo_mlx.cli.compare", "train methods side by side under one budget"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,7 +11,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import dequantize_model
 
 from orpo_mlx.errors import ModelError, reason_of
-from orpo_mlx.models.safetensors_files import read_json
+from orpo_mlx.files import read_json_table
 
 _STACKED = ".switch_mlp."  # mlx-lm's name for the experts of a layer in one array.
 _QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
@@ -107,8 +106,7 @@ def full_weights(model: nn.Module, adapter: Path) -> dict[str, mx.array]:
 
     Call it before the adapter is loaded.
     """
-    config: dict[str, Any] = read_json(adapter / "adapter_config.json")
-    if config.get("fine_tune_type") != "full":
+    if read_json_table(adapter / "adapter_config.json", ModelError).get("fine_tune_type") != "full":
         return {}
     trained = mx.load(str(adapter / "adapters.safetensors"))
     assert isinstance(trained, dict)

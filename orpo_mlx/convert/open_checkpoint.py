@@ -12,10 +12,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from orpo_mlx.errors import ModelError, reason_of
-from orpo_mlx.files import check_space, save_safetensors
+from orpo_mlx.files import check_space, read_json_table, save_safetensors
 from orpo_mlx.models.hf_config import normalise_config
 from orpo_mlx.models.loading import ModelHead, find, load_lazily, locate
-from orpo_mlx.models.safetensors_files import read_header, read_json, safetensors_shards, shard_names
+from orpo_mlx.models.safetensors_files import read_header, safetensors_shards, shard_names
 
 _PICKLED = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "consolidated*.pth")
 
@@ -48,7 +48,7 @@ def open_checkpoint(name: str, scratch: Path, *, flag: str, trust_remote_code: b
     folder, _ = locate(name, flag)
     if folder.is_file():
         raise ModelError(f"{folder}: is a GGUF file, expected a folder; use the gguf command for it.")
-    raw = read_json(folder / "config.json")
+    raw = read_json_table(folder / "config.json", ModelError)
     config = raw if "model_file" in raw else normalise_config(raw, str(folder / "config.json"))
     files = safetensors_shards(folder)
     head = find(str(folder), trust_remote_code=trust_remote_code, flag=flag)

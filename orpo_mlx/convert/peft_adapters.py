@@ -18,8 +18,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from orpo_mlx.convert.peft_config import Scaling, find_targets, make_peft_config, matches, read_scaling, same_scaling
 from orpo_mlx.errors import ModelError
-from orpo_mlx.files import save_safetensors
-from orpo_mlx.models.safetensors_files import read_header, read_json
+from orpo_mlx.files import read_json_table, save_safetensors
+from orpo_mlx.models.safetensors_files import read_header
 
 CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS = "adapter_config.json", "adapters.safetensors", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -48,7 +48,7 @@ def read_adapter(folder: Path, weights_file: str, *, flag: str) -> Adapter:
     """
     if not (folder / CONFIG).is_file() or not (folder / weights_file).is_file():
         raise ModelError(f"{flag} {folder}: is no adapter folder, which has {CONFIG} and {weights_file}.")
-    config, header = read_json(folder / CONFIG), read_header(folder / weights_file)
+    config, header = read_json_table(folder / CONFIG, ModelError), read_header(folder / weights_file)
     weights = mx.load(str(folder / weights_file), format="safetensors")
     assert isinstance(weights, dict)
     if not weights:

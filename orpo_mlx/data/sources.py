@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from orpo_mlx.data.readers import READERS, Row, read_rows
 from orpo_mlx.errors import DataError, reason_of
+from orpo_mlx.files import sha256_of
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -58,7 +58,7 @@ class FileSource:
             yield from read_rows(path)
 
     def sha256(self) -> str:
-        return _sha256(self.paths)
+        return sha256_of(*self.paths)
 
 
 class HubSource:
@@ -77,7 +77,7 @@ class HubSource:
                 yield Row(f"{self.name}:{number}", dict(zip(names, values, strict=True)))
 
     def sha256(self) -> str:
-        return _sha256(Path(entry["filename"]) for entry in self._dataset.cache_files)
+        return sha256_of(*(Path(entry["filename"]) for entry in self._dataset.cache_files))
 
 
 def find_splits(data: str | Path, needed: Sequence[str] = ("train",)) -> dict[str, Source]:
@@ -188,12 +188,3 @@ def _check_revision(data: str, revision: str | None, found: Any) -> None:
             f"--data {data}: commit {revision} is not in the cache of data sets, which holds another; connect to the "
             "Hub, or leave out the revision."
         )
-
-
-def _sha256(paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                digest.update(block)
-    return digest.hexdigest()

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orpo_mlx.data.row_counts import RowReport
+from orpo_mlx.files import sha256_of
 from orpo_mlx.types import TokenizedPair
 
 _TOKENS, _INDEX, _HEADER = "tokens.i32", "index.npy", "store.json"
@@ -44,7 +45,7 @@ class TokenStore(Sequence[TokenizedPair]):
             header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
             index = np.load(folder / _INDEX, allow_pickle=False)
             size = (folder / _TOKENS).stat().st_size
-            sound = header["sha256"] == _sha256(folder / _TOKENS, index)
+            sound = header["sha256"] == sha256_of(folder / _TOKENS, head=index.tobytes())
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             raise ValueError(f"{folder}: not a whole token store ({error}).") from None
         if not sound:
@@ -139,7 +140,7 @@ class StoreWriter:
         index = np.concatenate(self._rows) if self._rows else np.zeros((0, 6), np.int64)
         np.save(self._folder / _INDEX, index)
         header: dict[str, Any] = {
-            "sha256": _sha256(self._folder / _TOKENS, index),
+            "sha256": sha256_of(self._folder / _TOKENS, head=index.tobytes()),
             "files": self._names,
             "first_pair_of_file": self._first,
             "largest": self._largest,
@@ -161,11 +162,3 @@ class StoreWriter:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-
-
-def _sha256(path: Path, index: npt.NDArray[np.int64]) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256(index.tobytes())
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()

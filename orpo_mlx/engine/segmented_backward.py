@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from orpo_mlx.engine.compiled import CompiledByShape
+from orpo_mlx.engine.dropout import dropout_from, dropout_keys, has_dropout
 from orpo_mlx.engine.equivalence import close, probe_pairs, without_dropout
 from orpo_mlx.engine.layer_calls import (
     LayerCall,
@@ -43,7 +44,6 @@ Gradients = dict[str, mx.array]
 ValueAndGrad = Callable[[Batch, Extra, Share], tuple[tuple[mx.array, Any], Gradients]]
 """((value, other), gradients) of a share of a batch towards what is trained."""
 
-_SEEDS = 1 << 30
 _SUBMITTED_AHEAD = 2
 """Segments that a GPU may have before it while the host builds the next: enough to keep it busy. Without a bound their
 buffers would all exist at once."""
@@ -67,6 +67,8 @@ class Entered(NamedTuple):
 
     segment: Segment
     streams: Streams
+    key: mx.array | None
+    """From which its dropout masks are drawn, where there is dropout."""
 
 
 class SubmittedWork:
@@ -118,26 +120,23 @@ class SegmentedBackward:
         bounds = sorted({*range(0, first, size), *range(first, kept_from, size), kept_from})
         work = SubmittedWork(_SUBMITTED_AHEAD if self.scorer.profile.compiled else 0)
         streams = tuple(sequence.entering for sequence in sequences)
-        seed = self._seeds()
+        # Dropout must be drawn the same when a segment runs again.
+        keys = dropout_keys(len(bounds)) if has_dropout(self.scorer.model) else [None] * len(bounds)
         entered: list[Entered] = []
-        for low, high in itertools.pairwise(bounds):
+        for (low, high), key in zip(itertools.pairwise(bounds), keys, strict=False):
             segment = self._segment(sequences, low, high)
             if low >= first:
-                entered.append(Entered(segment, streams))
-            seed(low)
-            streams = self._forward(segment, streams)
+                entered.append(Entered(segment, streams, key))
+            streams = self._forward(segment, streams, key)
             work.submit(streams)
         last = self._segment(sequences, kept_from, len(self._layers))
-        seed(kept_from)
-        output, gradients, cotangents = self._last(last, streams, batch, extra, share)
+        output, gradients, cotangents = self._last(Entered(last, streams, keys[-1]), batch, extra, share)
         work.submit(output, gradients, cotangents)
         while entered:
             again = entered.pop()
-            seed(again.segment.low)
             found, cotangents = self._backward(again, cotangents, to_states=bool(entered))
             gradients |= found
             work.submit(found, cotangents)
-        seed(len(self._layers))
         return output, gradients
 
     def forget(self) -> None:
@@ -149,15 +148,15 @@ class SegmentedBackward:
         arrays, words = split_arrays(list(itertools.chain(*calls)))
         return Segment(low, high, calls, arrays, "\n\n".join([*self._kinds[low:high], words]))
 
-    def _forward(self, segment: Segment, streams: Streams) -> Streams:
+    def _forward(self, segment: Segment, streams: Streams, key: mx.array | None) -> Streams:
         layers = self._layers[segment.low : segment.high]
 
-        def function(parameters: Parameters, streams: Streams, arrays: list[mx.array]) -> Streams:
-            with parameters_set(layers, parameters):
+        def function(parameters: Parameters, streams: Streams, arrays: list[mx.array], key: mx.array | None) -> Streams:
+            with parameters_set(layers, parameters), dropout_from(key):
                 return self._run(layers, segment.calls, streams, arrays)
 
-        compiled = self._function(("forward", segment.kind), function, random_state)
-        leaving: Streams = compiled([flat_parameters(layer) for layer in layers], streams, segment.arrays)
+        compiled = self._function(("forward", segment.kind), function)
+        leaving: Streams = compiled([flat_parameters(layer) for layer in layers], streams, segment.arrays, key)
         return leaving
 
     def _backward(self, entered: Entered, cotangents: Streams, *, to_states: bool) -> tuple[Gradients, Streams]:
@@ -165,7 +164,13 @@ class SegmentedBackward:
         segment = entered.segment
         layers = self._layers[segment.low : segment.high]
 
-        def function(parameters: Parameters, streams: Streams, arrays: list[mx.array], cotangents: Streams) -> Any:
+        def function(
+            parameters: Parameters,
+            streams: Streams,
+            arrays: list[mx.array],
+            key: mx.array | None,
+            cotangents: Streams,
+        ) -> Any:
             names = [[name for name, _ in tree_flatten(layer.trainable_parameters())] for layer in layers]
             trained = [values[name] for values, own in zip(parameters, names, strict=True) for name in own]
 
@@ -175,28 +180,29 @@ class SegmentedBackward:
                     {**values, **{name: next(given) for name in own}}
                     for values, own in zip(parameters, names, strict=True)
                 ]
-                with parameters_set(layers, learnt):
+                with parameters_set(layers, learnt), dropout_from(key):
                     return self._run(layers, segment.calls, tuple(given) or streams, arrays)
 
             # Backward passes of this package's own functions read frozen weights from the layers, after `run` is over.
             with parameters_set(layers, parameters):
                 return mx.vjp(run, [*trained, *(streams if to_states else ())], list(cotangents))[1]
 
-        compiled = self._function(("backward", to_states, segment.kind), function, random_state)
+        compiled = self._function(("backward", to_states, segment.kind), function)
         parameters = [flat_parameters(layer) for layer in layers]
-        found = compiled(parameters, entered.streams, segment.arrays, cotangents)
+        found = compiled(parameters, entered.streams, segment.arrays, entered.key, cotangents)
         names = self._trained_names(segment.low, segment.high)
         return dict(zip(names, found, strict=False)), tuple(found[len(names) :])
 
     def _last(
-        self, segment: Segment, streams: Streams, batch: Batch, extra: Extra, share: Share
+        self, entered: Entered, batch: Batch, extra: Extra, share: Share
     ) -> tuple[tuple[mx.array, Any], Gradients, Streams]:
-        """`share` through the kept layers: its output, and gradients to their parameters and to `streams`."""
+        """`share` through the kept layers: its output, and gradients to their parameters and to what enters them."""
+        segment = entered.segment
         layers = self._layers[segment.low :]
 
-        def function(streams: Streams, arrays: list[mx.array], batch: Batch, extra: Extra) -> Any:
+        def function(streams: Streams, arrays: list[mx.array], key: mx.array | None, batch: Batch, extra: Extra) -> Any:
             def run(parameters: Parameters, streams: Streams) -> tuple[mx.array, Any]:
-                with parameters_set(layers, parameters):
+                with parameters_set(layers, parameters), dropout_from(key):
                     outputs = self._run(layers, segment.calls, streams, arrays)
                     return share(self.scorer.wanted(batch, self._recorder.finish(batch, outputs)), batch, extra)
 
@@ -204,7 +210,7 @@ class SegmentedBackward:
             return mx.value_and_grad(run, argnums=(0, 1))(trained, streams)
 
         compiled = self._function(("last", segment.low, segment.kind, share), function, self._model_state)
-        output, (gradients, cotangents) = compiled(streams, segment.arrays, batch, extra)
+        output, (gradients, cotangents) = compiled(entered.streams, segment.arrays, entered.key, batch, extra)
         values = [value for found in gradients for value in found.values()]
         names = self._trained_names(segment.low, segment.high)
         return output, dict(zip(names, values, strict=True)), tuple(cotangents)
@@ -228,14 +234,6 @@ class SegmentedBackward:
                 streams = tuple(leaving)
         return streams
 
-    def _seeds(self) -> Callable[[int], None]:
-        """Sets the seed of a segment. Dropout must be drawn the same when it runs again; the seeds themselves are drawn
-        as a dropout mask would be, and only where there is dropout, since a GPU has to be waited for."""
-        if not has_dropout(self.scorer.model):
-            return lambda low: None
-        drawn = int(mx.random.randint(0, _SEEDS).item())
-        return lambda low: mx.random.seed(drawn + low)
-
     def _function(
         self, key: Any, function: Callable[..., Any], state: Callable[[], list[Any]] = list
     ) -> CompiledByShape:
@@ -245,7 +243,7 @@ class SegmentedBackward:
         return self._functions.setdefault(key, CompiledByShape(function, state, self.scorer.profile.most_traces))
 
     def _model_state(self) -> list[Any]:
-        return [self.scorer.model.state, mx.random.state]
+        return [self.scorer.model.state]
 
     def _trained_names(self, low: int, high: int) -> list[str]:
         """Flat names in the model of what is trained in layers [low, high)."""
@@ -265,12 +263,6 @@ def flat_parameters(layer: nn.Module) -> Gradients:
     return dict(tree_flatten(layer.parameters()))
 
 
-def has_dropout(model: nn.Module) -> bool:
-    """Whether some module of the model draws random numbers in training."""
-    kinds = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
-    return any(isinstance(module, kinds) and module.training and module._p_1 < 1 for module in model.modules())
-
-
 @contextmanager
 def parameters_set(layers: Sequence[nn.Module], parameters: Parameters) -> Iterator[None]:
     """These parameters in the layers, for the length of a `with` block."""
@@ -282,11 +274,6 @@ def parameters_set(layers: Sequence[nn.Module], parameters: Parameters) -> Itera
     finally:
         for layer, before in zip(layers, own, strict=True):
             layer.update(before)
-
-
-def random_state() -> list[Any]:
-    """What dropout reads and replaces."""
-    return [mx.random.state]
 
 
 def whole_value_and_grad(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from orpo_mlx.errors import ConfigError, ModelError, reason_of
+from orpo_mlx.files import read_json_table
+from orpo_mlx.models.safetensors_files import read_header
 
 FINE_TUNE_TYPES = ("lora", "dora", "full")
 _PEFT_PREFIX = "base_model.model."
@@ -92,10 +93,9 @@ def adapter_metadata(path: str | Path) -> dict[str, str]:
     """What the header of an adapter file (or of the one in a folder) says besides its arrays.
 
     Raises:
-        ModelError: the file is missing.
+        ModelError: the file is missing or damaged.
     """
-    loaded: Any = mx.load(str(_adapter_file(Path(path))), return_metadata=True)
-    return dict(loaded[1])
+    return read_header(_adapter_file(Path(path))).metadata
 
 
 def load_adapter_file(model: nn.Module, path: str | Path, scale: float) -> None:
@@ -149,8 +149,8 @@ def _check_scale(path: Path, scale: float) -> None:
     config_file = path.parent / "adapter_config.json"
     if not config_file.is_file():
         return
+    config = read_json_table(config_file, ModelError)
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
         if "lora_alpha" in config:
             rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
             theirs = config["lora_alpha"] / rank

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +13,8 @@ import mlx.core as mx
 from orpo_mlx.config.checks import check_settings
 from orpo_mlx.config.settings import FIELDS, TrainingConfig, group_of
 from orpo_mlx.data.batching import length_order
-from orpo_mlx.errors import ConfigError, ModelError, reason_of
+from orpo_mlx.errors import ConfigError, ModelError
+from orpo_mlx.files import read_json_table
 from orpo_mlx.models.adapters import load_adapter_file
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.metrics_log import MetricsFile
@@ -119,15 +119,7 @@ def _run_settings(folder: Path) -> Mapping[str, Any]:
 
 def _table(path: Path) -> Mapping[str, Any]:
     """A JSON file's object, empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({reason_of(error)}).") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: found {type(found).__name__}, expected an object.")
-    return found
+    return read_json_table(path, ConfigError) if path.is_file() else {}
 
 
 def _decides(name: str) -> bool:

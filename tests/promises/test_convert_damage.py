@@ -83,22 +83,36 @@ SHARD, LAYER_9 = "model-00001-of-00002.safetensors", "model.layers.9.self_attn.q
 GPT2 = "base_model.model.h.0.lora_A.weight"
 FIRST, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
 MODEL: dict[str, tuple[Damage, str]] = {
-    "cut short": (rewrite("model.safetensors", lambda data: data[:-100]), "cut short"),
-    "cut in the header": (rewrite("model.safetensors", lambda data: data[:60]), "cut short"),
+    "cut short": (rewrite("model.safetensors", lambda data: data[:-100]), "not fully covered"),
+    "cut in the header": (rewrite("model.safetensors", lambda data: data[:60]), "invalid header length"),
     "empty": (rewrite("model.safetensors", lambda data: b""), "not a safetensors file"),
     "header of 2^60": (
-        rewrite("model.safetensors", lambda data: struct.pack("<Q", 2**60) + data[8:]), "header of 11529"),
-    "header of 2^64 - 1": (rewrite("model.safetensors", lambda data: b"\xff" * 8 + data[8:]), "header of 18446"),
-    "header not JSON": (rewrite("model.safetensors", lambda data: data[:8] + b"x" + data[9:]), "not JSON"),
+        rewrite("model.safetensors", lambda data: struct.pack("<Q", 2**60) + data[8:]),
+        "header too large",
+    ),
+    "header of 2^64 - 1": (rewrite("model.safetensors", lambda data: b"\xff" * 8 + data[8:]), "header too large"),
+    "header not JSON": (
+        rewrite("model.safetensors", lambda data: data[:8] + b"x" + data[9:]),
+        "invalid JSON in header",
+    ),
     "header nested deeply": (
-        rewrite("model.safetensors", lambda data: struct.pack("<Q", 200_000) + b"[" * 200_000), "not a"),
-    "tensor of 2^50 numbers": (header(lambda table: table[NORM].update(shape=[2**50])), "do not agree"),
+        rewrite("model.safetensors", lambda data: struct.pack("<Q", 200_000) + b"[" * 200_000),
+        "not a",
+    ),
+    "tensor of 2^50 numbers": (
+        header(lambda table: table[NORM].update(shape=[2**50])),
+        "invalid shape, data type, or offset",
+    ),
     "tensor past the end": (
-        header(lambda table: table[NORM].update(data_offsets=[2**40, 2**40 + 128])), "cut short"),
-    "negative shape": (header(lambda table: table[NORM].update(shape=[-32])), "do not agree"),
-    "unknown dtype": (header(lambda table: table[NORM].update(dtype="F99")), "do not agree"),
+        header(lambda table: table[NORM].update(data_offsets=[2**40, 2**40 + 128])),
+        "invalid offset for tensor",
+    ),
+    "negative shape": (header(lambda table: table[NORM].update(shape=[-32])), "integer `-32`"),
+    "unknown dtype": (header(lambda table: table[NORM].update(dtype="F99")), "F99"),
     "tensors that overlap": (
-        header(lambda table: table[NORM].update(data_offsets=[4, 132])), "share bytes"),
+        header(lambda table: table[NORM].update(data_offsets=[4, 132])),
+        "invalid offset for tensor",
+    ),
     "missing tensor": (weights(without(NORM)), "model.norm.weight"),
     "unknown tensor": (weights(lambda table: table.update(odd=mx.zeros(2))), "odd"),
     "wrong shape": (weights(lambda table: table.update({FIRST: mx.zeros((7, 32))})), "(7, 32)"),
@@ -114,29 +128,38 @@ MODEL: dict[str, tuple[Damage, str]] = {
     "no hidden_size": (change_json("config.json", hidden_size=...), "hidden_size"),
     "wrong width": (change_json("config.json", hidden_size=64), "shape"),
     "its own code": (change_json("config.json", model_file="evil.py"), "--trust-remote-code"),
-    "missing shard": (
-        lambda folder: (sharded(folder) / "model-00002-of-00002.safetensors").unlink(), "is missing"),
+    "missing shard": (lambda folder: (sharded(folder) / "model-00002-of-00002.safetensors").unlink(), "is missing"),
     "index out of the folder": (
-        index(lambda table: table["weight_map"].update({NORM: "../../etc/passwd"})), "not a file name within"),
+        index(lambda table: table["weight_map"].update({NORM: "../../etc/passwd"})),
+        "not a file name within",
+    ),
     "index to an absolute path": (
-        index(lambda table: table["weight_map"].update({NORM: "/etc/passwd"})), "not a file name within"),
+        index(lambda table: table["weight_map"].update({NORM: "/etc/passwd"})),
+        "not a file name within",
+    ),
     "index to the wrong shard": (
         index(lambda table: table["weight_map"].update(dict.fromkeys(table["weight_map"], SHARD))),
-        "is not in it"),
+        "is not in it",
+    ),
     "index without a map": (index(without("weight_map")), "no weight_map"),
     "pickled weights": (
-        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin") and None, "torch"),
-}  # fmt: skip
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin") and None,
+        "torch",
+    ),
+}
 ADAPTER: dict[str, tuple[Damage, str]] = {
     "of another model": (
-        weights(lambda table: table.update({next(iter(table)): mx.zeros((5, 2))}), "adapters.safetensors"), "shape"),
+        weights(lambda table: table.update({next(iter(table)): mx.zeros((5, 2))}), "adapters.safetensors"),
+        "shape",
+    ),
     "of more layers": (
         weights(lambda table: table.update({f"{LAYER_9}.lora_a": mx.zeros((32, 2))}), "adapters.safetensors"),
-        "model.layers.9"),
+        "model.layers.9",
+    ),
     "no settings": (change_json("adapter_config.json", lora_parameters=...), "no adapter config"),
     "whole weights": (change_json("adapter_config.json", fine_tune_type="full"), "use merge"),
-    "cut short": (rewrite("adapters.safetensors", lambda data: data[:-5]), "cut short"),
-}  # fmt: skip
+    "cut short": (rewrite("adapters.safetensors", lambda data: data[:-5]), "not fully covered"),
+}
 PEFT: dict[str, tuple[Damage, str]] = {
     "another kind": (change_json("adapter_config.json", peft_type="IA3"), "'IA3'"),
     "trained biases": (change_json("adapter_config.json", bias="all"), "bias"),
@@ -147,8 +170,9 @@ PEFT: dict[str, tuple[Damage, str]] = {
     "no file": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter folder"),
     "of another model": (
         weights(lambda table: table.update({GPT2: mx.zeros((2, 2))}), "adapter_model.safetensors"),
-        "does not have"),
-}  # fmt: skip
+        "does not have",
+    ),
+}
 
 
 def refused(command: list[str], tmp_path: Path, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +238,7 @@ GGUF: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a tensor of 2^59 columns": (in_table(4, struct.pack("<Q", 2**59)), "cut short"),
     "a type that is not known": (in_table(20, struct.pack("<I", 10)), "Q2_K"),
     "a type that does not exist": (in_table(20, struct.pack("<I", 999)), "999"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", GGUF)

@@ -103,6 +103,7 @@ ADDED = {
         "", "--sanity", "", "--valid-pairs", "2", "--test-pairs", "2", "--curve-points", "1",
     ],
     "chat": ["--max-tokens", "4"],
+    "doctor": ["--quick"],
     "convert hf": ["--group-size", "32"],
     "convert peft-to-mlx": ["--overwrite"],
     "convert mlx-to-peft": ["--overwrite"],

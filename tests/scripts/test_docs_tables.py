@@ -117,6 +117,43 @@ def test_modes_are_compared_with_the_plain_one_of_the_same_method(documents: Pat
     ]
 
 
+def doctors_record(**changes: Any) -> dict[str, Any]:
+    def step(mode: str, shape: str = "SmolLM2-135M, bfloat16") -> dict[str, Any]:
+        return {"name": f"{shape}, {mode}", "step_s": 0.25 if mode == "fast" else 0.5, "peak_gib": 1.5}
+
+    products = [{"name": "product, bfloat16", "tflop_per_s": 14.25}]
+    record = {
+        "machine": {"chip": "Apple M9 Max", "memory_gib": 64.0, "system": "macOS 27.0"}, "versions": {"mlx": "0.33.0"},
+        "device": {"device_name": "Apple M9 Max"}, "level": "full", "verdict": "PASS", "date": "2027-01-02T03:04:05",
+        "checks": {
+            "speed": [step("fast"), step("plain"), step("thrift", "Llama-3.2-3B, 4 of 28 layers, bfloat16, 4 bits")],
+            "rival": [{"name": "mlx-lm-lora 9.9, SmolLM2-135M, bfloat16", "step_s": 0.75, "peak_gib": 9.0}],
+            "calibration": [*products, {"name": "memory", "gigabytes_per_s": 400.0}],
+        },
+    }  # fmt: skip
+    return {**record, **changes}
+
+
+@pytest.mark.parametrize("kind", ["macs", "gpus"])
+def test_an_examined_machine_has_a_row(documents: Path, kind: str) -> None:
+    marker = f"<!-- results: {kind} -->\n\n<!-- end of results -->"
+    assert "been measured yet." in regenerated(marker, documents)
+    folder = documents / "docs" / "results" / kind
+    folder.mkdir(parents=True)
+    (folder / "m9.json").write_text(json.dumps(doctors_record()))
+    # A quick examination times another model.
+    (folder / "quick.json").write_text(json.dumps(doctors_record(device={}, verdict="FAIL", checks={})))
+    lines = regenerated(marker, documents).splitlines()
+    assert lines[3] == (
+        "| Apple M9 Max | 64 | macOS 27.0 | 0.33.0 | full | PASS | 0.250 | – | – | 0.500 | 0.750 "
+        "| 1.50 | 14.2 | – | 400 | – | 2027-01-02 |"
+    )
+    assert lines[4] == f"| Apple M9 Max | 64 | macOS 27.0 | 0.33.0 | full | FAIL {'| – ' * 10}| 2027-01-02 |"
+    (folder / "other.json").write_text("{}")
+    with pytest.raises(DataError, match=r"other\.json: is not what orpo-mlx doctor --json writes"):
+        regenerated(marker, documents)
+
+
 def test_figures_stand_with_how_they_were_taken(documents: Path) -> None:
     folder = documents / "docs" / "results" / "figures"
     folder.mkdir(parents=True)
@@ -132,13 +169,13 @@ def test_what_cannot_be_published(documents: Path, tmp_path: Path, comparison: P
     other.write_text('{"schema": 1}')
     with pytest.raises(DataError, match=r"is not a results\.json"):
         add_results(other, documents, "tiny", replies=True)
-    for name in ("memory", "figures", "A b"):
+    for name in ("memory", "figures", "macs", "A b"):
         with pytest.raises(ConfigError, match="--name"):
             add_results(comparison / "results.json", documents, name, replies=True)
     with pytest.raises(DataError, match="no table 'odd', expected one of facts"):
         regenerated("<!-- results: tiny odd -->\n<!-- end of results -->", documents)
     other.write_text("[")
-    with pytest.raises(DataError, match="is not JSON"):
+    with pytest.raises(DataError, match="cannot be read as JSON"):
         add_results(other, documents, "tiny", replies=True)
 
 

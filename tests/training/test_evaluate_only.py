@@ -143,7 +143,7 @@ def test_what_cannot_be_tested(
     ("name", "text", "expected"),
     [
         ("run.json", "{", "run.json: cannot be read as JSON"),
-        ("run.json", "[]", "run.json: found list, expected an object"),
+        ("run.json", "[]", "run.json: holds a list, expected a table"),
         ("run.json", '{"settings": 5}', "run.json: settings: found 5, expected a table"),
         ("run.json", '{"settings": {"batch_size": "x"}}', "run.json: batch_size: found 'x'"),
         ("adapter_config.json", '{"num_layers": "x"}', "adapter_config.json: num_layers: found 'x'"),

@@ -17,6 +17,7 @@ from orpo_mlx.train import main
 from orpo_mlx.training.gradients import micro_batch_inputs
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import clip_factor, optimiser_step
+from orpo_mlx.training.step_functions import StepFunctions
 from orpo_mlx.types import PairLogProbs
 from tests.helpers.kill_and_resume import records
 from tests.test_train import flags, make_run, trainable
@@ -25,17 +26,18 @@ from tests.training.checkpoints.test_resume import LONG, assert_same, fail_befor
 NAME = "model.layers.1.self_attn.q_proj.lora_a"
 
 
-def spoil_row(monkeypatch: pytest.MonkeyPatch, prompt: tuple[int, ...]) -> None:
-    """Let the chosen log-prob of the pair with that prompt be NaN."""
+def spoil_row(monkeypatch: pytest.MonkeyPatch, chosen: tuple[int, ...]) -> None:
+    """Let the chosen log-prob of the pair with that chosen completion be NaN."""
     from orpo_mlx.engine.pair_scorer import pair_logps as good
 
     def spoiled(scorer: Any, batch: Any, **options: Any) -> PairLogProbs:
         logps = good(scorer, batch, **options)
-        ids, mask = np.array(batch.prompt_ids), np.array(batch.prompt_mask)
-        bad = mx.array([tuple(row[keep].tolist()) == prompt for row, keep in zip(ids, mask, strict=True)])
+        ids = np.array(batch.targets)
+        bad = mx.array([tuple(ids[own].tolist()) == chosen for own in np.array(batch.chosen)])
         return logps._replace(chosen=mx.where(bad, mx.nan, logps.chosen))
 
-    monkeypatch.setattr("orpo_mlx.training.gradients.pair_logps", spoiled)
+    for module in ("gradients", "step_functions"):
+        monkeypatch.setattr(f"orpo_mlx.training.{module}.pair_logps", spoiled)
 
 
 def spoil_gradient(run: Run) -> None:
@@ -44,11 +46,12 @@ def spoil_gradient(run: Run) -> None:
     def spoiled(*arguments: Any) -> Any:
         output, gradients = good(*arguments)
         # Only where pairs come together, so that no row does this alone.
-        if arguments[0].prompt_ids.shape[0] > 1:
+        if len(arguments[0].chosen) > 1:
             gradients[NAME] = gradients[NAME].at[0, 0].add(mx.inf)
         return output, gradients
 
     run.memory = run.memory._replace(value_and_grad=spoiled)
+    run.functions = StepFunctions(run.scorer, run.memory, run.method.loss, run.optimizer)
 
 
 @pytest.mark.parametrize("method", ["orpo", "dpo", "aot", "sft"])
@@ -56,7 +59,7 @@ def test_a_row_is_named(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatc
     run = make_run(settings, method=method)
     window = list(run.splits["train"].pairs[:4])
     before = trainable(run)
-    spoil_row(monkeypatch, window[2].prompt_ids)
+    spoil_row(monkeypatch, window[2].chosen_ids)
     with pytest.raises(NonFiniteError) as caught:
         optimiser_step(run, window, 7)
     message = str(caught.value)
@@ -105,7 +108,7 @@ def test_no_nan_reaches_a_file(
 ) -> None:
     def step(run: Run, window: Any, number: int) -> Any:
         if number == 3 and where == "row":
-            spoil_row(monkeypatch, window[0].prompt_ids)
+            spoil_row(monkeypatch, window[0].chosen_ids)
         elif number == 3 and where == "gradient":
             spoil_gradient(run)
         means = optimiser_step(run, window, number)
@@ -130,7 +133,7 @@ def test_steps_are_passed_over_counted_and_too_many_end_the_run(
 ) -> None:
     settings |= {**LONG, "on_nonfinite": "skip", "lora_parameters": {"dropout": 0.1}}
     window = make_run({**settings, "adapter_path": str(tmp_path / "other")}).splits["train"].pairs[:1]
-    spoil_row(monkeypatch, window[0].prompt_ids)
+    spoil_row(monkeypatch, window[0].chosen_ids)
     whole = tmp_path / "whole"
     run_quietly({**settings, "adapter_path": str(whole)})
     # Nine steps are three epochs, and the row is met once in each.

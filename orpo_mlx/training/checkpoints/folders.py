@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from orpo_mlx.files import file_sha256, flush_to_disk, json_text
+from orpo_mlx.files import flush_folder_to_disk, flush_to_disk, json_text, sha256_of
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -40,11 +40,10 @@ def write_checkpoint(parent: Path, step: int, write: Callable[[Path], None]) -> 
         temporary.mkdir()
         write(temporary)
         files = sorted(temporary.iterdir())
-        described = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
+        described = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files}
         manifest = {"format": FORMAT, "step": step, "files": described}
         (temporary / _MANIFEST).write_text(json_text(manifest), encoding="utf-8")
-        for path in (*files, temporary / _MANIFEST, temporary):
-            flush_to_disk(path)
+        flush_folder_to_disk(temporary)
         # What bears this name already is of this step too, and damaged: a whole one would not be written again.
         _discard(folder)
         temporary.rename(folder)
@@ -105,7 +104,7 @@ def defect(folder: Path, step: int) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes, expected {size!r}"
-            if file_sha256(path) != sha256:
+            if sha256_of(path) != sha256:
                 return f"{name} is not what was written"
     except OSError as error:
         return f"{Path(error.filename or _MANIFEST).name}: {error.strerror or error}"

@@ -1,0 +1,1 @@
+"""`orpo-mlx doctor`: what this package does on this machine, checked and measured."""
