@@ -145,7 +145,10 @@ CASES: dict[str, Callable[..., Iterator[Case]]] = {
 
 
 class FirstTokens(ModelHead):
-    """The head of a model for its first tokens, whose sweep takes a fraction of the whole one's time."""
+    """The head of a model for its first tokens, which takes a fraction of the whole one's time.
+
+    That it gives the logits of those tokens has been proven by `find_head`.
+    """
 
     def __init__(self, head: ModelHead, vocabulary: int) -> None:
         super().__init__(head.model, head.backbone_name, head.vocabulary, tiles=head.tiles)
@@ -164,7 +167,7 @@ def head_cases(head: ModelHead, states: mx.array, profile: DeviceProfile) -> Ite
     )
     yield (
         lambda hidden: [head_logps(some, hidden, targets, profile=small)],
-        lambda hidden: [token_logps(head(hidden)[..., : some.vocabulary], targets)],
+        lambda hidden: [token_logps(some(hidden), targets)],
         [hidden],
     )
     if not head.is_frozen:
