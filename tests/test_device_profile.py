@@ -37,3 +37,20 @@ def test_attention_is_mlxs_own_where_its_backward_pass_is_fused(
     monkeypatch.setattr(module, "mlx_version", lambda: version)
     assert device_profile().native_attention is native
     assert device_profile().attention_rows == GPU.attention_rows >= 512
+
+
+def test_kernels_that_only_metal_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORPO_MLX_PROFILE", "gpu")
+    profile = device_profile()
+    # This is a CPU, whatever the profile: there they run token by token, and in the logits' dtype.
+    assert not profile.native_gated_delta
+    assert not profile.native_cross_entropy
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    for name in ("gated_delta_update", "cross_entropy"):
+        monkeypatch.setattr(mx.fast, name, None, raising=False)
+    assert device_profile().native_cross_entropy
+    for metal in (False, True):
+        monkeypatch.setattr(mx.metal, "is_available", lambda metal=metal: metal)
+        assert device_profile().native_gated_delta is metal
+    monkeypatch.delattr(mx.fast, "cross_entropy")
+    assert not device_profile().native_cross_entropy

@@ -42,7 +42,7 @@ def guarded_attention(
     is the same to the bit. Arguments are those of `mx.fast.scaled_dot_product_attention`.
     """
     if q.shape[2] <= _FEW_QUERIES and not isinstance(mask, mx.array):
-        mask = _seen(mask, Block(0, q.shape[2], 0, k.shape[2]), k.shape[2] - q.shape[2])
+        mask = seen_keys(mask, Block(0, q.shape[2], 0, k.shape[2]), k.shape[2] - q.shape[2])
     result: mx.array = model_attention(q, k, v, scale=scale, mask=mask, **options)
     return result
 
@@ -70,6 +70,18 @@ class Block(NamedTuple):
     last: int
     low: int
     high: int
+
+    def rows(self, x: mx.array) -> mx.array:
+        """The block's rows of x, (B, heads, L, D)."""
+        return x[:, :, self.first : self.last]
+
+    def keys(self, x: mx.array) -> mx.array:
+        """The block's keys of x, (B, key heads, K, D)."""
+        return x[:, :, self.low : self.high]
+
+    def among_all(self, x: mx.array, keys: int) -> mx.array:
+        """(B, key heads, block's keys, D) as (B, key heads, K, D): 0 for the other keys."""
+        return mx.pad(x, [(0, 0), (0, 0), (self.low, keys - self.high), (0, 0)])
 
 
 def attention(
@@ -100,24 +112,24 @@ def attention(
     Returns:
         (B, heads, L, D'), of q's dtype.
     """
-    blocks = _blocks(mask, q, k, rows, profile)
-    keep = profile.kept_attention and _weight_bytes(blocks, q) <= kept_bytes
-    work = _Work(blocks, scale, mask, keep, profile.polynomial_exp)
+    blocks = query_blocks(mask, q, k, rows, profile)
+    keep = profile.kept_attention and weight_bytes(blocks, q) <= kept_bytes
+    work = Work(blocks, scale, mask, keep, profile.polynomial_exp)
 
     def forward(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
-        return _forward(q, k, v, work)
+        return forward_by_blocks(q, k, v, work)
 
     function: Any = mx.custom_function(forward)
 
     @function.vjp  # type: ignore[untyped-decorator]
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
-        return _backward(primals, cotangents[0], outputs, work)
+        return backward_by_blocks(primals, cotangents[0], outputs, work)
 
     result: mx.array = function(q, k, v)[0]
     return result
 
 
-class _Work(NamedTuple):
+class Work(NamedTuple):
     """What forward and backward pass have in common beside the arrays."""
 
     blocks: list[Block]
@@ -127,56 +139,56 @@ class _Work(NamedTuple):
     polynomial_exp: bool
 
 
-def _forward(q: mx.array, k: mx.array, v: mx.array, work: _Work) -> list[mx.array]:
+def forward_by_blocks(q: mx.array, k: mx.array, v: mx.array, work: Work) -> list[mx.array]:
     """The attention's value and, where they are kept, every block's weights and their row sums."""
     offset = k.shape[2] - q.shape[2]
     dtype, k, v = q.dtype, _float32(k), _float32(v)
     outputs: list[mx.array] = []
     kept: list[mx.array] = []
     for block in work.blocks:
-        parts = [_rows(q, block), _keys(k, block), _keys(v, block)]
+        parts = [block.rows(q), block.keys(k), block.keys(v)]
         # One block after another, or the lazy scheduler would hold several at once.
         parts = mx.depends(parts, outputs[-1:]) if outputs else parts
-        weights, total = _weights(_float32(parts[0]) * work.scale, parts[1], work, block, offset)
+        weights, total = unnormalised_weights(_float32(parts[0]) * work.scale, parts[1], work, block, offset)
         outputs.append(((weights @ parts[2]) / total).reshape(*parts[0].shape[:3], -1).astype(dtype))
         kept += [weights.astype(dtype), total]
     return [mx.concatenate(outputs, axis=2), *(kept if work.keep else [])]
 
 
-def _backward(
-    primals: Sequence[mx.array], cotangent: mx.array, outputs: Sequence[mx.array], work: _Work
+def backward_by_blocks(
+    primals: Sequence[mx.array], cotangent: mx.array, outputs: Sequence[mx.array], work: Work
 ) -> tuple[mx.array, ...]:
-    """Gradients towards q, k and v, block by block; `outputs` are those of `_forward`."""
+    """Gradients towards q, k and v, block by block; `outputs` are those of `forward_by_blocks`."""
     q, k, v = primals[0], _float32(primals[1]), _float32(primals[2])
     offset = k.shape[2] - q.shape[2]
     grad_q: list[mx.array] = []
     grad_k, grad_v = mx.zeros_like(k), mx.zeros_like(v)
     for number, block in enumerate(work.blocks):
-        parts = [_rows(each, block) for each in (q, cotangent, outputs[0])]
+        parts = [block.rows(each) for each in (q, cotangent, outputs[0])]
         parts = mx.depends(parts, [grad_q[-1], grad_k, grad_v]) if grad_q else parts
         rows, slope, output = map(_float32, parts)
-        queries, keys = rows * work.scale, _keys(k, block)
+        queries, keys = rows * work.scale, block.keys(k)
         if work.keep:
             weights, total = map(_float32, outputs[1 + 2 * number : 3 + 2 * number])
         else:
-            weights, total = _weights(queries, keys, work, block, offset)
+            weights, total = unnormalised_weights(queries, keys, work, block, offset)
         # Weights are not normalised; dividing the gradients of few columns by the row sums is cheaper.
         grads = _grouped(slope, k) / total
         inner = (grads * _grouped(output, k)).sum(axis=-1, keepdims=True)
-        slopes = weights * (grads @ _keys(v, block).swapaxes(-1, -2) - inner)
+        slopes = weights * (grads @ block.keys(v).swapaxes(-1, -2) - inner)
         grad_q.append(((slopes @ keys) * work.scale).reshape(rows.shape).astype(q.dtype))
-        grad_k = grad_k + _put_back(slopes.swapaxes(-1, -2) @ _grouped(queries, k), block, k)
-        grad_v = grad_v + _put_back(weights.swapaxes(-1, -2) @ grads, block, v)
+        grad_k = grad_k + block.among_all(slopes.swapaxes(-1, -2) @ _grouped(queries, k), k.shape[2])
+        grad_v = grad_v + block.among_all(weights.swapaxes(-1, -2) @ grads, k.shape[2])
     return mx.concatenate(grad_q, axis=2), grad_k.astype(primals[1].dtype), grad_v.astype(primals[2].dtype)
 
 
-def _weight_bytes(blocks: Sequence[Block], q: mx.array) -> int:
+def weight_bytes(blocks: Sequence[Block], q: mx.array) -> int:
     """What the weights of all blocks take."""
     cells = sum((block.last - block.first) * (block.high - block.low) for block in blocks)
     return cells * q.itemsize * q.shape[0] * q.shape[1]
 
 
-def _blocks(mask: Any, q: mx.array, k: mx.array, rows: int | None, profile: DeviceProfile) -> list[Block]:
+def query_blocks(mask: Any, q: mx.array, k: mx.array, rows: int | None, profile: DeviceProfile) -> list[Block]:
     batch, heads, length, _ = q.shape
     keys = k.shape[2]
     fitting = (profile.attention_block_mib << 20) // (4 * batch * heads * keys)
@@ -185,7 +197,7 @@ def _blocks(mask: Any, q: mx.array, k: mx.array, rows: int | None, profile: Devi
     if isinstance(mask, str):
         return [Block(first, last, 0, keys - length + last) for first, last in spans]
     # Looking at a mask's values makes the host wait for a GPU.
-    seen = None if profile.compiled else _seen_by_some_row(mask)
+    seen = None if profile.compiled else seen_by_some_row(mask)
     if seen is None:
         return [Block(first, last, 0, keys) for first, last in spans]
     blocks = []
@@ -196,7 +208,7 @@ def _blocks(mask: Any, q: mx.array, k: mx.array, rows: int | None, profile: Devi
     return blocks
 
 
-def _seen_by_some_row(mask: mx.array | None) -> Any:
+def seen_by_some_row(mask: mx.array | None) -> Any:
     """(L, K) booleans: whether query i of some row of the batch sees key j; None where the mask does not say."""
     if mask is None or mask.dtype != mx.bool_:
         return None
@@ -211,30 +223,20 @@ def _float32(x: mx.array) -> mx.array:
     return x.astype(mx.float32)
 
 
-def _rows(x: mx.array, block: Block) -> mx.array:
-    return x[:, :, block.first : block.last]
-
-
-def _keys(x: mx.array, block: Block) -> mx.array:
-    return x[:, :, block.low : block.high]
-
-
 def _grouped(x: mx.array, k: mx.array) -> mx.array:
     """(B, heads, rows, D) as (B, key heads, heads per key head · rows, D): one product for all rows a key serves."""
     return x.reshape(k.shape[0], k.shape[1], -1, x.shape[-1])
 
 
-def _put_back(x: mx.array, block: Block, k: mx.array) -> mx.array:
-    return mx.pad(x, [(0, 0), (0, 0), (block.low, k.shape[2] - block.high), (0, 0)])
-
-
-def _weights(queries: mx.array, keys: mx.array, work: _Work, block: Block, offset: int) -> tuple[mx.array, mx.array]:
+def unnormalised_weights(
+    queries: mx.array, keys: mx.array, work: Work, block: Block, offset: int
+) -> tuple[mx.array, mx.array]:
     """exp(scores - their maximum) and its row sums, for scaled queries (B, heads, rows, D): softmax is their quotient.
 
     Shapes: (B, key heads, heads per key head · rows, keys), and 1 in place of keys. All in float32.
     """
     scores = _grouped(queries, keys) @ keys.swapaxes(-1, -2)
-    added = _added(work.mask, block, offset)
+    added = added_to_scores(work.mask, block, offset)
     if added is not None:
         batch, heads, rows, _ = queries.shape
         scores = (scores.reshape(batch, heads, rows, -1) + added).reshape(scores.shape)
@@ -242,7 +244,7 @@ def _weights(queries: mx.array, keys: mx.array, work: _Work, block: Block, offse
     return weights, weights.sum(axis=-1, keepdims=True)
 
 
-def _added(mask: Any, block: Block, offset: int) -> mx.array | None:
+def added_to_scores(mask: Any, block: Block, offset: int) -> mx.array | None:
     """What a block's scores receive, (rows, keys) or (B, 1, rows, keys) in float32.
 
     A masked score becomes float32's lowest number, since no score is large enough to move it. Choosing among the few
@@ -250,13 +252,13 @@ def _added(mask: Any, block: Block, offset: int) -> mx.array | None:
     """
     if mask is None:
         return None
-    part = _seen(mask, block, offset)
+    part = seen_keys(mask, block, offset)
     if part.dtype != mx.bool_:
         return _float32(part)
     return mx.where(part, 0.0, _HIDDEN)
 
 
-def _seen(mask: Any, block: Block, offset: int) -> mx.array:
+def seen_keys(mask: Any, block: Block, offset: int) -> mx.array:
     """An array mask of a block; `offset` is how many keys the first query of all sees beside its own."""
     if isinstance(mask, mx.array):
         return mask[..., block.first : block.last, block.low : block.high]

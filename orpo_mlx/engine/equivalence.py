@@ -103,13 +103,13 @@ def disagreement(ours: Function, theirs: Function, primals: Sequence[mx.array]) 
         theirs: the one it stands in for, with its native gradient.
         primals: what both are called with; float arrays.
     """
-    cotangents = _random_like(theirs(*primals))
-    expected = _value_and_gradients(theirs, primals, cotangents)
-    found = _value_and_gradients(ours, primals, cotangents)
+    cotangents = random_like(theirs(*primals))
+    expected = value_and_gradients(theirs, primals, cotangents)
+    found = value_and_gradients(ours, primals, cotangents)
     places = [_LAST_PLACE[array.dtype] for array in primals if array.dtype in _LAST_PLACE]
     if places:
         wide = [[array.astype(mx.float32) for array in arrays] for arrays in (primals, cotangents)]
-        exact = _value_and_gradients(theirs, *wide)
+        exact = value_and_gradients(theirs, *wide)
         floor = _LAST_PLACES * max(places)
         allowed = [mx.maximum(floor, 2 * relative_error(*pair)) for pair in zip(expected, exact, strict=True)]
     else:
@@ -145,7 +145,7 @@ def product_error() -> float:
     return float(np.array(relative_error(found, expected)))
 
 
-def _value_and_gradients(
+def value_and_gradients(
     function: Function, primals: Sequence[mx.array], cotangents: Sequence[mx.array]
 ) -> list[mx.array]:
     """The function's outputs and its gradients towards `primals`; cotangents are given in its outputs' dtypes."""
@@ -154,7 +154,7 @@ def _value_and_gradients(
     return [*outputs, *mx.vjp(function, list(primals), slopes)[1]]
 
 
-def _random_like(arrays: Sequence[mx.array]) -> list[mx.array]:
+def random_like(arrays: Sequence[mx.array]) -> list[mx.array]:
     keys = mx.random.split(mx.random.key(0), len(arrays))
     return [mx.random.normal(each.shape, each.dtype, key=keys[number]) for number, each in enumerate(arrays)]
 

@@ -108,7 +108,7 @@ def gated_delta(
     """
     batch, length, heads, width = v.shape
     q, k = (mx.repeat(each, heads // each.shape[2], axis=2) for each in (q, k))
-    q, k, v, decay, beta = (_in_chunks(each) for each in (q, k, v, decay[..., None], beta[..., None]))
+    q, k, v, decay, beta = (in_chunks(each) for each in (q, k, v, decay[..., None], beta[..., None]))
     total = mx.cumsum(decay, axis=-2)
     # e^(Γ_t - Γ_i) for i <= t: never above 1, however strong the decay.
     causal = mx.tril(mx.ones((CHUNK, CHUNK), mx.bool_))
@@ -129,19 +129,19 @@ def gated_delta(
     return whole[:, :length], state
 
 
-def _in_chunks(x: mx.array) -> mx.array:
+def in_chunks(x: mx.array) -> mx.array:
     """(B, T, H, D) to (T / CHUNK, B, H, CHUNK, D) in float32, zeros behind."""
     batch, length, heads, width = x.shape
     x = mx.pad(x.astype(mx.float32), [(0, 0), (0, -length % CHUNK), (0, 0), (0, 0)])
     return x.reshape(batch, -1, CHUNK, heads, width).transpose(1, 0, 3, 2, 4)
 
 
-def _unit_lower_inverse(below: mx.array) -> mx.array:
+def inverse_by_halves(below: mx.array) -> mx.array:
     size = below.shape[-1]
     if size == 1:
         return mx.ones_like(below)
     half = size // 2
-    blocks = _unit_lower_inverse(mx.stack([below[..., :half, :half], below[..., half:, half:]]))
+    blocks = inverse_by_halves(mx.stack([below[..., :half, :half], below[..., half:, half:]]))
     corner = -blocks[1] @ below[..., half:, :half] @ blocks[0]
     upper = mx.concatenate([blocks[0], mx.zeros_like(corner)], axis=-1)
     return mx.concatenate([upper, mx.concatenate([corner, blocks[1]], axis=-1)], axis=-2)
@@ -153,7 +153,7 @@ def unit_lower_inverse(below: mx.array) -> mx.array:
     As stable as forward substitution: it multiplies by inverses of diagonal blocks alone. The series Σ (-L)ⁿ is not,
     its terms grow by orders of magnitude where tokens repeat.
     """
-    function: Any = mx.custom_function(_unit_lower_inverse)
+    function: Any = mx.custom_function(inverse_by_halves)
 
     @function.vjp  # type: ignore[untyped-decorator]
     def backward(_: mx.array, cotangent: mx.array, inverse: mx.array) -> mx.array:

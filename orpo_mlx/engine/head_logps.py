@@ -36,10 +36,10 @@ def log_sum_exp(logits: mx.array) -> tuple[mx.array, mx.array]:
     logits = logits.astype(mx.float32)
     peak = mx.stop_gradient(mx.max(logits, axis=-1, keepdims=True))
     exps = mx.exp(logits - peak)
-    return peak.squeeze(-1), mx.log(_sum_in_blocks(exps))
+    return peak.squeeze(-1), mx.log(sum_in_blocks(exps))
 
 
-def _sum_in_blocks(terms: mx.array) -> mx.array:
+def sum_in_blocks(terms: mx.array) -> mx.array:
     """Σ over the last axis in two levels."""
     whole = terms.shape[-1] // _SUM_BLOCK * _SUM_BLOCK
     total = terms[..., whole:].sum(axis=-1)
@@ -89,8 +89,8 @@ def head_logps(
         profile: how many rows and tokens a tile has.
         gradient: False skips the gradient, for evaluation.
     """
-    chunk = _tiled if head.tiles else _untiled
-    rows = profile.head_tile_rows if head.tiles else _chunk_rows(head, profile)
+    chunk = tiled_logps if head.tiles else whole_logps
+    rows = profile.head_tile_rows if head.tiles else chunk_rows(head, profile)
 
     def sweep(hidden: mx.array, targets: mx.array) -> list[mx.array]:
         done: list[list[mx.array]] = []
@@ -126,7 +126,7 @@ def trained_head_logps(head: ModelHead, hidden: mx.array, targets: mx.array, *, 
         profile: how much a chunk's logits may take.
     """
     values = head.trained
-    rows = _chunk_rows(head, profile)
+    rows = chunk_rows(head, profile)
     starts = range(0, hidden.shape[0], rows)
     # Dropout must be drawn the same when a chunk runs again. Without any, the random state is left alone: keys that
     # nobody evaluates would grow by a few operations a step.
@@ -172,12 +172,12 @@ def trained_head_logps(head: ModelHead, hidden: mx.array, targets: mx.array, *, 
     return logps
 
 
-def _chunk_rows(head: ModelHead, profile: DeviceProfile) -> int:
+def chunk_rows(head: ModelHead, profile: DeviceProfile) -> int:
     """Rows whose logits take what the profile gives a chunk."""
     return max(_FEWEST_ROWS, (profile.head_chunk_mib << 20) // (4 * head.vocabulary))
 
 
-class _Sums(NamedTuple):
+class TileSums(NamedTuple):
     """Of tiles so far: largest logit m (n, 1), Σ e^(logit - m) (n, 1), and Σ e^(logit - m) ∂logit/∂hidden (n, H)."""
 
     peak: mx.array
@@ -185,18 +185,18 @@ class _Sums(NamedTuple):
     slope: mx.array | None
 
 
-def _tiled(
+def tiled_logps(
     head: ModelHead, hidden: mx.array, targets: mx.array, profile: DeviceProfile, gradient: bool
 ) -> list[mx.array]:
     """[logps] or [logps, gradients] of a few rows."""
-    chosen, at_target = _run(partial(head, rows=targets), hidden)
+    chosen, at_target = with_pull_back(partial(head, rows=targets), hidden)
     # Row i's own token is column i of the logits for the targets.
     picked = mx.diag(chosen).astype(mx.float32)[:, None]
-    sums: _Sums | None = None
+    sums: TileSums | None = None
     for low in range(0, head.vocabulary, profile.head_tile_tokens):
         tokens = slice(low, min(low + profile.head_tile_tokens, head.vocabulary))
         part = hidden if sums is None else mx.depends([hidden], [each for each in sums if each is not None])[0]
-        sums = _with_tile(_run(partial(head, rows=tokens), part), sums, profile, gradient)
+        sums = add_tile(with_pull_back(partial(head, rows=tokens), part), sums, profile, gradient)
     assert sums is not None
     logps = ((picked - sums.peak) - mx.log(sums.total)).squeeze(-1)
     if sums.slope is None:
@@ -204,24 +204,24 @@ def _tiled(
     return [logps, at_target(mx.eye(targets.size, dtype=chosen.dtype)) - sums.slope / sums.total]
 
 
-def _with_tile(run: tuple[mx.array, Head], sums: _Sums | None, profile: DeviceProfile, gradient: bool) -> _Sums:
+def add_tile(run: tuple[mx.array, Head], sums: TileSums | None, profile: DeviceProfile, gradient: bool) -> TileSums:
     tile, pull_back = run
     logits = tile.astype(mx.float32)
     peak = logits.max(axis=-1, keepdims=True)
     if sums is not None:
         peak = mx.maximum(peak, sums.peak)
     exps = exp(logits - peak, polynomial=profile.polynomial_exp)
-    total = _sum_in_blocks(exps)[:, None]
+    total = sum_in_blocks(exps)[:, None]
     slope = pull_back(exps.astype(tile.dtype)).astype(mx.float32) if gradient else None
     if sums is None:
-        return _Sums(peak, total, slope)
+        return TileSums(peak, total, slope)
     shrink = exp(sums.peak - peak, polynomial=profile.polynomial_exp)
     if slope is not None and sums.slope is not None:
         slope = sums.slope * shrink + slope
-    return _Sums(peak, sums.total * shrink + total, slope)
+    return TileSums(peak, sums.total * shrink + total, slope)
 
 
-def _untiled(
+def whole_logps(
     head: ModelHead, hidden: mx.array, targets: mx.array, profile: DeviceProfile, gradient: bool
 ) -> list[mx.array]:
     """The same from the logits of the whole vocabulary."""
@@ -235,7 +235,7 @@ def _untiled(
     return [found, grads]
 
 
-def _run(function: Head, x: mx.array) -> tuple[mx.array, Head]:
+def with_pull_back(function: Head, x: mx.array) -> tuple[mx.array, Head]:
     """function(x), and what pulls a cotangent of it back to x; a linear function's second forward is not evaluated."""
 
     def pull_back(cotangent: mx.array) -> mx.array:

@@ -36,12 +36,12 @@ class ModelHead:
     def __init__(self, model: nn.Module, backbone_name: str, vocabulary: int, *, tiles: bool) -> None:
         self.model, self.backbone_name, self.vocabulary, self.tiles = model, backbone_name, vocabulary, tiles
         wrapper, _, self._name = backbone_name.rpartition(".")
-        self._owner = _inner(model, wrapper)
+        self._owner = inner_module(model, wrapper)
 
     @property
     def backbone(self) -> Any:
         """Ids (R, L) to hidden states (R, L, H)."""
-        return _inner(self._owner, self._name)
+        return inner_module(self._owner, self._name)
 
     def __call__(self, hidden: mx.array, rows: Rows | None = None) -> mx.array:
         """Logits (..., V) of hidden states (..., H), or of the tokens `rows` only."""
@@ -83,14 +83,14 @@ class _StandIn:
         if self._cut is not None and isinstance(value, nn.Module) and "weight" in value:
             vocabulary, rows = self._cut
             if value["weight"].shape[0] == vocabulary:
-                return _some_rows(value, rows)
+                return some_rows(value, rows)
         return value
 
     def __call__(self, *_: Any, **__: Any) -> mx.array:
         return self._states
 
 
-def _some_rows(module: nn.Module, rows: Rows) -> nn.Module:
+def some_rows(module: nn.Module, rows: Rows) -> nn.Module:
     """The same linear layer or embedding, plain or quantised, for some of its tokens."""
     part = copy.copy(module)
     for name in ("weight", "bias", "scales", "biases"):
@@ -102,38 +102,38 @@ def _some_rows(module: nn.Module, rows: Rows) -> nn.Module:
 def find_head(model: nn.Module) -> ModelHead | None:
     """The model's head, proven on a few tokens to be one; None where none could be told apart from the body."""
     ids = mx.array([[1, 2, 3, 1, 2]], mx.int32)
-    for name in _backbone_names(model):
+    for name in backbone_names(model):
         try:
-            hidden, logits = _inner(model, name)(ids), model(ids)
+            hidden, logits = inner_module(model, name)(ids), model(ids)
             head = ModelHead(model, name, logits.shape[-1], tiles=False)
             if close(head(hidden), logits):
-                head.tiles = _tiles_fit(head, hidden, logits)
+                head.tiles = tiles_fit(head, hidden, logits)
                 return head
         except (AttributeError, TypeError, ValueError):
             continue
     return None
 
 
-def _backbone_names(model: nn.Module) -> list[str]:
+def backbone_names(model: nn.Module) -> list[str]:
     """Names that a backbone may have. Vision-language models wrap a causal language model, which has the backbone; to
     the wrapper that whole model would look like one, with logits for states, so inner names come first."""
     names = []
     wrapper = model.get(_WRAPPED)
     if isinstance(wrapper, nn.Module):
-        names = [f"{_WRAPPED}.{name}" for name in _backbone_names(wrapper)]
+        names = [f"{_WRAPPED}.{name}" for name in backbone_names(wrapper)]
     return names + [
         name for name in _BACKBONES if isinstance(model.get(name), nn.Module) and hasattr(model[name], "layers")
     ]
 
 
-def _inner(module: nn.Module, path: str) -> Any:
+def inner_module(module: nn.Module, path: str) -> Any:
     """The module of that dotted name; the module itself where it is empty."""
     for name in filter(None, path.split(".")):
         module = module[name]
     return module
 
 
-def _tiles_fit(head: ModelHead, hidden: mx.array, logits: mx.array) -> bool:
+def tiles_fit(head: ModelHead, hidden: mx.array, logits: mx.array) -> bool:
     """Whether the head run for some tokens gives the very logits of those tokens."""
     choices: list[Rows] = [slice(1, 4), mx.array([2, 0, 3])]
     try:

@@ -82,15 +82,15 @@ def lora_linear(layer: LoRALinear, x: mx.array) -> mx.array:
         slope = cotangent @ b.T
         (through_linear,) = mx.vjp(linear, [x], [cotangent])[1]
         grad_x = mx.addmm(through_linear, slope, a.T, alpha=scale)
-        grad_a = _summed_product(x, slope).astype(masters[0].dtype)
-        grad_b = _summed_product(narrow, cotangent).astype(masters[1].dtype)
+        grad_a = summed_product(x, slope).astype(masters[0].dtype)
+        grad_b = summed_product(narrow, cotangent).astype(masters[1].dtype)
         return grad_x, scale * grad_a, scale * grad_b
 
     result: mx.array = function(x, layer.lora_a, layer.lora_b)[0]
     return result
 
 
-def _summed_product(left: mx.array, right: mx.array) -> mx.array:
+def summed_product(left: mx.array, right: mx.array) -> mx.array:
     """leftᵀ right, summed over all tokens."""
     if left.dtype == mx.float16:
         # Of small gradients float16 would keep a few bits.
@@ -153,7 +153,7 @@ def patched_layers(
 @contextmanager
 def exchanged(model: nn.Module, functions: Mapping[str, Function]) -> Iterator[None]:
     """Within the block, the layers of `model` call `functions`, by name, in place of mlx-lm's."""
-    places = [(owner, attribute, functions[name]) for name, owner, attribute in _places(model) if name in functions]
+    places = [(owner, attribute, functions[name]) for name, owner, attribute in call_places(model) if name in functions]
     before = [getattr(owner, attribute) for owner, attribute, _ in places]
     for owner, attribute, function in places:
         setattr(owner, attribute, function)
@@ -164,7 +164,7 @@ def exchanged(model: nn.Module, functions: Mapping[str, Function]) -> Iterator[N
             setattr(owner, attribute, function)
 
 
-def _places(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+def call_places(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
     """(name, module or class, attribute) from which the model's layers take the functions."""
     yield ATTENTION, mx.fast, "scaled_dot_product_attention"
     yield LORA, LoRALinear, "__call__"

@@ -86,7 +86,7 @@ def test_value_and_gradients(
 @pytest.mark.parametrize("queries", [9, 2048])
 def test_a_gpu_takes_longer_blocks_and_keeps_nothing(queries: int) -> None:
     q, k = mx.zeros((1, 4, queries, 8)), mx.zeros((1, 2, queries, 8))
-    blocks = attention_module._blocks("causal", q, k, None, GPU)
+    blocks = attention_module.query_blocks("causal", q, k, None, GPU)
     assert all(block.last - block.first >= min(512, queries) for block in blocks)
     assert blocks[-1].last == queries
     assert not GPU.kept_attention
@@ -201,13 +201,13 @@ def test_weights_are_made_once_while_they_take_no_more_than_the_bytes_given(monk
     q, k = mx.random.normal((1, 4, 64, 8)), mx.random.normal((1, 2, 64, 8))
     taken = 4 * 64 * 64 * 4  # heads, rows, keys, bytes
     made: list[int] = []
-    weights = attention_module._weights
+    weights = attention_module.unnormalised_weights
 
     def counted(*arguments: Any) -> tuple[mx.array, mx.array]:
         made.append(1)
         return weights(*arguments)
 
-    monkeypatch.setattr(attention_module, "_weights", counted)
+    monkeypatch.setattr(attention_module, "unnormalised_weights", counted)
     for kept_bytes, times in ((taken, 1), (taken - 1, 2)):
         made.clear()
         mx.eval(
@@ -244,8 +244,8 @@ def test_weights_of_hidden_keys_stay_clear_of_subnormal_numbers() -> None:
     # Gradients as small as 1e-12 times such a weight are still normal float32 numbers, which start at 1.2e-38.
     q, k = mx.random.normal((1, 2, 16, 8)), mx.random.normal((1, 2, 16, 8))
     block = Block(0, 16, 0, 16)
-    work = attention_module._Work([block], SCALE, "causal", False, True)
-    weights, total = attention_module._weights(q, k, work, block, 0)
+    work = attention_module.Work([block], SCALE, "causal", False, True)
+    weights, total = attention_module.unnormalised_weights(q, k, work, block, 0)
     smallest = float(weights.min())
     assert smallest == 0 or 1e-26 < smallest < 1e-20
     # And they are nothing beside the others.

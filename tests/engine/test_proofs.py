@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from orpo_mlx.device_profile import CPU, GPU, VARIABLE, DeviceProfile, device_profile
-from orpo_mlx.engine import equivalence, patched_layers, proofs
+from orpo_mlx.engine import equivalence, patched_layers, proof_cases, proofs
 from orpo_mlx.engine.attention import attention
 from orpo_mlx.engine.equivalence import disagreement, product_error, relative_error
 from orpo_mlx.engine.lm_head import find_head
@@ -171,17 +171,17 @@ def test_a_wrong_gradient_of_lora_is_found(
 def test_a_wrong_gradient_of_the_head_is_found(
     where: str, dtype: mx.Dtype, spoil: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = getattr(proofs, where)
+    own = getattr(proof_cases, where)
 
     def wrong(head: Any, hidden: mx.array, targets: mx.array, **options: Any) -> mx.array:
         result: mx.array = with_wrong_gradient(lambda hidden: own(head, hidden, targets, **options), spoil)(hidden)
         return result
 
-    monkeypatch.setattr(proofs, where, wrong)
+    monkeypatch.setattr(proof_cases, where, wrong)
     found = proven(loaded("llama", dtype, trained_head=True))
     assert found.enabled == {ATTENTION, SWIGLU, LORA}
     (note,) = found.notes
-    assert note.startswith("The head makes all logits at one time: its gradient is ")
+    assert note.startswith("The head runs for all tokens at one time: its gradient is ")
 
 
 def test_what_is_kept_for_the_backward_pass_is_proven_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
