@@ -47,10 +47,11 @@ class RecordingLayer:
     """Stands in a layer's place, takes note of a call and passes on the states it was given."""
 
     def __init__(self, layer: Any, extra_outputs: int | None, given: mx.array | None = None) -> None:
-        self._layer, self._extra_outputs, self._given = layer, extra_outputs, given
+        self._layer, self._given = layer, given
         self.entering: mx.array | None = None
         self.leaving: mx.array | None = None
         self.call = LayerCall((), {})
+        self.extra_outputs = extra_outputs
 
     # Some backbones choose masks by their layers' class: a stand-in says that it is of the layer's.
     @property  # type: ignore[misc]
@@ -63,7 +64,20 @@ class RecordingLayer:
     def __call__(self, states: mx.array, *arguments: Any, **options: Any) -> Any:
         self.entering, self.call = states, LayerCall(arguments, options)
         self.leaving = states if self._given is None else self._given
-        return self.leaving if self._extra_outputs is None else (self.leaving, *[None] * self._extra_outputs)
+        return self.leaving if self.extra_outputs is None else (self.leaving, *[None] * self.extra_outputs)
+
+
+class _EnoughSeenError(Exception):
+    """Ends a backbone's call."""
+
+
+class _FirstLayer(RecordingLayer):
+    """Runs the layer, and sees how many things it returns beside its states: None where it returns states alone."""
+
+    def __call__(self, states: mx.array, *arguments: Any, **options: Any) -> Any:
+        output = self._layer(states, *arguments, **options)
+        self.extra_outputs = len(output) - 1 if isinstance(output, tuple) else None
+        raise _EnoughSeenError
 
 
 class LayerRecorder:
@@ -113,21 +127,15 @@ class LayerRecorder:
 
     def _count_extra_outputs(self) -> int | None:
         """How many things layers return beside their states; None where they return states alone."""
-        outputs: list[Any] = []
-
-        class First(RecordingLayer):
-            def __call__(self, states: mx.array, *arguments: Any, **options: Any) -> Any:
-                outputs.append(self._layer(states, *arguments, **options))
-                raise CannotSegmentError
-
+        first = _FirstLayer(self.layers[0], None)
         try:
-            self._backbone.layers = [First(self.layers[0], None), *self.layers[1:]]
+            self._backbone.layers = [first, *self.layers[1:]]
             self._backbone(mx.zeros((1, 1), mx.int32))
-        except CannotSegmentError:
+        except _EnoughSeenError:
             pass
         finally:
             self._backbone.layers = self.layers
-        return len(outputs[0]) - 1 if isinstance(outputs[0], tuple) else None
+        return first.extra_outputs
 
     @contextmanager
     def _recording(self, leaving: mx.array | None = None) -> Iterator[list[RecordingLayer]]:

@@ -129,8 +129,10 @@ class SegmentedBackward:
                 entered.append(Entered(segment, streams, key))
             streams = self._forward(segment, streams, key)
             work.submit(streams)
-        last = self._segment(sequences, kept_from, len(self._layers))
-        output, gradients, cotangents = self._last(Entered(last, streams, keys[-1]), batch, extra, share)
+        last = Entered(self._segment(sequences, kept_from, len(self._layers)), streams, keys[-1])
+        output, gradients, cotangents = self._last(last, batch, extra, share)
+        # The last states are of no use any more; the first segment has the others.
+        del sequences, streams, last
         work.submit(output, gradients, cotangents)
         while entered:
             again = entered.pop()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 
 from orpo_mlx.engine.compiled import CompiledByShape
 from orpo_mlx.engine.memory_modes import Memory
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
-from orpo_mlx.engine.segmented_backward import Gradients
+from orpo_mlx.engine.segmented_backward import Gradients, Share
 from orpo_mlx.losses.metrics import pair_metrics
 from orpo_mlx.losses.recipe import BoundLoss
 from orpo_mlx.training.reference import with_reference
@@ -55,56 +58,67 @@ class StepFunctions:
     """
 
     def __init__(self, scorer: PairScorer, memory: Memory, loss: BoundLoss, optimizer: optim.Optimizer) -> None:
-        self.scorer, self._memory, self._loss, self._optimizer = scorer, memory, loss, optimizer
+        self._model, self._optimizer = scorer.model, optimizer
         most = scorer.profile.most_traces
-        # Segments are evaluated as they go: they are compiled one by one, not as part of this.
+        # None of these refers to this object: a circle would keep a model's memory until Python looks for circles.
+        share = partial(_share, scorer, loss)
+        self.micro_batch = partial(_micro_batch, memory, share)
+        """A `MicroBatch` to its share of the step loss, its metrics (metrics, B), and the share's gradients by name."""
         self.add_micro_batch = CompiledByShape(
-            self._add_micro_batch, self._model_state, most if memory.in_one_graph else 0
+            partial(_add_micro_batch, self.micro_batch),
+            lambda: [scorer.model.state, mx.random.state],
+            # Segments are evaluated as they go: they are compiled one by one, not as part of this.
+            most if memory.in_one_graph else 0,
         )
+        """The same, its gradients added to those of the micro-batches before."""
         self.norm = CompiledByShape(gradient_norm, list, most)
-        self._apply = CompiledByShape(self._apply_scaled, self._all_state, most)
-
-    def micro_batch(self, inputs: MicroBatch) -> tuple[mx.array, mx.array, Gradients]:
-        """One micro-batch's share of the step loss, its metrics (metrics, B), and the share's gradients by name."""
-        (loss, metrics), gradients = self._memory.value_and_grad(inputs.batch, inputs, self._share)
-        return loss, metrics, gradients
-
-    def _share(self, states: mx.array, batch: Batch, inputs: MicroBatch) -> tuple[mx.array, mx.array]:
-        tokens = inputs.nll_tokens_per_pair
-        policy = pair_logps(self.scorer, batch, nll_tokens_per_pair=tokens, states=states)
-        logps = with_reference(policy, inputs.reference)
-        output = self._loss(logps)
-        given = inputs.loss_gradient
-        loss = output.losses.sum() / inputs.step_pairs if given is None else given.times(logps)
-        # One array: MLX 0.32.4 cannot compile several outputs that are one number behind `stop_gradient` ("map::at").
-        return loss, mx.stack(list(pair_metrics(logps, output).values()))
+        self._apply = CompiledByShape(
+            partial(_apply, scorer.model, optimizer), lambda: [scorer.model.state, optimizer.state], most
+        )
 
     def update(self, gradients: Gradients, factor: float = 1.0) -> None:
         """Let the optimiser apply `factor` times the gradients."""
         if self._apply.compiles:
             # A state that came to be inside of a trace would not be seen by the next call.
-            self._optimizer.init(self.scorer.model.trainable_parameters())
+            self._optimizer.init(self._model.trainable_parameters())
         self._apply(gradients, None if factor == 1 else mx.array(factor))
 
-    def _add_micro_batch(self, inputs: MicroBatch, before: Gradients) -> tuple[mx.array, mx.array, Gradients]:
-        """The loss, the metrics' values (metrics, B), and gradients added to those of the micro-batches before."""
-        loss, metrics, gradients = self.micro_batch(inputs)
-        for name in list(before):
-            # One at a time: two whole gradients need not exist at once.
-            gradients[name] = before.pop(name) + gradients[name]
-        return loss, metrics, gradients
 
-    def _apply_scaled(self, gradients: Gradients, factor: mx.array | None) -> list[mx.array]:
-        if factor is not None:
-            gradients = {name: gradient * factor.astype(gradient.dtype) for name, gradient in gradients.items()}
-        self._optimizer.update(self.scorer.model, tree_unflatten(list(gradients.items())))
-        return []
+def _micro_batch(memory: Memory, share: Share, inputs: MicroBatch) -> tuple[mx.array, mx.array, Gradients]:
+    (loss, metrics), gradients = memory.value_and_grad(inputs.batch, inputs, share)
+    return loss, metrics, gradients
 
-    def _model_state(self) -> list[Any]:
-        return [self.scorer.model.state, mx.random.state]
 
-    def _all_state(self) -> list[Any]:
-        return [self.scorer.model.state, self._optimizer.state]
+def _share(
+    scorer: PairScorer, loss: BoundLoss, states: mx.array, batch: Batch, inputs: MicroBatch
+) -> tuple[mx.array, mx.array]:
+    """A micro-batch's share of the step loss, and its metrics, from the states its targets are predicted from."""
+    policy = pair_logps(scorer, batch, nll_tokens_per_pair=inputs.nll_tokens_per_pair, states=states)
+    logps = with_reference(policy, inputs.reference)
+    output = loss(logps)
+    given = inputs.loss_gradient
+    total = output.losses.sum() / inputs.step_pairs if given is None else given.times(logps)
+    # One array: MLX 0.32.4 cannot compile several outputs that are one number behind `stop_gradient` ("map::at").
+    return total, mx.stack(list(pair_metrics(logps, output).values()))
+
+
+def _add_micro_batch(
+    micro_batch: Callable[[MicroBatch], tuple[mx.array, mx.array, Gradients]], inputs: MicroBatch, before: Gradients
+) -> tuple[mx.array, mx.array, Gradients]:
+    loss, metrics, gradients = micro_batch(inputs)
+    for name in list(before):
+        # One at a time: two whole gradients need not exist at once.
+        gradients[name] = before.pop(name) + gradients[name]
+    return loss, metrics, gradients
+
+
+def _apply(
+    model: nn.Module, optimizer: optim.Optimizer, gradients: Gradients, factor: mx.array | None
+) -> list[mx.array]:
+    if factor is not None:
+        gradients = {name: gradient * factor.astype(gradient.dtype) for name, gradient in gradients.items()}
+    optimizer.update(model, tree_unflatten(list(gradients.items())))
+    return []
 
 
 def gradient_norm(gradients: Gradients) -> mx.array:
