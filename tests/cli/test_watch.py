@@ -29,8 +29,9 @@ from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
 from tests.helpers.kill_and_resume import same
+from tests.helpers.quiet_training import run_quietly
 from tests.reporting.live.test_feed import record, report
-from tests.test_train import flags, run_quietly
+from tests.test_train import flags
 
 
 def look(address: str) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def test_while_it_is_prepared_the_page_is_there(settings: dict[str, Any], monkey
         port = other.server_address[1]
     monkeypatch.setattr(training_module, "prepare", preparing)
     monkeypatch.setattr(live_server, "_LINGER_S", 0.1)
-    train(make_config({**settings, "watch": port}), Reporter(Console(quiet=True)))
+    run_quietly({**settings, "watch": port})
     assert (seen[0]["state"], seen[0]["lines"]) == ("preparing", [])
 
 

@@ -15,6 +15,7 @@ from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.model_card import card_text, shareable, write_card
 from orpo_mlx.train import train
+from tests.helpers.quiet_training import run_quietly
 
 DEFAULTS = TrainingConfig().settings()
 HELD = {
@@ -37,7 +38,7 @@ def record(**settings: Any) -> dict[str, Any]:
 
 
 def test_training_writes_a_card_with_its_figures(settings: dict[str, Any]) -> None:
-    after = train(make_config({**settings, "method": "dpo", "beta": 0.37}), Reporter(Console(quiet=True))).after
+    after = run_quietly({**settings, "method": "dpo", "beta": 0.37})
     folder = Path(settings["adapter_path"])
     card = ModelCard((folder / "README.md").read_text(encoding="utf-8"))
     run = json.loads((folder / "run.json").read_text())
@@ -61,7 +62,7 @@ def test_training_writes_a_card_with_its_figures(settings: dict[str, Any]) -> No
 
 
 def test_a_card_is_made_anew_until_somebody_changes_it(settings: dict[str, Any]) -> None:
-    train(make_config(settings), Reporter(Console(quiet=True)))
+    run_quietly(settings)
     folder = Path(settings["adapter_path"])
     card = folder / "README.md"
     assert write_card(folder, HELD, HELD, DEFAULTS)

@@ -23,7 +23,8 @@ from orpo_mlx.training.gradients import window_gradient
 from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.step import optimiser_step
 from tests.conftest import make_model, model_config, quantise
-from tests.training.test_evaluate_only import lines_of, run_quietly
+from tests.helpers.quiet_training import run_quietly
+from tests.training.test_evaluate_only import lines_of
 
 CLASSES = {
     "adam": optim.Adam, "adamw": optim.AdamW, "muon": optim.Muon, "sgd": optim.SGD, "adafactor": optim.Adafactor,

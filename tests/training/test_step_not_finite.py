@@ -19,8 +19,9 @@ from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import clipped, optimiser_step
 from orpo_mlx.types import PairLogProbs
 from tests.helpers.kill_and_resume import records
+from tests.helpers.quiet_training import run_quietly
 from tests.test_train import flags, make_run, trainable
-from tests.training.checkpoints.test_resume import LONG, assert_same, fail_before, run_quietly
+from tests.training.checkpoints.test_resume import LONG, assert_same, fail_before
 
 NAME = "model.layers.1.self_attn.q_proj.lora_a"
 
