@@ -116,9 +116,11 @@ def rated_completions(row: Columns, location: str, pair_ratings: str | None) -> 
     if name is None:
         raise DataError(f"{location}: the row has rated completions but no prompt.")
     prompt = text_or_turns(row[name], name, location, "user")
+    # Up to "Assistant:", whose turn is what the completions fill.
     if isinstance(prompt, str) and is_dialogue(prompt):
         prompt = dialogue_turns(prompt)[:-1]
-    ranked, extras = ranked_pairs(row, location, pair_ratings), _extras(row, location)
+    ranked = ranked_pairs(row, location, pair_ratings)
+    extras = _extras(row, location)
     pairs: list[Pair | TokenizedPair] = []
     for better, worse in ranked:
         sides = _completed(prompt, {**row, "chosen": better.completion, "rejected": worse.completion}, location)
@@ -169,6 +171,7 @@ def question(row: Columns, location: str) -> Sides:
 def alpaca(row: Columns, location: str) -> Sides:
     """`instruction` with an optional `input` below it, and an optional `history` of earlier exchanges."""
     prompt = text_of(row["instruction"], "instruction", location)
+    # On a line of its own, as the Alpaca template has it.
     if row.get("input"):
         prompt = f"{prompt}\n{text_of(row['input'], 'input', location)}"
     history = row.get("history") or []
@@ -287,6 +290,7 @@ def _completed(prompt: Text, row: Columns, location: str) -> Sides:
         prompt = ({"role": "system", "content": text_of(system, "system", location)}, *as_turns(prompt, "user"))
     chosen, rejected = (text_or_turns(row[side], side, location, "assistant") for side in _SIDES)
     for side, text in zip(_SIDES, (chosen, rejected), strict=True):
+        # Trained on as an answer, it would teach the model to ask the question.
         if not isinstance(text, str) and text[0]["role"] in ("user", "system"):
             raise DataError(
                 f"{location}: {side!r} begins with a turn of the {text[0]['role']}, expected the assistant's."
