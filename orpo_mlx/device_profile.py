@@ -1,0 +1,132 @@
+"""What a device wants of the engine: every choice that differs between a CPU and a GPU, as data in one place.
+
+The CPU's figures were measured on Linux with OpenBLAS; the GPU's follow from MLX's sources and from counting the graph
+that a step builds (`scripts/graph_cost.py`), and are to be replaced by what Macs measure (`orpo-mlx doctor`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cache
+from importlib.metadata import version
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from orpo_mlx.errors import ConfigError
+
+VARIABLE = "ORPO_MLX_PROFILE"
+"""Environment variable that names a profile whatever the device is: the GPU's branches can be run on a CPU."""
+
+FUSED_BACKWARD_SINCE = (0, 32, 4)
+"""The first MLX whose attention has a fused backward pass on Metal; earlier ones make all scores under a gradient."""
+
+
+class RowLayout(NamedTuple):
+    """How pairs become rows of token ids."""
+
+    share_prompt: bool
+    """Whether what a batch's prompts may share with their completions is run once."""
+    multiple: int
+    """Shared prompts are cut to multiples of this, so that shapes repeat."""
+    row_multiple: int
+    """Rows are padded to multiples of this."""
+    joined: bool
+    """Whether chosen and rejected completions are rows of one array, as long as the longer: half as many calls."""
+    token_multiple: int
+    """The number of predicted tokens is padded to multiples of this."""
+    few_shapes: bool
+    """Whether multiples grow with the length, so that few shapes are met."""
+
+
+class DeviceProfile(NamedTuple):
+    """What one kind of device wants."""
+
+    name: str
+    """`cpu` or `gpu`."""
+    native_attention: bool
+    """Whether attention without an array mask is MLX's own, forward and backward."""
+    attention_rows: int
+    """Fewest query rows of a block of this package's attention."""
+    attention_block_mib: int
+    """Scores of one block, where that is more rows."""
+    kept_attention: bool
+    """Whether attention weights may be kept for the backward pass, as `--memory` says."""
+    head_tile_rows: int
+    head_tile_tokens: int
+    """Rows and tokens of the logits that exist at one time under a frozen head."""
+    head_chunk_mib: int
+    """Float32 logits of one chunk of rows, where a head is trained or cannot be tiled."""
+    micro_batch_tokens: int
+    """Default of --micro-batch-tokens."""
+    cache_share: float | None
+    """Freed buffers that MLX may keep, as a share of the recommended working set; None leaves MLX's own limit."""
+    polynomial_exp: bool
+    """Whether e^x is this package's polynomial rather than MLX's function."""
+    compiled: bool
+    """Whether a step's forward and backward pass, its norm and its update are compiled (`mx.compile`)."""
+    most_traces: int
+    """Shapes for which a compiled function is kept; beyond, the one that was used longest ago is traced again."""
+    layout: RowLayout
+
+
+CPU = DeviceProfile(
+    name="cpu",
+    native_attention=False,
+    attention_rows=32,
+    attention_block_mib=2,
+    kept_attention=True,
+    head_tile_rows=256,
+    head_tile_tokens=2048,
+    head_chunk_mib=4,
+    micro_batch_tokens=1024,
+    cache_share=None,
+    polynomial_exp=True,
+    # MLX compiles CPU kernels with the system's C++ compiler, about a second each, and gains nothing here.
+    compiled=False,
+    most_traces=0,
+    layout=RowLayout(share_prompt=True, multiple=1, row_multiple=8, joined=False, token_multiple=1, few_shapes=False),
+)
+
+GPU = DeviceProfile(
+    name="gpu",
+    native_attention=True,
+    attention_rows=512,
+    attention_block_mib=64,
+    kept_attention=False,
+    head_tile_rows=1024,
+    head_tile_tokens=16384,
+    head_chunk_mib=128,
+    micro_batch_tokens=4096,
+    # A limit below what a step frees and takes again would make every step allocate anew; MLX itself frees what is kept
+    # before it goes beyond the working set.
+    cache_share=0.5,
+    polynomial_exp=False,
+    compiled=True,
+    most_traces=32,
+    layout=RowLayout(share_prompt=True, multiple=32, row_multiple=32, joined=True, token_multiple=128, few_shapes=True),
+)
+
+PROFILES = {profile.name: profile for profile in (CPU, GPU)}
+
+
+def device_profile() -> DeviceProfile:
+    """The profile of MLX's default device, or the one that `ORPO_MLX_PROFILE` names.
+
+    Raises:
+        ConfigError: the variable names no profile.
+    """
+    named = os.environ.get(VARIABLE)
+    if named is None:
+        named = "cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu"
+    if named not in PROFILES:
+        raise ConfigError(f"{VARIABLE}: found {named!r}, expected one of {', '.join(PROFILES)}, or leave it unset.")
+    profile = PROFILES[named]
+    return profile._replace(native_attention=profile.native_attention and mlx_version() >= FUSED_BACKWARD_SINCE)
+
+
+@cache
+def mlx_version() -> tuple[int, ...]:
+    """MLX's version as numbers: 0.32.4 is (0, 32, 4)."""
+    return tuple(map(int, re.findall(r"\d+", version("mlx"))[:3]))
