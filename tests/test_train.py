@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 from mlx_lm import load as mlx_lm_load
 
+from orpo_mlx.cli.train import main
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.losses.registry import METHODS
 from orpo_mlx.memory.predict import Prediction
 from orpo_mlx.models.adapters import adapter_weights
-from orpo_mlx.train import main, train
+from orpo_mlx.train import train
 from orpo_mlx.training.data_order import total_steps
 from orpo_mlx.training.gradients import window_gradient
 from orpo_mlx.training.prepare import prepare

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orpo_mlx.config.command_line import OneLineParser
-from orpo_mlx.errors import ConfigError, ModelError, exit_status
+from orpo_mlx.config.flags import OneLineParser, exit_status
+from orpo_mlx.errors import ConfigError, ModelError
 from orpo_mlx.files import read_json_table
 from orpo_mlx.models.adapters import adapters_off, add_trained_adapters
 from orpo_mlx.models.loading import DTYPES, find, load

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from orpo_mlx.compare.intervals import wilson
-from orpo_mlx.config.command_line import OneLineParser
+from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.data.pairs import Reading, load_pairs, parse_columns
 from orpo_mlx.data.tokenization import PairTokenizer
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.score import score_pairs
-from orpo_mlx.errors import ConfigError, DataError, exit_status
+from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import write_text
 from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.loading import DEFAULT_MODEL, DTYPES, LoadedModel, check_vocabulary, find, load

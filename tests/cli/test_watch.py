@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 import orpo_mlx.train as training_module
+from orpo_mlx.cli.train import main as train_main
 from orpo_mlx.cli.watch import main
 from orpo_mlx.config.checks import check_settings, make_config
 from orpo_mlx.errors import ConfigError, TrainingError
@@ -23,7 +24,6 @@ from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.live import server as live_server
 from orpo_mlx.reporting.live.feed import Feed
 from orpo_mlx.reporting.live.server import serving
-from orpo_mlx.train import main as train_main
 from orpo_mlx.train import train
 from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.run import Run

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from orpo_mlx.cli.train import main
 from orpo_mlx.files import json_text
-from orpo_mlx.train import main
 from orpo_mlx.training.checkpoints.folders import (
     Checkpoint,
     defect,

@@ -11,11 +11,11 @@ from huggingface_hub import CommitOperationAdd
 from rich.console import Console
 
 from orpo_mlx.cli.push import main
+from orpo_mlx.cli.train import main as train_main
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.reporting import hub as module
 from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.train import main as train_main
 from orpo_mlx.train import train
 from tests.helpers.quiet_training import run_quietly
 

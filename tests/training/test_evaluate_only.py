@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from orpo_mlx.train import main
+from orpo_mlx.cli.train import main
 from tests.conftest import make_model, make_pairs, write_id_rows
 from tests.helpers.quiet_training import run_quietly
 

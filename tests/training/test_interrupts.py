@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.train import main
+from orpo_mlx.cli.train import main
 from orpo_mlx.training.checkpoints.resume import newest
 from orpo_mlx.training.interrupts import Interrupted, StopSignals
 from orpo_mlx.training.run import Run

@@ -11,9 +11,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from orpo_mlx.cli.train import main
 from orpo_mlx.errors import NonFiniteError
 from orpo_mlx.models.adapters import adapter_weights
-from orpo_mlx.train import main
 from orpo_mlx.training.gradients import batch_gradient
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import clipped, optimiser_step

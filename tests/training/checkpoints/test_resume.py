@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from orpo_mlx.cli.train import main
 from orpo_mlx.errors import ConfigError, TrainingError
-from orpo_mlx.train import main
 from orpo_mlx.training.checkpoints.state import random_state, set_random_state
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
