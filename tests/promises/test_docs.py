@@ -15,6 +15,7 @@ from mlx_lm.utils import load_tokenizer
 
 from orpo_mlx import errors
 from orpo_mlx.cli.convert import build_parser
+from orpo_mlx.config.flags import with_flags
 from orpo_mlx.convert.quantize import MODES as MODES_OF_QUANTISATION
 from orpo_mlx.convert.verify import EXACT, MERGED, ROUNDED
 from orpo_mlx.data.formats import SHAPES
@@ -99,7 +100,7 @@ def test_every_module_is_in_the_table() -> None:
 
 
 def messages() -> list[str]:
-    """Every text in the package, with `…` for what is filled in."""
+    """Every text in the package as a command prints it, with `…` for what is filled in."""
     found = []
     for path in (DOCS.parent / "orpo_mlx").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -108,7 +109,7 @@ def messages() -> list[str]:
                 found.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
-    return found
+    return [with_flags(text) for text in found]
 
 
 def test_every_message_and_class_of_error_is_there_and_in_the_code() -> None:
