@@ -36,7 +36,8 @@ from orpo_mlx.reporting.model_card import FILE as CARD
 from orpo_mlx.reporting.model_card import write_card
 from orpo_mlx.reporting.resumable_jsonl import LineFile
 from orpo_mlx.reporting.run_report import refresh_report
-from orpo_mlx.reporting.tracking import parse_services, reporting_to, require_installed
+from orpo_mlx.reporting.services import parse_services, require_installed
+from orpo_mlx.reporting.tracking import reporting_to
 from orpo_mlx.training.checkpoints.folders import Checkpoint, remove_all
 from orpo_mlx.training.checkpoints.progress import Held, Progress, TrainingResult
 from orpo_mlx.training.checkpoints.resume import (

@@ -24,7 +24,8 @@ from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.errors import ConfigError, ModelError
 from orpo_mlx.files import read_json_table
 from orpo_mlx.models.adapters import adapters_off, add_trained_adapters
-from orpo_mlx.models.loading import DTYPES, find, load
+from orpo_mlx.models.loading import find, load
+from orpo_mlx.models.names import DTYPES
 from orpo_mlx.text import printable_lines
 
 

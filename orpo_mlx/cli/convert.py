@@ -19,7 +19,7 @@ from orpo_mlx.convert.conversions import (
 from orpo_mlx.convert.quantize import AFFINE_BITS, AFFINE_GROUPS, MODES, quantisation
 from orpo_mlx.convert.task import Task
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.models.loading import DTYPES
+from orpo_mlx.models.names import DTYPES
 
 PROG = "orpo-mlx convert"
 

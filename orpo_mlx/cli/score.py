@@ -18,7 +18,8 @@ from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import write_text
 from orpo_mlx.models.adapters import add_trained_adapters
-from orpo_mlx.models.loading import DEFAULT_MODEL, DTYPES, LoadedModel, check_vocabulary, find, load
+from orpo_mlx.models.loading import LoadedModel, check_vocabulary, find, load
+from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES
 from orpo_mlx.text import printable
 from orpo_mlx.types import TokenizedPair
 

@@ -18,9 +18,9 @@ from orpo_mlx.config.settings import (
     settings_with,
 )
 from orpo_mlx.config.traits import NOT_NEGATIVE, POSITIVE, Range, Trait
-from orpo_mlx.engine.memory_modes import MODES
+from orpo_mlx.engine.modes import MODES
 from orpo_mlx.errors import ConfigError, did_you_mean
-from orpo_mlx.reporting.tracking import check_reporting
+from orpo_mlx.reporting.services import check_reporting
 
 _ALIASES = {alias: setting.name for setting in SETTINGS.values() for alias in setting.aliases}
 

@@ -26,11 +26,10 @@ from orpo_mlx.data.pairs import Reading, parse_columns
 from orpo_mlx.data.ratings import PAIRINGS
 from orpo_mlx.data.truncation import TRUNCATIONS
 from orpo_mlx.device_profile import device_profile
-from orpo_mlx.engine.memory_modes import MODES
+from orpo_mlx.engine.modes import MODES
 from orpo_mlx.losses.recipe import PARAMETERS, Recipe, make_recipe
-from orpo_mlx.models.adapters import FINE_TUNE_TYPES
-from orpo_mlx.models.loading import DEFAULT_MODEL, DTYPES
-from orpo_mlx.reporting.tracking import SERVICES
+from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES, FINE_TUNE_TYPES
+from orpo_mlx.reporting.services import SERVICES
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 DEFAULT_MAX_SKIPPED = 10

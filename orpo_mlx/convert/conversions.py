@@ -29,7 +29,8 @@ from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.gguf.architectures import read_config
 from orpo_mlx.models.gguf.file import read_gguf
 from orpo_mlx.models.gguf.loading import load_gguf, read_weights
-from orpo_mlx.models.loading import DTYPES, find, load_lazily, locate
+from orpo_mlx.models.loading import find, load_lazily, locate
+from orpo_mlx.models.names import DTYPES
 
 
 def convert_hf(source: str, task: Task) -> None:

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.batching import micro_batches, side_lengths
-from orpo_mlx.engine.memory_modes import MODES
+from orpo_mlx.engine.modes import MODES
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.memory.skeleton import Blueprint, build, weight_bytes
 from orpo_mlx.models.adapters import adapter_weights

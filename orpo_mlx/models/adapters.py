@@ -16,7 +16,6 @@ from orpo_mlx.errors import ConfigError, ModelError, reason_of
 from orpo_mlx.files import read_json_table
 from orpo_mlx.models.safetensors_files import read_header
 
-FINE_TUNE_TYPES = ("lora", "dora", "full")
 _PEFT_PREFIX = "base_model.model."
 _PEFT_LEAVES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b"}
 

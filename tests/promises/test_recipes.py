@@ -17,7 +17,7 @@ from orpo_mlx.config.checks import make_config
 from orpo_mlx.config.command_line import build_parser, resolve
 from orpo_mlx.config.mlx_lm_keys import KEYS
 from orpo_mlx.config.settings import SETTINGS, TrainingConfig
-from orpo_mlx.engine.memory_modes import AUTOMATIC
+from orpo_mlx.engine.modes import AUTOMATIC
 from orpo_mlx.memory.fit import predicted
 from orpo_mlx.memory.predict import TOLERANCE, recommended_working_set
 from orpo_mlx.memory.skeleton import read_blueprint

@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.tuner.callbacks import SUPPORT_CALLBACK
 
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.reporting.tracking import SERVICES, check_reporting, parse_services, require_installed
+from orpo_mlx.reporting.services import SERVICES, check_reporting, parse_services, require_installed
 
 
 def test_the_services_are_those_of_mlx_lm_and_tensorboard() -> None:
