@@ -44,21 +44,21 @@ def _run(argv: Sequence[str] | None) -> None:
             raise ConfigError(f"{flag} {name}: cannot be written there; give a file in a folder that exists.")
     config = make_config(given)
     sources = find_splits(config.data)
-    head = find(config.model, trust_remote_code=config.trust_remote_code)
-    lengths = data_lengths(config, head.exact_tokens)
+    info = find(config.model, trust_remote_code=config.trust_remote_code)
+    lengths = data_lengths(config, info.exact_tokens)
     splits = {
-        name: tokenized_split(source, data_reading(config), head.tokenizer, lengths) for name, source in sources.items()
+        name: tokenized_split(source, data_reading(config), info.tokenizer, lengths) for name, source in sources.items()
     }
     figures = inspect_splits(
         splits,
-        head.tokenizer,
+        info.tokenizer,
         batch_size=config.batch_size,
         micro_batch_tokens=config.micro_batch_tokens,
         seed=config.seed,
     )
     table = json_text(figures)
-    if head.note:
-        print(printable(head.note), file=sys.stderr)
+    if info.note:
+        print(printable(info.note), file=sys.stderr)
     print(table if args.json == "-" else printable_lines(as_text(figures)), end="")
     if args.json not in (None, "-"):
         write_text(Path(args.json), table)

@@ -77,9 +77,9 @@ def _run(argv: Sequence[str] | None) -> None:
     if not output.parent.is_dir() or output.is_dir():
         raise ConfigError(f"--output {output}: cannot be written there; give a file in a folder that exists.")
     raw = load_pairs(data, Reading(parse_columns(args.columns)))
-    head = find(args.model, trust_remote_code=args.trust_remote_code)
-    pairs = list(PairTokenizer(head.tokenizer).each(raw))
-    loaded = load(head, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    info = find(args.model, trust_remote_code=args.trust_remote_code)
+    pairs = list(PairTokenizer(info.tokenizer).each(raw))
+    loaded = load(info, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     if loaded.note:
         print(printable(loaded.note))
     for pair in pairs:

@@ -41,8 +41,8 @@ def convert_hf(source: str, task: Task) -> None:
     """
     with staged_folder(task.destination, overwrite=task.overwrite) as folder:
         checkpoint = open_checkpoint(source, folder / SCRATCH, flag="SRC", trust_remote_code=task.trust_remote_code)
-        check = check_of(task, checkpoint.head)
-        model, loaded = load_lazily(checkpoint.head, trust_remote_code=task.trust_remote_code)
+        check = check_of(task, checkpoint.info)
+        model, loaded = load_lazily(checkpoint.info, trust_remote_code=task.trust_remote_code)
         # Other libraries' quantised layers are mlx-lm's once it has loaded them.
         config = {**checkpoint.config, **{key: loaded[key] for key in loaded if key.startswith("quantization")}}
         written = write_model(task, folder, model, config)
@@ -66,8 +66,8 @@ def convert_gguf(source: str, keep_quantised: bool, task: Task) -> None:
     if not path.is_file():
         raise ModelError(f"SRC {source}: is a folder, expected a .gguf file; use the hf command for it.")
     with staged_folder(task.destination, overwrite=task.overwrite) as folder:
-        head = find(str(path), flag="SRC")
-        check = check_of(task, head)
+        info = find(str(path), flag="SRC")
+        check = check_of(task, info)
         if keep_quantised:
             file = read_gguf(path)
             config = read_config(file)
@@ -77,10 +77,10 @@ def convert_gguf(source: str, keep_quantised: bool, task: Task) -> None:
             written = write_weights(folder, weights, task.destination, layout="mlx")
             write_json(folder / "config.json", config)
         else:
-            model, _, config = load_gguf(path, DTYPES[task.dtype or "float16"])
+            model, config = load_gguf(path, DTYPES[task.dtype or "float16"])
             written = write_model(task, folder, model, config)
-        if head.tokenizer is not None:
-            head.tokenizer.save_pretrained(folder)
+        if info.tokenizer is not None:
+            info.tokenizer.save_pretrained(folder)
         as_it_was = task.dtype is None and not keep_quantised
         limit = limit_of(task) if as_it_was else ROUNDED if task.how is None else limit_of(task)
         verify_model(task, folder, check, limit, folder if task.how is None and not keep_quantised else None)
@@ -136,8 +136,8 @@ def convert_merge(model_name: str, adapter_path: str, task: Task) -> None:
         adapter, trust = _folder(adapter_path, "--adapter-path"), task.trust_remote_code
         read_adapter(adapter, MLX_WEIGHTS, flag="--adapter-path")
         base = open_model(model_name, folder / SCRATCH, flag="--model", trust_remote_code=trust)
-        check = check_of(task, base.head, adapter)
-        model, loaded = load_lazily(base.head, trust_remote_code=trust)
+        check = check_of(task, base.info, adapter)
+        model, loaded = load_lazily(base.info, trust_remote_code=trust)
         config = base.config or loaded
         config = {key: config[key] for key in config if not key.startswith("quantization")}
         quantised, replaced = is_quantised(model), full_weights(model, adapter)
@@ -173,8 +173,8 @@ def _write_tensors(task: Task, folder: Path, tensors: dict[str, mx.array], confi
 def _write_companions(task: Task, base: Base, folder: Path) -> None:
     if base.folder.is_dir():
         copy_companions(base.folder, folder, code=task.trust_remote_code)
-    elif base.head.tokenizer is not None:
-        base.head.tokenizer.save_pretrained(folder)
+    elif base.info.tokenizer is not None:
+        base.info.tokenizer.save_pretrained(folder)
 
 
 def _folder(name: str, flag: str) -> Path:
@@ -185,4 +185,4 @@ def _folder(name: str, flag: str) -> Path:
 
 
 def _lazy(task: Task, base: Base) -> nn.Module:
-    return load_lazily(base.head, trust_remote_code=task.trust_remote_code)[0]
+    return load_lazily(base.info, trust_remote_code=task.trust_remote_code)[0]

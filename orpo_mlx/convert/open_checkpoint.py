@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.files import check_space, read_json_table, save_safetensors
 from orpo_mlx.models.hf_config import normalise_config
-from orpo_mlx.models.loading import ModelHead, find, load_lazily, locate
+from orpo_mlx.models.loading import ModelInfo, find, load_lazily, locate
 from orpo_mlx.models.safetensors_files import read_header, safetensors_shards, shard_names
 
 _PICKLED = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "consolidated*.pth")
@@ -23,7 +23,7 @@ _PICKLED = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "consolidated*.
 class Checkpoint(NamedTuple):
     """A checkpoint that can be loaded."""
 
-    head: ModelHead
+    info: ModelInfo
     """To load it with; its path is the folder its safetensors are in."""
     folder: Path
     """The folder it came from."""
@@ -51,21 +51,21 @@ def open_checkpoint(name: str, scratch: Path, *, flag: str, trust_remote_code: b
     raw = read_json_table(folder / "config.json", ModelError)
     config = raw if "model_file" in raw else normalise_config(raw, str(folder / "config.json"))
     files = safetensors_shards(folder)
-    head = find(str(folder), trust_remote_code=trust_remote_code, flag=flag)
+    info = find(str(folder), trust_remote_code=trust_remote_code, flag=flag)
     if not files:
         files = _unpickled(folder, scratch)
-        head = head._replace(path=scratch)
+        info = info._replace(path=scratch)
     elif set(files) != set(folder.glob("model*.safetensors")):
         # mlx-lm takes every model*.safetensors and nothing else, whatever the index says.
         _link(folder, files, scratch)
-        head = head._replace(path=scratch)
-    return Checkpoint(head, folder, config, files)
+        info = info._replace(path=scratch)
+    return Checkpoint(info, folder, config, files)
 
 
 class Base(NamedTuple):
     """A base model of an adapter, in any layout."""
 
-    head: ModelHead
+    info: ModelInfo
     folder: Path
     """The folder or file it came from."""
     config: dict[str, Any]
@@ -76,7 +76,7 @@ class Base(NamedTuple):
     def names(self) -> set[str]:
         """The checkpoint's tensor names, as Hugging Face's."""
         if not self.files:
-            model, _ = load_lazily(self.head)
+            model, _ = load_lazily(self.info)
             return set(dict(tree_flatten(model.parameters())))
         return {name for file in self.files for name in read_header(file).tensors}
 
@@ -91,7 +91,7 @@ def open_model(name: str, scratch: Path, *, flag: str, trust_remote_code: bool =
     if path.is_file():
         return Base(find(str(path), flag=flag), path, {}, [])
     source = open_checkpoint(str(path), scratch, flag=flag, trust_remote_code=trust_remote_code)
-    return Base(source.head, source.folder, source.config, source.files)
+    return Base(source.info, source.folder, source.config, source.files)
 
 
 def read_tensors(files: list[Path]) -> dict[str, mx.array]:

