@@ -202,9 +202,9 @@ def _table(source: Any) -> dict[str, Any]:
 def _open(args: Any, console: Console) -> Chat:
     folder = Path(args.adapter_path).expanduser()
     named = base_model(folder) if args.model is None else args.model
-    flag = f"{folder / 'adapter_config.json'}: model" if args.model is None else "--model"
+    source = f"{folder / 'adapter_config.json'}: model" if args.model is None else "`model`"
     loaded = load(
-        find(named, trust_remote_code=args.trust_remote_code, flag=flag),
+        find(named, trust_remote_code=args.trust_remote_code, source=source),
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
     )

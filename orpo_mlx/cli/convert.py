@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orpo_mlx.config.flags import OneLineParser, exit_status
+from orpo_mlx.config.flags import OneLineParser, exit_status, naming_flags
 from orpo_mlx.convert.conversions import (
     convert_gguf,
     convert_hf,
@@ -119,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         args = build_parser().parse_args(argv)
-        args.run(args)
+        with naming_flags(vars(args)):
+            args.run(args)
 
     return exit_status(PROG, command)
 

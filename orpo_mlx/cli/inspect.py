@@ -8,7 +8,7 @@ from pathlib import Path
 
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.config.command_line import add_settings, parse_settings
-from orpo_mlx.config.flags import OneLineParser, exit_status
+from orpo_mlx.config.flags import OneLineParser, exit_status, with_flags
 from orpo_mlx.config.settings import data_reading, settings_with
 from orpo_mlx.config.traits import Trait
 from orpo_mlx.data.sources import find_splits
@@ -59,7 +59,7 @@ def _run(argv: Sequence[str] | None) -> None:
     table = json_text(figures)
     if info.note:
         print(printable(info.note), file=sys.stderr)
-    print(table if args.json == "-" else printable_lines(as_text(figures)), end="")
+    print(table if args.json == "-" else printable_lines(with_flags(as_text(figures))), end="")
     if args.json not in (None, "-"):
         write_text(Path(args.json), table)
     if args.png is not None:

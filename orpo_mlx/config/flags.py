@@ -53,13 +53,10 @@ def naming_flags(own: Collection[str] = ()) -> Iterator[None]:
         raise
 
 
-def exit_status(prog: str, command: Callable[[], object], own: Collection[str] = ()) -> int:
-    """Run a command: 0, 2 with one sentence on stderr for what a user can mend, 130 or 143 where it was interrupted.
-
-    `own` are the command's flags besides those of `train`, as libraries name them.
-    """
+def exit_status(prog: str, command: Callable[[], object]) -> int:
+    """Run a command: 0, 2 with one sentence on stderr for what a user can mend, 130 or 143 where it was interrupted."""
     try:
-        with naming_flags(own):
+        with naming_flags():
             command()
     except UserError as error:
         message = printable(str(error)).rstrip(".")

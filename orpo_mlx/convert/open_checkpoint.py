@@ -33,25 +33,25 @@ class Checkpoint(NamedTuple):
     """Its weight files."""
 
 
-def open_checkpoint(name: str, scratch: Path, *, flag: str, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(name: str, scratch: Path, *, source: str, trust_remote_code: bool = False) -> Checkpoint:
     """Find a checkpoint in Hugging Face layout and check its settings and weight files.
 
     Args:
         name: Hub id or folder.
         scratch: a folder to make and use where the weights cannot be loaded from where they are.
-        flag: what the user gave `name` with, for errors.
+        source: what the user gave `name` with, for errors.
         trust_remote_code: allow Python code that comes with the checkpoint to run.
 
     Raises:
         ModelError: it cannot be found or used, or is damaged.
     """
-    folder, _ = locate(name, flag)
+    folder, _ = locate(name, source)
     if folder.is_file():
         raise ModelError(f"{folder}: is a GGUF file, expected a folder; use the gguf command for it.")
     raw = read_json_table(folder / "config.json", ModelError)
     config = raw if "model_file" in raw else normalise_config(raw, str(folder / "config.json"))
     files = safetensors_shards(folder)
-    info = find(str(folder), trust_remote_code=trust_remote_code, flag=flag)
+    info = find(str(folder), trust_remote_code=trust_remote_code, source=source)
     if not files:
         files = _unpickled(folder, scratch)
         info = info._replace(path=scratch)
@@ -81,17 +81,17 @@ class Base(NamedTuple):
         return {name for file in self.files for name in read_header(file).tensors}
 
 
-def open_model(name: str, scratch: Path, *, flag: str, trust_remote_code: bool = False) -> Base:
+def open_model(name: str, scratch: Path, *, source: str, trust_remote_code: bool = False) -> Base:
     """Like `open_checkpoint`, for GGUF files too.
 
     Raises:
         ModelError: it cannot be found or used, or is damaged.
     """
-    path, _ = locate(name, flag)
+    path, _ = locate(name, source)
     if path.is_file():
-        return Base(find(str(path), flag=flag), path, {}, [])
-    source = open_checkpoint(str(path), scratch, flag=flag, trust_remote_code=trust_remote_code)
-    return Base(source.info, source.folder, source.config, source.files)
+        return Base(find(str(path), source=source), path, {}, [])
+    checkpoint = open_checkpoint(str(path), scratch, source=source, trust_remote_code=trust_remote_code)
+    return Base(checkpoint.info, checkpoint.folder, checkpoint.config, checkpoint.files)
 
 
 def read_tensors(files: list[Path]) -> dict[str, mx.array]:

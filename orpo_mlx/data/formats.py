@@ -86,7 +86,7 @@ def read_row(row: Any, location: str, *, pair_ratings: str | None = None) -> Rea
     found = ", ".join(sorted(map(str, row))[:8]) or "no keys"
     raise DataError(
         f"{location}: the row has no {' and no '.join(map(repr, missing))}; found {found}, expected {_EXPECTED}; "
-        f"--columns {missing[0]}=NAME says which column it is."
+        f"`columns={missing[0]}=NAME` says which column it is."
     )
 
 
@@ -110,7 +110,7 @@ def rated_completions(row: Columns, location: str, pair_ratings: str | None) -> 
     if pair_ratings is None:
         raise DataError(
             f"{location}: the row holds a list of rated completions, expected chosen and rejected; "
-            "in train and inspect, --pair-ratings best_worst or --pair-ratings all makes pairs of them."
+            "in train and inspect, `pair_ratings=best_worst` or `pair_ratings=all` makes pairs of them."
         )
     name = next((name for name in _RATED_PROMPTS if name in row), None)
     if name is None:

@@ -95,10 +95,10 @@ def parse_columns(text: str | None) -> dict[str, str]:
     for part in filter(None, (text or "").split(",")):
         name, equals, column = (piece.strip() for piece in part.partition("="))
         if not (name and equals and column) or name in columns:
-            raise ConfigError(f"--columns: found {part!r}, expected NAME=COLUMN once for each name, joined by commas.")
+            raise ConfigError(f"`columns`: found {part!r}, expected NAME=COLUMN once for each name, joined by commas.")
         if name not in COLUMNS:
             hint = did_you_mean(name, COLUMNS, f"; expected one of {', '.join(COLUMNS)}.")
-            raise ConfigError(f"--columns: {name!r} is not a name that rows are read by{hint}")
+            raise ConfigError(f"`columns`: {name!r} is not a name that rows are read by{hint}")
         columns[name] = column
     return columns
 
@@ -125,7 +125,7 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Any:
     for name, column in columns.items():
         if column not in row.value:
             found = ", ".join(sorted(map(str, row.value))[:8]) or "no columns"
-            raise DataError(f"{row.location}: --columns {name}={column}: no such column, found {found}.")
+            raise DataError(f"{row.location}: `columns={name}={column}`: no such column, found {found}.")
     # A column that gives its name to another is out of the way, whatever it held: with prompt=question, a `prompt`
     # column must not be what is trained on.
     taken = set(columns) | set(columns.values())
@@ -150,7 +150,7 @@ def reason_unusable(pair: Pair | TokenizedPair, min_margin: float | None) -> str
         margin = pair.margin if isinstance(pair, Pair) else None
         if margin is None:
             raise DataError(
-                f"{pair.location}: --min-margin {min_margin:g} needs scores such as score_chosen and score_rejected; "
+                f"{pair.location}: `min_margin={min_margin:g}` needs scores such as score_chosen and score_rejected; "
                 "the row does not have both."
             )
         if margin < min_margin:
@@ -166,7 +166,7 @@ def reason_unusable(pair: Pair | TokenizedPair, min_margin: float | None) -> str
 
 def with_remedy(error: DataError) -> DataError:
     """The error of a row that stops a run, with the way to go on without it."""
-    return DataError(f"{str(error).rstrip('.')}; --skip-bad-rows leaves such rows out and lists them.")
+    return DataError(f"{str(error).rstrip('.')}; `skip_bad_rows` leaves such rows out and lists them.")
 
 
 def raise_no_rows(name: str) -> NoReturn:

@@ -13,7 +13,7 @@ REASONS = {
     "empty_prompt": "the prompt is empty",
     "empty_side": "a side is empty",
     "equal_sides": "chosen and rejected are the same tokens",
-    "low_margin": "chosen scores less than --min-margin above rejected",
+    "low_margin": "chosen scores less than `min_margin` above rejected",
     "equal_ratings": "no two completions with different ratings",
     "too_long": "longer than",
     "no_completion_left": "no completion token left",

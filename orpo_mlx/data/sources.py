@@ -101,7 +101,7 @@ def find_splits(data: str | Path, needed: Sequence[str] = ("train",)) -> dict[st
     if hub is None or path.suffix.lower() in READERS or str(data).startswith("."):
         kinds = ", ".join(READERS)
         raise DataError(
-            f"--data {data}: no such file or folder; expected a folder with a {needed[0]} split, a file ({kinds}), or "
+            f"`data` {data}: no such file or folder; expected a folder with a {needed[0]} split, a file ({kinds}), or "
             "a Hub id such as owner/name."
         )
     return hub_splits(str(data), hub["id"], hub["config"], hub["revision"], needed)
@@ -166,7 +166,7 @@ def hub_splits(
         found = load_dataset(name, config, revision=revision)
     except Exception as error:  # Hub, HTTP, format and cache errors of three libraries; each means it is not to be had.
         raise DataError(
-            f"--data {data}: no such file or folder, and not to be had from the Hub as a data set ({reason_of(error)})."
+            f"`data` {data}: no such file or folder, and not to be had from the Hub as a data set ({reason_of(error)})."
         ) from None
     check_revision(data, revision, found)
     splits: dict[str, Source] = {}
@@ -179,7 +179,7 @@ def hub_splits(
         (only,) = found
         splits[needed[0]] = HubSource(f"{data}/{only}", found[only])
     if not any(name in splits for name in needed):
-        raise DataError(f"--data {data}: no {needed[0]} split, found {', '.join(map(str, found))}.")
+        raise DataError(f"`data` {data}: no {needed[0]} split, found {', '.join(map(str, found))}.")
     return splits
 
 
@@ -196,6 +196,6 @@ def check_revision(data: str, revision: str | None, found: Any) -> None:
     files = [entry["filename"] for split in found.values() for entry in split.cache_files]
     if not any(part.startswith(revision) for file in files for part in Path(file).parts):
         raise DataError(
-            f"--data {data}: commit {revision} is not in the cache of data sets, which holds another; connect to the "
+            f"`data` {data}: commit {revision} is not in the cache of data sets, which holds another; connect to the "
             "Hub, or leave out the revision."
         )

@@ -34,7 +34,7 @@ class Lengths(NamedTuple):
     max_seq_length: int
     truncate: str = "drop"
     """One of `truncation.TRUNCATIONS`."""
-    limit: str = "--max-seq-length"
+    limit: str = "`max_seq_length`"
     """Where the length comes from, in words."""
 
 

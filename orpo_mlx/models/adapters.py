@@ -36,7 +36,7 @@ def add_adapters(model: nn.Module, fine_tune_type: str, num_layers: int, lora_pa
     blocks = len(model.layers)
     if num_layers > blocks:
         raise ConfigError(
-            f"--num-layers {num_layers}: the model has {blocks} layers; give at most that, or -1 for all."
+            f"`num_layers={num_layers}`: the model has {blocks} layers; give at most that, or -1 for all."
         )
     model.freeze()
     if fine_tune_type == "full":
@@ -45,7 +45,7 @@ def add_adapters(model: nn.Module, fine_tune_type: str, num_layers: int, lora_pa
             block.unfreeze()
         if any(array.dtype == mx.uint32 for array in adapter_weights(model).values()):
             raise ConfigError(
-                "--fine-tune-type full: this model's weights are quantised and have no gradient; use lora or dora, or "
+                "`fine_tune_type=full`: this model's weights are quantised and have no gradient; use lora or dora, or "
                 "a model that is not quantised."
             )
     else:
@@ -133,7 +133,7 @@ def load_adapter_file(model: nn.Module, path: str | Path, scale: float) -> None:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ModelError(
             f"{path}: does not fit this model's adapters: {'; '.join(problems[:3])}{more}; "
-            "check --model, --num-layers and lora_parameters (rank, keys)."
+            "check `model`, `num_layers` and lora_parameters (rank, keys)."
         )
     model.load_weights([(name, weights[name].astype(array.dtype)) for name, array in own.items()], strict=False)
 
@@ -149,7 +149,7 @@ def adapter_file(path: Path) -> Path:
             if (path / name).is_file():
                 return path / name
     if not path.is_file():
-        raise ModelError(f"--resume-adapter-file {path}: no such adapter file.")
+        raise ModelError(f"`resume_adapter_file` {path}: no such adapter file.")
     return path
 
 
@@ -196,6 +196,6 @@ def add_trained_adapters(model: nn.Module, folder: Path) -> None:
     try:
         load_adapters(model, str(folder))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise ModelError(f"--adapter-path {folder}: mlx-lm cannot load these adapters ({reason_of(error)}).") from None
+        raise ModelError(f"`adapter_path` {folder}: mlx-lm cannot load these adapters ({reason_of(error)}).") from None
     mx.eval(model.parameters())
     model.eval()

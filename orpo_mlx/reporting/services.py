@@ -40,7 +40,7 @@ def parse_services(text: str | None) -> tuple[str, ...]:
         if name not in SERVICES:
             hint = did_you_mean(name, SERVICES)
             found = repr(name) if name else "an empty name"
-            raise ConfigError(f"--report-to {text!r}: found {found}, expected some of {', '.join(SERVICES)}{hint}")
+            raise ConfigError(f"`report_to` {text!r}: found {found}, expected some of {', '.join(SERVICES)}{hint}")
     return tuple(dict.fromkeys(names))
 
 
@@ -53,7 +53,7 @@ def check_reporting(report_to: str | None, project_name: str | None) -> None:
     names = parse_services(report_to)
     if project_name is not None and not any(SERVICES[name].has_projects for name in names):
         having = " or ".join(name for name, service in SERVICES.items() if service.has_projects)
-        raise ConfigError(f"--project-name: is a project of --report-to {having}; add that, or leave it out.")
+        raise ConfigError(f"`project_name`: is a project of `report_to={having}`; add that, or leave it out.")
 
 
 def require_installed(names: Sequence[str]) -> None:
@@ -69,4 +69,4 @@ def require_installed(names: Sequence[str]) -> None:
         except ImportError:
             found = False
         if not found:
-            raise ConfigError(f"--report-to {name}: needs a package; pip install {service.package}")
+            raise ConfigError(f"`report_to={name}`: needs a package; pip install {service.package}")

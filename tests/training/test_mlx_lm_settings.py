@@ -146,7 +146,7 @@ def test_what_is_trained_is_what_was_asked_for_and_mlx_lm_runs_it(
 
 
 def test_quantised_weights_cannot_be_trained_themselves(settings: dict[str, Any], quantised: Path) -> None:
-    with pytest.raises(ConfigError, match="--fine-tune-type full: this model's weights are quantised"):
+    with pytest.raises(ConfigError, match="`fine_tune_type=full`: this model's weights are quantised"):
         run_quietly({**settings, "model": str(quantised), "fine_tune_type": "full"})
 
 
