@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import signal
-import sys
-from collections.abc import Callable, Iterable
-
-from orpo_mlx.text import printable
+from collections.abc import Iterable
 
 _MOST_REASON = 300
 """Characters of another package's message that are shown: some list hundreds of tensors."""
 
 
 class UserError(Exception):
-    """Something outside the code is wrong; command-line tools print it on one line and exit with status 2."""
+    """Something outside the code is wrong; command-line tools print it on one line and exit with status 2.
+
+    A message mentions settings as Python has them, in backticks: `seed`, `memory=fast`, `shuffle=False`. The command
+    line prints them as flags (`config.flags`).
+    """
 
 
 class ConfigError(UserError):
@@ -62,23 +62,3 @@ def kind_and_reason(error: BaseException) -> str:
     """`reason_of` after the exception's type, for those that say little without it."""
     kind, words = type(error).__name__, reason_of(error)
     return kind if words == kind else f"{kind}: {words}"
-
-
-def exit_status(prog: str, command: Callable[[], object]) -> int:
-    """Run a command: 0, 2 with one sentence on stderr for what a user can mend, 130 or 143 where it was interrupted."""
-    try:
-        command()
-    except UserError as error:
-        message = printable(str(error)).rstrip(".")
-        print(f"{prog}: error: {message}{'' if message.endswith('?') else '.'}", file=sys.stderr)
-        return 2
-    except OSError as error:  # A full disk, or a folder that cannot be written, wherever a command meets it.
-        location = f"{error.filename}: " if error.filename else ""
-        print(
-            f"{prog}: error: {location}{error.strerror or error}; free space or choose another folder.", file=sys.stderr
-        )
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"{prog}: interrupted: {str(interrupt) or 'nothing was saved'}.", file=sys.stderr)
-        return 128 + getattr(interrupt, "number", signal.SIGINT)
-    return 0

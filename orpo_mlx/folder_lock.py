@@ -32,7 +32,7 @@ def locked(folder: Path) -> Iterator[None]:
             owner = os.read(handle, 32).decode("ascii", "replace").strip()
             who = f"process {owner}" if owner.isdigit() else "another process"
             raise TrainingError(
-                f"--adapter-path {folder}: {who} is training into it; wait for it, or give another folder"
+                f"`adapter_path` {folder}: {who} is training into it; wait for it, or give another folder"
             ) from None
         except OSError as error:
             error.filename = str(path)

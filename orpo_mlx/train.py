@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -20,9 +19,8 @@ import mlx.core as mx
 from rich.console import Console
 
 from orpo_mlx.config.checks import check_settings, make_config
-from orpo_mlx.config.command_line import resolve
-from orpo_mlx.config.settings import TrainingConfig
-from orpo_mlx.errors import ConfigError, TrainingError, UserError, exit_status
+from orpo_mlx.config.settings import TrainingConfig, settings_for_card
+from orpo_mlx.errors import ConfigError, TrainingError, UserError
 from orpo_mlx.files import save_json
 from orpo_mlx.folder_lock import locked
 from orpo_mlx.memory.choose_mode import plan_memory
@@ -38,7 +36,8 @@ from orpo_mlx.reporting.model_card import FILE as CARD
 from orpo_mlx.reporting.model_card import write_card
 from orpo_mlx.reporting.resumable_jsonl import LineFile
 from orpo_mlx.reporting.run_report import refresh_report
-from orpo_mlx.reporting.tracking import parse_services, reporting_to, require_installed
+from orpo_mlx.reporting.services import parse_services, require_installed
+from orpo_mlx.reporting.tracking import reporting_to
 from orpo_mlx.training.checkpoints.folders import Checkpoint, remove_all
 from orpo_mlx.training.checkpoints.progress import Held, Progress, TrainingResult
 from orpo_mlx.training.checkpoints.resume import (
@@ -51,7 +50,6 @@ from orpo_mlx.training.checkpoints.resume import (
     newest,
     restore,
     restore_reference,
-    settings_of_newest,
 )
 from orpo_mlx.training.checkpoints.state import (
     State,
@@ -63,7 +61,7 @@ from orpo_mlx.training.checkpoints.state import (
 )
 from orpo_mlx.training.data_order import groups_to_come, steps_of_adapter_file, total_steps
 from orpo_mlx.training.distributed import Ranks, find_ranks
-from orpo_mlx.training.evaluate_only import evaluate_only, settings_of_adapters
+from orpo_mlx.training.evaluate_only import evaluate_only
 from orpo_mlx.training.interrupts import StopSignals
 from orpo_mlx.training.loop import Loop, Outlets
 from orpo_mlx.training.prepare import prepare
@@ -72,7 +70,6 @@ from orpo_mlx.training.samples import Sampler, pick_prompts
 from orpo_mlx.training.startup_summary import announce, pass_on_notes
 from orpo_mlx.types import Pair
 
-PROG = "orpo-mlx train"
 _SAMPLED_FROM = 1000
 
 
@@ -293,7 +290,7 @@ def _close(run: Run, progress: Progress, reporter: Reporter) -> None:
 
 def _publish(run: Run, before: Held, after: Held, reporter: Reporter) -> None:
     """Write the model card, and send everything to the Hub where that was asked for."""
-    if not write_card(run.folder, before, after, TrainingConfig().settings()):
+    if not write_card(run.folder, before, after, settings_for_card):
         reporter.say(f"{run.folder / CARD} was changed by hand and stays as it is; move it away to have a new one.")
     if run.config.push_to_hub is not None:
         reporter.say(f"Pushed to {push(run.folder, run.config.push_to_hub)}")
@@ -362,27 +359,6 @@ def _sample_prompts(run: Run, reporter: Reporter) -> list[Pair]:
     return pick_prompts(pairs, run.config.samples)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; the exit status."""
-    return exit_status(PROG, lambda: _command(argv))
-
-
-def _command(argv: Sequence[str] | None) -> None:
-    ranks = find_ranks(TrainingConfig.rank_timeout)
-
-    def earlier(values: Mapping[str, Any]) -> dict[str, Any]:
-        if values.get("test"):
-            return settings_of_adapters(values)
-        if not values.get("resume"):
-            return {}
-        folder = values.get("adapter_path", TrainingConfig.adapter_path)
-        settings = settings_of_newest(folder) if ranks.first else {}
-        taken: dict[str, Any] = json.loads(ranks.from_first(json.dumps(settings).encode()))
-        return taken
-
-    train(resolve(argv, PROG, earlier), ranks=ranks)
-
-
 class _Callable(ModuleType):
     """A module that is its function `train` when it is called.
 
@@ -396,4 +372,6 @@ class _Callable(ModuleType):
 sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
+    from orpo_mlx.cli.train import main
+
     sys.exit(main())

@@ -11,8 +11,8 @@ from typing import Any
 from orpo_mlx.compare import tables
 from orpo_mlx.compare.report import facts
 from orpo_mlx.compare.tables import number
-from orpo_mlx.config.command_line import OneLineParser
-from orpo_mlx.errors import ConfigError, DataError, exit_status
+from orpo_mlx.config.flags import OneLineParser, exit_status
+from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import read_json_table, save_json, write_text
 from orpo_mlx.losses.recipe import PARAMETERS
 from orpo_mlx.losses.registry import METHODS

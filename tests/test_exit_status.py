@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orpo_mlx.config.command_line import OneLineParser
-from orpo_mlx.errors import DataError, did_you_mean, exit_status, kind_and_reason, reason_of
+from orpo_mlx.config.flags import OneLineParser, exit_status
+from orpo_mlx.errors import DataError, did_you_mean, kind_and_reason, reason_of
 
 
 def raising(error: BaseException) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -23,7 +24,10 @@ MODULES = {
 
 def imports(name: str) -> Iterator[str]:
     """Modules of the package that a module imports."""
-    for node in ast.walk(MODULES[name]):
+    tree = MODULES[name]
+    # A module that is a program too starts the command, which lies above it.
+    body = [statement for statement in tree.body if not ast.unparse(statement).startswith("if __name__ ==")]
+    for node in itertools.chain.from_iterable(map(ast.walk, body)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "orpo_mlx":
             home = node.module.removeprefix("orpo_mlx").lstrip(".")
             for alias in node.names:

@@ -29,9 +29,9 @@ _BOTH = """
 import importlib, sys
 import orpo_mlx, orpo_mlx.errors
 assert orpo_mlx.train is train is sys.modules["orpo_mlx.train"] is importlib.import_module("orpo_mlx.train")
-from orpo_mlx.train import main, train as function
+from orpo_mlx.train import train as function
 import orpo_mlx.train as module
-assert module is train and callable(main)
+assert module is train
 from orpo_mlx.train import train as original
 assert function is original
 for call in (train, orpo_mlx.train, module, function):
@@ -72,10 +72,10 @@ def test_every_public_name_is_there_and_no_other() -> None:
         ({"shuffle": 1}, "TrainingConfig: shuffle: found 1, expected true or false"),
         ({"model": Path("model")}, r"TrainingConfig: model: found .*Path\('model'\), expected text"),
         ({"method": "orop"}, "did you mean orpo"),
-        ({"method": "sft", "beta": 0.5}, "--beta: method sft has no such parameter"),
-        ({"iters": 5, "epochs": 1.0}, "--iters and --epochs both say how long to train"),
+        ({"method": "sft", "beta": 0.5}, "beta.*: method sft has no such parameter"),
+        ({"iters": 5, "epochs": 1.0}, "`iters` and `epochs` both say how long to train"),
         ({"lora_parameters": {"alpha": 16}}, "lora_parameters.alpha: unknown key"),
-        ({"sample_every": 5, "samples": 0}, "--sample-every: --samples 0 leaves no prompt to answer"),
+        ({"sample_every": 5, "samples": 0}, "`sample_every`: `samples=0` leaves no prompt to answer"),
     ],
 )
 def test_a_config_made_in_python_is_checked_as_flags_are(

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from mlx_lm import load as mlx_lm_load
 
+from orpo_mlx.cli.train import main
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.losses.registry import METHODS
 from orpo_mlx.memory.predict import Prediction
 from orpo_mlx.models.adapters import adapter_weights
-from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.train import main, train
+from orpo_mlx.train import train
 from orpo_mlx.training.data_order import total_steps
 from orpo_mlx.training.gradients import step_gradient
 from orpo_mlx.training.prepare import prepare
@@ -34,6 +34,7 @@ from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
 from orpo_mlx.types import Batch, LossOutput, PairLogProbs, TokenizedPair
 from tests.conftest import make_pairs, write_id_rows, write_model_folder, write_rows
+from tests.helpers.quiet_training import run_quietly
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -50,12 +51,6 @@ def trainable(run: Run) -> dict[str, Any]:
 def rows(settings: dict[str, Any], split: str | None = None) -> list[dict[str, Any]]:
     lines = (Path(settings["adapter_path"]) / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if split in (None, row["split"])]
-
-
-def run_quietly(settings: dict[str, Any]) -> dict[str, dict[str, float]]:
-    from rich.console import Console
-
-    return train(make_config(settings), Reporter(Console(quiet=True))).after
 
 
 @pytest.mark.parametrize("method", METHODS)

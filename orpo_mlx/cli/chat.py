@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orpo_mlx.config.command_line import OneLineParser
-from orpo_mlx.errors import ConfigError, ModelError, exit_status
+from orpo_mlx.config.flags import OneLineParser, exit_status
+from orpo_mlx.errors import ConfigError, ModelError
 from orpo_mlx.files import read_json_table
 from orpo_mlx.models.adapters import adapters_off, add_trained_adapters
-from orpo_mlx.models.loading import DTYPES, find, load
+from orpo_mlx.models.loading import find, load
+from orpo_mlx.models.names import DTYPES
 from orpo_mlx.text import printable_lines
 
 
@@ -201,9 +202,9 @@ def _table(source: Any) -> dict[str, Any]:
 def _open(args: Any, console: Console) -> Chat:
     folder = Path(args.adapter_path).expanduser()
     named = base_model(folder) if args.model is None else args.model
-    flag = f"{folder / 'adapter_config.json'}: model" if args.model is None else "--model"
+    source = f"{folder / 'adapter_config.json'}: model" if args.model is None else "`model`"
     loaded = load(
-        find(named, trust_remote_code=args.trust_remote_code, flag=flag),
+        find(named, trust_remote_code=args.trust_remote_code, source=source),
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
     )

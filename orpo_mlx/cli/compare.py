@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from orpo_mlx.compare.plan import PROG, parse
 from orpo_mlx.compare.report import write_comparison
 from orpo_mlx.compare.runner import compare
-from orpo_mlx.errors import exit_status
+from orpo_mlx.config.flags import exit_status
 from orpo_mlx.reporting.console import Reporter
 
 

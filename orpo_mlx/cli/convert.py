@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orpo_mlx.config.command_line import OneLineParser
+from orpo_mlx.config.flags import OneLineParser, exit_status, naming_flags
 from orpo_mlx.convert.conversions import (
     convert_gguf,
     convert_hf,
@@ -18,8 +18,8 @@ from orpo_mlx.convert.conversions import (
 )
 from orpo_mlx.convert.quantize import AFFINE_BITS, AFFINE_GROUPS, MODES, quantisation
 from orpo_mlx.convert.task import Task
-from orpo_mlx.errors import ConfigError, exit_status
-from orpo_mlx.models.loading import DTYPES
+from orpo_mlx.errors import ConfigError
+from orpo_mlx.models.names import DTYPES
 
 PROG = "orpo-mlx convert"
 
@@ -119,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         args = build_parser().parse_args(argv)
-        args.run(args)
+        with naming_flags(vars(args)):
+            args.run(args)
 
     return exit_status(PROG, command)
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orpo_mlx.config.command_line import OneLineParser
-from orpo_mlx.errors import ConfigError, exit_status
+from orpo_mlx.config.flags import OneLineParser, exit_status
+from orpo_mlx.errors import ConfigError
 from orpo_mlx.files import write_text
 from orpo_mlx.text import printable
 

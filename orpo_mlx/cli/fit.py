@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from orpo_mlx.config.command_line import OneLineParser, resolve
+from orpo_mlx.config.command_line import resolve
+from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.config.settings import TrainingConfig
-from orpo_mlx.engine.memory_modes import MODES
-from orpo_mlx.errors import ConfigError, exit_status
+from orpo_mlx.engine.modes import MODES
+from orpo_mlx.errors import ConfigError
 from orpo_mlx.memory.fit import describe, predicted, remedies, verdict
 from orpo_mlx.memory.predict import recommended_working_set
 from orpo_mlx.memory.skeleton import read_blueprint

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orpo_mlx.config.checks import make_config
-from orpo_mlx.config.command_line import OneLineParser, add_settings, parse_settings
-from orpo_mlx.config.settings import data_reading
+from orpo_mlx.config.command_line import add_settings, parse_settings
+from orpo_mlx.config.flags import OneLineParser, exit_status, with_flags
+from orpo_mlx.config.settings import data_reading, settings_with
+from orpo_mlx.config.traits import Trait
 from orpo_mlx.data.sources import find_splits
 from orpo_mlx.data.splits import tokenized_split
 from orpo_mlx.data.statistics import as_text, draw_lengths, inspect_splits
-from orpo_mlx.errors import ConfigError, exit_status
+from orpo_mlx.errors import ConfigError
 from orpo_mlx.files import json_text, write_text
 from orpo_mlx.models.loading import find
 from orpo_mlx.text import printable, printable_lines
@@ -20,18 +22,13 @@ from orpo_mlx.training.prepare import data_lengths
 
 PROG = "orpo-mlx inspect"
 
-_SETTINGS = (
-    *("model", "trust_remote_code", "data", "columns", "min_margin", "pair_ratings", "max_seq_length", "truncate"),
-    *("skip_bad_rows", "batch_size", "micro_batch_tokens", "seed"),
-)
-
 
 def build_parser() -> OneLineParser:
     """The command line of `inspect`; settings are those of `train`."""
     parser = OneLineParser(
         prog=PROG, description="Look at preference pairs as training would take them.", allow_abbrev=False
     )
-    add_settings(parser, _SETTINGS)
+    add_settings(parser, settings_with(Trait.INSPECTED))
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write the figures as JSON, to FILE or instead of the text"
@@ -47,22 +44,22 @@ def _run(argv: Sequence[str] | None) -> None:
             raise ConfigError(f"{flag} {name}: cannot be written there; give a file in a folder that exists.")
     config = make_config(given)
     sources = find_splits(config.data)
-    head = find(config.model, trust_remote_code=config.trust_remote_code)
-    lengths = data_lengths(config, head.exact_tokens)
+    info = find(config.model, trust_remote_code=config.trust_remote_code)
+    lengths = data_lengths(config, info.exact_tokens)
     splits = {
-        name: tokenized_split(source, data_reading(config), head.tokenizer, lengths) for name, source in sources.items()
+        name: tokenized_split(source, data_reading(config), info.tokenizer, lengths) for name, source in sources.items()
     }
     figures = inspect_splits(
         splits,
-        head.tokenizer,
+        info.tokenizer,
         batch_size=config.batch_size,
         micro_batch_tokens=config.micro_batch_tokens,
         seed=config.seed,
     )
     table = json_text(figures)
-    if head.note:
-        print(printable(head.note), file=sys.stderr)
-    print(table if args.json == "-" else printable_lines(as_text(figures)), end="")
+    if info.note:
+        print(printable(info.note), file=sys.stderr)
+    print(table if args.json == "-" else printable_lines(with_flags(as_text(figures))), end="")
     if args.json not in (None, "-"):
         write_text(Path(args.json), table)
     if args.png is not None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from orpo_mlx import __version__
-from orpo_mlx.errors import ConfigError, did_you_mean, exit_status
+from orpo_mlx.errors import ConfigError, did_you_mean
 
 PROG = "orpo-mlx"
 
@@ -24,7 +24,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "inspect": Command("orpo_mlx.cli.inspect", "look at preference pairs as training would take them"),
     "fit": Command("orpo_mlx.cli.fit", "predict the memory of a run, and whether it fits a Mac"),
-    "train": Command("orpo_mlx.train", "align a model with preference pairs"),
+    "train": Command("orpo_mlx.cli.train", "align a model with preference pairs"),
     "score": Command("orpo_mlx.cli.score", "log-probs of pairs under a model, a row each"),
     "watch": Command("orpo_mlx.cli.watch", "a page that draws a run as it goes on"),
     "report": Command("orpo_mlx.cli.report", "draw training runs as a page and a picture"),
@@ -75,11 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"{PROG} {__version__}")
         return 0
-    found: list[Command] = []
-    status = exit_status(PROG, lambda: found.append(find_command(words[0])))
-    if not found:
-        return status
-    program = importlib.import_module(found[0].module)
+    if words[0] not in COMMANDS:
+        # Imported here, like every command: `--help` needs neither settings nor losses.
+        from orpo_mlx.config.flags import exit_status
+
+        return exit_status(PROG, lambda: find_command(words[0]))
+    program = importlib.import_module(find_command(words[0]).module)
     return int(program.main(words[1:]))
 
 

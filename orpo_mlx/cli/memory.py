@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from orpo_mlx.config.command_line import OneLineParser, resolve
-from orpo_mlx.errors import ConfigError, TrainingError, exit_status
+from orpo_mlx.config.command_line import resolve
+from orpo_mlx.config.flags import OneLineParser, exit_status
+from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.files import save_json
 from orpo_mlx.memory.benchmark import PROG, benchmark_flags, compare, mode_flags, publishable_memory, table
 

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from orpo_mlx.config.command_line import OneLineParser
-from orpo_mlx.errors import exit_status
+from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.reporting.hub import check_name, check_ready, contents, listing, push
 from orpo_mlx.text import printable
 

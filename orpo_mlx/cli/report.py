@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from orpo_mlx.config.command_line import OneLineParser
-from orpo_mlx.errors import ConfigError, exit_status
+from orpo_mlx.config.flags import OneLineParser, exit_status
+from orpo_mlx.errors import ConfigError
 from orpo_mlx.reporting.run_report import write_report
 
 PROG = "orpo-mlx report"

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from orpo_mlx.compare.intervals import wilson
-from orpo_mlx.config.command_line import OneLineParser
+from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.data.pairs import Reading, load_pairs, parse_columns
 from orpo_mlx.data.tokenization import PairTokenizer
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.score import score_pairs
-from orpo_mlx.errors import ConfigError, DataError, exit_status
+from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import write_text
 from orpo_mlx.models.adapters import add_trained_adapters
-from orpo_mlx.models.loading import DEFAULT_MODEL, DTYPES, LoadedModel, check_vocabulary, find, load
+from orpo_mlx.models.loading import LoadedModel, check_vocabulary, find, load
+from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES
 from orpo_mlx.text import printable
 from orpo_mlx.types import TokenizedPair
 
@@ -76,9 +77,9 @@ def _run(argv: Sequence[str] | None) -> None:
     if not output.parent.is_dir() or output.is_dir():
         raise ConfigError(f"--output {output}: cannot be written there; give a file in a folder that exists.")
     raw = load_pairs(data, Reading(parse_columns(args.columns)))
-    head = find(args.model, trust_remote_code=args.trust_remote_code)
-    pairs = list(PairTokenizer(head.tokenizer).each(raw))
-    loaded = load(head, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    info = find(args.model, trust_remote_code=args.trust_remote_code)
+    pairs = list(PairTokenizer(info.tokenizer).each(raw))
+    loaded = load(info, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     if loaded.note:
         print(printable(loaded.note))
     for pair in pairs:

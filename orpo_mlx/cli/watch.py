@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from orpo_mlx.config.command_line import OneLineParser
-from orpo_mlx.errors import ConfigError, exit_status
+from orpo_mlx.config.flags import OneLineParser, exit_status
+from orpo_mlx.errors import ConfigError
 from orpo_mlx.folder_lock import LOCK
 from orpo_mlx.reporting.live.feed import Feed
 from orpo_mlx.reporting.live.server import LARGEST_PORT, serving

@@ -18,9 +18,10 @@ import numpy as np
 from orpo_mlx.compare.divergence import distinct_n, sampled_kl
 from orpo_mlx.compare.plan import PROG, Budget
 from orpo_mlx.config.command_line import resolve
+from orpo_mlx.config.flags import exit_status
 from orpo_mlx.data.batching import TrainingOrder, micro_batches
 from orpo_mlx.engine.score import score_pairs
-from orpo_mlx.errors import TrainingError, exit_status
+from orpo_mlx.errors import TrainingError
 from orpo_mlx.files import save_adapters, save_json
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.process_memory import process_footprint, settle

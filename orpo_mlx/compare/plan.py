@@ -10,21 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orpo_mlx.config.command_line import OneLineParser, resolve
-from orpo_mlx.config.settings import TrainingConfig, recipe
+from orpo_mlx.config.command_line import resolve
+from orpo_mlx.config.flags import OneLineParser
+from orpo_mlx.config.settings import SETTINGS, TrainingConfig, recipe, settings_with
+from orpo_mlx.config.traits import Trait
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.losses.recipe import PARAMETERS
 
 PROG = "orpo-mlx compare"
 LABELS = ("given", "swapped", "shuffled")
 BUDGETS = {"steps": int, "pair_tokens": int, "seconds": float}
-
-_OWN = ("method", "seed", "iters", "epochs", "learning_rate", "lr_schedule", "adapter_path", "resume_adapter_file")
-_UNUSED = (
-    *("reference", "precompute_reference", "steps_per_report", "steps_per_eval", "val_batches", "test_batches"),
-    *("test", "save_every", "samples", "sample_every", "report", "report_every", "report_to", "project_name", "watch"),
-    *("push_to_hub", "memory_check", *PARAMETERS),
-)
 
 
 class Budget(NamedTuple):
@@ -83,9 +77,8 @@ class Plan:
     @property
     def identity(self) -> dict[str, Any]:
         """What must be the same for cells to be of one comparison; arms, seeds and rates may be added to."""
-        settings = self.config.settings()
         return {
-            **{name: value for name, value in settings.items() if name not in (*_OWN, *_UNUSED)},
+            **self.config.settings(without=Trait.COMPARED),
             "budget": list(self.budget),
             "valid_pairs": self.valid_pairs,
             "test_pairs": self.test_pairs,
@@ -218,11 +211,9 @@ def _arm(name: str, arguments: Sequence[str]) -> Arm:
     config = resolve([*arguments, *words], PROG)
     plain = resolve([*arguments, "--method", expression], PROG).settings()
     changed = {key for key, value in config.settings().items() if value != plain[key]}
-    wrong = sorted(changed - {*PARAMETERS, "reference"})
+    wrong = sorted(changed - {*settings_with(Trait.OF_METHOD)})
     if wrong:
-        raise ConfigError(
-            f"--methods {name}: --{wrong[0].replace('_', '-')} is not a method's; give it for all of them."
-        )
+        raise ConfigError(f"--methods {name}: {SETTINGS[wrong[0]].flag} is not a method's; give it for all of them.")
     found = recipe(config)
     betas = {parameters["beta"] for parameters in found.parameters.values() if "beta" in parameters}
     beta = betas.pop() if len(betas) == 1 else None
@@ -232,10 +223,11 @@ def _arm(name: str, arguments: Sequence[str]) -> Arm:
 def _check_shared(config: TrainingConfig) -> None:
     defaults = TrainingConfig().settings()
     settings = config.settings()
-    for name in (*_OWN, *_UNUSED):
+    for name in settings_with(Trait.COMPARED):
         if settings[name] != defaults[name]:
             raise ConfigError(
-                f"--{name.replace('_', '-')}: a comparison sets this itself, method by method; leave it out."
+                f"{SETTINGS[name].flag}: a comparison sets this itself, method by method, or has no use for it; leave "
+                "it out."
             )
     if config.fine_tune_type == "full":
         raise ConfigError("--fine-tune-type full: the base model must stay at hand; use lora or dora.")

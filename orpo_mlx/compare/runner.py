@@ -20,6 +20,8 @@ import mlx.core as mx
 
 from orpo_mlx.compare.plan import PROG, Arm, Plan
 from orpo_mlx.compare.results import Cells, collect
+from orpo_mlx.config.settings import settings_with
+from orpo_mlx.config.traits import Trait
 from orpo_mlx.data.sources import find_splits
 from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.files import save_json
@@ -262,7 +264,8 @@ def _own_folder(plan: Plan) -> None:
         before = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise ConfigError(f"{file}: is not JSON; give another --output.") from None
-    for key in sorted({*identity, *before}):
+    # Earlier versions also wrote down settings that a comparison has no use for.
+    for key in sorted({*identity, *before} - {*settings_with(Trait.COMPARED)}):
         if identity.get(key) != before.get(key):
             raise ConfigError(
                 f"{file}: holds another comparison, whose {key} is {before.get(key)!r} and here {identity.get(key)!r}; "

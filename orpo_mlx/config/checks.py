@@ -7,55 +7,39 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_lm.utils import _parse_size
-
 from orpo_mlx.config.settings import (
     DEFAULT_LORA,
     DEFAULT_OPTIMIZER_CONFIG,
-    FIELDS,
-    NOT_NEGATIVE,
     OPTIMIZERS,
-    POSITIVE,
-    Check,
+    SETTINGS,
     TrainingConfig,
     data_reading,
-    flag_of,
     recipe,
+    settings_with,
 )
-from orpo_mlx.engine.memory_modes import MODES
+from orpo_mlx.config.traits import NOT_NEGATIVE, POSITIVE, Range, Trait
+from orpo_mlx.engine.modes import MODES
 from orpo_mlx.errors import ConfigError, did_you_mean
-from orpo_mlx.reporting.tracking import check_reporting
+from orpo_mlx.reporting.services import check_reporting
 
-ELSEWHERE = {
-    "lora_layers": "num_layers",
-    "use_dora": "fine_tune_type",
-    "train_type": "fine_tune_type",
-    "train_mode": "method",
-    "gradient_accumulation_steps": "grad_accumulation_steps",
-    "max_length": "max_seq_length",
-    "num_train_epochs": "epochs",
-    "max_steps": "iters",
-    "output_dir": "adapter_path",
-}
-"""What older mlx-lm, mlx-lm-lora and TRL call settings, where the name alone does not lead to ours."""
+_ALIASES = {alias: setting.name for setting in SETTINGS.values() for alias in setting.aliases}
 
 
-def check_settings(table: Mapping[Any, Any], place: str, also: Sequence[str] = ()) -> dict[str, Any]:
+def check_settings(table: Mapping[Any, Any], location: str, also: Sequence[str] = ()) -> dict[str, Any]:
     """The settings of a table, each as its type; those that are None are left out.
 
     `also` are keys that an unknown one may be meant for besides.
 
     Raises:
-        ConfigError: an unknown key or a wrong value; names `place`.
+        ConfigError: an unknown key or a wrong value; names `location`.
     """
     values = {}
     for key, value in table.items():
-        if key not in FIELDS:
-            known = [*FIELDS, *also]
-            hint = did_you_mean(ELSEWHERE.get(key, key), known, f"; known keys are {', '.join(FIELDS)}.")
-            raise ConfigError(f"{place}: unknown key {key!r}{hint}")
+        if key not in SETTINGS:
+            hint = did_you_mean(_ALIASES.get(key, key), [*SETTINGS, *also], f"; known keys are {', '.join(SETTINGS)}.")
+            raise ConfigError(f"{location}: unknown key {key!r}{hint}")
         if value is not None:
-            values[key] = coerce(key, value, f"{place}: {key}")
+            values[key] = coerce(key, value, f"{location}: {key}")
     return values
 
 
@@ -80,42 +64,42 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
 
 def _check_together(config: TrainingConfig) -> None:
     if config.iters is not None and config.epochs is not None:
-        raise ConfigError("--iters and --epochs both say how long to train; give one of them.")
+        raise ConfigError("`iters` and `epochs` both say how long to train; give one of them.")
     if config.report_every is not None and not config.report:
-        raise ConfigError("--no-report: --report-every asks for reports; give one of them.")
+        raise ConfigError("`report=False`: `report_every` asks for reports; give one of them.")
     if config.sample_every is not None and config.samples == 0:
-        raise ConfigError("--sample-every: --samples 0 leaves no prompt to answer; give --samples 1 or more.")
+        raise ConfigError("`sample_every`: `samples=0` leaves no prompt to answer; give `samples=1` or more.")
     check_reporting(config.report_to, config.project_name)
     if not recipe(config).needs_reference and config.precompute_reference:
-        raise ConfigError(f"--precompute-reference: method {config.method} compares with no reference; leave it out.")
+        raise ConfigError(f"`precompute_reference`: method {config.method} compares with no reference; leave it out.")
     if config.max_skipped is not None and config.on_nonfinite != "skip":
-        raise ConfigError("--max-skipped counts what --on-nonfinite skip passes over; add that, or leave it out.")
+        raise ConfigError("`max_skipped` counts what `on_nonfinite=skip` skips; add that, or leave it out.")
     if config.resume_with_changes and not config.resume:
-        raise ConfigError("--resume-with-changes says how --resume goes on; add that.")
+        raise ConfigError("`resume_with_changes` says how `resume` goes on; add that.")
     if config.resume and config.overwrite:
-        raise ConfigError("--resume goes on with a run and --overwrite starts anew; give one of them.")
-    for name in ("resume", "overwrite", "push_to_hub", "watch", "sample_every", "report_to"):
+        raise ConfigError("`resume` goes on with a run and `overwrite` starts anew; give one of them.")
+    for name in settings_with(Trait.TRAINING_ONLY):
         if config.test and getattr(config, name) not in (None, False):
-            raise ConfigError(f"--test trains nothing and leaves the run as it is; leave out {flag_of(name)}.")
+            raise ConfigError(f"`test` trains nothing and leaves the run as it is; leave out `{name}`.")
 
 
 def _check_copied_reference(config: TrainingConfig) -> None:
     if not recipe(config).needs_reference:
-        raise ConfigError(f"--reference copy: method {config.method} compares with no reference; leave it out.")
+        raise ConfigError(f"`reference=copy`: method {config.method} compares with no reference; leave it out.")
     if config.precompute_reference:
-        raise ConfigError("--reference copy runs the copy at every step; leave out --precompute-reference.")
+        raise ConfigError("`reference=copy` runs the copy at every step; leave out `precompute_reference`.")
     if config.resume and config.resume_adapter_file is not None:
         raise ConfigError(
-            "--reference copy: a resumed run no longer loads what --resume-adapter-file names, so nothing can be "
-            "copied; use --reference shared."
+            "`reference=copy`: a resumed run no longer loads what `resume_adapter_file` names, so nothing can be "
+            "copied; use `reference=shared`."
         )
 
 
 def _lora_parameters(config: TrainingConfig) -> dict[str, Any]:
     lora = {**DEFAULT_LORA, **config.lora_parameters}
     _check_table("lora_parameters", lora, {"rank", "scale", "dropout", "keys"})
-    for key, check in (("rank", POSITIVE), ("scale", POSITIVE), ("dropout", NOT_NEGATIVE)):
-        _number(lora[key], int if key == "rank" else float, check, f"lora_parameters.{key}")
+    for key, allowed in (("rank", POSITIVE), ("scale", POSITIVE), ("dropout", NOT_NEGATIVE)):
+        _number(lora[key], int if key == "rank" else float, allowed, f"lora_parameters.{key}")
     if lora["dropout"] >= 1:
         raise ConfigError(f"lora_parameters.dropout: found {lora['dropout']}, expected a number below 1.")
     keys = lora.get("keys")
@@ -147,60 +131,61 @@ def _memory_mode(config: TrainingConfig) -> str:
     if config.grad_checkpoint:
         if mode not in ("auto", "thrift"):
             raise ConfigError(
-                f"--grad-checkpoint means --memory thrift, and --memory {mode} is given; give one of them."
+                f"`grad_checkpoint` means `memory=thrift`, and `memory={mode}` is given; give one of them."
             )
         mode = "thrift"
     in_segments = mode in MODES and MODES[mode].kept_layers < 1
     if config.segment_layers is not None and not in_segments:
-        raise ConfigError(f"--segment-layers: --memory {mode} runs no segments; add --memory thrift or balanced.")
+        raise ConfigError(f"`segment_layers`: `memory={mode}` runs no segments; add `memory=thrift` or balanced.")
     if config.plain_head and in_segments:
-        raise ConfigError(f"--plain-head: --memory {mode} needs the head apart from the layers; use --memory fast.")
+        raise ConfigError(f"`plain_head`: `memory={mode}` needs the head apart from the layers; use `memory=fast`.")
     if mode == "plain" and (config.plain_head or not config.share_prompt):
-        raise ConfigError("--memory plain sets --no-share-prompt and --plain-head itself; leave them out.")
+        raise ConfigError("`memory=plain` sets `share_prompt=False` and `plain_head` itself; leave them out.")
     return mode
 
 
-def coerce(name: str, value: Any, place: str) -> Any:
+def coerce(name: str, value: Any, location: str) -> Any:
     """`value` as the setting's type.
 
     Raises:
-        ConfigError: it is not of that type or outside its range; names `place`.
+        ConfigError: it is not of that type or outside its range; names `location`.
     """
-    metadata = FIELDS[name].metadata
-    kind: type = metadata["kind"]
-    if metadata.get("size") and isinstance(value, str):
-        value = _bytes(value, place)
-    if kind in (int, float):
-        return _number(value, kind, metadata.get("check"), place)
-    if not isinstance(value, kind):
+    setting = SETTINGS[name]
+    if setting.is_size and isinstance(value, str):
+        value = _bytes(value, location)
+    if setting.kind is int or setting.kind is float:
+        return _number(value, setting.kind, setting.range, location)
+    if not isinstance(value, setting.kind):
         names = {dict: "a table", bool: "true or false", str: "text"}
-        raise ConfigError(f"{place}: found {value!r}, expected {names[kind]}.")
-    chosen: Any = str(value).lower() if metadata.get("lower") else value
-    choices = metadata.get("choices")
-    if choices and chosen not in choices:
-        hint = did_you_mean(chosen, choices)
-        raise ConfigError(f"{place}: found {value!r}, expected one of {', '.join(choices)}{hint}")
+        raise ConfigError(f"{location}: found {value!r}, expected {names[setting.kind]}.")
+    chosen: Any = str(value).lower() if setting.any_case else value
+    if setting.choices and chosen not in setting.choices:
+        hint = did_you_mean(chosen, setting.choices)
+        raise ConfigError(f"{location}: found {value!r}, expected one of {', '.join(setting.choices)}{hint}")
     return chosen
 
 
-def _bytes(value: str, place: str) -> int:
+def _bytes(value: str, location: str) -> int:
     """Bytes of a size as mlx-lm reads it: a number, alone or with M, MB, G or GB (powers of ten)."""
+    # Only where a size is given: mlx-lm takes a second to import.
+    from mlx_lm.utils import _parse_size
+
     try:
         return int(_parse_size(value))
     except (ArithmeticError, KeyError, ValueError):
-        raise ConfigError(f"{place}: found {value!r}, expected bytes, or a size such as 500MB or 4GB.") from None
+        raise ConfigError(f"{location}: found {value!r}, expected bytes, or a size such as 500MB or 4GB.") from None
 
 
-def _number(value: Any, kind: type[int] | type[float], check: Check | None, place: str) -> int | float:
-    wanted = ("a whole number" if kind is int else "a number") + (f" {check.words}" if check else "")
+def _number(value: Any, kind: type[int] | type[float], allowed: Range | None, location: str) -> int | float:
+    wanted = ("a whole number" if kind is int else "a number") + (f" {allowed.words}" if allowed else "")
     try:
         if isinstance(value, bool):
             raise ValueError
         number: int | float = kind(value) if isinstance(value, str) or kind is float else value
-        if not isinstance(number, kind) or not math.isfinite(number) or (check and not check.holds(number)):
+        if not isinstance(number, kind) or not math.isfinite(number) or (allowed and not allowed.holds(number)):
             raise ValueError
     except (ValueError, TypeError, OverflowError):
-        raise ConfigError(f"{place}: found {value!r}, expected {wanted}.") from None
+        raise ConfigError(f"{location}: found {value!r}, expected {wanted}.") from None
     return number
 
 

@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-import yaml
+from typing import Any, NamedTuple
 
 from orpo_mlx.config.checks import check_settings, coerce, make_config
+from orpo_mlx.config.flags import OneLineParser, naming_flags
 from orpo_mlx.config.mlx_lm_keys import KEYS, without_mlx_lm_keys
-from orpo_mlx.config.print_config import CHECKPOINT, FILE, FLAG, Settled, as_yaml
-from orpo_mlx.config.settings import FIELDS, GROUPS, TrainingConfig, flag_of
+from orpo_mlx.config.print_config import SourcedConfig, as_yaml
+from orpo_mlx.config.settings import SETTINGS, TrainingConfig
+from orpo_mlx.config.traits import GROUPS, Setting
 from orpo_mlx.errors import ConfigError, reason_of
 from orpo_mlx.losses.recipe import describe_methods
-from orpo_mlx.text import printable
+
+_METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one sentence on stderr and exit status 2."""
+class GivenSettings(NamedTuple):
+    """Settings of a command line and of the file it names, each checked by itself."""
 
-    def error(self, message: str) -> NoReturn:
-        """Print `message` without the usage text and leave with status 2."""
-        self.exit(2, f"{self.prog}: error: {printable(message).rstrip('.')}; see {self.prog} --help.\n")
+    flags: Mapping[str, Any]
+    file: Mapping[str, Any]
+    print_config: bool
+    """Whether the settings are only to be printed."""
 
-
-Earlier = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-"""From the settings given by flags and a file to those that an earlier run left for this one."""
-
-_REPLACES = {
-    "iters": ("epochs",),
-    "epochs": ("iters",),
-    "memory": ("grad_checkpoint", "segment_layers"),
-    "grad_checkpoint": ("memory",),
-}
+    @property
+    def values(self) -> dict[str, Any]:
+        """Flags over file."""
+        return {**self.file, **self.flags}
 
 
 class _ListMethods(argparse.Action):
@@ -52,7 +48,7 @@ def build_parser(prog: str = "orpo-mlx train") -> OneLineParser:
         epilog="What a config file switches on, --no-NAME switches off, and --NAME the other way round.",
         allow_abbrev=False,
     )
-    groups = add_settings(parser, tuple(FIELDS))
+    groups = add_settings(parser, tuple(SETTINGS))
     groups["what"].add_argument(
         "-c",
         "--config",
@@ -71,31 +67,42 @@ def build_parser(prog: str = "orpo-mlx train") -> OneLineParser:
 
 def add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> dict[str, argparse._ArgumentGroup]:
     """Give `parser` the flags of the settings `names`, in groups."""
-    used = {FIELDS[name].metadata["group"] for name in names}
-    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items() if key in used}
-    for name in names:
-        field = FIELDS[name]
-        group, kind = groups[field.metadata["group"]], field.metadata["kind"]
-        flag = f"--{name.replace('_', '-')}"
-        help_text = field.metadata["help"].replace("%", "%%")  # argparse formats it.
-        if kind is dict:
-            continue
-        if kind is bool:
-            _add_switch(group, name, flag, bool(field.default), help_text)
-            continue
-        choices = field.metadata.get("choices")
-        metavar = "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X"}.get(kind, "NAME")
-        metavar = "SIZE" if field.metadata.get("size") else metavar
-        shown = "" if field.default is None else f" (default: {field.default})"
-        group.add_argument(flag, dest=name, metavar=metavar, default=argparse.SUPPRESS, help=help_text + shown)
+    settings = [SETTINGS[name] for name in names]
+    used = {setting.group for setting in settings}
+    groups = {key: parser.add_argument_group(group.title) for key, group in GROUPS.items() if key in used}
+    for setting in settings:
+        if setting.kind is bool:
+            _add_switch(groups[setting.group], setting)
+        elif setting.kind is not dict:  # Tables stand in a file.
+            _add_option(groups[setting.group], setting)
     return groups
 
 
-def _add_switch(group: argparse._ArgumentGroup, name: str, flag: str, default: bool, help_text: str) -> None:
-    """The flag that sets a switch to what it is not by default and, without a line in --help, the one back."""
-    for word, value in ((flag, True), (f"--no-{flag[2:]}", False)):
-        shown = argparse.SUPPRESS if value == default else help_text
-        group.add_argument(word, dest=name, action="store_const", const=value, default=argparse.SUPPRESS, help=shown)
+def _add_option(group: argparse._ArgumentGroup, setting: Setting) -> None:
+    metavar = "{" + ",".join(setting.choices) + "}" if setting.choices else _METAVARS[setting.kind]
+    shown = "" if setting.default is None else f" (default: {setting.default})"
+    group.add_argument(
+        setting.flag,
+        dest=setting.name,
+        metavar="SIZE" if setting.is_size else metavar,
+        default=argparse.SUPPRESS,
+        help=_help(setting.help + shown),
+    )
+
+
+def _add_switch(group: argparse._ArgumentGroup, setting: Setting) -> None:
+    """The flag that sets a switch, and the one that takes it back; `--help` has the latter where it says something."""
+    by_default = " (default)" if setting.default else ""
+    texts = {True: f"{setting.help}{by_default}", False: setting.off_help}
+    for word, value in ((setting.flag, True), (f"--no-{setting.flag[2:]}", False)):
+        shown = _help(texts[value]) if texts[value] else argparse.SUPPRESS
+        group.add_argument(
+            word, dest=setting.name, action="store_const", const=value, default=argparse.SUPPRESS, help=shown
+        )
+
+
+def _help(text: str) -> str:
+    return text.replace("%", "%%")  # argparse formats it.
 
 
 def parse_settings(
@@ -107,34 +114,46 @@ def parse_settings(
         ConfigError: a value that cannot be used; names the flag.
     """
     args = parser.parse_args(_joined_numbers(sys.argv[1:] if argv is None else argv))
-    given = {name: value for name, value in vars(args).items() if name in FIELDS}
-    return {name: coerce(name, value, flag_of(name)) for name, value in given.items()}, args
+    given = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    return {name: coerce(name, value, SETTINGS[name].flag) for name, value in given.items()}, args
 
 
-def resolve(
-    argv: Sequence[str] | None = None, prog: str = "orpo-mlx train", earlier: Earlier = lambda values: {}
-) -> TrainingConfig:
-    """Settings from a command line: flags over the `--config` file over what `earlier` finds over defaults.
-
-    With `--print-config` they are printed, and the program leaves with status 0.
+def given_settings(argv: Sequence[str] | None = None, prog: str = "orpo-mlx train") -> GivenSettings:
+    """What a command line of `train` and its `--config` file give, without what a flag replaces in the file.
 
     Raises:
         ConfigError: an unknown key, or a value that cannot be used; names the flag or the file and key.
     """
     flags, args = parse_settings(build_parser(prog), argv)
     file = {} if args.config is None else _left_of(read_config_file(Path(args.config), flags), flags)
-    values = {**file, **flags}
-    found = _left_of(earlier(values), values)
-    config = make_config({**found, **values})
-    if args.print_config:
-        print(as_yaml(Settled(config, {FLAG: flags, FILE: file, CHECKPOINT: found})), end="")
+    return GivenSettings(flags, file, args.print_config)
+
+
+@naming_flags()
+def settle(given: GivenSettings, checkpoint: Mapping[str, Any]) -> TrainingConfig:
+    """The settings of a run: those given over those of a `checkpoint`, or of adapters, over the defaults.
+
+    With `--print-config` they are printed, and the program leaves with status 0.
+
+    Raises:
+        ConfigError: settings that contradict each other.
+    """
+    found = _left_of(checkpoint, given.values)
+    config = make_config({**found, **given.values})
+    if given.print_config:
+        print(as_yaml(SourcedConfig(config, given.flags, given.file, found)), end="")
         raise SystemExit(0)
     return config
 
 
+def resolve(argv: Sequence[str] | None = None, prog: str = "orpo-mlx train") -> TrainingConfig:
+    """Settings from a command line alone; see `given_settings` and `settle`."""
+    return settle(given_settings(argv, prog), {})
+
+
 def _left_of(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of `lower` without those that `upper` replaces under another name."""
-    gone = {name for given in upper for name in _REPLACES.get(given, ())}
+    gone = {name for given in upper for name in SETTINGS[given].replaces}
     return {name: value for name, value in lower.items() if name not in gone}
 
 
@@ -163,6 +182,8 @@ def read_config_file(path: Path, flags: Mapping[str, Any] | None = None) -> dict
     Raises:
         ConfigError: it cannot be read, is not a table, or holds an unknown key or a wrong value.
     """
+    import yaml
+
     # mlx-lm's loader reads 1e-5 as a number, which PyYAML alone does not.
     from mlx_lm.lora import yaml_loader
 

@@ -11,7 +11,7 @@ from orpo_mlx.errors import ConfigError
 KEYS = ("train", "mask_prompt", "training_mode", "config", "hf_dataset")
 
 
-def without_mlx_lm_keys(table: Mapping[Any, Any], flags: Mapping[str, Any], place: str) -> dict[Any, Any]:
+def without_mlx_lm_keys(table: Mapping[Any, Any], flags: Mapping[str, Any], location: str) -> dict[Any, Any]:
     """The settings among an `mlx_lm.lora` file's keys, with what its other keys mean in them.
 
     `train: true` trains, whatever `test` says, since the held-out splits are always evaluated; `train: false` with
@@ -21,7 +21,7 @@ def without_mlx_lm_keys(table: Mapping[Any, Any], flags: Mapping[str, Any], plac
     Args:
         table: the file's.
         flags: settings of the command line, which come first.
-        place: the file, for errors.
+        location: the file, for errors.
 
     Raises:
         ConfigError: a key asks for what is not done here; says what to write instead.
@@ -31,36 +31,36 @@ def without_mlx_lm_keys(table: Mapping[Any, Any], flags: Mapping[str, Any], plac
     settings = {**rest, **flags}
     for key in ("train", "mask_prompt"):
         if not isinstance(given.get(key, True), bool):
-            raise ConfigError(f"{place}: {key}: found {given[key]!r}, expected true or false.")
+            raise ConfigError(f"{location}: {key}: found {given[key]!r}, expected true or false.")
     if "train" in given:
-        rest.update(_test(given["train"], settings, place))
+        rest.update(_test(given["train"], settings, location))
     if "mask_prompt" in given:
-        _check_masking(given["mask_prompt"], settings, place)
+        _check_masking(given["mask_prompt"], settings, location)
     if given.get("training_mode", "normal") not in ("normal", settings.get("method", TrainingConfig.method)):
         raise ConfigError(
-            f"{place}: training_mode: found {given['training_mode']!r}; method says how to learn here, give it that "
+            f"{location}: training_mode: found {given['training_mode']!r}; method says how to learn here, give it that "
             "value and leave out training_mode."
         )
     if "config" in given:
-        raise ConfigError(f"{place}: config: a config file cannot name another; put the settings into one.")
+        raise ConfigError(f"{location}: config: a config file cannot name another; put the settings into one.")
     if "hf_dataset" in given:
-        raise ConfigError(f"{place}: hf_dataset: give data: owner/name, and columns where they have other names.")
+        raise ConfigError(f"{location}: hf_dataset: give data: owner/name, and columns where they have other names.")
     return rest
 
 
-def _test(train: bool, settings: Mapping[str, Any], place: str) -> dict[str, Any]:
+def _test(train: bool, settings: Mapping[str, Any], location: str) -> dict[str, Any]:
     if train:
         return {"test": False}
     if settings.get("test") is not True:
-        raise ConfigError(f"{place}: train: false without test: true leaves nothing to do; set one of them to true.")
+        raise ConfigError(f"{location}: train: false without test: true leaves nothing to do; set one of them to true.")
     return {}
 
 
-def _check_masking(masked: bool, settings: Mapping[str, Any], place: str) -> None:
+def _check_masking(masked: bool, settings: Mapping[str, Any], location: str) -> None:
     nll = settings.get("nll") or TrainingConfig.nll
     if masked != (nll == "completion"):
         other = "sequence" if nll == "completion" else "completion"
         raise ConfigError(
-            f"{place}: mask_prompt: {str(masked).lower()} contradicts nll: {nll}, by which the prompt is "
+            f"{location}: mask_prompt: {str(masked).lower()} contradicts nll: {nll}, by which the prompt is "
             f"{'not ' if nll == 'completion' else ''}trained on; leave it out, or set nll: {other}."
         )

@@ -1,57 +1,64 @@
-"""The settings of a run and where each of them came from, as YAML that `--config` takes back."""
+"""The settings of a run, each with its source, as YAML that `--config` takes back."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import yaml
-
-from orpo_mlx.config.settings import FIELDS, GROUPS, TrainingConfig, recipe
+from orpo_mlx.config.settings import SETTINGS, TrainingConfig, recipe
+from orpo_mlx.config.traits import GROUPS
+from orpo_mlx.device_profile import VARIABLE, device_profile
 from orpo_mlx.losses.recipe import PARAMETERS
 
-FLAG, FILE, CHECKPOINT, DEFAULT = "flag", "file", "checkpoint", "default"
-"""Where a setting may come from, the first of them first."""
+_DEFAULT = "default"
 
 
-class Settled(NamedTuple):
-    """A run's settings, and what they were settled from."""
+class SourcedConfig(NamedTuple):
+    """A run's settings, and those that were taken from each source; the rest have their defaults."""
 
     config: TrainingConfig
-    given: Mapping[str, Mapping[str, Any]]
-    """By `FLAG`, `FILE` and `CHECKPOINT`: the settings that were taken from there."""
+    flags: Mapping[str, Any]
+    file: Mapping[str, Any]
+    checkpoint: Mapping[str, Any]
 
-    def origin(self, name: str) -> str:
-        """Where a setting came from."""
+    def source(self, name: str) -> tuple[str, Any]:
+        """Where a setting comes from, and what was given there."""
         # --grad-checkpoint sets --memory.
         names = (name, "grad_checkpoint") if name == "memory" and self.config.grad_checkpoint else (name,)
-        return next((source for key in names for source, values in self.given.items() if key in values), DEFAULT)
+        for key in names:
+            for source, values in (("flag", self.flags), ("file", self.file), ("checkpoint", self.checkpoint)):
+                if key in values:
+                    return source, values[key]
+        return _DEFAULT, None
 
 
-def as_yaml(settled: Settled) -> str:
-    """Every setting with its origin in a comment, in the groups of `--help`."""
+def as_yaml(sourced: SourcedConfig) -> str:
+    """Every setting with its source in a comment, in the groups of `--help`; then the device's profile."""
+    config = sourced.config
     lines = []
-    for group, title in GROUPS.items():
-        lines.append(f"\n# {title}")
-        for name, field in FIELDS.items():
-            if field.metadata["group"] == group:
-                value, origin = getattr(settled.config, name), settled.origin(name)
-                given = settled.given.get(origin, {}).get(name)
-                if value is None and name in PARAMETERS:
-                    origin += f": {_of_method(settled.config, name)}"
-                lines += _lines(name, value, given, origin)
-    return "\n".join(lines).lstrip("\n") + "\n"
+    for key, group in GROUPS.items():
+        lines.append(f"\n# {group.title}")
+        for name in (name for name, setting in SETTINGS.items() if setting.group == key):
+            value = getattr(config, name)
+            source, given = sourced.source(name)
+            if value is None and name in PARAMETERS:
+                source += f": {_of_method(config, name)}"
+            elif source == _DEFAULT and SETTINGS[name].default is None and value is not None:
+                source += f": {device_profile().name} profile"
+            lines += _lines(name, value, given, source)
+    return "\n".join([*lines, "", *_profile()]).lstrip("\n") + "\n"
 
 
-def _lines(name: str, value: Any, given: Any, origin: str, indent: str = "") -> Iterator[str]:
+def _lines(name: str, value: Any, given: Any, source: str, indent: str = "") -> Iterator[str]:
     """A setting, or an entry of a table of which `given` was given and the rest has its default."""
     if not isinstance(value, dict) or not value:
-        yield f"{indent}{_scalar(name)}: {_scalar(value)}  # {origin}"
+        yield f"{indent}{_scalar(name)}: {_scalar(value)}  # {source}"
         return
     yield f"{indent}{_scalar(name)}:"
     for key, inner in value.items():
         own = given.get(key) if isinstance(given, dict) else None
-        yield from _lines(key, inner, own, origin if own is not None else DEFAULT, indent + "  ")
+        yield from _lines(key, inner, own, source if own is not None else _DEFAULT, indent + "  ")
 
 
 def _of_method(config: TrainingConfig, name: str) -> str:
@@ -61,8 +68,23 @@ def _of_method(config: TrainingConfig, name: str) -> str:
     return ", ".join(found) or f"{config.method} has none"
 
 
+def _profile() -> Iterator[str]:
+    """What the engine does on this device, as comments: these are no settings."""
+    profile = device_profile()
+    source = VARIABLE if os.environ.get(VARIABLE) is not None else "MLX's default device"
+    yield f"# device profile: {profile.name}, from {source}"
+    for name, value in profile._asdict().items():
+        if hasattr(value, "_asdict"):
+            yield f"#   {name}:"
+            yield from (f"#     {key}: {_scalar(inner)}" for key, inner in value._asdict().items())
+        elif name != "name":
+            yield f"#   {name}: {_scalar(value)}"
+
+
 def _scalar(value: Any) -> str:
     """`value` on one line of YAML, read back as the same by mlx-lm's loader."""
+    import yaml
+
     # mlx-lm's loader reads more texts as numbers than PyYAML's writer knows of: 1e-5.
     from mlx_lm.lora import yaml_loader
 

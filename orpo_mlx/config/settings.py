@@ -1,25 +1,38 @@
-"""Every setting of a training run, declared once: its default, its flag, its help and what values it takes."""
+"""Every setting of a training run, declared once, with all that any module wants to know of it.
+
+Adding a setting is a field here: flag, help, checks, `--print-config`, resuming, comparisons and the model card follow
+from it. `traits.py` says what can be declared.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, get_type_hints
 
+from orpo_mlx.config.traits import (
+    ALL_OR_COUNT,
+    ALL_OR_SOME,
+    NOT_NEGATIVE,
+    PORT,
+    POSITIVE,
+    Setting,
+    Trait,
+    option,
+    setting_of,
+)
 from orpo_mlx.data.pairs import Reading, parse_columns
 from orpo_mlx.data.ratings import PAIRINGS
 from orpo_mlx.data.truncation import TRUNCATIONS
-from orpo_mlx.engine.memory_modes import MODES
+from orpo_mlx.device_profile import device_profile
+from orpo_mlx.engine.modes import MODES
 from orpo_mlx.losses.recipe import PARAMETERS, Recipe, make_recipe
-from orpo_mlx.models.adapters import FINE_TUNE_TYPES
-from orpo_mlx.models.loading import DEFAULT_MODEL, DTYPES
-from orpo_mlx.reporting.tracking import SERVICES
+from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES, FINE_TUNE_TYPES
+from orpo_mlx.reporting.services import SERVICES
 
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
-NLL_KINDS = ("completion", "sequence")
-NONFINITE = ("stop", "skip")
 DEFAULT_MAX_SKIPPED = 10
-REFERENCES = ("shared", "copy")
 
 DEFAULT_LORA = {"rank": 8, "dropout": 0.0, "scale": 20.0}
 DEFAULT_OPTIMIZER_CONFIG: dict[str, dict[str, Any]] = {
@@ -30,26 +43,16 @@ DEFAULT_OPTIMIZER_CONFIG: dict[str, dict[str, Any]] = {
     "adafactor": {},
 }
 
-
-class Check:
-    """A predicate on a number and the words for it in an error."""
-
-    def __init__(self, words: str, holds: Callable[[float], bool]) -> None:
-        self.words, self.holds = words, holds
-
-
-POSITIVE = Check("greater than 0", lambda value: value > 0)
-NOT_NEGATIVE = Check("0 or more", lambda value: value >= 0)
-_PORT = Check("from 0 to 65535", lambda value: 0 <= value <= 65535)
-_ALL_OR_COUNT = Check("-1 (all) or greater than 0", lambda value: value == -1 or value > 0)
-_ALL_OR_SOME = Check("-1 (all) or 0 or more", lambda value: value >= -1)
-
-
-def _option(default: Any, help_text: str, kind: type, group: str, **extra: Any) -> Any:
-    metadata = {"help": help_text, "kind": kind, "group": group, **extra}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: {**default}, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+_what = partial(option, "what")
+_data = partial(option, "data")
+_loss = partial(option, "loss")
+_parameter = partial(option, "loss", None, traits=Trait.OF_METHOD | Trait.COMPARED)
+_training = partial(option, "training")
+_adapters = partial(option, "adapters")
+_memory = partial(option, "memory")
+_machines = partial(option, "machines")
+_reports = partial(option, "reports")
+_resume = partial(option, "resume")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,218 +62,300 @@ class TrainingConfig:
     `iters` counts optimiser steps, each on `batch_size * grad_accumulation_steps` pairs.
     """
 
-    method: str = _option("orpo", "how to learn from the pairs, or a sum such as 'sigmoid + 0.2*sft'", str, "what")
-    model: str = _option(DEFAULT_MODEL, "Hub id, local folder or .gguf file", str, "what")
-    data: str = _option("data", "folder of splits, file, or Hub id owner/name[:config][@revision]", str, "what")
-    adapter_path: str = _option("adapters", "folder to write adapters, metrics and settings into", str, "what")
-    test: bool = _option(
+    method: str = _what(
+        "orpo",
+        "how to learn from the pairs, or a sum such as 'sigmoid + 0.2*sft'",
+        Trait.EVALUATED | Trait.COMPARED | Trait.NOT_ON_CARD,
+        aliases=("train_mode",),
+    )
+    model: str = _what(
+        DEFAULT_MODEL,
+        "Hub id, local folder or .gguf file",
+        Trait.EVALUATED | Trait.BY_CONTENT | Trait.NOT_ON_CARD | Trait.PUBLISHED | Trait.INSPECTED,
+    )
+    data: str = _what(
+        "data",
+        "folder of splits, file, or Hub id owner/name[:config][@revision]",
+        Trait.EVALUATED | Trait.BY_CONTENT | Trait.NOT_ON_CARD | Trait.PUBLISHED | Trait.INSPECTED,
+    )
+    adapter_path: str = _what(
+        "adapters",
+        "folder to write adapters, metrics and settings into",
+        Trait.RESUMABLE | Trait.THIS_COMMAND | Trait.PER_RANK | Trait.COMPARED | Trait.NOT_ON_CARD,
+        aliases=("output_dir",),
+    )
+    test: bool = _what(
         False,
         "train nothing: evaluate the held-out splits with the adapters of --resume-adapter-file, or those in "
         "--adapter-path",
-        bool,
-        "what",
+        Trait.THIS_COMMAND | Trait.COMPARED,
     )
 
-    columns: str | None = _option(None, "columns under other names: prompt=question,rejected=worse", str, "data")
-    min_margin: float | None = _option(
-        None, "least score of chosen above rejected; pairs below are left out", float, "data", check=NOT_NEGATIVE
+    columns: str | None = _data(None, "columns under other names: prompt=question,rejected=worse", Trait.INSPECTED)
+    min_margin: float | None = _data(
+        None, "least score of chosen above rejected; pairs below are left out", Trait.INSPECTED, range=NOT_NEGATIVE
     )
-    pair_ratings: str | None = _option(
-        None, "make pairs of rows of rated completions: best and worst, or all", str, "data", choices=PAIRINGS
+    pair_ratings: str | None = _data(
+        None, "make pairs of rows of rated completions: best and worst, or all", Trait.INSPECTED, choices=PAIRINGS
     )
-    max_seq_length: int = _option(2048, "tokens of prompt and completion, at most", int, "data", check=POSITIVE)
-    truncate: str = _option(
+    max_seq_length: int = _data(
+        2048,
+        "tokens of prompt and completion, at most",
+        Trait.ON_CARD | Trait.PUBLISHED | Trait.INSPECTED,
+        range=POSITIVE,
+        aliases=("max_length",),
+    )
+    truncate: str = _data(
         "drop",
         "what becomes of longer pairs: left out, or the prompt cut (and, only then, the completions)",
-        str,
-        "data",
+        Trait.INSPECTED,
         choices=TRUNCATIONS,
     )
-    skip_bad_rows: bool = _option(False, "leave out rows that cannot be used, and list them", bool, "data")
+    skip_bad_rows: bool = _data(False, "leave out rows that cannot be used, and list them", Trait.INSPECTED)
 
-    beta: float | None = _option(None, "β of the method; default: the method's own, as for those below", float, "loss")
-    label_smoothing: float | None = _option(None, "ε: share of pairs taken to be labelled wrongly", float, "loss")
-    gamma: float | None = _option(None, "γ: target margin of simpo", float, "loss")
-    alpha: float | None = _option(None, "α: weight of the likelihood term of cpo, rrhf, slic", float, "loss")
-    delta: float | None = _option(None, "δ: margin of slic, shift of bco_pair, penalty of dpop", float, "loss")
-    tau: float | None = _option(None, "τ: temperature of discopop's blend", float, "loss")
-    nll: str = _option(
+    beta: float | None = _parameter("β of the method; default: the method's own, as for those below")
+    label_smoothing: float | None = _parameter("ε: share of pairs taken to be labelled wrongly")
+    gamma: float | None = _parameter("γ: target margin of simpo")
+    alpha: float | None = _parameter("α: weight of the likelihood term of cpo, rrhf, slic")
+    delta: float | None = _parameter("δ: margin of slic, shift of bco_pair, penalty of dpop")
+    tau: float | None = _parameter("τ: temperature of discopop's blend")
+    nll: str = _loss(
         "completion",
         "tokens of the NLL term: the chosen completion's, or prompt and chosen as in TRL",
-        str,
-        "loss",
-        choices=NLL_KINDS,
+        choices=("completion", "sequence"),
     )
 
-    iters: int | None = _option(None, "optimiser steps", int, "training", check=POSITIVE)
-    epochs: float | None = _option(
-        None, "passes over the train split, instead of --iters; default 1", float, "training", check=POSITIVE
-    )
-    batch_size: int = _option(4, "pairs per optimiser step", int, "training", check=POSITIVE)
-    grad_accumulation_steps: int = _option(
-        1, "multiplies --batch-size, as in mlx_lm.lora", int, "training", check=POSITIVE
-    )
-    micro_batch_tokens: int = _option(
-        1024, "padded tokens run at one time; bounds memory, changes no number", int, "training", check=POSITIVE
-    )
-    learning_rate: float = _option(1e-4, "learning rate", float, "training", check=POSITIVE)
-    lr_schedule: dict[str, Any] | None = _option(None, "mlx-lm's schedule: name, arguments, warmup", dict, "training")
-    optimizer: str = _option("adamw", "optimiser", str, "training", choices=OPTIMIZERS, lower=True)
-    optimizer_config: dict[str, Any] = _option(
-        DEFAULT_OPTIMIZER_CONFIG, "arguments of each optimiser", dict, "training"
-    )
-    max_grad_norm: float | None = _option(
-        None, "scale gradients down to this norm; default: as they are", float, "training", check=POSITIVE
-    )
-    on_nonfinite: str = _option(
-        "stop",
-        "what a NaN or infinity in a step does: end the run, or pass the step over and count it",
-        str,
-        "training",
-        choices=NONFINITE,
-    )
-    max_skipped: int | None = _option(
+    iters: int | None = _training(
         None,
-        "steps passed over before the run ends, with --on-nonfinite skip; default 10",
-        int,
-        "training",
-        check=NOT_NEGATIVE,
+        "optimiser steps",
+        Trait.RESUMABLE | Trait.COMPARED | Trait.PUBLISHED,
+        range=POSITIVE,
+        aliases=("max_steps",),
+        replaces=("epochs",),
     )
-    precompute_reference: bool = _option(
-        False, "compute the reference log-probs of all pairs before the first step", bool, "training"
+    epochs: float | None = _training(
+        None,
+        "passes over the train split, instead of --iters; default 1",
+        Trait.RESUMABLE | Trait.COMPARED,
+        range=POSITIVE,
+        aliases=("num_train_epochs",),
+        replaces=("iters",),
     )
-    reference: str = _option(
+    batch_size: int = _training(
+        4,
+        "pairs per optimiser step",
+        Trait.EVALUATED | Trait.ON_CARD | Trait.PUBLISHED | Trait.INSPECTED,
+        range=POSITIVE,
+    )
+    grad_accumulation_steps: int = _training(
+        1,
+        "multiplies --batch-size, as in mlx_lm.lora",
+        Trait.ON_CARD | Trait.PUBLISHED,
+        range=POSITIVE,
+        aliases=("gradient_accumulation_steps",),
+    )
+    micro_batch_tokens: int = _training(
+        None,
+        "padded tokens run at one time; bounds memory, changes no number; default: as suits the device",
+        Trait.RESUMABLE | Trait.PER_RANK | Trait.PUBLISHED | Trait.INSPECTED,
+        range=POSITIVE,
+    )
+    learning_rate: float = _training(1e-4, "learning rate", Trait.COMPARED | Trait.ON_CARD, range=POSITIVE)
+    lr_schedule: dict[str, Any] | None = _training(None, "mlx-lm's schedule: name, arguments, warmup", Trait.COMPARED)
+    optimizer: str = _training("adamw", "optimiser", Trait.ON_CARD | Trait.PUBLISHED, choices=OPTIMIZERS, any_case=True)
+    optimizer_config: dict[str, Any] = _training(
+        DEFAULT_OPTIMIZER_CONFIG, "arguments of each optimiser", Trait.NOT_ON_CARD
+    )
+    max_grad_norm: float | None = _training(
+        None, "scale gradients down to this norm; default: as they are", range=POSITIVE
+    )
+    on_nonfinite: str = _training(
+        "stop",
+        "what a NaN or infinity in a step does: end the run, or skip the step and count it",
+        Trait.RESUMABLE | Trait.COMPARED,
+        choices=("stop", "skip"),
+    )
+    max_skipped: int | None = _training(
+        None,
+        f"steps skipped before the run ends, with --on-nonfinite skip; default {DEFAULT_MAX_SKIPPED}",
+        Trait.RESUMABLE | Trait.COMPARED,
+        range=NOT_NEGATIVE,
+    )
+    precompute_reference: bool = _training(
+        False, "compute the reference log-probs of all pairs before the first step", Trait.RESUMABLE | Trait.COMPARED
+    )
+    reference: str = _training(
         "shared",
         "reference model, where one is needed: the policy's own weights as they were, or a second copy of them, run "
         "at every step, for comparison",
-        str,
-        "training",
-        choices=REFERENCES,
+        Trait.COMPARED | Trait.OF_METHOD,
+        choices=("shared", "copy"),
     )
-    shuffle: bool = _option(True, "train in file order", bool, "training")
-    seed: int = _option(0, "seed of adapters, order and dropout", int, "training", check=NOT_NEGATIVE)
+    shuffle: bool = _training(True, "take the pairs in another order in every epoch", off_help="train in file order")
+    seed: int = _training(
+        0, "seed of adapters, order and dropout", Trait.COMPARED | Trait.ON_CARD | Trait.INSPECTED, range=NOT_NEGATIVE
+    )
 
-    fine_tune_type: str = _option("lora", "what is trained", str, "adapters", choices=FINE_TUNE_TYPES)
-    num_layers: int = _option(-1, "blocks to train, from the last; -1: all", int, "adapters", check=_ALL_OR_COUNT)
-    lora_parameters: dict[str, Any] = _option(DEFAULT_LORA, "rank, scale, dropout, keys", dict, "adapters")
-    resume_adapter_file: str | None = _option(
-        None, "start from the weights of this adapter (mlx-lm or PEFT); --resume goes on with a run", str, "adapters"
+    fine_tune_type: str = _adapters(
+        "lora",
+        "what is trained",
+        Trait.EVALUATED | Trait.ON_CARD | Trait.PUBLISHED,
+        choices=FINE_TUNE_TYPES,
+        aliases=("use_dora", "train_type"),
     )
-    dtype: str | None = _option(
+    num_layers: int = _adapters(
+        -1,
+        "blocks to train, from the last; -1: all",
+        Trait.EVALUATED | Trait.ON_CARD | Trait.PUBLISHED,
+        range=ALL_OR_COUNT,
+        aliases=("lora_layers",),
+    )
+    lora_parameters: dict[str, Any] = _adapters(
+        DEFAULT_LORA, "rank, scale, dropout, keys", Trait.EVALUATED | Trait.ON_CARD | Trait.PUBLISHED
+    )
+    resume_adapter_file: str | None = _adapters(
+        None, "start from the weights of this adapter (mlx-lm or PEFT); --resume goes on with a run", Trait.COMPARED
+    )
+    dtype: str | None = _adapters(
         None,
         "weights' dtype; default: the checkpoint's, float32 on a CPU",
-        str,
-        "adapters",
+        Trait.EVALUATED | Trait.PUBLISHED,
         choices=tuple(DTYPES),
     )
-    memory_check: bool = _option(True, "train without predicting the peak of memory first", bool, "adapters")
-    trust_remote_code: bool = _option(False, "run Python code that comes with the checkpoint", bool, "adapters")
+    memory_check: bool = _adapters(
+        True,
+        "predict the peak of memory first, and stop where this machine does not hold it",
+        Trait.RESUMABLE | Trait.PER_RANK | Trait.COMPARED,
+        off_help="train without predicting the peak of memory first",
+    )
+    trust_remote_code: bool = _adapters(
+        False,
+        "run Python code that comes with the checkpoint",
+        Trait.RESUMABLE | Trait.THIS_COMMAND | Trait.PER_RANK | Trait.INSPECTED,
+    )
 
-    memory: str = _option(
+    memory: str = _memory(
         "auto",
         "; ".join(
             [
                 "auto: the fastest that is predicted to fit this machine",
-                *(f"{name}: {m.help}" for name, m in MODES.items()),
+                *(f"{name}: {mode.help}" for name, mode in MODES.items()),
             ]
         ),
-        str,
-        "memory",
         choices=("auto", *MODES),
+        replaces=("grad_checkpoint", "segment_layers"),
     )
-    segment_layers: int | None = _option(
+    segment_layers: int | None = _memory(
         None,
         "layers run and freed together with --memory thrift or balanced; default 1",
-        int,
-        "memory",
-        check=POSITIVE,
+        Trait.PUBLISHED,
+        range=POSITIVE,
     )
-    clear_cache_threshold: int | None = _option(
+    clear_cache_threshold: int | None = _memory(
         None,
         "clear MLX's cache after a step that leaves more than this in it, in bytes or as 500MB, 4GB; default: as the "
         "allocator does",
-        int,
-        "memory",
-        check=NOT_NEGATIVE,
-        size=True,
+        range=NOT_NEGATIVE,
+        is_size=True,
     )
-    grad_checkpoint: bool = _option(False, "mlx_lm.lora's name for --memory thrift", bool, "memory")
-    share_prompt: bool = _option(True, "run each prompt once per completion, for comparison", bool, "memory")
-    plain_head: bool = _option(False, "compute the logits of every position, for comparison", bool, "memory")
+    grad_checkpoint: bool = _memory(False, "mlx_lm.lora's name for --memory thrift", replaces=("memory",))
+    share_prompt: bool = _memory(
+        True,
+        "run each prompt once for both completions",
+        Trait.PUBLISHED,
+        off_help="run each prompt once per completion, for comparison",
+    )
+    plain_head: bool = _memory(False, "compute the logits of every position, for comparison", Trait.PUBLISHED)
 
-    rank_timeout: float = _option(
-        300.0, "seconds to wait for the other processes of mlx.launch", float, "machines", check=POSITIVE
-    )
+    rank_timeout: float = _machines(300.0, "seconds to wait for the other processes of mlx.launch", range=POSITIVE)
 
-    steps_per_report: int = _option(10, "steps between reports", int, "reports", check=POSITIVE)
-    steps_per_eval: int = _option(200, "steps between validations", int, "reports", check=POSITIVE)
-    val_batches: int = _option(25, "validation batches; -1: all, 0: no validation", int, "reports", check=_ALL_OR_SOME)
-    test_batches: int = _option(500, "test batches; -1: all, 0: no test", int, "reports", check=_ALL_OR_SOME)
-    save_every: int = _option(100, "steps between checkpoints", int, "reports", check=POSITIVE)
-    keep: int = _option(3, "checkpoints that are kept, the newest ones", int, "reports", check=POSITIVE)
-    save_best: bool = _option(
-        False, "save and keep the checkpoint of the lowest validation loss as well; best/ leads to it", bool, "reports"
+    steps_per_report: int = _reports(10, "steps between reports", range=POSITIVE)
+    steps_per_eval: int = _reports(200, "steps between validations", range=POSITIVE)
+    val_batches: int = _reports(25, "validation batches; -1: all, 0: no validation", Trait.EVALUATED, range=ALL_OR_SOME)
+    test_batches: int = _reports(500, "test batches; -1: all, 0: no test", Trait.EVALUATED, range=ALL_OR_SOME)
+    save_every: int = _reports(100, "steps between checkpoints", range=POSITIVE)
+    keep: int = _reports(3, "checkpoints that are kept, the newest ones", range=POSITIVE)
+    save_best: bool = _reports(
+        False, "save and keep the checkpoint of the lowest validation loss as well; best/ leads to it"
     )
-    samples: int = _option(3, "sample replies before and after training", int, "reports", check=NOT_NEGATIVE)
-    sample_every: int | None = _option(
-        None, "steps between sample replies during training; default: before and after only", int, "reports",
-        check=POSITIVE,
-    )  # fmt: skip
-    report_to: str | None = _option(
-        None, f"services to report to, separated by commas: {', '.join(SERVICES)}", str, "reports"
-    )
-    project_name: str | None = _option(None, "project that --report-to files the run under", str, "reports")
-    report: bool = _option(True, "write no report.html and report.png", bool, "reports")
-    report_every: int | None = _option(
+    samples: int = _reports(3, "sample replies before and after training", range=NOT_NEGATIVE)
+    sample_every: int | None = _reports(
         None,
-        "steps between writing report.html and report.png; default: at the end only",
-        int,
-        "reports",
-        check=POSITIVE,
+        "steps between sample replies during training; default: before and after only",
+        Trait.TRAINING_ONLY,
+        range=POSITIVE,
     )
-    watch: int | None = _option(
+    report_to: str | None = _reports(
+        None, f"services to report to, separated by commas: {', '.join(SERVICES)}", Trait.TRAINING_ONLY
+    )
+    project_name: str | None = _reports(None, "project that --report-to files the run under")
+    report: bool = _reports(True, "write report.html and report.png", off_help="write no report.html and report.png")
+    report_every: int | None = _reports(
+        None, "steps between writing report.html and report.png; default: at the end only", range=POSITIVE
+    )
+    watch: int | None = _reports(
         None,
         "serve a page that draws the run as it goes on, on this machine only, at this port; 0: any that is free",
-        int,
-        "reports",
-        check=_PORT,
+        Trait.THIS_COMMAND | Trait.TRAINING_ONLY,
+        range=PORT,
     )
-    push_to_hub: str | None = _option(
-        None, "owner/name: send adapters, model card and figures to this model repository at the end", str, "reports"
+    push_to_hub: str | None = _reports(
+        None,
+        "owner/name: send adapters, model card and figures to this model repository at the end",
+        Trait.TRAINING_ONLY | Trait.NOT_ON_CARD,
     )
 
-    resume: bool = _option(
-        False, "go on from the newest whole checkpoint in --adapter-path, with its settings", bool, "resume"
+    resume: bool = _resume(
+        False,
+        "go on from the newest whole checkpoint in --adapter-path, with its settings",
+        Trait.TRAINING_ONLY | Trait.NOT_ON_CARD,
     )
-    resume_with_changes: bool = _option(
-        False, "let --resume go on where settings, data or model differ from the checkpoint's", bool, "resume"
+    resume_with_changes: bool = _resume(
+        False, "let --resume go on where settings, data or model differ from the checkpoint's"
     )
-    overwrite: bool = _option(False, "start anew where --adapter-path holds an unfinished run", bool, "resume")
+    overwrite: bool = _resume(
+        False, "start anew where --adapter-path holds an unfinished run", Trait.TRAINING_ONLY | Trait.NOT_ON_CARD
+    )
 
-    def settings(self) -> dict[str, Any]:
-        """All settings as a plain dictionary."""
-        return dataclasses.asdict(self)
+    def __post_init__(self) -> None:
+        if self.micro_batch_tokens is None:
+            # Resolved here rather than where it is read: the device is known, and the field is an int to every reader.
+            object.__setattr__(self, "micro_batch_tokens", device_profile().micro_batch_tokens)
+
+    def settings(self, without: Trait = Trait.NONE) -> dict[str, Any]:
+        """All settings as a plain dictionary, but those with one of the traits `without`."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if not SETTINGS[name].traits & without}
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(TrainingConfig)}
-GROUPS = {
-    "what": "what to train on what",
-    "data": "data",
-    "loss": "loss",
-    "training": "training",
-    "adapters": "model and adapters",
-    "memory": "memory; changes no number but time and size",
-    "machines": "more than one machine",
-    "reports": "reports and saves",
-    "resume": "going on with a run",
+_ANNOTATIONS = get_type_hints(TrainingConfig)
+
+SETTINGS: dict[str, Setting] = {
+    field.name: setting_of(field, _ANNOTATIONS[field.name]) for field in dataclasses.fields(TrainingConfig)
 }
+"""By name, in the order of `--help`."""
+
+
+def settings_with(traits: Trait) -> tuple[str, ...]:
+    """Names of the settings that have one of these traits."""
+    return tuple(name for name, setting in SETTINGS.items() if setting.traits & traits)
+
+
+def settings_for_card(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a run's settings that its model card lists: not the defaults, except where they always matter."""
+    always, never = settings_with(Trait.ON_CARD), settings_with(Trait.NOT_ON_CARD)
+    defaults = TrainingConfig().settings()
+    return {
+        name: value
+        for name, value in settings.items()
+        if name in always or (name not in never and value != defaults.get(name))
+    }
 
 
 def recipe(config: TrainingConfig) -> Recipe:
     """The method of a run with its parameters.
 
     Raises:
-        ConfigError: see `registry.resolve`.
+        ConfigError: see `losses.recipe.make_recipe`.
     """
     return make_recipe(config.method, {name: getattr(config, name) for name in PARAMETERS})
 
@@ -279,17 +364,7 @@ def data_reading(config: TrainingConfig) -> Reading:
     """How a run's rows are read.
 
     Raises:
-        ConfigError: see `pairs.parse_columns`.
+        ConfigError: see `data.pairs.parse_columns`.
     """
     columns = parse_columns(config.columns)
     return Reading(columns, config.pair_ratings, config.min_margin, config.skip_bad_rows)
-
-
-def group_of(name: str) -> str:
-    """The group a setting is declared in."""
-    return str(FIELDS[name].metadata["group"])
-
-
-def flag_of(name: str) -> str:
-    """A setting's flag."""
-    return f"--{name.replace('_', '-')}"

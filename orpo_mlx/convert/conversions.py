@@ -29,7 +29,8 @@ from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.gguf.architectures import read_config
 from orpo_mlx.models.gguf.file import read_gguf
 from orpo_mlx.models.gguf.loading import load_gguf, read_weights
-from orpo_mlx.models.loading import DTYPES, find, load_lazily, locate
+from orpo_mlx.models.loading import find, load_lazily, locate
+from orpo_mlx.models.names import DTYPES
 
 
 def convert_hf(source: str, task: Task) -> None:
@@ -39,9 +40,9 @@ def convert_hf(source: str, task: Task) -> None:
         UserError: something is wrong with the source, the destination or the result; nothing is left behind.
     """
     with staged_folder(task.destination, overwrite=task.overwrite) as folder:
-        checkpoint = open_checkpoint(source, folder / SCRATCH, flag="SRC", trust_remote_code=task.trust_remote_code)
-        check = check_of(task, checkpoint.head)
-        model, loaded = load_lazily(checkpoint.head, trust_remote_code=task.trust_remote_code)
+        checkpoint = open_checkpoint(source, folder / SCRATCH, source="SRC", trust_remote_code=task.trust_remote_code)
+        check = check_of(task, checkpoint.info)
+        model, loaded = load_lazily(checkpoint.info, trust_remote_code=task.trust_remote_code)
         # Other libraries' quantised layers are mlx-lm's once it has loaded them.
         config = {**checkpoint.config, **{key: loaded[key] for key in loaded if key.startswith("quantization")}}
         written = write_model(task, folder, model, config)
@@ -59,27 +60,27 @@ def convert_gguf(source: str, keep_quantised: bool, task: Task) -> None:
     """
     if keep_quantised and (task.dtype is not None or task.how is not None):
         raise ConfigError(
-            "--keep-quantized: keeps the file's own blocks, so --dtype and --quantize cannot be given too."
+            "`keep_quantized`: keeps the file's own blocks, so `dtype` and `quantize` cannot be given too."
         )
     path, _ = locate(source, "SRC")
     if not path.is_file():
         raise ModelError(f"SRC {source}: is a folder, expected a .gguf file; use the hf command for it.")
     with staged_folder(task.destination, overwrite=task.overwrite) as folder:
-        head = find(str(path), flag="SRC")
-        check = check_of(task, head)
+        info = find(str(path), source="SRC")
+        check = check_of(task, info)
         if keep_quantised:
             file = read_gguf(path)
             config = read_config(file)
             weights = read_weights(file, config, keep_quantised=True)
             if "quantization" not in config:
-                raise ConfigError(f"--keep-quantized: {path} has no blocks of 4 or 8 bits that MLX's layers can hold.")
+                raise ConfigError(f"`keep_quantized`: {path} has no blocks of 4 or 8 bits that MLX's layers can hold.")
             written = write_weights(folder, weights, task.destination, layout="mlx")
             write_json(folder / "config.json", config)
         else:
-            model, _, config = load_gguf(path, DTYPES[task.dtype or "float16"])
+            model, config = load_gguf(path, DTYPES[task.dtype or "float16"])
             written = write_model(task, folder, model, config)
-        if head.tokenizer is not None:
-            head.tokenizer.save_pretrained(folder)
+        if info.tokenizer is not None:
+            info.tokenizer.save_pretrained(folder)
         as_it_was = task.dtype is None and not keep_quantised
         limit = limit_of(task) if as_it_was else ROUNDED if task.how is None else limit_of(task)
         verify_model(task, folder, check, limit, folder if task.how is None and not keep_quantised else None)
@@ -94,8 +95,8 @@ def convert_peft_to_mlx(source: str, model: str, task: Task) -> None:
     """
     with staged_folder(task.destination, overwrite=task.overwrite) as folder:
         path = _folder(source, "SRC")
-        peft = read_adapter(path, PEFT_WEIGHTS, flag="SRC")
-        base = open_model(model, folder / SCRATCH, flag="--model", trust_remote_code=task.trust_remote_code)
+        peft = read_adapter(path, PEFT_WEIGHTS, source="SRC")
+        base = open_model(model, folder / SCRATCH, source="`model`", trust_remote_code=task.trust_remote_code)
         adapter = peft_to_mlx(peft, _lazy(task, base), str(path))
         written = write_adapter(folder, MLX_WEIGHTS, adapter)
         if task.verify:
@@ -114,8 +115,8 @@ def convert_mlx_to_peft(source: str, model: str, task: Task) -> None:
     """
     with staged_folder(task.destination, overwrite=task.overwrite) as folder:
         path = _folder(source, "SRC")
-        adapter = read_adapter(path, MLX_WEIGHTS, flag="SRC")
-        base = open_model(model, folder / SCRATCH, flag="--model", trust_remote_code=task.trust_remote_code)
+        adapter = read_adapter(path, MLX_WEIGHTS, source="SRC")
+        base = open_model(model, folder / SCRATCH, source="`model`", trust_remote_code=task.trust_remote_code)
         peft = mlx_to_peft(adapter, _lazy(task, base), base.names(), model, str(path))
         written = write_adapter(folder, PEFT_WEIGHTS, peft)
         if task.verify:
@@ -132,11 +133,11 @@ def convert_merge(model_name: str, adapter_path: str, task: Task) -> None:
         UserError: see `convert_hf`.
     """
     with staged_folder(task.destination, overwrite=task.overwrite) as folder:
-        adapter, trust = _folder(adapter_path, "--adapter-path"), task.trust_remote_code
-        read_adapter(adapter, MLX_WEIGHTS, flag="--adapter-path")
-        base = open_model(model_name, folder / SCRATCH, flag="--model", trust_remote_code=trust)
-        check = check_of(task, base.head, adapter)
-        model, loaded = load_lazily(base.head, trust_remote_code=trust)
+        adapter, trust = _folder(adapter_path, "`adapter_path`"), task.trust_remote_code
+        read_adapter(adapter, MLX_WEIGHTS, source="`adapter_path`")
+        base = open_model(model_name, folder / SCRATCH, source="`model`", trust_remote_code=trust)
+        check = check_of(task, base.info, adapter)
+        model, loaded = load_lazily(base.info, trust_remote_code=trust)
         config = base.config or loaded
         config = {key: config[key] for key in config if not key.startswith("quantization")}
         quantised, replaced = is_quantised(model), full_weights(model, adapter)
@@ -172,16 +173,16 @@ def _write_tensors(task: Task, folder: Path, tensors: dict[str, mx.array], confi
 def _write_companions(task: Task, base: Base, folder: Path) -> None:
     if base.folder.is_dir():
         copy_companions(base.folder, folder, code=task.trust_remote_code)
-    elif base.head.tokenizer is not None:
-        base.head.tokenizer.save_pretrained(folder)
+    elif base.info.tokenizer is not None:
+        base.info.tokenizer.save_pretrained(folder)
 
 
-def _folder(name: str, flag: str) -> Path:
+def _folder(name: str, source: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_dir():
-        raise ModelError(f"{flag} {name}: no such folder; an adapter on the Hub must be downloaded first.")
+        raise ModelError(f"{source} {name}: no such folder; an adapter on the Hub must be downloaded first.")
     return path
 
 
 def _lazy(task: Task, base: Base) -> nn.Module:
-    return load_lazily(base.head, trust_remote_code=task.trust_remote_code)[0]
+    return load_lazily(base.info, trust_remote_code=task.trust_remote_code)[0]

@@ -79,7 +79,7 @@ def merged_tensors(
             if own is None or own.shape != old.shape or not mx.array_equal(own.astype(old.dtype), old).item():
                 raise ModelError(
                     f"{location}: {name} has no counterpart in the checkpoint that it could be merged into ({part}); "
-                    "train on other layers, or give --quantize, which writes mlx-lm's own layout."
+                    "train on other layers, or give `quantize`, which writes mlx-lm's own layout."
                 )
             result[part] = new
     return result
@@ -96,7 +96,7 @@ def model_tensors(model: nn.Module, location: str) -> dict[str, mx.array]:
     if stacked is not None:
         raise ModelError(
             f"{location}: {stacked} holds all experts of a layer, which is mlx-lm's layout and not Hugging Face's; "
-            "merge into the unquantised Hugging Face checkpoint, or give --quantize."
+            "merge into the unquantised Hugging Face checkpoint, or give `quantize`."
         )
     return weights
 

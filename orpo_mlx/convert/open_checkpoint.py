@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.files import check_space, read_json_table, save_safetensors
 from orpo_mlx.models.hf_config import normalise_config
-from orpo_mlx.models.loading import ModelHead, find, load_lazily, locate
+from orpo_mlx.models.loading import ModelInfo, find, load_lazily, locate
 from orpo_mlx.models.safetensors_files import read_header, safetensors_shards, shard_names
 
 _PICKLED = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "consolidated*.pth")
@@ -23,7 +23,7 @@ _PICKLED = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "consolidated*.
 class Checkpoint(NamedTuple):
     """A checkpoint that can be loaded."""
 
-    head: ModelHead
+    info: ModelInfo
     """To load it with; its path is the folder its safetensors are in."""
     folder: Path
     """The folder it came from."""
@@ -33,39 +33,39 @@ class Checkpoint(NamedTuple):
     """Its weight files."""
 
 
-def open_checkpoint(name: str, scratch: Path, *, flag: str, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(name: str, scratch: Path, *, source: str, trust_remote_code: bool = False) -> Checkpoint:
     """Find a checkpoint in Hugging Face layout and check its settings and weight files.
 
     Args:
         name: Hub id or folder.
         scratch: a folder to make and use where the weights cannot be loaded from where they are.
-        flag: what the user gave `name` with, for errors.
+        source: what the user gave `name` with, for errors.
         trust_remote_code: allow Python code that comes with the checkpoint to run.
 
     Raises:
         ModelError: it cannot be found or used, or is damaged.
     """
-    folder, _ = locate(name, flag)
+    folder, _ = locate(name, source)
     if folder.is_file():
         raise ModelError(f"{folder}: is a GGUF file, expected a folder; use the gguf command for it.")
     raw = read_json_table(folder / "config.json", ModelError)
     config = raw if "model_file" in raw else normalise_config(raw, str(folder / "config.json"))
     files = safetensors_shards(folder)
-    head = find(str(folder), trust_remote_code=trust_remote_code, flag=flag)
+    info = find(str(folder), trust_remote_code=trust_remote_code, source=source)
     if not files:
         files = _unpickled(folder, scratch)
-        head = head._replace(path=scratch)
+        info = info._replace(path=scratch)
     elif set(files) != set(folder.glob("model*.safetensors")):
         # mlx-lm takes every model*.safetensors and nothing else, whatever the index says.
         _link(folder, files, scratch)
-        head = head._replace(path=scratch)
-    return Checkpoint(head, folder, config, files)
+        info = info._replace(path=scratch)
+    return Checkpoint(info, folder, config, files)
 
 
 class Base(NamedTuple):
     """A base model of an adapter, in any layout."""
 
-    head: ModelHead
+    info: ModelInfo
     folder: Path
     """The folder or file it came from."""
     config: dict[str, Any]
@@ -76,22 +76,22 @@ class Base(NamedTuple):
     def names(self) -> set[str]:
         """The checkpoint's tensor names, as Hugging Face's."""
         if not self.files:
-            model, _ = load_lazily(self.head)
+            model, _ = load_lazily(self.info)
             return set(dict(tree_flatten(model.parameters())))
         return {name for file in self.files for name in read_header(file).tensors}
 
 
-def open_model(name: str, scratch: Path, *, flag: str, trust_remote_code: bool = False) -> Base:
+def open_model(name: str, scratch: Path, *, source: str, trust_remote_code: bool = False) -> Base:
     """Like `open_checkpoint`, for GGUF files too.
 
     Raises:
         ModelError: it cannot be found or used, or is damaged.
     """
-    path, _ = locate(name, flag)
+    path, _ = locate(name, source)
     if path.is_file():
-        return Base(find(str(path), flag=flag), path, {}, [])
-    source = open_checkpoint(str(path), scratch, flag=flag, trust_remote_code=trust_remote_code)
-    return Base(source.head, source.folder, source.config, source.files)
+        return Base(find(str(path), source=source), path, {}, [])
+    checkpoint = open_checkpoint(str(path), scratch, source=source, trust_remote_code=trust_remote_code)
+    return Base(checkpoint.info, checkpoint.folder, checkpoint.config, checkpoint.files)
 
 
 def read_tensors(files: list[Path]) -> dict[str, mx.array]:

@@ -40,14 +40,14 @@ class Adapter(NamedTuple):
     """Of the safetensors header."""
 
 
-def read_adapter(folder: Path, weights_file: str, *, flag: str) -> Adapter:
+def read_adapter(folder: Path, weights_file: str, *, source: str) -> Adapter:
     """An adapter folder, checked.
 
     Raises:
         ModelError: a file is missing or damaged.
     """
     if not (folder / CONFIG).is_file() or not (folder / weights_file).is_file():
-        raise ModelError(f"{flag} {folder}: is no adapter folder, which has {CONFIG} and {weights_file}.")
+        raise ModelError(f"{source} {folder}: is no adapter folder, which has {CONFIG} and {weights_file}.")
     config, header = read_json_table(folder / CONFIG, ModelError), read_header(folder / weights_file)
     weights = mx.load(str(folder / weights_file), format="safetensors")
     assert isinstance(weights, dict)
@@ -82,7 +82,7 @@ def peft_to_mlx(peft: Adapter, model: nn.Module, location: str) -> Adapter:
     for name, array in peft.weights.items():
         module, leaf = _split(name, location)
         if module not in modules:
-            raise ModelError(f"{location}: adapts {module!r}, which this model does not have; check --model.")
+            raise ModelError(f"{location}: adapts {module!r}, which this model does not have; check `model`.")
         if leaf == _BASE_LAYER:
             _check_same(array, modules[module], module, location)
             stored.append(name)
@@ -176,7 +176,7 @@ def check_fits(adapter: Adapter, model: nn.Module, location: str) -> None:
             wanted = f"shape {expected[name]}" if name in expected else "nothing of this name"
             raise ModelError(
                 f"{location}: {name} {'is missing' if found is None else f'has shape {found}'}, the model with these "
-                f"settings has {wanted}; check --model."
+                f"settings has {wanted}; check `model`."
             )
 
 
@@ -194,7 +194,7 @@ def _check_kinds(
     for name in sorted(adapted):
         module = modules.get(name)
         if module is None:
-            raise ModelError(f"{location}: adapts {name!r}, which this model does not have; check --model.")
+            raise ModelError(f"{location}: adapts {name!r}, which this model does not have; check `model`.")
         if _is_embedding(module):
             if not any(other.rpartition(".")[2] == "lm_head" for other in modules):
                 raise ModelError(

@@ -36,13 +36,13 @@ def quantisation(bits: int | None, group_size: int | None, mode: str) -> Quantis
         chosen = Quantisation(4 if bits is None else bits, 64 if group_size is None else group_size, mode)
         if chosen.bits not in AFFINE_BITS or chosen.group_size not in AFFINE_GROUPS:
             raise ConfigError(
-                f"--bits {chosen.bits} --group-size {chosen.group_size}: affine quantisation has "
+                f"`bits={chosen.bits}` `group_size={chosen.group_size}`: affine quantisation has "
                 f"{', '.join(map(str, AFFINE_BITS))} bits and groups of {', '.join(map(str, AFFINE_GROUPS))}."
             )
         return chosen
     only = Quantisation(*_FIXED[mode], mode)
     if bits not in (None, only.bits) or group_size not in (None, only.group_size):
-        raise ConfigError(f"--mode {mode}: has {only.bits} bits and groups of {only.group_size}, and no other form.")
+        raise ConfigError(f"`mode={mode}`: has {only.bits} bits and groups of {only.group_size}, and no other form.")
     return only
 
 
@@ -67,13 +67,13 @@ def quantise(model: nn.Module, config: dict[str, Any], how: Quantisation) -> tup
         ConfigError: the model is quantised already, or no layer's width is a multiple of the group size.
     """
     if "quantization" in config:
-        raise ConfigError("--quantize: this checkpoint is quantised already; start from its unquantised original.")
+        raise ConfigError("`quantize`: this checkpoint is quantised already; start from its unquantised original.")
     wanted = {
         name: module for name, module in model.named_modules() if hasattr(module, "to_quantized") and "weight" in module
     }
     odd = sorted(name for name, module in wanted.items() if module.weight.shape[-1] % how.group_size)
     if len(odd) == len(wanted):
-        raise ConfigError(f"--group-size {how.group_size}: no layer's width is a multiple of it; give a smaller one.")
+        raise ConfigError(f"`group_size={how.group_size}`: no layer's width is a multiple of it; give a smaller one.")
     with contextlib.redirect_stdout(io.StringIO()):  # It prints a line of its own.
         _, config = quantize_model(model, config, how.group_size, how.bits, mode=how.mode)
     return config, odd

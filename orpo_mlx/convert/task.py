@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from orpo_mlx.convert.quantize import Quantisation, cast, quantise
 from orpo_mlx.convert.write_model import take_weights, write_json, write_weights
-from orpo_mlx.models.loading import DTYPES
+from orpo_mlx.models.names import DTYPES
 
 SCRATCH = ".source"
 """A folder within the one that is written, for what is needed meanwhile."""

@@ -21,7 +21,7 @@ from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.models.adapters import add_trained_adapters
-from orpo_mlx.models.loading import ModelHead, load
+from orpo_mlx.models.loading import ModelInfo, load
 from orpo_mlx.types import TokenizedPair
 
 Logps = np.ndarray[Any, np.dtype[np.float64]]
@@ -167,12 +167,12 @@ class Check(NamedTuple):
     before: Logps
 
 
-def check_of(task: Task, head: ModelHead, adapter: Path | None = None) -> Check | None:
+def check_of(task: Task, info: ModelInfo, adapter: Path | None = None) -> Check | None:
     """Log-probs of the model, with an adapter where one is given, before it is converted; None with --no-verify."""
     if not task.verify:
         return None
-    pairs = probe_pairs(head.tokenizer, head.config)
-    model = load(head, trust_remote_code=task.trust_remote_code).model
+    pairs = probe_pairs(info.tokenizer, info.config)
+    model = load(info, trust_remote_code=task.trust_remote_code).model
     if adapter is not None:
         add_trained_adapters(model, adapter)
     return Check(pairs, model_logps(model, pairs))
@@ -226,8 +226,8 @@ def verify_adapter(task: Task, base: Base, mlx_folder: Path, peft_folder: Path) 
     Raises:
         ModelError: they are not, or mlx-lm cannot run it.
     """
-    pairs = probe_pairs(base.head.tokenizer, base.head.config)
-    loaded = load(base.head, trust_remote_code=task.trust_remote_code)
+    pairs = probe_pairs(base.info.tokenizer, base.info.config)
+    loaded = load(base.info, trust_remote_code=task.trust_remote_code)
     add_trained_adapters(loaded.model, mlx_folder)
     ours = model_logps(loaded.model, pairs)
     demand(compare(ours, ours), REPORTED, str(task.destination))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +20,13 @@ _STEPS_PER_OCTAVE = 16
 
 Ids = Sequence[int]
 Places = npt.NDArray[np.int64]
-Value = TypeVar("Value")
+
+
+class CompletionValues(NamedTuple):
+    """Values for each token of a pair's two completions."""
+
+    chosen: npt.NDArray[Any]
+    rejected: npt.NDArray[Any]
 
 
 def collate(pairs: Sequence[TokenizedPair], layout: RowLayout | None = None, *, with_prompt: bool = False) -> Batch:
@@ -87,11 +93,11 @@ def bucket(length: int, multiple: int, layout: RowLayout, *, up: bool = True) ->
     return (-(-length // step) if up else length // step) * step
 
 
-def split_by_completion(pairs: Sequence[TokenizedPair], values: Sequence[Value]) -> list[tuple[Any, Any]]:
+def split_by_completion(pairs: Sequence[TokenizedPair], values: npt.NDArray[Any]) -> list[CompletionValues]:
     """Of values for a batch's predicted tokens, those of each pair's chosen and rejected completion."""
     ends = np.cumsum([len(pair.chosen_ids) for pair in pairs] + [len(pair.rejected_ids) for pair in pairs]).tolist()
     parts = [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    return list(zip(parts[: len(pairs)], parts[len(pairs) :], strict=True))
+    return [CompletionValues(*both) for both in zip(parts[: len(pairs)], parts[len(pairs) :], strict=True)]
 
 
 def sequence_tokens(pairs: Sequence[TokenizedPair]) -> int:
@@ -216,7 +222,7 @@ def real_tokens(pairs: Sequence[TokenizedPair], layout: RowLayout | None = None)
 
 def _row_groups(pairs: Sequence[TokenizedPair], shared: int, layout: RowLayout) -> list[list[Ids]]:
     """The rows of each array: of chosen and of rejected completions, or both, a pair's rows side by side."""
-    sides = [
+    sides: list[list[Ids]] = [
         [(*pair.prompt_ids[shared:], *ids[:-1]) for pair, ids in zip(pairs, completions, strict=True)]
         for completions in ([pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs])
     ]

@@ -86,7 +86,7 @@ def read_row(row: Any, location: str, *, pair_ratings: str | None = None) -> Rea
     found = ", ".join(sorted(map(str, row))[:8]) or "no keys"
     raise DataError(
         f"{location}: the row has no {' and no '.join(map(repr, missing))}; found {found}, expected {_EXPECTED}; "
-        f"--columns {missing[0]}=NAME says which column it is."
+        f"`columns={missing[0]}=NAME` says which column it is."
     )
 
 
@@ -110,15 +110,17 @@ def rated_completions(row: Columns, location: str, pair_ratings: str | None) -> 
     if pair_ratings is None:
         raise DataError(
             f"{location}: the row holds a list of rated completions, expected chosen and rejected; "
-            "in train and inspect, --pair-ratings best_worst or --pair-ratings all makes pairs of them."
+            "in train and inspect, `pair_ratings=best_worst` or `pair_ratings=all` makes pairs of them."
         )
     name = next((name for name in _RATED_PROMPTS if name in row), None)
     if name is None:
         raise DataError(f"{location}: the row has rated completions but no prompt.")
     prompt = text_or_turns(row[name], name, location, "user")
+    # Up to "Assistant:", whose turn is what the completions fill.
     if isinstance(prompt, str) and is_dialogue(prompt):
         prompt = dialogue_turns(prompt)[:-1]
-    ranked, extras = ranked_pairs(row, location, pair_ratings), _extras(row, location)
+    ranked = ranked_pairs(row, location, pair_ratings)
+    extras = _extras(row, location)
     pairs: list[Pair | TokenizedPair] = []
     for better, worse in ranked:
         sides = _completed(prompt, {**row, "chosen": better.completion, "rejected": worse.completion}, location)
@@ -169,6 +171,7 @@ def question(row: Columns, location: str) -> Sides:
 def alpaca(row: Columns, location: str) -> Sides:
     """`instruction` with an optional `input` below it, and an optional `history` of earlier exchanges."""
     prompt = text_of(row["instruction"], "instruction", location)
+    # On a line of its own, as the Alpaca template has it.
     if row.get("input"):
         prompt = f"{prompt}\n{text_of(row['input'], 'input', location)}"
     history = row.get("history") or []
@@ -287,6 +290,7 @@ def _completed(prompt: Text, row: Columns, location: str) -> Sides:
         prompt = ({"role": "system", "content": text_of(system, "system", location)}, *as_turns(prompt, "user"))
     chosen, rejected = (text_or_turns(row[side], side, location, "assistant") for side in _SIDES)
     for side, text in zip(_SIDES, (chosen, rejected), strict=True):
+        # Trained on as an answer, it would teach the model to ask the question.
         if not isinstance(text, str) and text[0]["role"] in ("user", "system"):
             raise DataError(
                 f"{location}: {side!r} begins with a turn of the {text[0]['role']}, expected the assistant's."

@@ -8,7 +8,7 @@ from typing import Any
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Message, Text
 
-# ShareGPT's names; a `role` is the chat template's own business.
+# ShareGPT's names. A `role` under that name is left to the chat template, which may know more of them.
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 
 
@@ -46,6 +46,7 @@ def message(value: Any, name: str, location: str) -> Message:
     """
     if not isinstance(value, dict):
         raise DataError(f"{location}: {name} is a JSON {kind(value)}, expected a message object.")
+    # Arrow gives every message the keys of all, null where there was none; templates take null for given.
     turn = {key: item for key, item in value.items() if item is not None}
     if "role" not in turn and "from" in turn:
         return _sharegpt_message(turn, name, location)
@@ -53,6 +54,7 @@ def message(value: Any, name: str, location: str) -> Message:
     if not isinstance(role, str):
         raise DataError(f"{location}: {name}.role must be a string, found {_found(turn, 'role')}.")
     content = turn.get("content")
+    # OpenAI's form of a turn that only calls tools.
     if content is None and turn.get("tool_calls"):
         content = ""
     if isinstance(content, list):
@@ -92,7 +94,8 @@ def kind(value: Any) -> str:
 
 
 def _sharegpt_message(turn: dict[str, Any], name: str, location: str) -> Message:
-    said, value = turn["from"], turn.get("value")
+    said = turn["from"]
+    value = turn.get("value")
     if not isinstance(said, str) or not isinstance(value, str):
         raise DataError(f"{location}: {name} must have 'from' and 'value' as strings, found {_found(turn, 'value')}.")
     role = _ROLES.get(said, said)
@@ -106,6 +109,7 @@ def _sharegpt_message(turn: dict[str, Any], name: str, location: str) -> Message
 
 
 def _part(part: Any, name: str, location: str) -> str:
+    """The text of one part of a content that is a list, as vision-language data has it."""
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     found = part.get("type", "no type") if isinstance(part, dict) else kind(part)
@@ -117,6 +121,7 @@ def _found(turn: dict[str, Any], key: str) -> str:
 
 
 def _encodable(text: str, name: str, location: str) -> str:
+    # JSON can spell half of a surrogate pair, and Python reads it; tokenizers then fail without naming the row.
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

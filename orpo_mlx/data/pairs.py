@@ -48,8 +48,8 @@ def read_pairs(source: Source, reading: Reading, report: RowReport) -> Iterator[
     for row in source.rows():
         report.rows_read += 1
         try:
-            read = _read(row, reading)
-            reason, pairs = _usable(read.pairs, reading.min_margin)
+            read = read_pairs_of(row, reading)
+            reason, pairs = usable_pairs(read.pairs, reading.min_margin)
         except DataError as error:
             if not reading.skip_bad_rows:
                 raise with_remedy(error) from None
@@ -66,7 +66,7 @@ def read_pairs(source: Source, reading: Reading, report: RowReport) -> Iterator[
             report.note(SCORED_WRONGLY, row.location)
         yield PairsOfRow(row.location, pairs)
     if not report.rows_read:
-        _no_rows(source.name)
+        raise_no_rows(source.name)
 
 
 def load_pairs(path: str | Path, reading: Reading | None = None) -> list[Pair | TokenizedPair]:
@@ -78,11 +78,11 @@ def load_pairs(path: str | Path, reading: Reading | None = None) -> list[Pair | 
     reading, report = reading or Reading(), RowReport()
     pairs: list[Pair | TokenizedPair] = []
     for row in FileSource([Path(path)]).rows():
-        reason, usable = _usable(_read(row, reading).pairs, reading.min_margin)
+        reason, usable = usable_pairs(read_pairs_of(row, reading).pairs, reading.min_margin)
         if not usable:
-            raise DataError(f"{row.location}: {report.words(reason)}.")
+            raise DataError(f"{row.location}: {report.text_of(reason)}.")
         pairs += usable
-    return pairs or _no_rows(str(path))
+    return pairs or raise_no_rows(str(path))
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
@@ -95,46 +95,62 @@ def parse_columns(text: str | None) -> dict[str, str]:
     for part in filter(None, (text or "").split(",")):
         name, equals, column = (piece.strip() for piece in part.partition("="))
         if not (name and equals and column) or name in columns:
-            raise ConfigError(f"--columns: found {part!r}, expected NAME=COLUMN once for each name, joined by commas.")
+            raise ConfigError(f"`columns`: found {part!r}, expected NAME=COLUMN once for each name, joined by commas.")
         if name not in COLUMNS:
             hint = did_you_mean(name, COLUMNS, f"; expected one of {', '.join(COLUMNS)}.")
-            raise ConfigError(f"--columns: {name!r} is not a name that rows are read by{hint}")
+            raise ConfigError(f"`columns`: {name!r} is not a name that rows are read by{hint}")
         columns[name] = column
     return columns
 
 
-def _read(row: Row, reading: Reading) -> ReadRow:
+def read_pairs_of(row: Row, reading: Reading) -> ReadRow:
+    """What a row is taken for.
+
+    Raises:
+        DataError: it could not be read, or has no known shape.
+    """
     if isinstance(row.value, DataError):
         raise row.value
-    return read_row(_renamed(row, reading.columns), row.location, pair_ratings=reading.pair_ratings)
+    return read_row(renamed(row, reading.columns), row.location, pair_ratings=reading.pair_ratings)
 
 
-def _renamed(row: Row, columns: Mapping[str, str]) -> Any:
+def renamed(row: Row, columns: Mapping[str, str]) -> Any:
+    """The row's values under this package's column names.
+
+    Raises:
+        DataError: it lacks one of the columns.
+    """
     if not columns or not isinstance(row.value, dict):
         return row.value
     for name, column in columns.items():
         if column not in row.value:
             found = ", ".join(sorted(map(str, row.value))[:8]) or "no columns"
-            raise DataError(f"{row.location}: --columns {name}={column}: no such column, found {found}.")
-    # A column that gives its name to another is out of the way, whatever it held.
+            raise DataError(f"{row.location}: `columns={name}={column}`: no such column, found {found}.")
+    # A column that gives its name to another is out of the way, whatever it held: with prompt=question, a `prompt`
+    # column must not be what is trained on.
     taken = set(columns) | set(columns.values())
     rest = {name: value for name, value in row.value.items() if name not in taken}
     return {**rest, **{name: row.value[column] for name, column in columns.items()}}
 
 
-def _usable(pairs: list[Pair | TokenizedPair], min_margin: float | None) -> tuple[str, list[Pair | TokenizedPair]]:
+def usable_pairs(pairs: list[Pair | TokenizedPair], min_margin: float | None) -> tuple[str, list[Pair | TokenizedPair]]:
     """The pairs that can be used, and why the first that cannot be is left out."""
-    reasons = [_unusable(pair, min_margin) for pair in pairs]
+    reasons = [reason_unusable(pair, min_margin) for pair in pairs]
     first = next(filter(None, reasons), "equal_ratings")
     return first, [pair for pair, reason in zip(pairs, reasons, strict=True) if reason is None]
 
 
-def _unusable(pair: Pair | TokenizedPair, min_margin: float | None) -> str | None:
+def reason_unusable(pair: Pair | TokenizedPair, min_margin: float | None) -> str | None:
+    """Why a pair is left out, a key of `row_counts.REASONS`; None where it is not.
+
+    Raises:
+        DataError: a margin is asked for and the row has no scores.
+    """
     if min_margin is not None:
         margin = pair.margin if isinstance(pair, Pair) else None
         if margin is None:
             raise DataError(
-                f"{pair.location}: --min-margin {min_margin:g} needs scores such as score_chosen and score_rejected; "
+                f"{pair.location}: `min_margin={min_margin:g}` needs scores such as score_chosen and score_rejected; "
                 "the row does not have both."
             )
         if margin < min_margin:
@@ -150,8 +166,9 @@ def _unusable(pair: Pair | TokenizedPair, min_margin: float | None) -> str | Non
 
 def with_remedy(error: DataError) -> DataError:
     """The error of a row that stops a run, with the way to go on without it."""
-    return DataError(f"{str(error).rstrip('.')}; --skip-bad-rows leaves such rows out and lists them.")
+    return DataError(f"{str(error).rstrip('.')}; `skip_bad_rows` leaves such rows out and lists them.")
 
 
-def _no_rows(name: str) -> NoReturn:
+def raise_no_rows(name: str) -> NoReturn:
+    """The error of a file without rows, which reads as nothing to do and is a wrong path more often than not."""
     raise DataError(f"{name}:1: the file has no rows; expected prompt, chosen and rejected in each.")

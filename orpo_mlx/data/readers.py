@@ -1,4 +1,4 @@
-"""Rows of one data file, one after another, each with its location. A broken row is handed on as its error."""
+"""Rows of one data file, one after another, each with its location. A broken row is yielded as its error."""
 
 from __future__ import annotations
 
@@ -12,9 +12,19 @@ from typing import Any, NamedTuple, TextIO
 
 from orpo_mlx.errors import DataError, reason_of
 
+# Characters of a JSON list read at a time: what is in memory at once, whatever the file's size.
 _BLOCK = 1 << 20
+# Rows of a Parquet or Arrow file made Python objects at a time; row groups can hold a million.
 _BATCH_ROWS = 512
+# What stands between the items of a JSON list.
 _BETWEEN = re.compile(r"[\s,]*")
+# How files begin that often bear another's name, and what to do about it.
+_MISNAMED = {
+    b"\x1f\x8b": "compressed with gzip; run gunzip on it",
+    b"PAR1": "a Parquet file; name it .parquet",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
+}
 
 
 class Row(NamedTuple):
@@ -36,50 +46,72 @@ def read_rows(path: Path) -> Iterator[Row]:
     if reader is None:
         raise DataError(f"{path}: files of this kind are not read, expected {', '.join(READERS)}.")
     try:
-        _check_kind(path)
+        check_content(path)
         yield from reader(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or reason_of(error)}).") from None
 
 
-def _check_kind(path: Path) -> None:
-    """Catch what is often misnamed."""
+def check_content(path: Path) -> None:
+    """Refuse a file whose first bytes are those of another kind of file than its name says.
+
+    Raises:
+        DataError: it is one.
+    """
     with path.open("rb") as file:
         start = file.read(4)
-    magic = {b"\x1f\x8b": "compressed with gzip; run gunzip on it", b"PAR1": "a Parquet file; name it .parquet"}
-    magic |= {b"PK\x03\x04": "a zip archive; unpack it", b"\xff\xfe": "UTF-16 text; save it as UTF-8"}
-    for mark, words in magic.items():
+    for mark, remedy in _MISNAMED.items():
         if start.startswith(mark) and not (mark == b"PAR1" and path.suffix.lower() == ".parquet"):
-            raise DataError(f"{path}:1: the file is {words}.")
+            raise DataError(f"{path}:1: the file is {remedy}.")
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def jsonl_rows(path: Path) -> Iterator[Row]:
+    """A row a line; blank lines are skipped."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            # A byte order mark, which some editors on Windows write, is not JSON.
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if text.strip():
                 location = f"{path}:{number}"
-                yield Row(location, _or_error(_parse_json, text, location))
+                yield Row(location, value_or_error(json_line, text, location))
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def json_line(text: bytes, location: str) -> Any:
+    """The value of one line.
+
+    Raises:
+        DataError: it is not UTF-8 or not JSON.
+    """
+    try:
+        return json.loads(text)
+    except UnicodeDecodeError:
+        raise not_utf8(location) from None
+    except (ValueError, RecursionError) as error:
+        reason = json_reason(error)
+        raise DataError(f"{location}: invalid JSON ({reason}); expected one JSON object per line.") from None
+
+
+def json_rows(path: Path) -> Iterator[Row]:
     """A list of rows, read a block at a time; a `.json` file that begins with an object is taken for JSON lines."""
     with path.open(encoding="utf-8-sig") as file:
         try:
             first = next((character for line in file if (character := line.lstrip()[:1])), "")
         except UnicodeDecodeError:
-            raise _not_utf8(f"{path}:1") from None
+            raise not_utf8(f"{path}:1") from None
         if first not in ("[", "{", ""):
             raise DataError(f"{path}:1: found text that begins with {first!r}, expected a JSON list of rows.")
         if first == "[":
             file.seek(0)
-            yield from _list_items(file, path)
+            yield from list_items(file, path)
     if first == "{":
-        yield from _jsonl_rows(path)
+        yield from jsonl_rows(path)
 
 
-def _list_items(file: TextIO, path: Path) -> Iterator[Row]:
-    decoder, buffer, ended = json.JSONDecoder(), "", False
+def list_items(file: TextIO, path: Path) -> Iterator[Row]:
+    """The items of a JSON list, decoded one at a time: `json.load` would hold the whole list in memory."""
+    decoder = json.JSONDecoder()
+    buffer = ""
+    ended = False
     while "[" not in buffer:
         buffer += file.read(_BLOCK)
     start = buffer.index("[") + 1
@@ -91,32 +123,38 @@ def _list_items(file: TextIO, path: Path) -> Iterator[Row]:
             line += buffer.count("\n", start, item)
             if buffer.startswith("]", item):
                 return
+            reason = ""
             try:
                 value, start = decoder.raw_decode(buffer, item)
-                # An item that touches the end of what was read may go on.
-                whole, reason = ended or start < len(buffer), ""
+                # An item that touches the end of what was read may go on: 12 could be the beginning of 123.
+                whole = ended or start < len(buffer)
             except RecursionError as error:
-                raise _broken_list(path, line, _json_reason(error)) from None
+                raise _broken_list(path, line, json_reason(error)) from None
             except ValueError as error:
-                whole, reason = False, _json_reason(error)
+                whole = False
+                reason = json_reason(error)
             if whole:
                 yield Row(f"{path}:{line}", value)
                 line += buffer.count("\n", item, start)
                 continue
             if ended:
                 raise _broken_list(path, line, reason if item < len(buffer) else "the list breaks off")
+            # As much again as is there already: an item of many blocks is then decoded a few times, not once a block.
             more = file.read(max(_BLOCK, len(buffer) - item))
-            buffer, start, ended = buffer[item:] + more, 0, not more
+            buffer = buffer[item:] + more
+            start = 0
+            ended = not more
     except UnicodeDecodeError:
-        raise _not_utf8(f"{path}:{line}") from None
+        raise not_utf8(f"{path}:{line}") from None
 
 
 def _broken_list(path: Path, line: int, reason: str) -> DataError:
     return DataError(f"{path}:{line}: invalid JSON ({reason}); expected a list of rows.")
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def csv_rows(path: Path) -> Iterator[Row]:
     """Rows by the names in the first line; a cell that holds a JSON list or object is read as one."""
+    # The default of 128 KiB a field is less than a long conversation; a C long is the most the module takes.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
@@ -131,31 +169,39 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                 if cells is None:
                     return
                 if cells:
-                    yield Row(f"{path}:{line}", _or_error(_csv_row, header, cells, f"{path}:{line}"))
+                    yield Row(f"{path}:{line}", value_or_error(csv_row, header, cells, f"{path}:{line}"))
         except UnicodeDecodeError:
-            raise _not_utf8(f"{path}:{line}") from None
+            raise not_utf8(f"{path}:{line}") from None
         except csv.Error as error:
             raise DataError(f"{path}:{line}: not valid CSV ({error}).") from None
 
 
-def _csv_row(header: list[str], cells: list[str], location: str) -> dict[str, Any]:
+def csv_row(header: list[str], cells: list[str], location: str) -> dict[str, Any]:
+    """Cells by column.
+
+    Raises:
+        DataError: there are more or fewer than columns, or one is a list in Python's spelling.
+    """
     if len(cells) != len(header):
         raise DataError(f"{location}: found {len(cells)} cells, expected {len(header)} ({', '.join(header[:8])}).")
     return {name: _cell(text, name, location) for name, text in zip(header, cells, strict=True)}
 
 
 def _cell(text: str, name: str, location: str) -> Any:
+    # Only what can be messages: a completion may well begin with a bracket and be valid JSON.
     start = text.lstrip()[:2]
     if start in ("[{", "[["):
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
+            # What pandas writes of a column of lists. Read as text, it would be trained on as such.
             if text.lstrip().startswith("[{'"):
                 raise DataError(f"{location}: {name!r} is a list as Python prints it, expected JSON.") from None
     return text
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def parquet_rows(path: Path) -> Iterator[Row]:
+    """Rows of a Parquet file, located by their number from 1."""
     import pyarrow.parquet
 
     with path.open("rb") as file:
@@ -166,7 +212,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         )
 
 
-def _arrow_file_rows(path: Path) -> Iterator[Row]:
+def arrow_rows(path: Path) -> Iterator[Row]:
+    """Rows of an Arrow file, of the random-access or the streaming kind, located by their number from 1."""
     import pyarrow
 
     with pyarrow.memory_map(str(path)) as source:
@@ -185,6 +232,7 @@ def _arrow_file_rows(path: Path) -> Iterator[Row]:
 
 
 def _arrow_rows(path: Path, batches: Callable[[], Iterable[Any]], kind: str) -> Iterator[Row]:
+    # Imported here: it takes 0.4 s to load, which those who read JSON lines need not wait for.
     import pyarrow
 
     number = 0
@@ -198,39 +246,31 @@ def _arrow_rows(path: Path, batches: Callable[[], Iterable[Any]], kind: str) -> 
         raise DataError(f"{path}:{number + 1}: not {kind}, or a damaged one ({reason_of(error)}).") from None
 
 
-def _or_error(parse: Callable[..., Any], *arguments: Any) -> Any | DataError:
+def value_or_error(parse: Callable[..., Any], *arguments: Any) -> Any | DataError:
+    """What `parse` returns or raises: a row that cannot be read must not end the iteration over those after it."""
     try:
         return parse(*arguments)
     except DataError as error:
         return error
 
 
-def _parse_json(text: bytes, location: str) -> Any:
-    try:
-        return json.loads(text)
-    except UnicodeDecodeError:
-        raise _not_utf8(location) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{location}: invalid JSON ({_json_reason(error)}); expected one JSON object per line."
-        ) from None
-
-
-def _json_reason(error: Exception) -> str:
+def json_reason(error: Exception) -> str:
+    """Why JSON could not be decoded, with the column, since the line of a JSONL file is named already."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg.removesuffix(' at')} at column {error.colno}"
     return "nested too deeply" if isinstance(error, RecursionError) else "a number that is too long"
 
 
-def _not_utf8(location: str) -> DataError:
+def not_utf8(location: str) -> DataError:
+    """The error of bytes that are not UTF-8."""
     return DataError(f"{location}: not UTF-8 text; save the file as UTF-8.")
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _jsonl_rows,
-    ".json": _json_rows,
-    ".csv": _csv_rows,
-    ".parquet": _parquet_rows,
-    ".arrow": _arrow_file_rows,
+    ".jsonl": jsonl_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
 }
-"""File name endings that are read."""
+"""The reader for each file name ending."""

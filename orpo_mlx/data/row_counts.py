@@ -13,15 +13,17 @@ REASONS = {
     "empty_prompt": "the prompt is empty",
     "empty_side": "a side is empty",
     "equal_sides": "chosen and rejected are the same tokens",
-    "low_margin": "chosen scores less than --min-margin above rejected",
+    "low_margin": "chosen scores less than `min_margin` above rejected",
     "equal_ratings": "no two completions with different ratings",
     "too_long": "longer than",
     "no_completion_left": "no completion token left",
 }
 """Why a row can be left out, by its key in JSON."""
 
-_PLACES = 10
-_LISTED = 10_000
+# Locations kept of each reason and note, for a report's line.
+_MOST_LOCATIONS = 10
+# Lines of `left_out.txt`. A data set of which every row is bad would fill memory and disk with them.
+_MOST_LISTED = 10_000
 
 
 @dataclasses.dataclass
@@ -29,7 +31,7 @@ class RowReport:
     """Counts over one split, and where the first of each kind stand."""
 
     limit: str = ""
-    """Words for the length that `too_long` is about."""
+    """The setting and length that `too_long` is about, as text."""
     rows_read: int = 0
     rows_kept: int = 0
     """Rows that gave at least one pair."""
@@ -49,23 +51,23 @@ class RowReport:
         """Count a row that is left out."""
         self.dropped[reason] += 1
         self._remember(reason, location)
-        if len(self.left_out) < _LISTED:
-            self.left_out.append(str(error) if error else f"{location}: {self.words(reason)}.")
+        if len(self.left_out) < _MOST_LISTED:
+            self.left_out.append(str(error) if error else f"{location}: {self.text_of(reason)}.")
 
-    def note(self, words: str, location: str) -> None:
+    def note(self, text: str, location: str) -> None:
         """Count a row that is taken in a way worth knowing."""
-        self.notes[words] += 1
-        self._remember(words, location)
+        self.notes[text] += 1
+        self._remember(text, location)
 
-    def words(self, reason: str) -> str:
-        """A reason in words."""
+    def text_of(self, reason: str) -> str:
+        """A reason as text, with the length where it is about one."""
         return f"{REASONS[reason]} {self.limit}" if reason == "too_long" else REASONS[reason]
 
     def summary(self) -> str:
         """What was left out and noted, for one line of a report; empty where there is nothing to say."""
-        left_out = [f"{count} left out: {self.words(reason)}" for reason, count in self.dropped.items()]
-        noted = [f"{count} {words}" for words, count in self.notes.items()]
-        return "".join(f", {words}" for words in left_out + noted)
+        left_out = [f"{count} left out: {self.text_of(reason)}" for reason, count in self.dropped.items()]
+        noted = [f"{count} {note}" for note, count in self.notes.items()]
+        return "".join(f", {part}" for part in left_out + noted)
 
     @property
     def shape(self) -> str:
@@ -84,5 +86,5 @@ class RowReport:
 
     def _remember(self, key: str, location: str) -> None:
         places = self.places.setdefault(key, [])
-        if len(places) < _PLACES:
+        if len(places) < _MOST_LOCATIONS:
             places.append(location)

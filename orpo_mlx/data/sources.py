@@ -70,6 +70,7 @@ class HubSource:
 
     def rows(self) -> Iterator[Row]:
         number = 0
+        # In batches: one row at a time would pay for decoding Arrow's columns with each.
         for columns in self._dataset.iter(batch_size=256):
             names = list(columns)
             for values in zip(*(columns[name] for name in names), strict=True):
@@ -95,25 +96,27 @@ def find_splits(data: str | Path, needed: Sequence[str] = ("train",)) -> dict[st
     if path.is_file():
         return {needed[0]: FileSource([path])}
     if path.is_dir():
-        return _folder_splits(path, needed)
+        return folder_splits(path, needed)
     hub = _HUB_ID.match(str(data))
     if hub is None or path.suffix.lower() in READERS or str(data).startswith("."):
         kinds = ", ".join(READERS)
         raise DataError(
-            f"--data {data}: no such file or folder; expected a folder with a {needed[0]} split, a file ({kinds}), or "
+            f"`data` {data}: no such file or folder; expected a folder with a {needed[0]} split, a file ({kinds}), or "
             "a Hub id such as owner/name."
         )
-    return _hub_splits(str(data), hub["id"], hub["config"], hub["revision"], needed)
+    return hub_splits(str(data), hub["id"], hub["config"], hub["revision"], needed)
 
 
-def _folder_splits(folder: Path, needed: Sequence[str]) -> dict[str, Source]:
+def folder_splits(folder: Path, needed: Sequence[str]) -> dict[str, Source]:
+    """`find_splits` for a folder."""
+    # A folder named train.jsonl is a mistake that would otherwise be skipped in silence.
     for entry in (folder, *sorted(folder.iterdir())):
         if entry.is_dir() and entry.suffix.lower() in READERS:
             raise DataError(f"{entry}: is a folder, expected a file.")
     splits: dict[str, Source] = {}
     for split, names in SPLIT_NAMES.items():
         groups: dict[str, list[Path]] = {}
-        for path in _data_files(folder):
+        for path in data_files(folder):
             stem = _split_name(path, folder)
             if _LAST_WORD.split(stem)[-1].lower() in names:
                 groups.setdefault(str(path.parent / stem), []).append(path)
@@ -132,11 +135,11 @@ def _folder_splits(folder: Path, needed: Sequence[str]) -> dict[str, Source]:
     return splits
 
 
-def _data_files(folder: Path) -> list[Path]:
+def data_files(folder: Path) -> list[Path]:
     """Readable files in a folder, its `data/`, and its sub-folders that bear a split's name."""
     known = {name for names in SPLIT_NAMES.values() for name in names} | {"data"}
     folders = [folder, *(entry for entry in sorted(folder.iterdir()) if entry.is_dir() and entry.name in known)]
-    files = [entry for location in folders for entry in sorted(location.iterdir()) if entry.is_file()]
+    files = [entry for each in folders for entry in sorted(each.iterdir()) if entry.is_file()]
     return [entry for entry in files if entry.suffix.lower() in READERS and entry.name not in _NOT_ROWS]
 
 
@@ -152,18 +155,20 @@ def _are_shards(paths: Sequence[Path], folder: Path) -> bool:
     return all(_SHARD.match(path.stem) or path.parent not in (folder, folder / "data") for path in paths)
 
 
-def _hub_splits(
+def hub_splits(
     data: str, name: str, config: str | None, revision: str | None, needed: Sequence[str]
 ) -> dict[str, Source]:
+    """`find_splits` for a data set on the Hub."""
+    # Imported here: it takes seconds to load, and pandas with it.
     from datasets import load_dataset
 
     try:
         found = load_dataset(name, config, revision=revision)
     except Exception as error:  # Hub, HTTP, format and cache errors of three libraries; each means it is not to be had.
         raise DataError(
-            f"--data {data}: no such file or folder, and not to be had from the Hub as a data set ({reason_of(error)})."
+            f"`data` {data}: no such file or folder, and not to be had from the Hub as a data set ({reason_of(error)})."
         ) from None
-    _check_revision(data, revision, found)
+    check_revision(data, revision, found)
     splits: dict[str, Source] = {}
     for split, names in SPLIT_NAMES.items():
         candidates = [name + suffix for suffix in _HUB_SUFFIXES for name in names]
@@ -174,17 +179,23 @@ def _hub_splits(
         (only,) = found
         splits[needed[0]] = HubSource(f"{data}/{only}", found[only])
     if not any(name in splits for name in needed):
-        raise DataError(f"--data {data}: no {needed[0]} split, found {', '.join(map(str, found))}.")
+        raise DataError(f"`data` {data}: no {needed[0]} split, found {', '.join(map(str, found))}.")
     return splits
 
 
-def _check_revision(data: str, revision: str | None, found: Any) -> None:
-    """Offline, `datasets` takes the newest version in its cache, whichever was asked for."""
+def check_revision(data: str, revision: str | None, found: Any) -> None:
+    """Make sure that a data set is of the commit that was asked for.
+
+    Raises:
+        DataError: it is of another.
+    """
+    # Offline, `datasets` takes the newest version in its cache, whichever was asked for. Its cache's folders are named
+    # by commit, which is all there is to tell.
     if revision is None or not _COMMIT.match(revision):
         return
     files = [entry["filename"] for split in found.values() for entry in split.cache_files]
     if not any(part.startswith(revision) for file in files for part in Path(file).parts):
         raise DataError(
-            f"--data {data}: commit {revision} is not in the cache of data sets, which holds another; connect to the "
+            f"`data` {data}: commit {revision} is not in the cache of data sets, which holds another; connect to the "
             "Hub, or leave out the revision."
         )

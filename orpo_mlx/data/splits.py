@@ -17,11 +17,11 @@ from orpo_mlx.data.pairs import PairsOfRow, Reading, read_pairs, with_remedy
 from orpo_mlx.data.row_counts import RowReport
 from orpo_mlx.data.sources import Source
 from orpo_mlx.data.token_store import StoreWriter, TokenStore
-from orpo_mlx.data.tokenization import PairTokenizer
-from orpo_mlx.data.truncation import fit
+from orpo_mlx.data.tokenization import Outcome, PairTokenizer
+from orpo_mlx.data.truncation import Fitted, fit
 from orpo_mlx.errors import DataError
 from orpo_mlx.files import cache_folder
-from orpo_mlx.types import Pair
+from orpo_mlx.types import Pair, TokenizedPair
 
 PROMPT_CUT = "with the prompt cut"
 COMPLETION_CUT = "with a completion cut"
@@ -34,7 +34,7 @@ class Lengths(NamedTuple):
     max_seq_length: int
     truncate: str = "drop"
     """One of `truncation.TRUNCATIONS`."""
-    limit: str = "--max-seq-length"
+    limit: str = "`max_seq_length`"
     """Where the length comes from, in words."""
 
 
@@ -74,10 +74,10 @@ def tokenized_split(source: Source, reading: Reading, tokenizer: Any | None, len
     key = _key(source.name, sha256, dataclasses.asdict(reading), lengths, tokenizer_fingerprint(tokenizer))
     cache = cache_folder()
     target = None if cache is None else cache / "tokens" / key
-    store = (target and _opened(target)) or _write(source, reading, tokenizer, lengths, target)
+    store = (target and opened_store(target)) or _write(source, reading, tokenizer, lengths, target)
     if not len(store):
         report = store.report
-        reasons = ", ".join(f"{count} {report.words(reason)}" for reason, count in report.dropped.items())
+        reasons = ", ".join(f"{count} {report.text_of(reason)}" for reason, count in report.dropped.items())
         first = report.left_out[0].rstrip(".")
         raise DataError(f"{source.name}: no pair can be used ({reasons}); the first: {first}.")
     return Split(source, sha256, store, reading)
@@ -99,7 +99,8 @@ def tokenizer_fingerprint(tokenizer: Any | None) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _opened(folder: Path) -> TokenStore | None:
+def opened_store(folder: Path) -> TokenStore | None:
+    """The token store in a folder; None where there is none, or a damaged one."""
     try:
         return TokenStore(folder)
     except ValueError:
@@ -109,10 +110,11 @@ def _opened(folder: Path) -> TokenStore | None:
 def _write(
     source: Source, reading: Reading, tokenizer: Any | None, lengths: Lengths, target: Path | None
 ) -> TokenStore:
-    writer = _writer(target)
+    writer = _store_writer(target)
     report = RowReport(limit=f"{lengths.limit} {lengths.max_seq_length}")
     with writer:
         to_ids = PairTokenizer(tokenizer)
+        # Rows whose pairs are being encoded: outcomes come in the same order, some hundreds behind.
         waiting: deque[PairsOfRow] = deque()
 
         def pairs() -> Iterator[Any]:
@@ -122,47 +124,49 @@ def _write(
                     report.note(SYSTEM_FOLDED, row.location)
                 yield from row.pairs
 
-        outcomes = to_ids.batches(pairs())
+        outcomes = to_ids.outcomes(pairs())
         for first in outcomes:
             row = waiting.popleft()
-            writer.extend(_kept(row, [first, *(next(outcomes) for _ in row.pairs[1:])], reading, lengths, report))
+            writer.extend(kept_pairs(row, [first, *(next(outcomes) for _ in row.pairs[1:])], reading, lengths, report))
         return writer.close(report)
 
 
-def _writer(target: Path | None) -> StoreWriter:
+def _store_writer(target: Path | None) -> StoreWriter:
     if target is not None:
         try:
             return StoreWriter(target)
-        except OSError:  # A home that cannot be written to is as good as none.
+        except OSError:  # The cache is not writable: use a temporary folder.
             pass
+    # Where nothing is kept, tokens still live on disk: memory does not grow with the data.
     folder = Path(tempfile.mkdtemp(prefix="orpo_mlx-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return StoreWriter(folder / "tokens")
 
 
-def _kept(row: PairsOfRow, outcomes: list[Any], reading: Reading, lengths: Lengths, report: RowReport) -> list[Any]:
+def kept_pairs(
+    row: PairsOfRow, outcomes: list[Outcome], reading: Reading, lengths: Lengths, report: RowReport
+) -> list[TokenizedPair]:
     """The pairs of a row that are trained on; counts what is not."""
-    cuts, bad = [], None
+    fitted: list[Fitted] = []
+    bad = None
     for outcome in outcomes:
         if isinstance(outcome, DataError):
             if not reading.skip_bad_rows:
                 raise with_remedy(outcome)
             bad = outcome
         else:
-            cuts.append(fit(outcome, lengths.max_seq_length, lengths.truncate))
-    kept = [cut for cut in cuts if cut.pair is not None]
+            fitted.append(fit(outcome, lengths.max_seq_length, lengths.truncate))
+    kept = [each for each in fitted if each.pair is not None]
     if not kept:
-        report.drop("bad_row" if bad else cuts[0].reason, row.location, bad)
+        report.drop("bad_row" if bad else fitted[0].reason, row.location, bad)
         return []
     report.rows_kept += 1
     report.pairs_left_out += len(outcomes) - len(kept)
-    for words, flags in (
-        (PROMPT_CUT, [cut.prompt_cut for cut in kept]),
-        (COMPLETION_CUT, [cut.completion_cut for cut in kept]),
-    ):
-        if any(flags):
-            report.note(words, row.location)
-    return [cut.pair for cut in kept]
+    if any(each.prompt_cut for each in kept):
+        report.note(PROMPT_CUT, row.location)
+    if any(each.completion_cut for each in kept):
+        report.note(COMPLETION_CUT, row.location)
+    return [each.pair for each in kept if each.pair is not None]
 
 
 def _has_system_turn(pair: Any) -> bool:

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from orpo_mlx.data.batching import epoch_order, micro_batches, padded_tokens, real_tokens
 from orpo_mlx.data.splits import Split
+from orpo_mlx.data.token_codec import show_tokens
 from orpo_mlx.data.token_store import TokenStore
-from orpo_mlx.data.tokenization import show_tokens
 from orpo_mlx.text import printable
 
 SIDES = ("prompt", "chosen", "rejected")
 QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 
+# Rows shown of each split.
 _EXAMPLES = 3
-_WINDOWS = 2000
+# Step batches from which padding is estimated, so that a large data set takes no longer than a small one.
+_MOST_BATCHES = 2000
+# Okabe and Ito's colours for prompt, chosen and rejected, told apart by colour-blind readers as well.
+_COLOURS = ("#0072B2", "#009E73", "#D55E00")
+
+
+class PaddingShare(NamedTuple):
+    """Shares of padding among the tokens that are run."""
+
+    micro_batches: float
+    """As training divides its step batches."""
+    one_block: float
+    """Were each step batch one block."""
 
 
 def inspect_splits(
@@ -31,7 +44,7 @@ def inspect_splits(
     training would run it with these settings, over at most 2000 of its batches.
     """
     tables = {
-        name: _split_figures(split, tokenizer, batch_size=batch_size, micro_batch_tokens=micro_batch_tokens, seed=seed)
+        name: split_figures(split, tokenizer, batch_size=batch_size, micro_batch_tokens=micro_batch_tokens, seed=seed)
         for name, split in splits.items()
     }
     dropped: dict[str, int] = {}
@@ -46,17 +59,19 @@ def inspect_splits(
         "shape": " + ".join(dict.fromkeys(table["shape"] for table in tables.values())),
         "batch_size": batch_size,
         "splits": tables,
-        "overlap": _overlap(splits),
+        "overlap": prompt_overlap(splits),
     }
 
 
-def _split_figures(
+def split_figures(
     split: Split, tokenizer: Any | None, *, batch_size: int, micro_batch_tokens: int, seed: int
 ) -> dict[str, Any]:
-    report, store = split.report, split.pairs
+    """The figures of one split, as plain JSON."""
+    report = split.report
+    store = split.pairs
     totals = store.lengths.sum(axis=0)
     distinct = len(np.unique(store.prompt_hashes))
-    run, block = _padding(store, batch_size, micro_batch_tokens, seed)
+    padding = padding_share(store, batch_size, micro_batch_tokens, seed)
     return {
         "source": split.source.name,
         "shape": report.shape,
@@ -70,40 +85,42 @@ def _split_figures(
         "note_places": {words: report.places[words] for words in report.notes},
         "pairs": len(store),
         "pairs_left_out": report.pairs_left_out,
-        "lengths": {side: _quantiles(store.lengths[:, number]) for number, side in enumerate(SIDES)},
+        "lengths": {side: quantiles(store.lengths[:, number]) for number, side in enumerate(SIDES)},
         "prompt_token_share": float(totals[0] / totals.sum()),
-        "padding_share": run,
-        "padding_share_one_block": block,
+        "padding_share": padding.micro_batches,
+        "padding_share_one_block": padding.one_block,
         "distinct_prompts": distinct,
         "duplicated_prompts": len(store) - distinct,
-        "length_bias": _length_bias(store.lengths),
-        "examples": [_example(store, number, tokenizer) for number in _spread(len(store))],
+        "length_bias": length_bias(store.lengths),
+        "examples": [_example(store, number, tokenizer) for number in spread_numbers(len(store))],
     }
 
 
-def _quantiles(lengths: npt.NDArray[np.int64]) -> dict[str, float]:
+def quantiles(lengths: npt.NDArray[np.int64]) -> dict[str, float]:
+    """`QUANTILES` and the mean of some lengths."""
     values = np.quantile(lengths, list(QUANTILES.values()))
     return {**dict(zip(QUANTILES, values.tolist(), strict=True)), "mean": float(lengths.mean())}
 
 
-def _padding(store: TokenStore, batch_size: int, micro_batch_tokens: int, seed: int) -> tuple[float, float]:
-    """Share of padding in what is run: as training cuts its batches up, and were each batch one block."""
-    windows = epoch_order(store, batch_size, seed=seed, epoch=0)
-    every = -(-len(windows) // _WINDOWS)
+def padding_share(store: TokenStore, batch_size: int, micro_batch_tokens: int, seed: int) -> PaddingShare:
+    """Padding of the first epoch, from evenly spread step batches."""
+    batches = epoch_order(store, batch_size, seed=seed, epoch=0)
+    every = -(-len(batches) // _MOST_BATCHES)
     real = run = real_block = block = 0
-    for indices in windows[::every]:
-        window = [store[index] for index in indices]
-        parts = micro_batches(window, batch_size, micro_batch_tokens)
+    for indices in batches[::every]:
+        pairs = [store[index] for index in indices]
+        parts = micro_batches(pairs, batch_size, micro_batch_tokens)
         real += sum(map(real_tokens, parts))
         run += sum(map(padded_tokens, parts))
-        real_block += real_tokens(window)
-        block += padded_tokens(window)
-    return 1 - real / run, 1 - real_block / block
+        real_block += real_tokens(pairs)
+        block += padded_tokens(pairs)
+    return PaddingShare(1 - real / run, 1 - real_block / block)
 
 
-def _length_bias(lengths: npt.NDArray[np.int64]) -> dict[str, float]:
+def length_bias(lengths: npt.NDArray[np.int64]) -> dict[str, float]:
     """How far length alone tells the sides apart; ties count half in the accuracy."""
-    longer, shorter = (lengths[:, 1] > lengths[:, 2]).mean(), (lengths[:, 1] < lengths[:, 2]).mean()
+    longer = (lengths[:, 1] > lengths[:, 2]).mean()
+    shorter = (lengths[:, 1] < lengths[:, 2]).mean()
     return {
         "chosen_longer": float(longer),
         "chosen_shorter": float(shorter),
@@ -112,7 +129,7 @@ def _length_bias(lengths: npt.NDArray[np.int64]) -> dict[str, float]:
     }
 
 
-def _overlap(splits: Mapping[str, Split]) -> dict[str, int]:
+def prompt_overlap(splits: Mapping[str, Split]) -> dict[str, int]:
     """Pairs of held-out splits whose prompt also stands in an earlier split."""
     names = list(splits)
     return {
@@ -124,7 +141,7 @@ def _overlap(splits: Mapping[str, Split]) -> dict[str, int]:
     }
 
 
-def _spread(count: int) -> list[int]:
+def spread_numbers(count: int) -> list[int]:
     """A few row numbers, evenly spread."""
     wanted = min(_EXAMPLES, count)
     return [(2 * number + 1) * count // (2 * wanted) for number in range(wanted)]
@@ -200,7 +217,7 @@ def draw_lengths(splits: Mapping[str, Split], max_seq_length: int, path: Path) -
     for row, (name, split) in zip(panels, splits.items(), strict=True):
         for number, (panel, side) in enumerate(zip(row, SIDES, strict=True)):
             lengths = split.pairs.lengths[:, number]
-            panel.hist(lengths, bins=edges, color=("#0072B2", "#009E73", "#D55E00")[number])
+            panel.hist(lengths, bins=edges, color=_COLOURS[number])
             panel.axvline(float(np.median(lengths)), color="black", linewidth=1, linestyle="--")
             panel.set_title(f"{name}: {side}, median {np.median(lengths):.0f}", fontsize=10)
             panel.set_xscale("log")

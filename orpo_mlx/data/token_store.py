@@ -20,7 +20,11 @@ from orpo_mlx.data.row_counts import RowReport
 from orpo_mlx.files import sha256_of
 from orpo_mlx.types import TokenizedPair
 
-_TOKENS, _INDEX, _HEADER = "tokens.i32", "index.npy", "store.json"
+_TOKENS = "tokens.i32"
+_INDEX = "index.npy"
+_HEADER = "store.json"
+# Columns of the index: first token; tokens of prompt, chosen and rejected; line; hash of the prompt.
+_COLUMNS = 6
 
 
 class Largest(NamedTuple):
@@ -56,8 +60,11 @@ class TokenStore(Sequence[TokenizedPair]):
         """(N, 3): tokens of prompt, chosen and rejected."""
         self.prompt_hashes: npt.NDArray[np.int64] = index[:, 5]
         """(N,): equal where prompts are."""
-        self._starts, self._lines = index[:, 0], index[:, 4]
-        self._first, self._names = header["first_pair_of_file"], header["files"]
+        self._starts = index[:, 0]
+        self._lines = index[:, 4]
+        self._first = header["first_pair_of_file"]
+        self._names = header["files"]
+        # An empty file cannot be mapped.
         self._tokens = np.memmap(folder / _TOKENS, np.int32, "r") if size else np.zeros(0, np.int32)
 
     def __len__(self) -> int:
@@ -74,7 +81,8 @@ class TokenStore(Sequence[TokenizedPair]):
         if not -len(self) <= number < len(self):
             raise IndexError(number)
         number %= len(self)
-        start, (prompt, chosen, rejected) = int(self._starts[number]), self.lengths[number].tolist()
+        start = int(self._starts[number])
+        prompt, chosen, rejected = self.lengths[number].tolist()
         ids = self._tokens[start : start + prompt + chosen + rejected].tolist()
         return TokenizedPair(
             tuple(ids[:prompt]),
@@ -98,7 +106,8 @@ class StoreWriter:
         self._folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
         self._file = (self._folder / _TOKENS).open("wb")
         self._rows: list[npt.NDArray[np.int64]] = []
-        self._count, self._position = 0, 0
+        self._count = 0
+        self._position = 0
         self._names: list[str] = []
         self._first: list[int] = []
         self._largest = Largest(-1, "")
@@ -121,6 +130,7 @@ class StoreWriter:
                 self._first.append(self._count)
             ids = np.array((*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids), np.int32)
             self._file.write(ids.tobytes())
+            # Prompts are counted and compared between splits by hash, which 8 bytes tell apart in any data set.
             prompt = hashlib.blake2b(ids[: len(pair.prompt_ids)].tobytes(), digest_size=8).digest()
             if len(ids) and ids.max() > self._largest.token:
                 self._largest = Largest(int(ids.max()), pair.location)
@@ -137,7 +147,7 @@ class StoreWriter:
         Opened first: another process that reads the same rows may put its own, equal, store there at any moment.
         """
         self._file.close()
-        index = np.concatenate(self._rows) if self._rows else np.zeros((0, 6), np.int64)
+        index = np.concatenate(self._rows) if self._rows else np.zeros((0, _COLUMNS), np.int64)
         np.save(self._folder / _INDEX, index)
         header: dict[str, Any] = {
             "sha256": sha256_of(self._folder / _TOKENS, head=index.tobytes()),
@@ -152,6 +162,8 @@ class StoreWriter:
         return store
 
     def _put_in_place(self) -> None:
+        # Whole stores are opened and not written again, so what stands there is damaged. Moved first: to remove it
+        # where it stands would let another process see half of it.
         if self._target.exists():
             damaged = Path(tempfile.mkdtemp(prefix=".damaged-", dir=self._target.parent))
             with suppress(FileNotFoundError):
@@ -160,5 +172,6 @@ class StoreWriter:
         try:
             self._folder.rename(self._target)
         except OSError as error:
+            # Another process was faster, with the same tokens; this one's are read from the folder they are in.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.device_profile import device_profile
 from orpo_mlx.engine.head_logps import head_logps, trained_head_logps
-from orpo_mlx.engine.memory_modes import MODES
+from orpo_mlx.engine.modes import MODES
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.memory.predict import predict
 from orpo_mlx.memory.skeleton import Blueprint, build

@@ -51,4 +51,5 @@ class CompiledByShape:
 
 def _arrays(tree: Any) -> list[tuple[str, mx.array]]:
     """Arrays of a tree by their places in it; what is no array, such as None, is not counted."""
-    return [(str(name), value) for name, value in tree_flatten(tree) if isinstance(value, mx.array)]
+    flat: dict[str, Any] = dict(tree_flatten(tree))
+    return [(name, value) for name, value in flat.items() if isinstance(value, mx.array)]

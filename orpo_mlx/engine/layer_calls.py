@@ -202,8 +202,9 @@ def layer_kind(layer: nn.Module) -> str:
         parts.append(f"{path} {type(module).__module__}.{type(module).__qualname__} {sorted(settings.items())}")
         # Arrays under a private name are no parameters, but constants such as RoPE's frequencies.
         parts += [f"{key} {_constant(value)}" for key, value in sorted(module.items()) if not _is_tree(key, value)]
-    parts += [f"{name} {array.shape} {array.dtype}" for name, array in sorted(tree_flatten(layer.parameters()))]
-    parts += [name for name, _ in tree_flatten(layer.trainable_parameters())]
+    flat: dict[str, mx.array] = dict(tree_flatten(layer.parameters()))
+    parts += [f"{name} {flat[name].shape} {flat[name].dtype}" for name in sorted(flat)]
+    parts += dict(tree_flatten(layer.trainable_parameters()))
     return "\n".join(parts)
 
 

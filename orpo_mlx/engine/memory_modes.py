@@ -1,4 +1,4 @@
-"""What a run keeps for the backward pass and what it computes again: `--memory`."""
+"""A model's scorer and gradient under one of the memory modes."""
 
 from __future__ import annotations
 
@@ -7,34 +7,9 @@ from typing import NamedTuple
 
 import mlx.nn as nn
 
+from orpo_mlx.engine.modes import AUTOMATIC, MODES
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.segmented_backward import ValueAndGrad, find_segmented, whole_value_and_grad
-
-
-class Mode(NamedTuple):
-    """One way to spend memory. Every mode gives the same loss and gradients."""
-
-    help: str
-    share_prompt: bool = True
-    split_head: bool = True
-    lean: bool = True
-    """Whether layers call `patched_layers`' functions rather than mlx-lm's."""
-    kept_layers: float = 1.0
-    """Share of the layers, from the last, that are not run again in the backward pass."""
-    kept_attention_mib: int = 8
-    """A layer keeps the attention weights of one token sequence while they take no more than this."""
-
-
-MODES = {
-    "fast": Mode("keeps everything a backward pass wants", kept_attention_mib=16),
-    "balanced": Mode("runs the first 60 % of the layers again, in segments", kept_layers=0.4),
-    "thrift": Mode("runs every layer again, in segments", kept_layers=0.0),
-    "plain": Mode("mlx-lm's own forward, all logits, prompts twice", share_prompt=False, split_head=False, lean=False),
-}
-"""From the fastest to the smallest, and the one to compare with."""
-
-AUTOMATIC = ("fast", "balanced", "thrift")
-"""What `--memory auto` chooses among, the fastest first."""
 
 
 class Memory(NamedTuple):

@@ -114,7 +114,7 @@ class SegmentedBackward:
     def value_and_grad(self, batch: Batch, extra: Extra, share: Share) -> tuple[tuple[mx.array, Any], Gradients]:
         """Value and gradients of `share`, as `whole_value_and_grad` gives them."""
         sequences = self._recorder.record(batch)
-        first = next(number for number, layer in enumerate(self._layers) if tree_flatten(layer.trainable_parameters()))
+        first = next(number for number, layer in enumerate(self._layers) if trained_names(layer))
         kept_from = max(first, len(self._layers) - self._kept_layers)
         size = self._segment_layers
         bounds = sorted({*range(0, first, size), *range(first, kept_from, size), kept_from})
@@ -173,7 +173,7 @@ class SegmentedBackward:
             key: mx.array | None,
             cotangents: Streams,
         ) -> Any:
-            names = [[name for name, _ in tree_flatten(layer.trainable_parameters())] for layer in layers]
+            names = [trained_names(layer) for layer in layers]
             trained = [values[name] for values, own in zip(parameters, names, strict=True) for name in own]
 
             def run(*primals: mx.array) -> Streams:
@@ -252,12 +252,17 @@ class SegmentedBackward:
         return [
             f"{self._prefix}{number}.{name}"
             for number in range(low, high)
-            for name, _ in tree_flatten(self._layers[number].trainable_parameters())
+            for name in trained_names(self._layers[number])
         ]
 
 
 Parameters = list[Gradients]
 """Of each layer, by flat name."""
+
+
+def trained_names(layer: nn.Module) -> list[str]:
+    """Flat names of a layer's trained parameters."""
+    return list(dict(tree_flatten(layer.trainable_parameters())))
 
 
 def flat_parameters(layer: nn.Module) -> Gradients:

@@ -57,18 +57,18 @@ def parse_terms(expression: str) -> list[Term]:
             weight = 0.0
         if match is None or not 0 < weight < float("inf"):
             raise ConfigError(
-                f"--method {expression}: cannot read the term {part.strip()!r}; expected a method's name, or a sum "
+                f"`method` {expression}: cannot read the term {part.strip()!r}; expected a method's name, or a sum "
                 "such as '0.8*sigmoid + 0.2*bco_pair + sft' with weights above 0."
             )
         name = ALIASES.get(match[2], match[2])
         if name not in METHODS:
             hint = did_you_mean(name, [*METHODS, *ALIASES])
             raise ConfigError(
-                f"--method {expression}: no method {match[2]!r}, expected one of {', '.join(METHODS)}{hint}"
+                f"`method` {expression}: no method {match[2]!r}, expected one of {', '.join(METHODS)}{hint}"
             )
         terms.append(Term(weight, name))
     if len({term.name for term in terms}) < len(terms):
-        raise ConfigError(f"--method {expression}: a method stands in the sum twice; give it one weight.")
+        raise ConfigError(f"`method` {expression}: a method stands in the sum twice; give it one weight.")
     return terms
 
 
@@ -113,15 +113,11 @@ def _check_parameters(expression: str, terms: Sequence[Term], chosen: Mapping[st
             ranges.setdefault(name, []).append(parameter.range)
     for name, value in chosen.items():
         if name not in ranges:
-            known = ", ".join(map(_flag, sorted(ranges))) or "no parameters"
-            raise ConfigError(f"{_flag(name)}: method {expression} has no such parameter; it has {known}.")
+            known = ", ".join(f"`{each}`" for each in sorted(ranges)) or "no parameters"
+            raise ConfigError(f"`{name}`: method {expression} has no such parameter; it has {known}.")
         for words, holds in ranges[name]:
             if not holds(value):
-                raise ConfigError(f"{_flag(name)}: found {value:g}, expected a number {words}.")
-
-
-def _flag(parameter: str) -> str:
-    return f"--{parameter.replace('_', '-')}"
+                raise ConfigError(f"`{name}`: found {value:g}, expected a number {words}.")
 
 
 def describe_methods() -> str:

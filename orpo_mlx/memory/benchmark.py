@@ -20,10 +20,12 @@ from typing import Any
 import mlx.core as mx
 
 from orpo_mlx.config.command_line import resolve
-from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.config.flags import exit_status
+from orpo_mlx.config.settings import TrainingConfig, settings_with
+from orpo_mlx.config.traits import Trait
 from orpo_mlx.data.batching import TrainingOrder, micro_batches
 from orpo_mlx.data.sources import find_splits
-from orpo_mlx.errors import ConfigError, exit_status
+from orpo_mlx.errors import ConfigError
 from orpo_mlx.files import save_json
 from orpo_mlx.process_memory import process_footprint, settle
 from orpo_mlx.training.prepare import prepare
@@ -31,25 +33,6 @@ from orpo_mlx.training.reference_store import ReferenceTable
 from orpo_mlx.training.run import Run, versions
 from orpo_mlx.training.step import optimiser_step
 from orpo_mlx.types import TokenizedPair
-
-_MEMORY_SETTINGS = (
-    "model",
-    "data",
-    "dtype",
-    "batch_size",
-    "grad_accumulation_steps",
-    "micro_batch_tokens",
-    "max_seq_length",
-    "iters",
-    "fine_tune_type",
-    "num_layers",
-    "lora_parameters",
-    "optimizer",
-    "share_prompt",
-    "plain_head",
-    "segment_layers",
-)
-
 
 PROG = "orpo-mlx memory"
 _GIB = 2**30
@@ -232,7 +215,7 @@ def publishable_memory(record: Mapping[str, Any]) -> dict[str, Any]:
     Of paths only the last part is kept.
     """
     settings = record["methods"][0]["settings"]
-    kept = {name: settings[name] for name in _MEMORY_SETTINGS}
+    kept = {name: settings[name] for name in settings_with(Trait.PUBLISHED)}
     if Path(kept["model"]).expanduser().exists():
         kept["model"] = PurePath(kept["model"]).name
     kept["data"] = PurePath(kept["data"]).name

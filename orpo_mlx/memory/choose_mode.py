@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 
-from orpo_mlx.engine.memory_modes import AUTOMATIC
+from orpo_mlx.engine.modes import AUTOMATIC
 from orpo_mlx.errors import TrainingError, UserError
 from orpo_mlx.memory.predict import TOLERANCE, Prediction, device_working_set, heaviest_window, predict
 from orpo_mlx.memory.skeleton import read_blueprint

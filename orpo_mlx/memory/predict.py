@@ -9,6 +9,7 @@ each architecture, setting and device keeps; it costs about as much as one step 
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Sequence
 from fractions import Fraction
 from math import lcm
@@ -21,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.batching import micro_batches, side_lengths
-from orpo_mlx.engine.memory_modes import MODES
+from orpo_mlx.engine.modes import MODES
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.memory.skeleton import Blueprint, build, weight_bytes
 from orpo_mlx.models.adapters import adapter_weights
@@ -148,6 +149,8 @@ def _probe(
 def _measured_step(
     config: TrainingConfig, blueprint: Blueprint, depth: int, trained: int, window: Sequence[TokenizedPair]
 ) -> Probe:
+    # Compiled functions and what they belong to refer to each other: a model that was dropped may still be there.
+    gc.collect()
     mx.clear_cache()
     before = mx.get_active_memory()
     model = build(blueprint, depth)

@@ -16,7 +16,9 @@ import mlx.nn as nn
 
 Activation = Callable[[mx.array], mx.array]
 
-_EXACT, _TANH = "gelu", "gelu_approx"
+_EXACT = "gelu"
+_TANH = "gelu_approx"
+# By the names transformers' configs have. Its "gelu_new" and "gelu_fast" are the tanh approximation in other words.
 _MLX_NAME = {"gelu": _EXACT, "gelu_pytorch_tanh": _TANH, "gelu_new": _TANH, "gelu_fast": _TANH}
 
 
@@ -36,15 +38,22 @@ def match_activation(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
         code = getattr(layer_class.__call__, "__code__", None)
         if layer_class.__module__.startswith("mlx_lm.") and code is not None and other in code.co_names:
             if layer_class not in matched:
-                matched[layer_class] = _with_activation(layer_class, other, getattr(nn, wanted))
+                matched[layer_class] = class_with_activation(layer_class, other, getattr(nn, wanted))
+            # Past nn.Module's own __setattr__, which is made for parameters and submodules.
             object.__setattr__(module, "__class__", matched[layer_class])
     return sorted(layer_class.__name__ for layer_class in matched)
 
 
-def _with_activation(layer_class: type, name: str, activation: Activation) -> type:
+def class_with_activation(layer_class: type, name: str, activation: Activation) -> type:
+    """A subclass that calls `activation` where `layer_class` calls `nn.<name>`.
+
+    mlx-lm writes the activation into each class's `__call__`. A copy of those methods here would go stale with its next
+    version, so the very same code object runs, in globals whose `nn` has one other function.
+    """
     call: Any = layer_class.__call__
     names = {**call.__globals__, "nn": _Namespace(name, activation)}
     patched = types.FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
+    # Under the old name and module: mlx-lm and this package tell layers by both.
     return type(layer_class.__name__, (layer_class,), {"__call__": patched, "__module__": layer_class.__module__})
 
 

@@ -16,7 +16,7 @@ from orpo_mlx.errors import ConfigError, ModelError, reason_of
 from orpo_mlx.files import read_json_table
 from orpo_mlx.models.safetensors_files import read_header
 
-FINE_TUNE_TYPES = ("lora", "dora", "full")
+# PEFT's A (r, in) and B (out, r) are mlx-lm's lora_a (in, r) and lora_b (r, out).
 _PEFT_PREFIX = "base_model.model."
 _PEFT_LEAVES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b"}
 
@@ -36,19 +36,21 @@ def add_adapters(model: nn.Module, fine_tune_type: str, num_layers: int, lora_pa
     blocks = len(model.layers)
     if num_layers > blocks:
         raise ConfigError(
-            f"--num-layers {num_layers}: the model has {blocks} layers; give at most that, or -1 for all."
+            f"`num_layers={num_layers}`: the model has {blocks} layers; give at most that, or -1 for all."
         )
     model.freeze()
     if fine_tune_type == "full":
+        # [-0:] is all of them, as -1 asks for.
         for block in model.layers[-max(num_layers, 0) :]:
             block.unfreeze()
         if any(array.dtype == mx.uint32 for array in adapter_weights(model).values()):
             raise ConfigError(
-                "--fine-tune-type full: this model's weights are quantised and have no gradient; use lora or dora, or "
+                "`fine_tune_type=full`: this model's weights are quantised and have no gradient; use lora or dora, or "
                 "a model that is not quantised."
             )
     else:
         linear_to_lora_layers(model, num_layers, dict(lora_parameters), use_dora=fine_tune_type == "dora")
+    # mlx-lm skips keys that match nothing in silence.
     trained = dict(tree_flatten(model.trainable_parameters()))
     for key in lora_parameters.get("keys") or () if fine_tune_type != "full" else ():
         if not any(f".{key}." in f".{name}" for name in trained):
@@ -65,6 +67,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     LoRA and DoRA; full fine-tuning changes the base itself.
     """
     adapted = [(name, module) for name, module in model.named_modules() if "lora_a" in module]
+    # mlx-lm's LoRA layers keep the layer they wrap under one of these names.
     base = [(name, module["linear"] if "linear" in module else module["embedding"]) for name, module in adapted]
     model.update_modules(tree_unflatten(base))
     try:
@@ -95,7 +98,7 @@ def adapter_metadata(path: str | Path) -> dict[str, str]:
     Raises:
         ModelError: the file is missing or damaged.
     """
-    return read_header(_adapter_file(Path(path))).metadata
+    return read_header(adapter_file(Path(path))).metadata
 
 
 def load_adapter_file(model: nn.Module, path: str | Path, scale: float) -> None:
@@ -110,14 +113,14 @@ def load_adapter_file(model: nn.Module, path: str | Path, scale: float) -> None:
     Raises:
         ModelError: the file is missing or does not fit the model's adapters exactly.
     """
-    path = _adapter_file(Path(path))
-    _check_scale(path, scale)
+    path = adapter_file(Path(path))
+    check_scale(path, scale)
     try:
         loaded = mx.load(str(path))
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as safetensors ({reason_of(error, first_line=True)}).") from None
     assert isinstance(loaded, dict)
-    weights = dict(_from_peft(name, array) for name, array in loaded.items())
+    weights = dict(from_peft(name, array) for name, array in loaded.items())
     own = adapter_weights(model)
     problems = [f"{name} is not a trainable parameter here" for name in weights if name not in own]
     problems += [f"{name} is missing" for name in own if name not in weights]
@@ -130,22 +133,32 @@ def load_adapter_file(model: nn.Module, path: str | Path, scale: float) -> None:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ModelError(
             f"{path}: does not fit this model's adapters: {'; '.join(problems[:3])}{more}; "
-            "check --model, --num-layers and lora_parameters (rank, keys)."
+            "check `model`, `num_layers` and lora_parameters (rank, keys)."
         )
     model.load_weights([(name, weights[name].astype(array.dtype)) for name, array in own.items()], strict=False)
 
 
-def _adapter_file(path: Path) -> Path:
+def adapter_file(path: Path) -> Path:
+    """The adapters' file at `path`, or in it where it is a folder.
+
+    Raises:
+        ModelError: there is none.
+    """
     if path.is_dir():
         for name in ("adapters.safetensors", "adapter_model.safetensors"):
             if (path / name).is_file():
                 return path / name
     if not path.is_file():
-        raise ModelError(f"--resume-adapter-file {path}: no such adapter file.")
+        raise ModelError(f"`resume_adapter_file` {path}: no such adapter file.")
     return path
 
 
-def _check_scale(path: Path, scale: float) -> None:
+def check_scale(path: Path, scale: float) -> None:
+    """Make sure that the config beside an adapter file, if there is one, has this LoRA scale.
+
+    Raises:
+        ModelError: it has another, or is no adapter's.
+    """
     config_file = path.parent / "adapter_config.json"
     if not config_file.is_file():
         return
@@ -166,7 +179,8 @@ def _check_scale(path: Path, scale: float) -> None:
         )
 
 
-def _from_peft(name: str, array: mx.array) -> tuple[str, mx.array]:
+def from_peft(name: str, array: mx.array) -> tuple[str, mx.array]:
+    """One of PEFT's matrices under mlx-lm's name and transposed; any other array as it is."""
     for theirs, ours in _PEFT_LEAVES.items():
         if name.startswith(_PEFT_PREFIX) and name.endswith(theirs):
             return name[len(_PEFT_PREFIX) : -len(theirs)] + ours, array.T
@@ -182,6 +196,6 @@ def add_trained_adapters(model: nn.Module, folder: Path) -> None:
     try:
         load_adapters(model, str(folder))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise ModelError(f"--adapter-path {folder}: mlx-lm cannot load these adapters ({reason_of(error)}).") from None
+        raise ModelError(f"`adapter_path` {folder}: mlx-lm cannot load these adapters ({reason_of(error)}).") from None
     mx.eval(model.parameters())
     model.eval()

@@ -16,7 +16,8 @@ from mlx_lm.utils import _get_classes
 
 from orpo_mlx.errors import ModelError
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+_FULL = "full_attention"
+_SLIDING = "sliding_attention"
 _ROPE_FIELDS = ("rope_theta", "partial_rotary_factor")
 # mlx-lm's own names for a setting, where they are not Hugging Face's.
 _MLX_NAMES = {"rope_theta": ("rotary_emb_base",), "partial_rotary_factor": ("rotary_pct",)}
@@ -39,7 +40,7 @@ def normalise_config(config: Mapping[str, Any], location: str) -> dict[str, Any]
     if isinstance(config.get("text_config"), dict):
         text_config = {**config["text_config"]}
         text_config.setdefault("model_type", config.get("model_type"))
-        flat["text_config"] = _flatten_rope(text_config, set(), location)
+        flat["text_config"] = with_flat_rope(text_config, set(), location)
     try:
         _, args_class = _get_classes(flat)
     except (ValueError, KeyError, SystemExit):  # One of mlx-lm's modules exits where a package is missing.
@@ -49,11 +50,11 @@ def normalise_config(config: Mapping[str, Any], location: str) -> dict[str, Any]
     parameters = inspect.signature(args_class).parameters
     accepted = set(parameters)
     required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
-    flat = _flatten_rope(_with_old_names(flat, accepted), accepted, location)
-    return _with_layer_pattern(_with_implied(flat, required), accepted, location)
+    flat = with_flat_rope(with_old_names(flat, accepted), accepted, location)
+    return with_layer_pattern(with_implied_settings(flat, required), accepted, location)
 
 
-def _with_old_names(config: dict[str, Any], accepted: set[str]) -> dict[str, Any]:
+def with_old_names(config: dict[str, Any], accepted: set[str]) -> dict[str, Any]:
     """Settings that transformers saves under another name than mlx-lm's class asks for, by transformers' own table."""
     renamed = {**_RENAMED_LATER, **_attribute_map(str(config.get("model_type")))}
     for name in accepted - set(config):
@@ -63,7 +64,7 @@ def _with_old_names(config: dict[str, Any], accepted: set[str]) -> dict[str, Any
     return config
 
 
-def _with_implied(config: dict[str, Any], required: set[str]) -> dict[str, Any]:
+def with_implied_settings(config: dict[str, Any], required: set[str]) -> dict[str, Any]:
     """Settings mlx-lm's class requires and transformers 5 leaves out, because others imply them."""
     implied = {"rope_scaling": None, "n_ctx": config.get("n_positions")}
     if "hidden_size" in config and "num_attention_heads" in config:
@@ -71,7 +72,7 @@ def _with_implied(config: dict[str, Any], required: set[str]) -> dict[str, Any]:
     return {**{name: value for name, value in implied.items() if name in required}, **config}
 
 
-def _with_layer_pattern(config: dict[str, Any], accepted: set[str], location: str) -> dict[str, Any]:
+def with_layer_pattern(config: dict[str, Any], accepted: set[str], location: str) -> dict[str, Any]:
     """`sliding_window_pattern` (every n-th layer sees everything) from transformers 5's list of layer types."""
     types = config.get("layer_types")
     if not types or "sliding_window_pattern" not in accepted or "layer_types" in accepted:
@@ -120,7 +121,12 @@ def _attribute_map(model_type: str) -> dict[str, str]:
         return {}
 
 
-def _flatten_rope(config: dict[str, Any], accepted: set[str], location: str) -> dict[str, Any]:
+def with_flat_rope(config: dict[str, Any], accepted: set[str], location: str) -> dict[str, Any]:
+    """RoPE settings of `rope_parameters` at the top level, where mlx-lm's classes look for them.
+
+    Raises:
+        ModelError: they are nested in a way that the class cannot express.
+    """
     nested = config.get("rope_parameters")
     if nested is None:
         return config
@@ -149,7 +155,9 @@ def _main_rope(
     distinct = [by_layer_type[key] for key in sorted(used & set(by_layer_type))]
     if distinct and all(each == distinct[0] for each in distinct):
         return distinct[0]
-    full, sliding = by_layer_type.get(_FULL), by_layer_type.get(_SLIDING)
+    # Gemma 3: sliding layers have a base of their own, and mlx-lm's class a setting for it.
+    full = by_layer_type.get(_FULL)
+    sliding = by_layer_type.get(_SLIDING)
     two_bases = full is not None and sliding is not None and sliding.get("rope_type", "default") == "default"
     if two_bases and "rope_local_base_freq" in accepted:
         config["rope_local_base_freq"] = by_layer_type[_SLIDING]["rope_theta"]

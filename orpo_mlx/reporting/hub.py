@@ -26,7 +26,7 @@ def contents(folder: Path) -> dict[str, bytes | Path]:
     """
     missing = [name for name in _NEEDED if not (folder / name).is_file()]
     if missing:
-        raise ModelError(f"{folder}: has no {missing[0]}; give the --adapter-path of a run of orpo_mlx.train.")
+        raise ModelError(f"{folder}: has no {missing[0]}; give the `adapter_path` of a run of orpo_mlx.train.")
     return {
         name: _without_paths(folder / name) if name in _WITH_PATHS else folder / name
         for name in _FILES
@@ -41,20 +41,20 @@ def _without_paths(path: Path) -> bytes:
         raise ModelError(f"{path}: is not JSON ({error}); put back the file that training wrote.") from None
 
 
-def check_ready(repo_id: str, flag: str) -> None:
+def check_ready(repo_id: str, source: str) -> None:
     """Make sure that a push could begin, without asking the Hub.
 
     Raises:
-        ConfigError: `repo_id` is not owner/name, or there is no token; names `flag`.
+        ConfigError: `repo_id` is not owner/name, or there is no token; names `source`.
     """
-    check_name(repo_id, flag)
+    check_name(repo_id, source)
     if not get_token():
-        raise ConfigError(f"{flag} {repo_id}: there is no token for the Hub; set HF_TOKEN or run 'hf auth login'.")
+        raise ConfigError(f"{source} {repo_id}: there is no token for the Hub; set HF_TOKEN or run 'hf auth login'.")
 
 
-def check_name(repo_id: str, flag: str) -> None:
+def check_name(repo_id: str, source: str) -> None:
     if not has_hub_form(repo_id):
-        raise ConfigError(f"{flag} {repo_id}: found no repository id, expected owner/name, such as me/my-adapters.")
+        raise ConfigError(f"{source} {repo_id}: found no repository id, expected owner/name, such as me/my-adapters.")
 
 
 def push(folder: Path, repo_id: str, *, private: bool | None = None) -> str:

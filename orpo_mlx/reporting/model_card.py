@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -27,19 +27,15 @@ FILE = "README.md"
 
 _MARK = "<!-- Written by orpo_mlx. A card whose text no longer has this SHA-256 is never overwritten: {} -->\n"
 _MARKED = re.compile(re.escape(_MARK.strip()).replace(r"\{\}", "([0-9a-f]{64})"))
-_ALWAYS_SHOWN = (
-    "batch_size", "grad_accumulation_steps", "learning_rate", "optimizer", "fine_tune_type", "num_layers",
-    "lora_parameters", "max_seq_length", "seed",
-)  # fmt: skip
-_SHOWN_ELSEWHERE = {"method", "model", "data", "adapter_path", "optimizer_config", "push_to_hub", "resume", "overwrite"}
 
 Held = Mapping[str, Mapping[str, float]]
 """Metrics by split."""
+Settings = Mapping[str, Any]
 
 
-def write_card(folder: Path, before: Held, after: Held, defaults: Mapping[str, Any]) -> bool:
+def write_card(folder: Path, before: Held, after: Held, listed: Callable[[Settings], Settings]) -> bool:
     """Write the card of the run in `folder`, from its `run.json` and `metrics.jsonl` and its held-out metrics;
-    settings that are `defaults` are left out.
+    `listed` picks the settings that have a row.
 
     Returns:
         Whether it was written: a README.md that is not this package's, or was changed since, is left as it is.
@@ -51,13 +47,17 @@ def write_card(folder: Path, before: Held, after: Held, defaults: Mapping[str, A
     if path.exists() and not _is_untouched(path.read_bytes()):
         return False
     record = shareable(json.loads((folder / "run.json").read_text(encoding="utf-8")))
-    text = card_text(record, before, after, _peak_gib(folder), defaults)
+    text = card_text(record, before, after, _peak_gib(folder), listed)
     write_text(path, text + _MARK.format(hashlib.sha256(text.encode()).hexdigest()))
     return True
 
 
 def card_text(
-    record: Mapping[str, Any], before: Held, after: Held, peak_gib: float | None, defaults: Mapping[str, Any]
+    record: Mapping[str, Any],
+    before: Held,
+    after: Held,
+    peak_gib: float | None,
+    listed: Callable[[Settings], Settings],
 ) -> str:
     """The card as Markdown below a YAML header.
 
@@ -66,7 +66,7 @@ def card_text(
         before: held-out metrics before training, by split.
         after: the same after training.
         peak_gib: MLX's peak while training; None where no step was reported.
-        defaults: value of each setting that need not be listed.
+        listed: from all settings to those that have a row.
     """
     settings = record["settings"]
     parts = [
@@ -78,7 +78,7 @@ def card_text(
         _method(record),
         _data(record["data"]),
         _figures(before, after),
-        _settings(record, peak_gib, defaults),
+        _settings(record, peak_gib, listed),
     ]
     return "\n".join(parts) + "\n"
 
@@ -181,14 +181,9 @@ def _figures(before: Held, after: Held) -> str:
     return f"## Figures\n\nOn held-out pairs, before and after training:\n\n{_table(heads, rows)}"
 
 
-def _settings(record: Mapping[str, Any], peak_gib: float | None, defaults: Mapping[str, Any]) -> str:
-    settings = record["settings"]
-    shown = {
-        name: value
-        for name, value in settings.items()
-        if name in _ALWAYS_SHOWN or (name not in _SHOWN_ELSEWHERE and value != defaults.get(name))
-    }
-    rows = [[_code(name), markdown_text(json.dumps(value, ensure_ascii=False))] for name, value in shown.items()]
+def _settings(record: Mapping[str, Any], peak_gib: float | None, listed: Callable[[Settings], Settings]) -> str:
+    shown = listed(record["settings"]).items()
+    rows = [[_code(name), markdown_text(json.dumps(value, ensure_ascii=False))] for name, value in shown]
     rows.append(["trainable parameters", f"{record['trainable_parameters']:,}"])
     if peak_gib is not None:
         rows.append(["peak memory while training (MLX)", f"{peak_gib:.2f} GiB"])

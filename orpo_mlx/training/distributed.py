@@ -160,8 +160,8 @@ class Ranks:
             deadline = self._deadline
             if deadline is not None and time.monotonic() > deadline:
                 _leave(
-                    f"rank {self.rank}: the other ranks have not answered for {self.timeout_s:g} s (--rank-timeout); "
-                    "one of them has ended, or does something else; --resume goes on from the last checkpoint"
+                    f"rank {self.rank}: the other ranks have not answered for {self.timeout_s:g} s (`rank_timeout`); "
+                    "one of them has ended, or does something else; `resume` goes on from the last checkpoint"
                 )
 
 

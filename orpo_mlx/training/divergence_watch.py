@@ -14,7 +14,7 @@ _BLOCKS = 4
 
 FALLING = (
     "Rewards of both sides have been falling for {span} steps: the model is unlearning the chosen answers as well; "
-    "a lower --learning-rate, a method with a likelihood term (orpo, cpo, or a sum with sft), or other pairs may help."
+    "a lower `learning_rate`, a method with a likelihood term (orpo, cpo, or a sum with sft), or other pairs may help."
 )
 ALWAYS_RIGHT = (
     "The reward's accuracy has been 1 for {span} steps: these pairs have nothing left to teach, and training on moves "
@@ -22,7 +22,7 @@ ALWAYS_RIGHT = (
 )
 ALWAYS_WRONG = (
     "The reward's accuracy has been 0 for {span} steps: look whether chosen and rejected are the wrong way round, and "
-    "whether --learning-rate is far too low or far too high."
+    "whether `learning_rate` is far too low or far too high."
 )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import mlx.core as mx
 
 from orpo_mlx.config.checks import check_settings
-from orpo_mlx.config.settings import FIELDS, TrainingConfig, group_of
+from orpo_mlx.config.settings import TrainingConfig, settings_with
+from orpo_mlx.config.traits import Trait
 from orpo_mlx.data.batching import length_order
 from orpo_mlx.errors import ConfigError, ModelError
 from orpo_mlx.files import read_json_table
@@ -28,12 +29,6 @@ from orpo_mlx.training.run import Run
 
 METRICS = "test_metrics.jsonl"
 _CONFIG = "adapter_config.json"
-
-_GROUPS = {"what", "data", "loss"}
-_ALSO = {
-    "fine_tune_type", "num_layers", "lora_parameters", "dtype", "batch_size", "val_batches", "test_batches",
-}  # fmt: skip
-_NOT = {"adapter_path", "test"}
 
 
 def settings_of_adapters(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,7 +47,8 @@ def settings_of_adapters(values: Mapping[str, Any]) -> dict[str, Any]:
     )
     for path, table in ((folder / "run.json", _run_settings(folder)), (folder / _CONFIG, _table(folder / _CONFIG))):
         if table:
-            return check_settings({name: table[name] for name in FIELDS if name in table and _decides(name)}, str(path))
+            decisive = settings_with(Trait.EVALUATED)
+            return check_settings({name: table[name] for name in decisive if name in table}, str(path))
     return {}
 
 
@@ -120,10 +116,6 @@ def _run_settings(folder: Path) -> Mapping[str, Any]:
 def _table(path: Path) -> Mapping[str, Any]:
     """A JSON file's object, empty where there is no such file."""
     return read_json_table(path, ConfigError) if path.is_file() else {}
-
-
-def _decides(name: str) -> bool:
-    return name not in _NOT and (group_of(name) in _GROUPS or name in _ALSO)
 
 
 def _precompute_reference(run: Run, reporter: Reporter, stop: StopSignals) -> None:

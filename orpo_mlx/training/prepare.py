@@ -58,11 +58,11 @@ def prepare(
         raise ConfigError("--reference copy: is for comparisons on one process; leave it out under mlx.launch.")
     folder = _output_folder(config.adapter_path)
     hold(folder)
-    head = find(config.model, trust_remote_code=config.trust_remote_code)
-    lengths = data_lengths(config, head.exact_tokens)
-    splits = {name: tokenized_split(source, reading, head.tokenizer, lengths) for name, source in sources.items()}
+    info = find(config.model, trust_remote_code=config.trust_remote_code)
+    lengths = data_lengths(config, info.exact_tokens)
+    splits = {name: tokenized_split(source, reading, info.tokenizer, lengths) for name, source in sources.items()}
     mx.random.seed(config.seed)
-    loaded = load(head, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    loaded = load(info, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     for split in splits.values():
         check_vocabulary(loaded, *split.pairs.largest)
     digest = weights_fingerprint(loaded.model)

@@ -16,7 +16,7 @@ from orpo_mlx.engine.memory_modes import Memory
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.engine.segmented_backward import Gradients, Share
 from orpo_mlx.losses.metrics import pair_metrics
-from orpo_mlx.losses.recipe import BoundLoss
+from orpo_mlx.losses.registry import BoundLoss
 from orpo_mlx.training.reference import with_reference
 from orpo_mlx.types import Batch, PairLogProbs
 

@@ -14,7 +14,18 @@ import orpo_mlx
 from orpo_mlx.cli.main import COMMANDS, main
 from tests.conftest import write_rows
 
-_HEAVY = ("mlx_lm", "transformers", "datasets", "matplotlib", "pyarrow", "huggingface_hub")
+_HEAVY = (
+    "mlx.core",
+    "mlx.nn",
+    "numpy",
+    "rich",
+    "mlx_lm",
+    "transformers",
+    "datasets",
+    "matplotlib",
+    "pyarrow",
+    "huggingface_hub",
+)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], []])
@@ -63,14 +74,25 @@ def test_arguments_and_status_are_the_commands(tmp_path: Path, capsys: pytest.Ca
     assert f"--output {tmp_path}" in second
 
 
-def test_the_list_of_commands_loads_no_library() -> None:
+@pytest.mark.parametrize(
+    ("words", "status", "loaded"),
+    [
+        ("--help", 0, []),
+        ("train --help", 0, ["mlx.core"]),
+        ("train --list-methods", 0, ["mlx.core"]),
+        ("train --metod dpo", 2, ["mlx.core"]),
+        ("train --batch-size 0", 2, ["mlx.core"]),
+    ],
+)
+def test_what_needs_no_model_loads_no_library(words: str, status: int, loaded: list[str]) -> None:
     code = (
         "import sys, orpo_mlx.cli.main\n"
-        "assert orpo_mlx.cli.main.main(['--help']) == 0\n"
-        f"print(sorted(set({_HEAVY!r}) & set(sys.modules)))"
+        "try: status = orpo_mlx.cli.main.main(sys.argv[1:])\n"
+        "except SystemExit as ended: status = ended.code\n"
+        f"print(status, sorted(set({_HEAVY!r}) & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{status} {loaded}"
 
 
 def test_as_a_module() -> None:

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 import orpo_mlx.train as training_module
+from orpo_mlx.cli.train import main as train_main
 from orpo_mlx.cli.watch import main
 from orpo_mlx.config.checks import check_settings, make_config
 from orpo_mlx.errors import ConfigError, TrainingError
@@ -23,14 +24,14 @@ from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.live import server as live_server
 from orpo_mlx.reporting.live.feed import Feed
 from orpo_mlx.reporting.live.server import serving
-from orpo_mlx.train import main as train_main
 from orpo_mlx.train import train
 from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
 from tests.helpers.kill_and_resume import same
+from tests.helpers.quiet_training import run_quietly
 from tests.reporting.live.test_feed import record, report
-from tests.test_train import flags, run_quietly
+from tests.test_train import flags
 
 
 def look(address: str) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def test_while_it_is_prepared_the_page_is_there(settings: dict[str, Any], monkey
         port = other.server_address[1]
     monkeypatch.setattr(training_module, "prepare", preparing)
     monkeypatch.setattr(live_server, "_LINGER_S", 0.1)
-    train(make_config({**settings, "watch": port}), Reporter(Console(quiet=True)))
+    run_quietly({**settings, "watch": port})
     assert (seen[0]["state"], seen[0]["lines"]) == ("preparing", [])
 
 

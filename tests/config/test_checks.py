@@ -99,9 +99,9 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(key: str, near: str) ->
 
 
 @pytest.mark.parametrize(
-    ("other", "flag"),
-    [({"resume": True}, "--resume"), ({"overwrite": True}, "--overwrite"), ({"push_to_hub": "a/b"}, "--push-to-hub")],
+    ("other", "name"),
+    [({"resume": True}, "resume"), ({"overwrite": True}, "overwrite"), ({"push_to_hub": "a/b"}, "push_to_hub")],
 )
-def test_a_test_leaves_the_run_as_it_is(other: dict[str, Any], flag: str) -> None:
-    with pytest.raises(ConfigError, match=f"--test trains nothing and leaves the run as it is; leave out {flag}."):
+def test_a_test_leaves_the_run_as_it_is(other: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=f"`test` trains nothing and leaves the run as it is; leave out `{name}`."):
         make_config({"test": True, **other})

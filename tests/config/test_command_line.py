@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 
-from orpo_mlx.config.command_line import read_config_file, resolve
-from orpo_mlx.config.settings import TrainingConfig, recipe
+from orpo_mlx.config.command_line import given_settings, read_config_file, resolve, settle
+from orpo_mlx.config.settings import SETTINGS, TrainingConfig, recipe
+from orpo_mlx.device_profile import VARIABLE, DeviceProfile, RowLayout, device_profile
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.losses.recipe import PARAMETERS
 from orpo_mlx.losses.registry import METHODS
+
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 def write(tmp_path: Path, text: str) -> str:
@@ -50,16 +53,11 @@ def test_a_flag_wins_over_what_the_file_says_under_another_name(
 
 def test_an_earlier_run_comes_between_the_file_and_the_defaults(tmp_path: Path) -> None:
     file = write(tmp_path, "batch_size: 2\nresume: true\nepochs: 2\n")
-    asked: list[Mapping[str, Any]] = []
-
-    def earlier(values: Mapping[str, Any]) -> dict[str, Any]:
-        asked.append(values)
-        return {"batch_size": 16, "seed": 16, "keep": 16, "iters": 16}
-
-    config = resolve(["-c", file, "--keep", "5"], earlier=earlier)
+    given = given_settings(["-c", file, "--keep", "5"])
+    assert given.values == {"batch_size": 2, "resume": True, "epochs": 2.0, "keep": 5}
+    config = settle(given, {"batch_size": 16, "seed": 16, "keep": 16, "iters": 16})
     assert (config.batch_size, config.keep, config.seed, config.save_every) == (2, 5, 16, TrainingConfig().save_every)
     assert (config.iters, config.epochs) == (None, 2.0)
-    assert asked == [{"batch_size": 2, "resume": True, "epochs": 2.0, "keep": 5}]
 
 
 def test_tables_come_from_the_file_and_keep_the_other_defaults(tmp_path: Path) -> None:
@@ -77,19 +75,17 @@ def test_every_flag_sets_its_field() -> None:
     argv: list[str] = []
     expected: dict[str, Any] = {}
     values: dict[type, Any] = {int: 1, float: 0.5, str: "text"}
-    for field in dataclasses.fields(TrainingConfig):
-        kind, choices = field.metadata["kind"], field.metadata.get("choices")
-        flag = f"--{field.name.replace('_', '-')}"
+    for name, setting in SETTINGS.items():
         # Flags that are tried one by one below: they contradict others.
-        if kind is dict or field.metadata["group"] in ("memory", "resume") or field.name in _ALONE:
+        if setting.kind is dict or setting.group in ("memory", "resume") or name in _ALONE:
             continue
-        if kind is bool:
-            argv.append(f"--no-{flag[2:]}" if field.default else flag)
-            expected[field.name] = not field.default
+        if setting.kind is bool:
+            argv.append(f"--no-{setting.flag[2:]}" if setting.default else setting.flag)
+            expected[name] = not setting.default
             continue
-        value = choices[-1] if choices else _TEXTS.get(field.name, values[kind])
-        argv += [flag, str(value)]
-        expected[field.name] = value
+        value = setting.choices[-1] if setting.choices else _TEXTS.get(name, values[setting.kind])
+        argv += [setting.flag, str(value)]
+        expected[name] = value
     config = resolve([*argv, "--method", "dpo"])
     assert {name: getattr(config, name) for name in expected} == expected
 
@@ -132,18 +128,18 @@ def test_every_loss_parameter_has_its_flag(parameter: str) -> None:
     assert recipe(config).parameters[method][parameter] == 0.25
 
 
-def printed(argv: list[str], capsys: pytest.CaptureFixture[str], **given: Any) -> str:
+def printed(argv: list[str], capsys: pytest.CaptureFixture[str], checkpoint: Mapping[str, Any] = EMPTY) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
-        resolve([*argv, "--print-config"], **given)
+        settle(given_settings([*argv, "--print-config"]), checkpoint)
     assert caught.value.code == 0
     return capsys.readouterr().out
 
 
-def test_the_printed_settings_name_their_origin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_printed_settings_name_their_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path, "learning_rate: 1e-5\nseed: 3\nlora_parameters: {rank: 4}\n")
     argv = ["-c", file, "--seed", "4", "--grad-checkpoint"]
-    lines = printed(argv, capsys, earlier=lambda _: {"keep": 7, "seed": 9}).splitlines()
+    lines = printed(argv, capsys, {"keep": 7, "seed": 9}).splitlines()
     for line in (
         "seed: 4  # flag", "learning_rate: 1.0e-05  # file", "keep: 7  # checkpoint", "batch_size: 4  # default",
         "memory: thrift  # flag", "grad_checkpoint: true  # flag", "  rank: 4  # file", "  scale: 20.0  # default",
@@ -151,7 +147,23 @@ def test_the_printed_settings_name_their_origin(tmp_path: Path, capsys: pytest.C
     ):  # fmt: skip
         assert line in lines, line
     names = [line.split(":")[0] for line in lines if line and line[0] not in "# "]
-    assert sorted(names) == sorted(field.name for field in dataclasses.fields(TrainingConfig))
+    assert sorted(names) == sorted(SETTINGS)
+
+
+@pytest.mark.parametrize(("named", "source"), [(None, "MLX's default device"), ("gpu", VARIABLE)])
+def test_the_devices_profile_is_printed_as_comments(
+    named: str | None, source: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    if named is not None:
+        monkeypatch.setenv(VARIABLE, named)
+    profile = device_profile()
+    lines = printed([], capsys).splitlines()
+    start = lines.index(f"# device profile: {profile.name}, from {source}")
+    assert all(line.startswith("#") for line in lines[start:])
+    for name in {*DeviceProfile._fields, *RowLayout._fields} - {"name"}:
+        assert sum(line.split(":")[0].strip("# ") == name for line in lines[start:]) == 1, name
+    assert f"micro_batch_tokens: {profile.micro_batch_tokens}  # default: {profile.name} profile" in lines
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from mlx_lm.lora import CONFIG_DEFAULTS
 
+from orpo_mlx.cli.train import main
 from orpo_mlx.config.command_line import read_config_file, resolve
 from orpo_mlx.config.mlx_lm_keys import KEYS
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.train import main
 from tests.conftest import CONFIGS, make_pairs, write_id_rows, write_model_folder
 from tests.training.test_evaluate_only import lines_of
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from orpo_mlx.cli.convert import main
+from orpo_mlx.cli.train import main as train
 from orpo_mlx.convert.verify import compare, model_logps, transformers_logps
 from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.gguf.file import read_gguf
 from orpo_mlx.models.gguf.tokenizer import build_tokenizer
 from orpo_mlx.models.loading import load, offline_gguf
-from orpo_mlx.train import main as train
 from orpo_mlx.types import TokenizedPair
 
 pytestmark = pytest.mark.slow

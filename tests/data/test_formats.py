@@ -208,7 +208,7 @@ def test_rated_completions_become_pairs_on_request(row: Row) -> None:
     assert best_worst.pairs == [Pair("Q", "a", "c", "f:1", margin=2.0)]
     every = read_row(row, "f:1", pair_ratings="all").pairs
     assert [(pair[1], pair[2]) for pair in every] == [("a", "b"), ("a", "c"), ("b", "c")]
-    with pytest.raises(DataError, match=r"f:1: the row holds a list of rated completions.*--pair-ratings best_worst"):
+    with pytest.raises(DataError, match=r"f:1: the row holds a list of rated completions.*`pair_ratings=best_worst`"):
         read_row(row, "f:1")
 
 
@@ -331,7 +331,7 @@ def test_a_side_that_stops_early_is_empty() -> None:
         ({"prompt": "Q", "completions": ["a"], "scores": [1]}, "at least two completions"),
         ({"prompt": "Q", "completions": ["a", "b"], "scores": [1]}, "needs a list of as many scores"),
         ({"prompt": "Q", "completions": [{"x": 1}, {"x": 2}]}, "completions[0] has x; expected a text"),
-        ({"prompt": "Q", "good": "A", "bad": "B"}, "--columns chosen=NAME says which column it is"),
+        ({"prompt": "Q", "good": "A", "bad": "B"}, "`columns=chosen=NAME` says which column it is"),
     ],
 )
 def test_rows_that_cannot_be_used(row: Row, expected: str) -> None:

@@ -118,7 +118,7 @@ def test_a_margin_leaves_out_what_is_too_close(tmp_path: Path) -> None:
     assert len(pairs) == 3
     assert report.notes == {SCORED_WRONGLY: 1}
     assert report.places[SCORED_WRONGLY] == [f"{path}:3"]
-    with pytest.raises(DataError, match=r"rows.jsonl:1: --min-margin 1 needs scores"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: `min_margin=1` needs scores"):
         read(write_rows(path, [GOOD]), min_margin=1.0)
 
 
@@ -127,12 +127,12 @@ def test_columns_under_other_names(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", rows)
     columns = parse_columns("prompt=q, chosen=good,rejected=bad")
     assert read(path, columns=columns)[0] == [Pair("Q", "A", "B", f"{path}:1")]
-    with pytest.raises(DataError, match=r"rows.jsonl:1: --columns prompt=x: no such column, found bad, chosen"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: `columns=prompt=x`: no such column, found bad, chosen"):
         read(path, columns={"prompt": "x"})
     for text in ("prompt", "prompt=", "=q", "prompt=a,prompt=b"):
-        with pytest.raises(ConfigError, match="--columns: found"):
+        with pytest.raises(ConfigError, match="`columns`: found"):
             parse_columns(text)
-    with pytest.raises(ConfigError, match=r"--columns: 'promt' is not a name .*; did you mean prompt\?"):
+    with pytest.raises(ConfigError, match=r"`columns`: 'promt' is not a name .*; did you mean prompt\?"):
         parse_columns("promt=q")
     assert parse_columns(None) == {}
 

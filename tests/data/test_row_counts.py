@@ -9,7 +9,7 @@ from orpo_mlx.errors import DataError
 
 
 def test_counts_first_places_and_words() -> None:
-    report = RowReport(limit="--max-seq-length 8")
+    report = RowReport(limit="`max_seq_length` 8")
     for line in range(15):
         report.drop("too_long", f"f:{line}")
     report.drop("bad_row", "f:20", DataError("f:20: nonsense."))
@@ -19,10 +19,10 @@ def test_counts_first_places_and_words() -> None:
     assert report.places["too_long"] == [f"f:{line}" for line in range(10)]
     assert len(report.left_out) == 16
     assert report.left_out[-1] == "f:20: nonsense."
-    assert report.left_out[0] == "f:0: longer than --max-seq-length 8."
+    assert report.left_out[0] == "f:0: longer than `max_seq_length` 8."
     assert report.shape == "a + b"
     assert report.summary() == (
-        ", 15 left out: longer than --max-seq-length 8, 1 left out: not a usable row, 1 with the prompt cut"
+        ", 15 left out: longer than `max_seq_length` 8, 1 left out: not a usable row, 1 with the prompt cut"
     )
 
 

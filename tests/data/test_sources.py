@@ -139,7 +139,7 @@ def test_names_of_splits_on_the_hub(
 
 def test_the_hub_without_such_a_data_set_or_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     on_the_hub(monkeypatch, tmp_path, ["a", "b"])
-    with pytest.raises(DataError, match="--data owner/name: no train split, found a, b"):
+    with pytest.raises(DataError, match="`data` owner/name: no train split, found a, b"):
         find_splits("owner/name")
 
     def missing(*_: Any, **__: Any) -> Any:

@@ -54,13 +54,13 @@ def test_every_row_is_kept_or_counted(tmp_path: Path, tokenizer: Any) -> None:
     assert split.pairs[0] == to_ids(Pair("Q", "A", "B", f"{path}:1"))
     assert split.pairs[2] == to_ids(Pair("Q", "a", "c", f"{path}:6"))
     assert [pair.prompt for pair in split.raw()][-1] == "R"
-    assert "1 left out: longer than --max-seq-length 200" in report.summary()
+    assert "1 left out: longer than `max_seq_length` 200" in report.summary()
     assert len(report.left_out) == 5
 
 
 def test_a_bad_row_ends_it_and_leaves_no_files(tmp_path: Path, own_cache: Path, tokenizer: Any) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [GOOD, {"prompt": 3}])
-    with pytest.raises(DataError, match=r"rows.jsonl:2: .*; --skip-bad-rows leaves such rows out and lists them"):
+    with pytest.raises(DataError, match=r"rows.jsonl:2: .*; `skip_bad_rows` leaves such rows out and lists them"):
         split_of(path, tokenizer)
     assert list((own_cache / "tokens").iterdir()) == []
 
@@ -69,7 +69,7 @@ def test_a_row_the_template_refuses(tmp_path: Path) -> None:
     refuse = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('never') }}{% endif %}"
     tokenizer = load_tokenizer(write_model_folder(tmp_path / "model", template=refuse + CHAT_TEMPLATE))
     path = write_rows(tmp_path / "rows.jsonl", [GOOD, {**GOOD, "prompt": "no"}])
-    with pytest.raises(DataError, match=r"rows.jsonl:2: the chat template refused .*--skip-bad-rows"):
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the chat template refused .*`skip_bad_rows`"):
         split_of(path, tokenizer)
     split = split_of(path, tokenizer, skip_bad_rows=True)
     assert split.report.dropped == {"bad_row": 1}

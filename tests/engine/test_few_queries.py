@@ -11,7 +11,8 @@ import pytest
 from mlx_lm.models import llama
 
 from orpo_mlx.device_profile import VARIABLE
-from orpo_mlx.engine.memory_modes import MODES, Memory, spend_memory
+from orpo_mlx.engine.memory_modes import Memory, spend_memory
+from orpo_mlx.engine.modes import MODES
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.engine.segmented_backward import whole_value_and_grad
 from orpo_mlx.models.adapters import add_adapters

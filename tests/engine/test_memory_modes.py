@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orpo_mlx.engine.memory_modes import AUTOMATIC, MODES
+from orpo_mlx.engine.modes import AUTOMATIC, MODES
 
 
 def test_modes_get_smaller_one_after_another() -> None:

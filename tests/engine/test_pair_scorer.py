@@ -25,7 +25,7 @@ from orpo_mlx.types import PairLogProbs, TokenizedPair
 from tests.conftest import CONFIGS, PROVABLE, VOCABULARY, make_model, make_pairs
 from tests.helpers import float64_losses as oracle
 
-SWITCHES: list[dict[str, bool]] = [
+SWITCHES: list[dict[str, Any]] = [
     {"share_prompt": share, "split_head": split, "lean": lean}
     for share in (True, False)
     for split in (True, False)

@@ -29,7 +29,7 @@ from tests.conftest import PROVABLE, make_model, make_pairs, quantise
 SHORT = make_pairs(4)
 # Prompts that a GPU's layout shares in part.
 LONG = [pair._replace(prompt_ids=tuple(range(1, 40)) + pair.prompt_ids) for pair in make_pairs(2, seed=3)]
-PLAIN = {"share_prompt": False, "split_head": False, "lean": False}
+PLAIN: dict[str, Any] = {"share_prompt": False, "split_head": False, "lean": False}
 Result = tuple[float, dict[str, Any]]
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 SCRIPTS = {"convert.py": "convert", "compare_methods.py": "compare", "compare_memory.py": "memory"}
-_MODULES = {command.module: name for name, command in COMMANDS.items()}
+_MODULES = {command.module: name for name, command in COMMANDS.items()} | {"orpo_mlx.train": "train"}
 _PYTHON = re.compile(r"(\.venv/bin/)?python")
 _SCRIPT = re.compile(r"(\.venv/bin/)?orpo-mlx")
 

@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from orpo_mlx.config.command_line import resolve
-from orpo_mlx.engine.memory_modes import AUTOMATIC
+from orpo_mlx.engine.modes import AUTOMATIC
 from orpo_mlx.memory import predict as memory
 from orpo_mlx.memory.fit import predicted
 from orpo_mlx.memory.predict import recommended_working_set

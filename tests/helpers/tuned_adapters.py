@@ -5,12 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from orpo_mlx.config.checks import make_config
-from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.train import train
 from tests.conftest import SMALL, write_rows
+from tests.helpers.quiet_training import run_quietly
 
 PROMPT, ANSWER = "Say it.", "Sure."
 
@@ -23,5 +19,5 @@ def tuned_adapters(folder: Path, model: Path, **settings: Any) -> Path:
     adapters = folder / "adapters"
     values = {**SMALL, "method": "sft", "iters": 150, "learning_rate": 1e-2, "steps_per_report": 50, **settings}
     values |= {"model": str(model), "data": str(data), "adapter_path": str(adapters)}
-    train(make_config(values), Reporter(Console(quiet=True)))
+    run_quietly(values)
     return adapters

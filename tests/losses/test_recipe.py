@@ -57,7 +57,7 @@ def test_a_sum_needs_what_any_term_needs() -> None:
 @pytest.mark.parametrize(
     ("expression", "expected"),
     [
-        ("orop", r"--method orop: no method 'orop', expected one of .*did you mean orpo"),
+        ("orop", r"`method` orop: no method 'orop', expected one of .*did you mean orpo"),
         ("dpo + sfft", "no method 'sfft'.*did you mean sft"),
         ("sigmoid + dpo", "stands in the sum twice"),
         ("dpo + ", "cannot read the term ''"),
@@ -75,16 +75,16 @@ def test_a_method_that_cannot_be_read(expression: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("expression", "given", "expected"),
     [
-        ("sft", {"beta": 0.1}, "--beta: method sft has no such parameter; it has no parameters"),
+        ("sft", {"beta": 0.1}, "`beta`: method sft has no such parameter; it has no parameters"),
         (
             "simpo",
             {"label_smoothing": 0.1},
-            "--label-smoothing: method simpo has no such parameter; it has --beta, --gamma",
+            "`label_smoothing`: method simpo has no such parameter; it has `beta`, `gamma`",
         ),
-        ("dpo + slic", {"tau": 0.1}, "it has --alpha, --beta, --delta, --label-smoothing"),
-        ("robust", {"label_smoothing": 0.5}, "--label-smoothing: found 0.5, expected a number 0 or more and below 0.5"),
-        ("dpo", {"beta": 0.0}, "--beta: found 0, expected a number above 0"),
-        ("discopop", {"tau": 1.0}, "--tau: found 1, expected a number above 0 and below 1"),
+        ("dpo + slic", {"tau": 0.1}, "it has `alpha`, `beta`, `delta`, `label_smoothing`"),
+        ("robust", {"label_smoothing": 0.5}, "`label_smoothing`: found 0.5, expected a number 0 or more and below 0.5"),
+        ("dpo", {"beta": 0.0}, "`beta`: found 0, expected a number above 0"),
+        ("discopop", {"tau": 1.0}, "`tau`: found 1, expected a number above 0 and below 1"),
         ("exo_pair", {"label_smoothing": 0.0}, "above 0 and below 0.5 for exo_pair"),
     ],
 )

@@ -82,7 +82,7 @@ def test_full_trains_the_blocks_own_weights() -> None:
 
 
 def test_more_layers_than_there_are_and_keys_that_match_nothing() -> None:
-    with pytest.raises(ConfigError, match="--num-layers 3: the model has 2 layers"):
+    with pytest.raises(ConfigError, match="`num_layers=3`: the model has 2 layers"):
         add_adapters(make_model(), "lora", 3, LORA)
     for keys in (["nowhere"], ["self_attn.q_proj", "nowhere"], ["q_proj"]):
         with pytest.raises(ConfigError, match=rf"lora_parameters.keys: '{keys[-1]}' matches no layer"):

@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten
 
 from orpo_mlx.errors import ModelError
 from orpo_mlx.models import loading as models
-from orpo_mlx.models.loading import DEFAULT_MODEL, load
+from orpo_mlx.models.loading import load
+from orpo_mlx.models.names import DEFAULT_MODEL
 from tests.conftest import write_model_folder
 
 
@@ -48,7 +49,7 @@ def test_the_default_falls_back_to_the_installed_package(monkeypatch: pytest.Mon
 def test_another_name_does_not_fall_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(models, "_download", unreachable)
     monkeypatch.setattr(models, "offline_gguf", lambda: tmp_path / "model.gguf")
-    with pytest.raises(ModelError, match="--model someone/else: neither a local path nor to be had from the Hub"):
+    with pytest.raises(ModelError, match="`model` someone/else: neither a local path nor to be had from the Hub"):
         load("someone/else")
 
 

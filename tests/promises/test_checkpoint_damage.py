@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from orpo_mlx.cli.train import main
 from orpo_mlx.files import json_text
-from orpo_mlx.train import main
 from orpo_mlx.training.checkpoints.folders import (
     Checkpoint,
     defect,
@@ -29,8 +29,9 @@ from orpo_mlx.training.checkpoints.resume import newest
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
 from tests.helpers.kill_and_resume import records, same
+from tests.helpers.quiet_training import run_quietly
 from tests.test_train import flags
-from tests.training.checkpoints.test_resume import LONG, interrupted, run_quietly
+from tests.training.checkpoints.test_resume import LONG, interrupted
 
 FILES = ("adapters.safetensors", "adapter_config.json", "manifest.json", "optimizer.safetensors", "state.json")
 

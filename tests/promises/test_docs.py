@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from mlx_lm.utils import load_tokenizer
-from rich.console import Console
 
 from orpo_mlx import errors
 from orpo_mlx.cli.convert import build_parser
-from orpo_mlx.config.checks import make_config
+from orpo_mlx.config.flags import with_flags
 from orpo_mlx.convert.quantize import MODES as MODES_OF_QUANTISATION
 from orpo_mlx.convert.verify import EXACT, MERGED, ROUNDED
 from orpo_mlx.data.formats import SHAPES
@@ -28,16 +27,15 @@ from orpo_mlx.data.sources import SPLIT_NAMES, FileSource
 from orpo_mlx.data.splits import Lengths, tokenized_split
 from orpo_mlx.data.statistics import inspect_splits
 from orpo_mlx.data.truncation import TRUNCATIONS
-from orpo_mlx.engine.memory_modes import MODES
+from orpo_mlx.engine.modes import MODES
 from orpo_mlx.losses import with_reference
 from orpo_mlx.losses.recipe import describe_methods, make_recipe
 from orpo_mlx.losses.registry import METHODS
 from orpo_mlx.models.gguf.architectures import ARCHITECTURES
 from orpo_mlx.models.gguf.file import BLOCKS
-from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.train import train
 from tests.conftest import write_rows
 from tests.helpers import float64_losses
+from tests.helpers.quiet_training import run_quietly
 from tests.losses.test_losses import as_logps
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
@@ -82,7 +80,7 @@ def test_commands_bounds_and_types_of_conversions_are_there() -> None:
 def test_every_file_of_an_adapter_path_is_there(settings: dict[str, Any], data: Path) -> None:
     (data / "train.jsonl").write_text((data / "train.jsonl").read_text() + "{\n")
     settings |= {"method": "dpo", "skip_bad_rows": True, "save_best": True, "report": True}
-    train(make_config(settings), Reporter(Console(quiet=True)))
+    run_quietly(settings)
     text = (DOCS / "resuming.md").read_text(encoding="utf-8")
     for path in Path(settings["adapter_path"]).rglob("*"):
         name = "checkpoints/step-0000040/" if path.name.startswith("step-") else path.name
@@ -102,7 +100,7 @@ def test_every_module_is_in_the_table() -> None:
 
 
 def messages() -> list[str]:
-    """Every text in the package, with `…` for what is filled in."""
+    """Every text in the package as a command prints it, with `…` for what is filled in."""
     found = []
     for path in (DOCS.parent / "orpo_mlx").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -111,7 +109,7 @@ def messages() -> list[str]:
                 found.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
-    return found
+    return [with_flags(text) for text in found]
 
 
 def test_every_message_and_class_of_error_is_there_and_in_the_code() -> None:
@@ -151,7 +149,7 @@ def test_the_example_of_a_new_method_works(settings: dict[str, Any]) -> None:
                 assert found[row] == pytest.approx(math.log1p(math.exp(-z)), rel=1e-5)
             np.testing.assert_allclose(found, example.loss(x, **parameters), rtol=1e-5)
         assert "rdpo" in describe_methods()
-        train(make_config(settings | {"method": "rdpo", "alpha": 0.05}), Reporter(Console(quiet=True)))
+        run_quietly(settings | {"method": "rdpo", "alpha": 0.05})
     finally:
         for table, entries in zip(tables, before, strict=True):
             table.clear()

@@ -16,8 +16,8 @@ from orpo_mlx.cli.fit import main as fit
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.config.command_line import build_parser, resolve
 from orpo_mlx.config.mlx_lm_keys import KEYS
-from orpo_mlx.config.settings import FIELDS, TrainingConfig
-from orpo_mlx.engine.memory_modes import AUTOMATIC
+from orpo_mlx.config.settings import SETTINGS, TrainingConfig
+from orpo_mlx.engine.modes import AUTOMATIC
 from orpo_mlx.memory.fit import predicted
 from orpo_mlx.memory.predict import TOLERANCE, recommended_working_set
 from orpo_mlx.memory.skeleton import read_blueprint
@@ -139,7 +139,7 @@ def test_every_flag_and_key_of_ours_exists(heading: str) -> None:
                     assert word in flags, word
                     found += 1
             if re.fullmatch(r"[a-z_]+\.[a-z]+", code):
-                assert code.split(".")[0] in FIELDS, code
+                assert code.split(".")[0] in SETTINGS, code
             if words[0].startswith("--") and len(words) > 1:
                 resolve(words)
     assert found > 10

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from orpo_mlx.cli.train import main
 from orpo_mlx.files import json_text
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.text import printable, printable_lines, redacted
-from orpo_mlx.train import main
 from tests.conftest import make_pairs, write_id_rows
 from tests.test_train import flags
 

@@ -8,12 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from rich.console import Console
 
-from orpo_mlx.config.checks import make_config
 from orpo_mlx.models.loading import offline_gguf
-from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.train import train
+from tests.helpers.quiet_training import run_quietly
 
 
 @pytest.mark.slow
@@ -29,7 +26,7 @@ def test_losses_and_final_adapter_are_trls(shared: Path, tmp_path: Path, method:
         "lora_parameters": {"rank": 4, "scale": 2.0, "keys": ["self_attn.q_proj", "self_attn.v_proj"]},
         "shuffle": False, "batch_size": 2, "iters": 12, "learning_rate": 5e-4, "steps_per_report": 1, "samples": 0,
     }  # fmt: skip
-    train(make_config(settings), Reporter(Console(quiet=True)))
+    run_quietly(settings)
     theirs = json.loads((folder / "trajectory.json").read_text())["log"][:12]
     ours = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for key, tolerance in (("loss", 5e-4), ("logps/chosen", 5e-4), ("logps/rejected", 5e-4)):

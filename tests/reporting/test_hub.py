@@ -11,12 +11,13 @@ from huggingface_hub import CommitOperationAdd
 from rich.console import Console
 
 from orpo_mlx.cli.push import main
+from orpo_mlx.cli.train import main as train_main
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.reporting import hub as module
 from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.train import main as train_main
 from orpo_mlx.train import train
+from tests.helpers.quiet_training import run_quietly
 
 SENT = ["adapters.safetensors", "adapter_config.json", "README.md", "run.json", "metrics.jsonl"]
 
@@ -53,7 +54,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 @pytest.fixture
 def adapters(settings: dict[str, Any]) -> Path:
-    train(make_config(settings), Reporter(Console(quiet=True)))
+    run_quietly(settings)
     return Path(settings["adapter_path"])
 
 

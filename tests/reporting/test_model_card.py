@@ -11,12 +11,12 @@ from huggingface_hub import ModelCard
 from rich.console import Console
 
 from orpo_mlx.config.checks import make_config
-from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.config.settings import settings_for_card
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.model_card import card_text, shareable, write_card
 from orpo_mlx.train import train
+from tests.helpers.quiet_training import run_quietly
 
-DEFAULTS = TrainingConfig().settings()
 HELD = {
     "test": {
         "accuracies/mean_logps": 0.25, "accuracies/sum_logps": 0.5, "rewards/accuracies": 0.75, "rewards/margins": 1.5,
@@ -37,7 +37,7 @@ def record(**settings: Any) -> dict[str, Any]:
 
 
 def test_training_writes_a_card_with_its_figures(settings: dict[str, Any]) -> None:
-    after = train(make_config({**settings, "method": "dpo", "beta": 0.37}), Reporter(Console(quiet=True))).after
+    after = run_quietly({**settings, "method": "dpo", "beta": 0.37})
     folder = Path(settings["adapter_path"])
     card = ModelCard((folder / "README.md").read_text(encoding="utf-8"))
     run = json.loads((folder / "run.json").read_text())
@@ -61,18 +61,18 @@ def test_training_writes_a_card_with_its_figures(settings: dict[str, Any]) -> No
 
 
 def test_a_card_is_made_anew_until_somebody_changes_it(settings: dict[str, Any]) -> None:
-    train(make_config(settings), Reporter(Console(quiet=True)))
+    run_quietly(settings)
     folder = Path(settings["adapter_path"])
     card = folder / "README.md"
-    assert write_card(folder, HELD, HELD, DEFAULTS)
+    assert write_card(folder, HELD, HELD, settings_for_card)
     written = card.read_text(encoding="utf-8")
     assert "| 25.0% | 25.0% |" in written
     for changed in (written.replace("25.0%", "99.0%"), written + "\nMore.\n", "My own.\n", "", "x" + written):
         card.write_text(changed, encoding="utf-8")
-        assert not write_card(folder, HELD, HELD, DEFAULTS)
+        assert not write_card(folder, HELD, HELD, settings_for_card)
         assert card.read_text(encoding="utf-8") == changed
     card.unlink()
-    assert write_card(folder, HELD, HELD, DEFAULTS)
+    assert write_card(folder, HELD, HELD, settings_for_card)
 
 
 def test_a_changed_card_is_kept_by_training_which_says_so(
@@ -88,7 +88,7 @@ def test_a_changed_card_is_kept_by_training_which_says_so(
 
 def test_the_header_names_what_is_on_the_hub() -> None:
     settings = {"model": "Qwen/Qwen3-0.6B", "data": "trl-lib/pairs:main@abc", "fine_tune_type": "full"}
-    card = ModelCard(card_text(record(**settings), HELD, HELD, None, DEFAULTS))
+    card = ModelCard(card_text(record(**settings), HELD, HELD, None, settings_for_card))
     assert card.data.to_dict()["base_model"] == "Qwen/Qwen3-0.6B"
     assert card.data.to_dict()["datasets"] == ["trl-lib/pairs"]
     assert card.data.to_dict()["base_model_relation"] == "finetune"
@@ -96,7 +96,7 @@ def test_the_header_names_what_is_on_the_hub() -> None:
 
 
 def test_a_sum_has_a_row_for_each_term() -> None:
-    text = card_text(record(method="sigmoid + 0.2*orpo"), HELD, HELD, 1.0, DEFAULTS)
+    text = card_text(record(method="sigmoid + 0.2*orpo"), HELD, HELD, 1.0, settings_for_card)
     assert "| `dpo` | 1 |" in text
     assert "| `orpo` | 0.2 |" in text
 
@@ -104,14 +104,14 @@ def test_a_sum_has_a_row_for_each_term() -> None:
 def test_names_from_outside_are_only_text() -> None:
     values = record(model="m`<b>|*x*")
     values["data"] = {"train": {**values["data"]["train"], "path": "<script>|[a](b)\x1b"}}
-    text = card_text(values, HELD, HELD, None, DEFAULTS)
+    text = card_text(values, HELD, HELD, None, settings_for_card)
     assert "<script>" not in text
     assert "\x1b" not in text
     assert "&lt;script&gt;\\|\\[a\\](b)" in text
 
 
 def test_no_held_out_pairs_is_said() -> None:
-    assert "No held-out pairs were measured" in card_text(record(), {}, {}, None, DEFAULTS)
+    assert "No held-out pairs were measured" in card_text(record(), {}, {}, None, settings_for_card)
 
 
 def test_local_paths_are_cut_down() -> None:

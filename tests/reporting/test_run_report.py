@@ -104,7 +104,7 @@ def test_train_writes_it(settings: dict[str, Any], monkeypatch: pytest.MonkeyPat
 
 
 def test_no_report_contradicts_report_every() -> None:
-    with pytest.raises(ConfigError, match="--report-every asks for reports"):
+    with pytest.raises(ConfigError, match="`report_every` asks for reports"):
         make_config({"report": False, "report_every": 3})
 
 

@@ -16,11 +16,12 @@ from rich.console import Console
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from orpo_mlx.cli.train import main
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.tracking import EventFiles
-from orpo_mlx.train import main, train
+from orpo_mlx.train import train
 from tests.helpers.kill_and_resume import records
 from tests.helpers.small_comparison import quiet
 from tests.test_train import flags

@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.tuner.callbacks import SUPPORT_CALLBACK
 
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.reporting.tracking import SERVICES, check_reporting, parse_services, require_installed
+from orpo_mlx.reporting.services import SERVICES, check_reporting, parse_services, require_installed
 
 
 def test_the_services_are_those_of_mlx_lm_and_tensorboard() -> None:
@@ -34,7 +34,7 @@ def test_names_are_read_as_mlx_lm_reads_them(text: str | None, names: tuple[str,
     ],
 )
 def test_a_name_that_is_no_service(text: str, expected: str) -> None:
-    with pytest.raises(ConfigError, match=f"--report-to {text!r}: {expected}"):
+    with pytest.raises(ConfigError, match=f"`report_to` {text!r}: {expected}"):
         parse_services(text)
 
 
@@ -42,7 +42,7 @@ def test_a_project_needs_a_service_that_has_them() -> None:
     check_reporting("tensorboard,swanlab", "mine")
     check_reporting("tensorboard", None)
     for report_to in (None, "tensorboard"):
-        with pytest.raises(ConfigError, match="--project-name: is a project of --report-to wandb or swanlab"):
+        with pytest.raises(ConfigError, match="`project_name`: is a project of `report_to=wandb or swanlab`"):
             check_reporting(report_to, "mine")
 
 
@@ -54,5 +54,5 @@ def test_a_package_that_is_not_there(
 ) -> None:
     package = SERVICES[name].package
     monkeypatch.setitem(sys.modules, package, module)
-    with pytest.raises(ConfigError, match=f"^--report-to {name}: needs a package; pip install {package}$"):
+    with pytest.raises(ConfigError, match=f"^`report_to={name}`: needs a package; pip install {package}$"):
         require_installed([name])

@@ -22,7 +22,8 @@ from orpo_mlx.training.checkpoints.state import random_state_of
 from orpo_mlx.training.distributed import Ranks, find_ranks
 from tests.conftest import make_pairs, write_id_rows
 from tests.helpers.kill_and_resume import FEW_THREADS, TIMED, adapters, records
-from tests.training.checkpoints.test_resume import fail_before, run_quietly
+from tests.helpers.quiet_training import run_quietly
+from tests.training.checkpoints.test_resume import fail_before
 
 MANY = {"iters": 20, "batch_size": 5, "micro_batch_tokens": 64, "steps_per_report": 1, "save_every": 7}
 

@@ -11,21 +11,15 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from rich.console import Console
 
-from orpo_mlx.config.checks import make_config
-from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.train import main, train
+from orpo_mlx.cli.train import main
 from tests.conftest import make_model, make_pairs, write_id_rows
+from tests.helpers.quiet_training import run_quietly
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def run_quietly(settings: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return train(make_config(settings), Reporter(Console(quiet=True))).after
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.train import main
+from orpo_mlx.cli.train import main
 from orpo_mlx.training.checkpoints.resume import newest
 from orpo_mlx.training.interrupts import Interrupted, StopSignals
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
 from tests.helpers.kill_and_resume import same
+from tests.helpers.quiet_training import run_quietly
 from tests.test_train import flags
-from tests.training.checkpoints.test_resume import LONG, run_quietly
+from tests.training.checkpoints.test_resume import LONG
 
 
 @pytest.mark.parametrize(

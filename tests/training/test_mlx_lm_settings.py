@@ -23,7 +23,8 @@ from orpo_mlx.training.gradients import step_gradient
 from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.step import optimiser_step
 from tests.conftest import make_model, model_config, quantise
-from tests.training.test_evaluate_only import lines_of, run_quietly
+from tests.helpers.quiet_training import run_quietly
+from tests.training.test_evaluate_only import lines_of
 
 CLASSES = {
     "adam": optim.Adam, "adamw": optim.AdamW, "muon": optim.Muon, "sgd": optim.SGD, "adafactor": optim.Adafactor,
@@ -146,7 +147,7 @@ def test_what_is_trained_is_what_was_asked_for_and_mlx_lm_runs_it(
 
 
 def test_quantised_weights_cannot_be_trained_themselves(settings: dict[str, Any], quantised: Path) -> None:
-    with pytest.raises(ConfigError, match="--fine-tune-type full: this model's weights are quantised"):
+    with pytest.raises(ConfigError, match="`fine_tune_type=full`: this model's weights are quantised"):
         run_quietly({**settings, "model": str(quantised), "fine_tune_type": "full"})
 
 

@@ -66,7 +66,7 @@ def test_it_stays_what_the_policy_was(settings: dict[str, Any], fine_tune_type: 
     ("values", "expected"),
     [
         ({"method": "orpo", "reference": "copy"}, "method orpo compares with no reference"),
-        ({"method": "dpo", "reference": "copy", "precompute_reference": True}, "leave out --precompute-reference"),
+        ({"method": "dpo", "reference": "copy", "precompute_reference": True}, "leave out `precompute_reference`"),
     ],
 )
 def test_flags_that_would_do_nothing_are_refused(values: dict[str, Any], expected: str) -> None:

@@ -11,17 +11,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from orpo_mlx.cli.train import main
 from orpo_mlx.errors import NonFiniteError
 from orpo_mlx.models.adapters import adapter_weights
-from orpo_mlx.train import main
 from orpo_mlx.training.gradients import micro_batch_inputs
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import clip_factor, optimiser_step
 from orpo_mlx.training.step_functions import StepFunctions
 from orpo_mlx.types import PairLogProbs
 from tests.helpers.kill_and_resume import records
+from tests.helpers.quiet_training import run_quietly
 from tests.test_train import flags, make_run, trainable
-from tests.training.checkpoints.test_resume import LONG, assert_same, fail_before, run_quietly
+from tests.training.checkpoints.test_resume import LONG, assert_same, fail_before
 
 NAME = "model.layers.1.self_attn.q_proj.lora_a"
 

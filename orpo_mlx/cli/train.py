@@ -1,0 +1,53 @@
+"""Align a model with preference pairs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from orpo_mlx.config.command_line import GivenSettings, given_settings, settle
+from orpo_mlx.config.flags import exit_status, with_flags
+from orpo_mlx.config.settings import TrainingConfig
+
+if TYPE_CHECKING:
+    from orpo_mlx.training.distributed import Ranks
+
+PROG = "orpo-mlx train"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status."""
+    return exit_status(PROG, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    given = given_settings(argv, PROG)
+    # Only now: a mistyped flag need not wait for mlx-lm and transformers.
+    from orpo_mlx.reporting.console import Reporter
+    from orpo_mlx.train import train
+    from orpo_mlx.training.distributed import find_ranks
+
+    ranks = find_ranks(TrainingConfig.rank_timeout)
+    config = settle(given, earlier_settings(given, ranks))
+    train(config, Reporter(words=with_flags), ranks)
+
+
+def earlier_settings(given: GivenSettings, ranks: Ranks) -> dict[str, Any]:
+    """Settings of what the run goes on from: the adapters that `--test` evaluates, or the checkpoint of `--resume`."""
+    from orpo_mlx.training.checkpoints.resume import settings_of_newest
+    from orpo_mlx.training.evaluate_only import settings_of_adapters
+
+    values = given.values
+    if values.get("test"):
+        return settings_of_adapters(values)
+    if not values.get("resume"):
+        return {}
+    settings = settings_of_newest(values.get("adapter_path", TrainingConfig.adapter_path)) if ranks.first else {}
+    taken: dict[str, Any] = json.loads(ranks.from_first(json.dumps(settings).encode()))
+    return taken
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""How a command speaks and ends: one sentence on stderr, in which settings are called by their flags."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from orpo_mlx.config.settings import SETTINGS
+from orpo_mlx.errors import UserError
+from orpo_mlx.text import printable
+
+_MENTION = re.compile(r"`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>[^`]*))?`")
+"""How libraries mention a setting: `seed`, or with a value `memory=fast`, `shuffle=False`."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence on stderr and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` without the usage text and leave with status 2."""
+        self.exit(2, f"{self.prog}: error: {printable(message).rstrip('.')}; see {self.prog} --help.\n")
+
+
+def flag_of(name: str, value: str | None = None) -> str:
+    """What a command line has for a setting, or an argument of a library, and its value."""
+    words = name.replace("_", "-")
+    switches = {None: f"--{words}", "True": f"--{words}", "False": f"--no-{words}"}
+    return switches.get(value, f"--{words} {value}")
+
+
+def with_flags(text: str, own: Collection[str] = ()) -> str:
+    """A library's message with the settings it mentions as flags; `own` are a command's besides those of `train`."""
+
+    def flag(mention: re.Match[str]) -> str:
+        known = mention["name"] in SETTINGS or mention["name"] in own
+        return flag_of(mention["name"], mention["value"]) if known else mention[0]
+
+    return _MENTION.sub(flag, text)
+
+
+@contextmanager
+def naming_flags(own: Collection[str] = ()) -> Iterator[None]:
+    """Let errors that pass through call settings by their flags."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (with_flags(str(error), own),)
+        raise
+
+
+def exit_status(prog: str, command: Callable[[], object]) -> int:
+    """Run a command: 0, 2 with one sentence on stderr for what a user can mend, 130 or 143 where it was interrupted."""
+    try:
+        with naming_flags():
+            command()
+    except UserError as error:
+        message = printable(str(error)).rstrip(".")
+        print(f"{prog}: error: {message}{'' if message.endswith('?') else '.'}", file=sys.stderr)
+        return 2
+    except OSError as error:  # A full disk, or a folder that cannot be written, wherever a command meets it.
+        location = f"{error.filename}: " if error.filename else ""
+        print(
+            f"{prog}: error: {location}{error.strerror or error}; free space or choose another folder.", file=sys.stderr
+        )
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"{prog}: interrupted: {with_flags(str(interrupt)) or 'nothing was saved'}.", file=sys.stderr)
+        return 128 + getattr(interrupt, "number", signal.SIGINT)
+    return 0

@@ -1,0 +1,125 @@
+"""What can be known of a setting: the words that `settings.py` declares each of them with."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, get_args, get_origin
+
+
+class Trait(enum.Flag):
+    """What other modules ask of a setting; `settings.settings_with` answers."""
+
+    NONE = 0
+    RESUMABLE = enum.auto()
+    """May change when a run goes on: no gradient depends on it."""
+    BY_CONTENT = enum.auto()
+    """Names what is compared by its content instead, wherever it lies."""
+    THIS_COMMAND = enum.auto()
+    """Counts where this very command asks for it: no checkpoint has a say in it."""
+    PER_RANK = enum.auto()
+    """May differ between the processes of one run."""
+    EVALUATED = enum.auto()
+    """Held-out figures depend on it, so that `--test` takes it from the run that made the adapters."""
+    TRAINING_ONLY = enum.auto()
+    """Refused with `--test`."""
+    COMPARED = enum.auto()
+    """A comparison sets it itself, or has no use for it: refused among the flags that hold for all methods."""
+    OF_METHOD = enum.auto()
+    """May differ between the methods of a comparison."""
+    ON_CARD = enum.auto()
+    """Stands on the model card even where it has its default."""
+    NOT_ON_CARD = enum.auto()
+    """Is no row of the model card's settings: it stands elsewhere on the card, or concerns nobody else."""
+    PUBLISHED = enum.auto()
+    """Stands in a published measurement of memory, since it decides the figures."""
+    INSPECTED = enum.auto()
+    """`orpo-mlx inspect` has it too."""
+
+
+class Group(NamedTuple):
+    """Settings that stand together in `--help`."""
+
+    title: str
+    traits: Trait = Trait.NONE
+    """What holds for all of them."""
+
+
+GROUPS = {
+    "what": Group("what to train on what"),
+    "data": Group("data", Trait.EVALUATED),
+    "loss": Group("loss", Trait.EVALUATED),
+    "training": Group("training"),
+    "adapters": Group("model and adapters"),
+    "memory": Group("memory; changes no number but time and size", Trait.RESUMABLE | Trait.PER_RANK),
+    "machines": Group("more than one machine", Trait.RESUMABLE | Trait.COMPARED),
+    "reports": Group("reports and saves", Trait.RESUMABLE | Trait.COMPARED),
+    "resume": Group("going on with a run", Trait.RESUMABLE | Trait.THIS_COMMAND | Trait.COMPARED),
+}
+
+
+class Range(NamedTuple):
+    """The numbers a setting can have."""
+
+    words: str
+    """To follow "expected a number"."""
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Range("greater than 0", lambda value: value > 0)
+NOT_NEGATIVE = Range("0 or more", lambda value: value >= 0)
+PORT = Range("from 0 to 65535", lambda value: 0 <= value <= 65535)
+ALL_OR_COUNT = Range("-1 (all) or greater than 0", lambda value: value == -1 or value > 0)
+ALL_OR_SOME = Range("-1 (all) or 0 or more", lambda value: value >= -1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """All that is known of one setting."""
+
+    group: str
+    """A key of `GROUPS`."""
+    help: str
+    off_help: str = ""
+    """What `--no-NAME` does, of a switch that is on by default."""
+    traits: Trait = Trait.NONE
+    range: Range | None = None
+    choices: tuple[str, ...] = ()
+    any_case: bool = False
+    """Whether a choice may be written in capitals."""
+    is_size: bool = False
+    """Whether 500MB is read as bytes."""
+    aliases: tuple[str, ...] = ()
+    """Keys of older mlx-lm, mlx-lm-lora and TRL for the same, where the name alone does not lead here."""
+    replaces: tuple[str, ...] = ()
+    """Settings of a lower level (file, checkpoint) that do not hold where this one is given."""
+    # From the field itself.
+    name: str = ""
+    kind: type = str
+    default: Any = None
+
+    @property
+    def flag(self) -> str:
+        """As the command line has it."""
+        return f"--{self.name.replace('_', '-')}"
+
+
+def option(group: str, default: Any, help: str, traits: Trait = Trait.NONE, **more: Any) -> Any:
+    """A dataclass field with its `Setting`; `more` are arguments of that."""
+    setting = Setting(group=group, help=help, traits=GROUPS[group].traits | traits, **more)
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: {**default}, metadata={"setting": setting})
+    return dataclasses.field(default=default, metadata={"setting": setting})
+
+
+def setting_of(field: dataclasses.Field[Any], annotation: Any) -> Setting:
+    """The `Setting` of a field that `option` has made, with the field's name, type and default."""
+    if isinstance(annotation, UnionType):  # int | None
+        annotation = next(each for each in get_args(annotation) if each is not NoneType)
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    setting: Setting = field.metadata["setting"]
+    return dataclasses.replace(setting, name=field.name, kind=get_origin(annotation) or annotation, default=default)

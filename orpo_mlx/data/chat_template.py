@@ -1,0 +1,143 @@
+"""A pair rendered as text: by the tokenizer's chat template, or as plain strings where it has none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from orpo_mlx.data.messages import as_turns
+from orpo_mlx.errors import DataError, reason_of
+from orpo_mlx.types import Message, Pair, Text
+
+# A text that no template writes by itself, to find in what one renders.
+_MARK = "Zq1"
+_QUESTION = {"role": "user", "content": "Hi"}
+
+
+class PairTexts(NamedTuple):
+    """A pair's texts as the model reads them."""
+
+    prompt: str
+    """Up to where generation would start."""
+    with_chosen: str
+    """Prompt and chosen completion."""
+    with_rejected: str
+
+
+class PairRenderer:
+    """Renders pairs for one tokenizer.
+
+    Args:
+        tokenizer: mlx-lm's `TokenizerWrapper`, or None for a model folder without one, for which nothing can be
+            rendered.
+        eos_texts: the texts of its EOS tokens.
+    """
+
+    def __init__(self, tokenizer: Any | None, eos_texts: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._eos_texts = eos_texts
+        self.has_template = tokenizer is not None and tokenizer.has_chat_template
+        self.folds_system = self.has_template and self._lacks_system_role()
+        """Whether a system text goes to the head of the next turn, since the template has no system role."""
+        self._stray = self._stray_header() if self.has_template else ""
+
+    def texts(self, pair: Pair) -> PairTexts:
+        """The texts of prompt, prompt + chosen and prompt + rejected.
+
+        Raises:
+            DataError: no tokenizer, a conversation without a chat template, or a template that fails.
+        """
+        prompt = self.prompt(pair)
+        return PairTexts(prompt, *(self._whole(pair, prompt, side) for side in (pair.chosen, pair.rejected)))
+
+    def prompt(self, pair: Pair) -> str:
+        """The text of a pair's prompt alone.
+
+        Raises:
+            DataError: see `texts`.
+        """
+        if self._tokenizer is None:
+            raise DataError(
+                f"{pair.location}: the row is text but the model has no tokenizer; give prompt_ids, chosen_ids and "
+                "rejected_ids."
+            )
+        if not self.has_template:
+            return _plain(pair.prompt, pair.location)
+        return self._render(pair, as_turns(pair.prompt, "user"), add_generation_prompt=True)
+
+    def _whole(self, pair: Pair, prompt: str, side: Text) -> str:
+        side = self._without_eos(side)
+        if not self.has_template:
+            return prompt + _plain(side, pair.location)
+        turns = (*as_turns(pair.prompt, "user"), *as_turns(side, "assistant"))
+        return self._render(pair, turns, add_generation_prompt=False).removesuffix(self._stray)
+
+    def _render(self, pair: Pair, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        turns = [dict(message) for message in messages]
+        extras = {"tools": [dict(tool) for tool in pair.tools] or None, **pair.template_kwargs}
+        try:
+            return self._apply(folded(turns) if self.folds_system else turns, add_generation_prompt, extras)
+        except Exception as error:  # Templates raise whatever they like, jinja2's errors among others.
+            roles = ", ".join(str(turn.get("role")) for turn in turns)
+            reason = reason_of(error, first_line=True)
+            raise DataError(f"{pair.location}: the chat template refused the turns ({roles}): {reason}.") from error
+
+    def _apply(
+        self, turns: Sequence[Message], add_generation_prompt: bool, extras: Mapping[str, Any] | None = None
+    ) -> str:
+        assert self._tokenizer is not None
+        return str(
+            self._tokenizer.apply_chat_template(
+                turns, add_generation_prompt=add_generation_prompt, tokenize=False, **(extras or {})
+            )
+        )
+
+    def _without_eos(self, text: Text) -> Text:
+        """A completion whose own text ends in EOS would get another from the template."""
+        if not isinstance(text, str):
+            content = self._without_eos(text[-1]["content"])
+            return text if content == text[-1]["content"] else (*text[:-1], {**text[-1], "content": content})
+        for eos in self._eos_texts:
+            if text.rstrip().endswith(eos):
+                return text.rstrip().removesuffix(eos)
+        return text
+
+    def _lacks_system_role(self) -> bool:
+        """Whether the template refuses a system turn, or leaves it out in silence."""
+        try:
+            self._apply([_QUESTION], True)
+        except Exception:  # A template that takes nothing is named with the first row.
+            return False
+        try:
+            return _MARK not in self._apply([{"role": "system", "content": _MARK}, _QUESTION], True)
+        except Exception:
+            return True
+
+    def _stray_header(self) -> str:
+        """What the template writes after a finished answer beyond its EOS: the next turn's header, asked for or not."""
+        try:
+            after = self._apply([_QUESTION, {"role": "assistant", "content": _MARK}], False).rpartition(_MARK)[2]
+        except Exception:  # As above.
+            return ""
+        _, eos, rest = min(
+            (after.partition(text) for text in self._eos_texts), key=lambda cut: len(cut[0]), default=("",) * 3
+        )
+        # White space after EOS stays: many templates end every turn in a line break, also the last.
+        blank = len(rest) - len(rest.lstrip())
+        return rest[blank:] if eos else ""
+
+
+def _plain(text: Text, location: str) -> str:
+    if not isinstance(text, str):
+        raise DataError(
+            f"{location}: the row is a conversation but the tokenizer has no chat template; give plain strings."
+        )
+    return text
+
+
+def folded(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns whose system text stands at the head of the first turn after it."""
+    if len(turns) < 2 or turns[0].get("role") != "system":
+        return turns
+    first = {**turns[1], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
+    return [first, *turns[2:]]

@@ -1,0 +1,89 @@
+"""Text to token ids and back with one tokenizer, each with BOS and EOS once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from orpo_mlx.text import printable
+
+Ids = tuple[int, ...]
+
+# No template writes more tokens of white space after an EOS, and the table of those seen stays small.
+_MOST_BLANK = 8
+
+
+class TokenCodec:
+    """Encodes and decodes with one tokenizer.
+
+    Args:
+        tokenizer: mlx-lm's `TokenizerWrapper`, or None for a model folder without one, whose rows are token ids.
+    """
+
+    def __init__(self, tokenizer: Any | None) -> None:
+        self._tokenizer = tokenizer
+        self._backend = _backend(tokenizer)
+        self._has_template = tokenizer is not None and tokenizer.has_chat_template
+        self._bos = tokenizer.bos_token_id if tokenizer is not None else None
+        self._eos = set(tokenizer.eos_token_ids) if tokenizer is not None else set()
+        self.eos_texts = tuple(filter(None, (self.decode((token,)) for token in sorted(self._eos))))
+        self._blank: dict[Ids, bool] = {}
+
+    def encode(self, texts: list[str], *, special: bool | None = None) -> list[Ids]:
+        """Ids of each text; `special`: whether the tokenizer adds BOS and EOS, by default where no template does."""
+        if not texts:
+            return []
+        assert self._tokenizer is not None
+        special = not self._has_template if special is None else special
+        if self._backend is not None:
+            rows = [text.ids for text in self._backend.encode_batch_fast(texts, add_special_tokens=special)]
+        else:
+            rows = self._tokenizer._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+        return [self._with_one_bos(tuple(row)) for row in rows]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids, special tokens included."""
+        return str(self._tokenizer.decode(list(ids))) if self._tokenizer is not None and ids else ""
+
+    def open_prompt(self, ids: Ids) -> Ids:
+        """A prompt's ids without EOS: some tokenizers close every text with it, and a prompt is not closed yet."""
+        while not self._has_template and len(ids) > 1 and ids[-1] in self._eos and ids[-1] != self._bos:
+            ids = ids[:-1]
+        return ids
+
+    def closed(self, ids: Ids) -> Ids:
+        """A completion's ids ending in EOS: as rendered (white space may follow it), or with EOS appended."""
+        tail = next((back for back, token in enumerate(reversed(ids)) if token in self._eos), None)
+        if tail is not None and self._is_blank(ids[len(ids) - tail :]):
+            return ids
+        eos = self._tokenizer.eos_token_id if self._tokenizer is not None else None
+        return ids if eos is None else (*ids, eos)
+
+    def _with_one_bos(self, ids: Ids) -> Ids:
+        # Templates write BOS themselves, and some tokenizers add theirs whatever they are told.
+        return ids[1:] if self._bos is not None and ids[:2] == (self._bos, self._bos) else ids
+
+    def _is_blank(self, ids: Ids) -> bool:
+        if len(ids) > _MOST_BLANK:
+            return False
+        if ids not in self._blank:
+            self._blank[ids] = not self.decode(ids).strip()
+        return self._blank[ids]
+
+
+def show_tokens(ids: Sequence[int], tokenizer: Any | None, *, most: int = 600) -> str:
+    """Ids as one line of text, special tokens included, the middle left out where it is long, nothing unprintable."""
+    text = " ".join(map(str, ids)) if tokenizer is None else str(tokenizer.decode(list(ids))).replace("\n", "↵")
+    if len(text) > most:
+        text = f"{text[: most // 2]} [...] {text[-most // 2 :]}"
+    return printable(text)
+
+
+def _backend(tokenizer: Any | None) -> Any | None:
+    """The Rust tokenizer inside, half the time without transformers' bookkeeping; None where there is none."""
+    backend = getattr(getattr(tokenizer, "_tokenizer", None), "backend_tokenizer", None)
+    if backend is not None:
+        # Whatever the checkpoint's tokenizer.json says: rows are cut and padded here, and counted.
+        backend.no_truncation()
+        backend.no_padding()
+    return backend
