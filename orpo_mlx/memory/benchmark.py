@@ -27,7 +27,7 @@ from orpo_mlx.data.batching import TrainingOrder, micro_batches
 from orpo_mlx.data.sources import find_splits
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.files import save_json
-from orpo_mlx.process_memory import process_footprint, settle
+from orpo_mlx.process_memory import configure_allocator, process_footprint
 from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.reference_store import ReferenceTable
 from orpo_mlx.training.run import Run, versions
@@ -51,7 +51,7 @@ def measure(config: TrainingConfig) -> dict[str, Any]:
     `reference_s`, the median per step of what the first epoch adds (0 without a reference); `pair_tokens_per_s`;
     `loss`, its mean in the pass that warms up, whose first step is that of the model as it was loaded.
     """
-    settle()
+    configure_allocator()
     run = prepare(config)
     pairs = run.splits["train"].pairs
     window_size = config.batch_size * config.grad_accumulation_steps

@@ -17,7 +17,7 @@ _GIB = 2**30
 
 
 def plan_memory(run: Run, say: Callable[[str], None]) -> None:
-    """Predict a step's peak on the train split's longest pairs, and settle `--memory auto`.
+    """Predict a step's peak on the train split's longest pairs, and decide what `--memory auto` is.
 
     `auto` becomes the fastest mode whose prediction, with the room by which predictions may be off, is within what the
     device recommends or, where it recommends nothing, within half of the machine's memory; else the smallest. Without

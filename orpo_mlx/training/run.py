@@ -22,6 +22,9 @@ from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.reference import ReferenceLogProbs
 
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+"""mlx-lm's name for what goes with `adapters.safetensors`."""
+
 
 @dataclasses.dataclass
 class Run:
@@ -59,7 +62,7 @@ def run_record(run: Run) -> dict[str, Any]:
 
 
 def adapter_config(run: Run) -> dict[str, Any]:
-    """What `adapter_config.json` holds: mlx-lm's keys, so that its `--adapter-path` takes the folder as it is."""
+    """What `ADAPTER_CONFIG_FILE` holds: mlx-lm's keys, so that its `--adapter-path` takes the folder as it is."""
     config = run.config
     return {
         "fine_tune_type": config.fine_tune_type,

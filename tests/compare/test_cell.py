@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orpo_mlx.compare.cell import Picked, judge, relabel, run_cell, spread_out, three_splits, train_cell
+from orpo_mlx.compare.cell import judge, run_cell, train_cell
+from orpo_mlx.compare.pair_sets import PairSubset, relabel, spread_out, three_splits
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.data.batching import collate
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
@@ -27,8 +28,8 @@ FACTS = ("initial_adapter_sha256", "order_sha256", "data_sha256", "pairs")
 
 def spec(settings: dict[str, Any], *more: str, **changes: Any) -> dict[str, Any]:
     shared = ("--model", settings["model"], "--data", settings["data"], "--batch-size", "2", "--seed", "1")
-    words = [*shared, "--adapter-path", settings["adapter_path"], "--no-memory-check", *more]
-    values = {"kind": "train", "labels": "given", "words": words, "budget": ["steps", 3], "curve_points": 3}
+    argv = [*shared, "--adapter-path", settings["adapter_path"], "--no-memory-check", *more]
+    values = {"kind": "train", "labels": "given", "argv": argv, "budget": ["steps", 3], "curve_points": 3}
     return {
         **values,
         "valid_pairs": 4,
@@ -154,4 +155,4 @@ def test_spread_out() -> None:
     assert spread_out(pairs, -1) is pairs
     assert spread_out(pairs, 10) is pairs
     assert list(spread_out(pairs, 2)) == [pairs[2], pairs[7]]
-    assert list(Picked(pairs, [3, 1, 2])[1:]) == [pairs[1], pairs[2]]
+    assert list(PairSubset(pairs, [3, 1, 2])[1:]) == [pairs[1], pairs[2]]

@@ -12,7 +12,7 @@ import pytest
 
 from orpo_mlx.cli.compare import main
 from orpo_mlx.compare import runner
-from orpo_mlx.compare.plan import PROG, parse
+from orpo_mlx.compare.plan import PROG, parse_plan
 from orpo_mlx.errors import ConfigError, TrainingError
 from tests.conftest import write_rows
 from tests.helpers.small_comparison import here, quiet, short_replies, words, write_text_data
@@ -49,7 +49,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def run(argv: list[str]) -> dict[str, Any]:
-    return runner.compare(parse(argv), argv, quiet())
+    return runner.run_comparison(parse_plan(argv), argv, quiet())
 
 
 def figures(results: dict[str, Any]) -> Any:

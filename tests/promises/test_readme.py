@@ -16,7 +16,7 @@ import pytest
 from orpo_mlx.cli.fit import parse as parse_fit
 from orpo_mlx.cli.main import COMMANDS
 from orpo_mlx.cli.memory import parse as parse_benchmark
-from orpo_mlx.compare.plan import parse as parse_comparison
+from orpo_mlx.compare.plan import parse_plan
 from orpo_mlx.config.command_line import resolve
 from tests.conftest import write_rows
 from tests.helpers.documented_commands import DOCUMENTS, LINES, ROOT, Line, lines_of
@@ -38,7 +38,7 @@ def parse_training(words: Sequence[str]) -> object:
 
 # Commands whose flags are checked by more than their own parser.
 PARSE: dict[str, Callable[[Sequence[str]], object]] = {
-    "train": parse_training, "fit": lambda words: parse_fit(without_files(words)), "compare": parse_comparison,
+    "train": parse_training, "fit": lambda words: parse_fit(without_files(words)), "compare": parse_plan,
     "memory": parse_benchmark,
 }  # fmt: skip
 

@@ -138,7 +138,7 @@ def test_rows_are_small_and_found(tmp_path: Path) -> None:
     count = 200_000
     table = ReferenceTable(tmp_path / "a.npz", IDENTITY)
     rows = np.sort(np.frombuffer(np.random.default_rng(0).bytes(16 * count), "S16"))
-    table._rows = reference_table.Rows(rows, np.zeros((count, 2), np.float32))
+    table._rows = reference_table.ReferenceRows(rows, np.zeros((count, 2), np.float32))
     table.add(b"0" * 16, -1.0, -1.0)
     table.save()
     assert (tmp_path / "a.npz").stat().st_size < 24.1 * count

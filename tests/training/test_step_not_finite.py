@@ -126,7 +126,7 @@ def test_no_nan_reaches_a_file(
     assert_no_nan(folder)
 
 
-def test_steps_are_passed_over_counted_and_too_many_end_the_run(
+def test_steps_are_skipped_counted_and_too_many_end_the_run(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     settings |= {**LONG, "on_nonfinite": "skip", "lora_parameters": {"dropout": 0.1}}
@@ -146,7 +146,7 @@ def test_steps_are_passed_over_counted_and_too_many_end_the_run(
     argv = flags({key: value for key, value in settings.items() if key != "lora_parameters"})
     assert main([*argv, "--max-skipped", "1"]) == 2
     err = capsys.readouterr().err
-    assert "1 steps were passed over before, --max-skipped is 1" in err
+    assert "1 steps were skipped before, --max-skipped is 1" in err
 
 
 def test_an_evaluation_that_is_not_finite_names_the_pairs_and_goes_on(

@@ -17,7 +17,7 @@ import pytest
 
 from orpo_mlx.cli.train import main
 from orpo_mlx.errors import ConfigError, TrainingError
-from orpo_mlx.training.checkpoints.state import random_state, set_random_state
+from orpo_mlx.training.checkpoints.random_numbers import random_state, set_random_state
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
 from tests.conftest import make_pairs, write_id_rows
