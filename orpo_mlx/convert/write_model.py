@@ -22,6 +22,7 @@ from orpo_mlx.models.safetensors_files import INDEX_FILE
 SHARD_GIB = 2
 """A shard's size: what is in memory at once, and read again if one is damaged."""
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "additional_chat_templates/*.jinja")
+# Written anew, or no longer true of the converted model.
 _NOT_COMPANIONS = ("config.json", "adapter_config.json", "hf_quant_config.json")
 
 
@@ -49,7 +50,9 @@ def write_weights(folder: Path, weights: dict[str, mx.array], destination: Path,
     count = len(shards)
     with byte_progress(f"writing {destination.name}", total) as advance:
         for number in range(count):
-            shard, shards[number] = shards[number], {}
+            # Let go of, so that each shard is freed once it is written.
+            shard = shards[number]
+            shards[number] = {}
             name = f"model-{number + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
             for array in shard.values():
                 mx.eval(array)
