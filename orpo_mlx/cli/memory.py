@@ -11,7 +11,14 @@ from orpo_mlx.config.command_line import resolve
 from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.files import save_json
-from orpo_mlx.memory.benchmark import PROG, benchmark_flags, compare, mode_flags, publishable_memory, table
+from orpo_mlx.memory.benchmark import (
+    PROG,
+    benchmark_flags,
+    costs_table,
+    measure_methods,
+    mode_flags,
+    publishable_memory,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,10 +70,10 @@ def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None
 
 def _run(argv: Sequence[str] | None) -> None:
     methods, arguments, json_file, modes, publish = parse(argv)
-    record = compare(methods, arguments, json_file, modes)
+    record = measure_methods(methods, arguments, json_file, modes)
     if publish is not None:
         save_json(publish, publishable_memory(record))
-    print(table(record["methods"]))
+    print(costs_table(record["methods"]))
     died = [f"{row['method']} ({row['error']})" for row in record["methods"] if "error" in row]
     if died:
         raise TrainingError(f"the process of {', '.join(died)} died before it was measured")
