@@ -104,8 +104,8 @@ def leave_out_head(model: nn.Module, tensors: frozenset[str]) -> None:
     own = next((name for name in dict(tree_flatten(model.parameters())) if name.endswith("lm_head.weight")), None)
     if own is None or not tensors or any(name.endswith("lm_head.weight") for name in tensors):
         return
-    # Gemma 3's class removes its own head in `sanitize`, which is given every name with nothing behind it. Other classes
-    # need the arrays themselves, and have no such head to leave out.
+    # Gemma 3's class removes its own head in `sanitize`, which is given every name with nothing behind it. Other
+    # classes need the arrays themselves, and have no such head to leave out.
     with suppress(AttributeError, KeyError, ValueError, TypeError, IndexError):
         model.sanitize({name: mx.zeros(()) for name in tensors})
 
