@@ -134,7 +134,7 @@ def convert_adapter(source: str, model_name: str, task: Task, *, to_mlx: bool) -
         UserError: see `convert_hf`.
     """
     with new_folder(task) as folder:
-        path = adapter_folder(source, "SRC")
+        path = _adapter_folder(source, "SRC")
         own_file, new_file = (PEFT_WEIGHTS, MLX_WEIGHTS) if to_mlx else (MLX_WEIGHTS, PEFT_WEIGHTS)
         adapter = read_adapter(path, own_file, source="SRC")
         base = open_model(model_name, folder / SCRATCH, source="`model`", trust_remote_code=task.trust_remote_code)
@@ -162,7 +162,7 @@ def convert_merge(model_name: str, adapter_path: str, task: Task) -> None:
         UserError: see `convert_hf`.
     """
     with new_folder(task) as folder:
-        adapter = adapter_folder(adapter_path, "`adapter_path`")
+        adapter = _adapter_folder(adapter_path, "`adapter_path`")
         trust = task.trust_remote_code
         read_adapter(adapter, MLX_WEIGHTS, source="`adapter_path`")
         base = open_model(model_name, folder / SCRATCH, source="`model`", trust_remote_code=trust)
@@ -218,12 +218,8 @@ def write_companions(task: Task, base: SourceModel, folder: Path) -> None:
         base.info.tokenizer.save_pretrained(folder)
 
 
-def adapter_folder(name: str, source: str) -> Path:
-    """A folder that the user gave as `source`.
-
-    Raises:
-        ModelError: there is none.
-    """
+def _adapter_folder(name: str, source: str) -> Path:
+    """A folder that the user gave as `source`."""
     path = Path(name).expanduser()
     if not path.is_dir():
         raise ModelError(f"{source} {name}: no such folder; an adapter on the Hub must be downloaded first.")

@@ -116,7 +116,7 @@ def unpickled(folder: Path, scratch: Path) -> list[Path]:
     check_space(scratch, sum(file.stat().st_size for file in found))
     (scratch / "config.json").symlink_to((folder / "config.json").resolve())
     for number, file in enumerate(found):
-        weights = read_pickle(torch, file)
+        weights = _read_pickle(torch, file)
         save_safetensors(scratch / f"model-{number:05d}.safetensors", weights, {"format": "pt"})
     return sorted(scratch.glob("model-*.safetensors"))
 
@@ -131,12 +131,8 @@ def _torch(file: Path) -> Any:
         ) from None
 
 
-def read_pickle(torch: Any, file: Path) -> dict[str, mx.array]:
-    """The tensors of a pickled file, by torch's reader that runs no code.
-
-    Raises:
-        ModelError: the file holds more than tensors, or is damaged.
-    """
+def _read_pickle(torch: Any, file: Path) -> dict[str, mx.array]:
+    """The tensors of a pickled file, by torch's reader that runs no code."""
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, zip errors.

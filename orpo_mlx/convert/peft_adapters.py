@@ -88,14 +88,14 @@ def peft_to_mlx(peft: Adapter, model: nn.Module, location: str) -> Adapter:
         if module not in modules:
             raise ModelError(f"{location}: adapts {module!r}, which this model does not have; check `model`.")
         if leaf == _BASE_LAYER:
-            check_same_weights(array, modules[module], module, location)
+            _check_same_weights(array, modules[module], module, location)
             stored.append(name)
         elif leaf == "lora_magnitude_vector":
             weights[f"{module}.m"] = array
         else:
             weights[f"{module}.{(_LINEAR | _EMBEDDING)[leaf]}"] = array.T
     adapted = {name.rpartition(".")[0] for name in weights}
-    check_layers(adapted, modules, scaling, location)
+    _check_layers(adapted, modules, scaling, location)
     carried = peft.metadata.get(_CARRIED)
     if carried is None:
         lora = {"rank": scaling.rank, "scale": scaling.scale, "dropout": scaling.dropout}
@@ -125,9 +125,9 @@ def mlx_to_peft(adapter: Adapter, model: nn.Module, names: set[str], base: str, 
         ModelError: it is for another model, or is something PEFT cannot express.
     """
     modules = dict(model.named_modules())
-    scaling = mlx_scaling(adapter.config, f"{location}/{CONFIG}")
+    scaling = _mlx_scaling(adapter.config, f"{location}/{CONFIG}")
     adapted = {name.rpartition(".")[0] for name in adapter.weights}
-    check_layers(adapted, modules, scaling, location)
+    _check_layers(adapted, modules, scaling, location)
     for module in sorted(adapted):
         if f"{module}.weight" not in names:
             raise ModelError(
@@ -192,12 +192,8 @@ def split_name(name: str, location: str) -> tuple[str, str]:
     raise ModelError(f"{location}: tensor {name!r} is of no LoRA or DoRA layer, so it cannot be expressed by mlx-lm.")
 
 
-def check_layers(adapted: set[str], modules: Mapping[str, nn.Module], scaling: Scaling, location: str) -> None:
-    """Make sure that both forms can adapt these modules, and mean the same by it.
-
-    Raises:
-        ModelError: they cannot.
-    """
+def _check_layers(adapted: set[str], modules: Mapping[str, nn.Module], scaling: Scaling, location: str) -> None:
+    """Make sure that both forms can adapt these modules, and mean the same by it."""
     for name in sorted(adapted):
         module = modules.get(name)
         if module is None:
@@ -219,12 +215,8 @@ def is_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
 
 
-def check_same_weights(stored: mx.array, module: nn.Module, name: str, location: str) -> None:
-    """Make sure that weights an adapter stores besides its matrices are the base model's own.
-
-    Raises:
-        ModelError: they were trained.
-    """
+def _check_same_weights(stored: mx.array, module: nn.Module, name: str, location: str) -> None:
+    """Make sure that weights an adapter stores besides its matrices are the base model's own."""
     own = module.get("weight")
     if own is None or own.shape != stored.shape or not mx.array_equal(own.astype(stored.dtype), stored).item():
         raise ModelError(
@@ -237,7 +229,7 @@ def carried_mlx_config(carried: str, scaling: Scaling, location: str) -> dict[st
     """The config of mlx-lm's that an adapter came with, as long as PEFT's still says the same."""
     try:
         config = dict(json.loads(carried))
-        same = same_scaling(mlx_scaling(config, location), scaling)
+        same = same_scaling(_mlx_scaling(config, location), scaling)
     except (ValueError, TypeError):
         same = False
     if not same:
@@ -273,12 +265,8 @@ def layers_and_keys(adapted: set[str], model: nn.Module, lora: Mapping[str, Any]
     return {"num_layers": layers, "lora_parameters": {**lora, "keys": sorted(keys)}}
 
 
-def mlx_scaling(config: Mapping[str, Any], location: str) -> Scaling:
-    """The numbers of mlx-lm's adapter config.
-
-    Raises:
-        ModelError: it is not one, or one of full fine-tuning.
-    """
+def _mlx_scaling(config: Mapping[str, Any], location: str) -> Scaling:
+    """The numbers of mlx-lm's adapter config."""
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise ModelError(f"{location}: fine_tune_type is {kind!r}: these are whole weights, not an adapter; use merge.")

@@ -45,7 +45,7 @@ def read_scaling(config: Mapping[str, Any], location: str) -> Scaling:
         raise ModelError(
             f"{location}: r, lora_alpha and lora_dropout are {rank!r}, {alpha!r} and {dropout!r}, not numbers."
         )
-    refuse_inexpressible(config, rank, alpha, location)
+    _refuse_inexpressible(config, rank, alpha, location)
     root = math.sqrt(rank) if config.get("use_rslora") else rank
     return Scaling(rank, alpha / root, float(dropout), bool(config.get("use_dora")))
 
@@ -55,12 +55,8 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def refuse_inexpressible(config: Mapping[str, Any], rank: int, alpha: float, location: str) -> None:
-    """Make sure that a PEFT config says nothing that mlx-lm's adapters cannot.
-
-    Raises:
-        ModelError: it does.
-    """
+def _refuse_inexpressible(config: Mapping[str, Any], rank: int, alpha: float, location: str) -> None:
+    """Make sure that a PEFT config says nothing that mlx-lm's adapters cannot."""
     for key, value in config.items():
         if key not in _HARMLESS.split() and value not in (None, False) and value != {} and value != []:
             if key == "megatron_config" or key not in ("modules_to_save", "lora_bias", "layer_replication"):

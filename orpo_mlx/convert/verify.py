@@ -148,12 +148,8 @@ def difference_of(one: Logps, other: Logps) -> Difference:
     return Difference(float(apart.max()), float(apart.mean()), apart.size)
 
 
-def check_within(difference: Difference, limit: Limit, what: str) -> None:
-    """Make sure that `difference` is within `limit`.
-
-    Raises:
-        ModelError: it is not; the message begins with `what`.
-    """
+def _check_within(difference: Difference, limit: Limit, what: str) -> None:
+    """Make sure that `difference` is within `limit`."""
     if not math.isfinite(difference.worst) or difference.worst > limit.worst or difference.mean > limit.mean:
         bound = f"worst {limit.worst:g}" if math.isfinite(limit.worst) else f"mean {limit.mean:g}"
         bound = bound if math.isfinite(min(limit)) else "finite numbers"
@@ -198,7 +194,7 @@ def verify_model(task: Task, folder: Path, baseline: Baseline | None, limit: Lim
     if baseline is None:
         return
     after = folder_logps(folder, baseline.pairs, trust_remote_code=task.trust_remote_code)
-    compare_and_check(task, "the model as it was", baseline.logps, after, limit)
+    _compare_and_check(task, "the model as it was", baseline.logps, after, limit)
     if original is None or not has_torch():
         return
     try:
@@ -206,7 +202,7 @@ def verify_model(task: Task, folder: Path, baseline: Baseline | None, limit: Lim
     except ModelError as error:
         print(f"not compared with transformers: {error}")
         return
-    compare_and_check(task, "transformers on PyTorch", theirs, after, limit)
+    _compare_and_check(task, "transformers on PyTorch", theirs, after, limit)
 
 
 def verify_round_trip(task: Task, one: Adapter, back: Adapter) -> None:
@@ -235,7 +231,7 @@ def verify_adapter(task: Task, base: SourceModel, mlx_folder: Path, peft_folder:
     add_trained_adapters(loaded.model, mlx_folder)
     ours = model_logps(loaded.model, pairs)
     # Of a number and itself the difference is 0, and not a number where it is none.
-    check_within(difference_of(ours, ours), REPORTED, str(task.destination))
+    _check_within(difference_of(ours, ours), REPORTED, str(task.destination))
     if not has_torch() or importlib.util.find_spec("peft") is None or not base.files:
         return
     try:
@@ -243,15 +239,11 @@ def verify_adapter(task: Task, base: SourceModel, mlx_folder: Path, peft_folder:
     except ModelError as error:
         print(f"not compared with PEFT: {error}")
         return
-    compare_and_check(task, "PEFT on PyTorch", theirs, ours, MERGED)
+    _compare_and_check(task, "PEFT on PyTorch", theirs, ours, MERGED)
 
 
-def compare_and_check(task: Task, what: str, one: Logps, other: Logps, limit: Limit) -> None:
-    """Print how far log-probs are apart, and make sure that it is within `limit`.
-
-    Raises:
-        ModelError: it is not.
-    """
+def _compare_and_check(task: Task, what: str, one: Logps, other: Logps, limit: Limit) -> None:
+    """Print how far log-probs are apart, and make sure that it is within `limit`."""
     difference = difference_of(one, other)
     print(f"compared with {what}: {difference}")
-    check_within(difference, limit, str(task.destination))
+    _check_within(difference, limit, str(task.destination))

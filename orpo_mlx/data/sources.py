@@ -168,7 +168,7 @@ def hub_splits(
         raise DataError(
             f"`data` {data}: no such file or folder, and not to be had from the Hub as a data set ({reason_of(error)})."
         ) from None
-    check_revision(data, revision, found)
+    _check_revision(data, revision, found)
     splits: dict[str, Source] = {}
     for split, names in SPLIT_NAMES.items():
         candidates = [name + suffix for suffix in _HUB_SUFFIXES for name in names]
@@ -183,12 +183,8 @@ def hub_splits(
     return splits
 
 
-def check_revision(data: str, revision: str | None, found: Any) -> None:
-    """Make sure that a data set is of the commit that was asked for.
-
-    Raises:
-        DataError: it is of another.
-    """
+def _check_revision(data: str, revision: str | None, found: Any) -> None:
+    """Make sure that a data set is of the commit that was asked for."""
     # Offline, `datasets` takes the newest version in its cache, whichever was asked for. Its cache's folders are named
     # by commit, which is all there is to tell.
     if revision is None or not _COMMIT.match(revision):

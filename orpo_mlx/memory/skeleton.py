@@ -64,9 +64,9 @@ def read_blueprint(name: str, *, dtype: str | None = None) -> Blueprint:
         config, file_dtype = gguf_config(path)
         stored = Stored(file_dtype, frozenset(), frozenset())
     else:
-        config = folder_config(path)
-        stored = read_headers(path)
-    layers = layer_count(path, config)
+        config = _folder_config(path)
+        stored = _read_headers(path)
+    layers = _layer_count(path, config)
     stored = stored._replace(dtype=loaded_dtype(dtype) or stored.dtype)
     return Blueprint(config, layers, layer_period(config, layers), *stored)
 
@@ -115,12 +115,8 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
 
 
-def folder_config(path: Path) -> dict[str, Any]:
-    """The config.json of a model folder, normalised.
-
-    Raises:
-        ModelError: there is none, or it cannot be used.
-    """
+def _folder_config(path: Path) -> dict[str, Any]:
+    """The config.json of a model folder, normalised."""
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json in this folder, so it is not a model.")
     try:
@@ -129,12 +125,8 @@ def folder_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}/config.json: cannot be read ({reason_of(error)}).") from None
 
 
-def read_headers(path: Path) -> Stored:
-    """The headers of all weight files of a folder.
-
-    Raises:
-        ModelError: one is damaged, or none has floating-point weights.
-    """
+def _read_headers(path: Path) -> Stored:
+    """The headers of all weight files of a folder."""
     sizes: Counter[str] = Counter()
     quantised = set()
     names = set()
@@ -150,12 +142,8 @@ def read_headers(path: Path) -> Stored:
     return Stored(_HEADER_DTYPES[sizes.most_common(1)[0][0]], frozenset(quantised), frozenset(names))
 
 
-def layer_count(path: Path, config: Mapping[str, Any]) -> int:
-    """How many layers a config says there are.
-
-    Raises:
-        ModelError: it does not.
-    """
+def _layer_count(path: Path, config: Mapping[str, Any]) -> int:
+    """How many layers a config says there are."""
     for table in (config, config.get("text_config") or {}):
         for key in _LAYER_KEYS:
             if isinstance(table.get(key), int):

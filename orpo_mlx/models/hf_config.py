@@ -40,7 +40,7 @@ def normalise_config(config: Mapping[str, Any], location: str) -> dict[str, Any]
     if isinstance(config.get("text_config"), dict):
         text_config = {**config["text_config"]}
         text_config.setdefault("model_type", config.get("model_type"))
-        flat["text_config"] = with_flat_rope(text_config, set(), location)
+        flat["text_config"] = _with_flat_rope(text_config, set(), location)
     try:
         _, args_class = _get_classes(flat)
     except (ValueError, KeyError, SystemExit):  # One of mlx-lm's modules exits where a package is missing.
@@ -50,7 +50,7 @@ def normalise_config(config: Mapping[str, Any], location: str) -> dict[str, Any]
     parameters = inspect.signature(args_class).parameters
     accepted = set(parameters)
     required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
-    flat = with_flat_rope(with_old_names(flat, accepted), accepted, location)
+    flat = _with_flat_rope(with_old_names(flat, accepted), accepted, location)
     return with_layer_pattern(with_implied_settings(flat, required), accepted, location)
 
 
@@ -121,12 +121,8 @@ def _attribute_map(model_type: str) -> dict[str, str]:
         return {}
 
 
-def with_flat_rope(config: dict[str, Any], accepted: set[str], location: str) -> dict[str, Any]:
-    """RoPE settings of `rope_parameters` at the top level, where mlx-lm's classes look for them.
-
-    Raises:
-        ModelError: they are nested in a way that the class cannot express.
-    """
+def _with_flat_rope(config: dict[str, Any], accepted: set[str], location: str) -> dict[str, Any]:
+    """RoPE settings of `rope_parameters` at the top level, where mlx-lm's classes look for them."""
     nested = config.get("rope_parameters")
     if nested is None:
         return config

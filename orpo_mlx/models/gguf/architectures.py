@@ -180,7 +180,7 @@ def rope_scaling(file: GgufFile, settings: GgufSettings, head_dim: int) -> dict[
     """
     kind = settings.text("rope.scaling.type")
     if "rope_freqs.weight" in file.tensors:
-        return {"rope_scaling": llama3_scaling(file, settings, head_dim)}
+        return {"rope_scaling": _llama3_scaling(file, settings, head_dim)}
     if kind == "linear":
         return {"rope_scaling": {"type": kind, "rope_type": kind, "factor": settings.number("rope.scaling.factor")}}
     if kind not in (None, "none", "longrope") or (kind is None and "rope_factors_long.weight" in file.tensors):
@@ -191,12 +191,8 @@ def rope_scaling(file: GgufFile, settings: GgufSettings, head_dim: int) -> dict[
     return {}
 
 
-def llama3_scaling(file: GgufFile, settings: GgufSettings, head_dim: int) -> dict[str, Any]:
-    """The llama 3 settings that give the very frequency divisors the file carries.
-
-    Raises:
-        ModelError: none do.
-    """
+def _llama3_scaling(file: GgufFile, settings: GgufSettings, head_dim: int) -> dict[str, Any]:
+    """The llama 3 settings that give the very frequency divisors the file carries."""
     found = read_table(file, "rope_freqs.weight")
     factor = float(found.max())
     base = settings.number("rope.freq_base", 10000.0)
