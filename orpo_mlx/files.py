@@ -24,7 +24,8 @@ from orpo_mlx.text import redacted
 _UNFINISHED = ".unfinished-"
 _REPLACED = ".replaced-"
 _GB = 1e9
-_MOST_JSON = 100_000_000  # Bytes. A hostile checkpoint's config could otherwise fill the memory.
+# Bytes. A hostile checkpoint's config could otherwise fill the memory.
+_MOST_JSON = 100_000_000
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -152,6 +153,7 @@ def cache_folder() -> Path | None:
     Not the adapter's folder: the next run usually has another one, and tokens and the reference are the same for all
     learning rates, β and methods tried on one model and data set.
     """
+    # ~/.cache on macOS too, where the Hub's cache is: people who look for space look there.
     given = os.environ.get("ORPO_MLX_CACHE")
     if given:
         return None if given == "off" else Path(given).expanduser()

@@ -160,9 +160,9 @@ def parameters_table() -> str:
         for name, method in METHODS.items():
             if parameter in method.parameters:
                 default, values = method.parameters[parameter]
-                having.setdefault(values.words, []).append(f"`{name}` {default:g}")
+                having.setdefault(values.text, []).append(f"`{name}` {default:g}")
         flag = f"`--{parameter.replace('_', '-')}`"
-        rows += [f"| {flag} | {words} | {', '.join(methods)} |" for words, methods in having.items()]
+        rows += [f"| {flag} | {text} | {', '.join(methods)} |" for text, methods in having.items()]
     return "\n".join(rows)
 
 

@@ -15,6 +15,7 @@ from orpo_mlx.files import read_json_table
 
 # mlx-lm's name for the experts of a layer in one array.
 _STACKED = ".switch_mlp."
+# Layers whose weights are packed; experts in one array are a class of mlx-lm's own.
 _QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 
 
@@ -73,6 +74,7 @@ def merged_tensors(
         ModelError: one of them is not in the checkpoint as the model has it.
     """
     merged = dict(tree_flatten(model.parameters()))
+    # Whatever the model does not hold stays: other heads, vision towers, buffers.
     result = dict(tensors)
     for name, before in base.items():
         parts = unstacked_names(name, before.shape[0])

@@ -17,6 +17,7 @@ from orpo_mlx.models.hf_config import normalise_config
 from orpo_mlx.models.loading import ModelInfo, find, load_lazily, locate
 from orpo_mlx.models.safetensors_files import read_header, safetensors_shards, shard_names
 
+# How pickled weights are called, by transformers, PyTorch and Meta.
 _PICKLED = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "consolidated*.pth")
 
 
@@ -94,6 +95,7 @@ def read_tensors(files: list[Path]) -> dict[str, mx.array]:
 def link_files(folder: Path, files: list[Path], scratch: Path) -> None:
     """A folder in which mlx-lm finds these weight files and no others."""
     scratch.mkdir()
+    # Resolved, since the Hub's cache is itself made of links, relative to where they are.
     (scratch / "config.json").symlink_to((folder / "config.json").resolve())
     for number, file in enumerate(files):
         (scratch / f"model-{number:05d}.safetensors").symlink_to(file.resolve())

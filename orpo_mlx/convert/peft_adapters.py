@@ -96,6 +96,7 @@ def peft_to_mlx(peft: Adapter, model: nn.Module, location: str) -> Adapter:
             weights[f"{module}.{(_LINEAR | _EMBEDDING)[leaf]}"] = array.T
     adapted = {name.rpartition(".")[0] for name in weights}
     _check_layers(adapted, modules, scaling, location)
+    # An adapter that came from mlx-lm gets its own config back, which has keys that PEFT's cannot say.
     carried = peft.metadata.get(_CARRIED)
     if carried is None:
         lora = {"rank": scaling.rank, "scale": scaling.scale, "dropout": scaling.dropout}
@@ -147,6 +148,7 @@ def mlx_to_peft(adapter: Adapter, model: nn.Module, names: set[str], base: str, 
         metadata = {_CARRIED: json.dumps(adapter.config)}
     else:
         config, metadata = carried_peft_config(carried, scaling, adapted, location), {}
+        # PEFT wrote these weights of the base model, so they are in the file that goes back.
         for name in carried.get("base_layers", ()):
             weights[name] = modules[split_name(name, location)[0]].weight
     return Adapter(config, weights, {"format": "pt", **adapter.metadata, **metadata})
@@ -199,6 +201,7 @@ def _check_layers(adapted: set[str], modules: Mapping[str, nn.Module], scaling: 
         if module is None:
             raise ModelError(f"{location}: adapts {name!r}, which this model does not have; check `model`.")
         if is_embedding(module):
+            # Without a head of its own the embedding's weights are used twice.
             if not any(other.rpartition(".")[2] == "lm_head" for other in modules):
                 raise ModelError(
                     f"{location}: adapts {name!r}, which this model also uses as its head: mlx-lm adapts both uses and "

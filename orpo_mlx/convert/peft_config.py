@@ -111,6 +111,7 @@ def make_peft_config(scaling: Scaling, targets: Mapping[str, Any], base: str) ->
 
 def alpha_for(scaling: Scaling) -> float | int:
     """The alpha for which alpha / r is the scale: to the last bit, or next to it where no float gives the very one."""
+    # The product is rounded, and dividing it by the rank again need not give the scale back.
     near = scaling.scale * scaling.rank
     around = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
     alpha = min(around, key=lambda each: abs(each / scaling.rank - scaling.scale))
@@ -119,6 +120,7 @@ def alpha_for(scaling: Scaling) -> float | int:
 
 def same_scaling(one: Scaling, other: Scaling) -> bool:
     """Whether two adapters have the same numbers, scales to the last bit but one."""
+    # 4e-16 is two units in the last place: alpha / r is rounded once on either side.
     return one._replace(scale=0) == other._replace(scale=0) and math.isclose(one.scale, other.scale, rel_tol=4e-16)
 
 
@@ -133,6 +135,7 @@ def find_targets(adapted: set[str], modules: Sequence[str], leaves: Sequence[str
     endings = sorted({name.rpartition(".")[2] for name in adapted})
     inner = sorted({name_in_layer(name) for name in adapted})
     layers = sorted({int(index) for name in adapted if (index := layer_index(name)) is not None})
+    # Short endings first, as people write them; layers are named only where not all are adapted.
     for targets in (endings, inner):
         for config in ({"target_modules": targets}, {"target_modules": targets, "layers_to_transform": layers}):
             if {name for name in leaves if matches(config, name)} == adapted:

@@ -73,6 +73,7 @@ def quantise(model: nn.Module, config: dict[str, Any], how: Quantisation) -> tup
     wanted = {
         name: module for name, module in model.named_modules() if hasattr(module, "to_quantized") and "weight" in module
     }
+    # mlx-lm leaves these as they are without a word.
     odd = sorted(name for name, module in wanted.items() if module.weight.shape[-1] % how.group_size)
     if len(odd) == len(wanted):
         raise ConfigError(f"`group_size={how.group_size}`: no layer's width is a multiple of it; give a smaller one.")

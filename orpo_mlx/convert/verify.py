@@ -27,6 +27,8 @@ from orpo_mlx.types import TokenizedPair
 Logps = np.ndarray[Any, np.dtype[np.float64]]
 """One number for each token of each completion, nats."""
 
+# Words, code, digits and other scripts, since a wrong tokenizer shows in one of them; two lengths each, so that padding
+# and the shared prompt are in play.
 TEXTS = (
     ("The capital of France is", " Paris, on the river Seine.", " a kind of cheese from the Alps."),
     ("def add(a, b):\n", "    return a + b\n", "    raise ValueError(f'{a!r} < {b!r}')\n"),
@@ -67,6 +69,7 @@ class Difference(NamedTuple):
 
 def probe_pairs(tokenizer: Any | None, config: Mapping[str, Any]) -> list[TokenizedPair]:
     """`TEXTS` as token ids, or fixed ids of the vocabulary where there is no tokenizer."""
+    # Any 256 ids will do for a config that does not say how many there are.
     vocabulary = int(config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 256)
     rng = np.random.default_rng(0)
     pairs = []

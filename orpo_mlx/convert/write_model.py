@@ -67,6 +67,7 @@ def write_weights(folder: Path, weights: dict[str, mx.array], destination: Path,
 def take_weights(model: nn.Module) -> dict[str, mx.array]:
     """The model's parameters by name; the model lets go of them, so that each is freed once it is written."""
     weights = dict(tree_flatten(model.parameters()))
+    # An array is freed when the last reference to it is gone, and the model holds one.
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))
     return weights
 
@@ -91,6 +92,7 @@ def copy_companions(source: Path, folder: Path, *, code: bool = False) -> list[s
     for pattern in (*_COMPANIONS, *(("*.py",) if code else ())):
         for file in sorted(source.glob(pattern)):
             name = file.relative_to(source)
+            # An index of the old weights would send loaders to shards that are not there.
             if file.is_file() and str(name) not in _NOT_COMPANIONS and not file.name.endswith(".index.json"):
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, folder / name)

@@ -18,8 +18,10 @@ SPLIT_NAMES = {
 }
 """Our splits, and the names others give them."""
 
+# How `datasets` and Spark number the parts of a file.
 _SHARD = re.compile(r"^(?P<stem>.*?)-\d{5}-of-\d{5}$")
 _LAST_WORD = re.compile(r"[._-]")
+# owner/name:configuration@revision; a revision may have slashes in it, as branches do.
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
 # What `datasets` writes beside the rows.
 _NOT_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")
@@ -175,6 +177,7 @@ def hub_splits(
         chosen = next((candidate for candidate in candidates if candidate in found), None)
         if chosen is not None:
             splits[split] = HubSource(f"{data}/{chosen}", found[chosen])
+    # A data set of one split is meant whatever that is called.
     if not any(name in splits for name in needed) and len(found) == 1:
         (only,) = found
         splits[needed[0]] = HubSource(f"{data}/{only}", found[only])

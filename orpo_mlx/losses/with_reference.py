@@ -70,6 +70,7 @@ def exo_pair(logps: PairLogProbs, *, beta: Positive = 0.1, label_smoothing: Logg
     """EXO for pairs (eq. 16): σ(z)(log σ(z) - log(1-ε)) + σ(-z)(log σ(-z) - log ε). ε must be above 0."""
     z = beta * margin(logps)
     up, down = log_sigmoid(z), log_sigmoid(-z)
+    # log1p: 1 - ε in float would lose the digits of a small ε.
     losses = mx.exp(up) * (up - math.log1p(-label_smoothing)) + mx.exp(down) * (down - math.log(label_smoothing))
     return output_with_implicit_rewards(logps, losses, beta)
 
@@ -132,6 +133,7 @@ def aot_unpaired(logps: PairLogProbs, *, beta: Positive = 0.1, label_smoothing: 
 def apo_zero(logps: PairLogProbs, *, beta: Positive = 0.1) -> LossOutput:
     """APO-zero (eq. 7)."""
     chosen, rejected = log_ratios(logps).times(beta)
+    # σ(-x) for 1 - σ(x), which is 0 in float32 beyond x = 17, and its gradient with it.
     return output_with_implicit_rewards(logps, mx.sigmoid(-chosen) + mx.sigmoid(rejected), beta)
 
 

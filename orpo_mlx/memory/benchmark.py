@@ -70,6 +70,7 @@ def measure(config: TrainingConfig) -> dict[str, Any]:
     run.optimizer.init(run.loaded.model.trainable_parameters())
     run.loaded.model.train()
     reference = timed_reference(run, batches)
+    # The first pass compiles and fills MLX's cache; the second is timed.
     losses = [optimiser_step(run, batch, step).means()["loss"] for step, batch in enumerate(batches, 1)]
     steps = timed(lambda batch: optimiser_step(run, batch, 0), batches)
     footprint = process_footprint()
@@ -145,6 +146,7 @@ def measure_methods(
     }
     commands = [benchmark_flags(method, [*arguments, *mode]) for method in methods for mode in mode_flags(modes)]
     configs = [resolve(command, PROG) for command in commands]
+    # So that data that is not there is found before the first model is loaded.
     find_splits(configs[0].data)
     for config, command in zip(configs, commands, strict=True):
         print(f"Measuring {config.method} with --memory {config.memory} ...", file=sys.stderr, flush=True)
@@ -192,6 +194,8 @@ def measure_in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: it ended with one sentence about its settings, data or model.
     """
+    # MLX's peak and caches are of the whole process, and a method that runs out of memory is killed. Without a cache,
+    # so that every method computes its own reference.
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, "-m", "orpo_mlx.memory.benchmark", *arguments, "--adapter-path", folder],

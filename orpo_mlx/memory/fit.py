@@ -10,9 +10,11 @@ from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.memory.predict import Prediction, made_window, predict, recommended_working_set
 from orpo_mlx.memory.skeleton import Blueprint
 
+# Memory modes by the memory they take, most first: a remedy may only lower it.
 _ORDER = ("plain", "auto", "fast", "balanced", "thrift")
+# Tokens of a pair's side below which a shorter one is not proposed.
 _SHORTEST = 64
-"""Tokens of a pair's side below which a shorter one is not proposed."""
+# GiB that Macs with Apple's chips have been sold with.
 _MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
 
 

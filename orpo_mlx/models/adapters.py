@@ -161,6 +161,7 @@ def _check_scale(path: Path, scale: float) -> None:
             theirs = config["lora_alpha"] / rank
         else:
             theirs = (config.get("lora_parameters") or {}).get("scale", scale)
+        # alpha / r need not be the very float that was given as a scale.
         differs = abs(theirs - scale) > 1e-6 * abs(scale)
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         raise ModelError(f"{config_file}: cannot be read as an adapter config of mlx-lm or PEFT.") from None

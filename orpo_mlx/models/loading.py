@@ -105,6 +105,7 @@ def check_vocabulary(loaded: LoadedModel, token: int, location: str) -> None:
     Raises:
         DataError: it is not.
     """
+    # MLX does not check indices: an id beyond the embedding reads whatever memory is there.
     vocabulary = getattr(loaded.model.args, "vocab_size", None)
     if vocabulary is not None and token >= vocabulary:
         raise DataError(f"{location}: token id {token} is outside the model's vocabulary of {vocabulary}.")

@@ -132,7 +132,7 @@ POOL = (
 
 @pytest.mark.filterwarnings("default")
 def test_token_ids_are_those_of_transformers_gguf_tokenizer() -> None:
-    """Cut at digits first, as SmolLM2's `smollm` says and transformers 5.23 passes over: else 74 of the 500 differ."""
+    """Cut at digits first, as SmolLM2's `smollm` says and transformers 5.23 ignores: else 74 of the 500 differ."""
     pytest.importorskip("torch")
     pytest.importorskip("gguf")
     gguf = offline_gguf()

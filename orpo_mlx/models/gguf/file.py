@@ -120,7 +120,7 @@ class Cursor:
         return self._data[self.position - count : self.position]
 
     def number(self, form: str) -> Any:
-        """The next number, in `struct`'s words for its form."""
+        """The next number, of a form as `struct` writes it."""
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def count(self, least: int) -> int:

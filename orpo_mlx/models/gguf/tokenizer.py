@@ -154,6 +154,7 @@ def _finish(file: GgufFile, tokenizer: Tokenizer, tokens: list[str]) -> PreTrain
         for token, kind in zip(tokens, types if types is not None else (), strict=False)
         if kind in (_CONTROL, _USER) and token.strip(_SPACE)
     ]
+    # As added tokens, so that they are found before the text around them is divided.
     tokenizer.add_tokens(added)
 
     def token(role: str) -> str | None:
