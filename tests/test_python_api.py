@@ -96,17 +96,20 @@ def test_the_result_is_what_the_run_wrote(settings: dict[str, Any], data: Path) 
     result = train(config, QUIET)
     folder = Path(settings["adapter_path"])
     rows = records(folder)
-    held = {split: {row["step"]: row for row in rows if row["split"] == split} for split in ("valid", "test")}
+    written = {split: {row["step"]: row for row in rows if row["split"] == split} for split in ("valid", "test")}
     assert isinstance(result, TrainingResult)
     assert (result.adapter_path, result.steps, result.skipped) == (folder, 3, 0)
     for split in ("valid", "test"):
-        assert result.before[split].items() <= held[split][0].items()
-        assert result.after[split].items() <= held[split][3].items()
-    best = min(held["valid"], key=lambda step: float("inf") if step == 0 else held["valid"][step]["loss"])
-    assert result.best == (best, held["valid"][best]["loss"])
+        assert result.before[split].items() <= written[split][0].items()
+        assert result.after[split].items() <= written[split][3].items()
+    best = min(written["valid"], key=lambda step: float("inf") if step == 0 else written["valid"][step]["loss"])
+    assert result.best == (best, written["valid"][best]["loss"])
     # Three steps of two of the six pairs: an epoch.
-    ids = [len(row[key]) for row in map(eval, (data / "train.jsonl").read_text().splitlines())
-           for key in ("prompt_ids", "prompt_ids", "chosen_ids", "rejected_ids")]  # fmt: skip
+    ids = [
+        len(row[key])
+        for row in map(eval, (data / "train.jsonl").read_text().splitlines())
+        for key in ("prompt_ids", "prompt_ids", "chosen_ids", "rejected_ids")
+    ]
     assert result.trained_tokens == sum(ids)
     reports = [row for row in rows if row["split"] == "train"]
     assert result.peak_memory_gib >= max(row["peak_memory_gib"] for row in reports) > 0

@@ -95,11 +95,11 @@ def watched(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, at_step: 
     """Train with a page; `at_step(address, step)` is called within each step. What was said."""
     out = io.StringIO()
 
-    def step(run: Run, window: Any, count: int) -> Any:
+    def step(run: Run, pairs: Any, count: int) -> Any:
         address = re.search(r"http://127\.0\.0\.1:\d+/", out.getvalue())
         assert address is not None
         at_step(address[0], count)
-        return optimiser_step(run, window, count)
+        return optimiser_step(run, pairs, count)
 
     monkeypatch.setattr("orpo_mlx.training.loop.optimiser_step", step)
     monkeypatch.setattr(live_server, "_LINGER_S", 0.1)

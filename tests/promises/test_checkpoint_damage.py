@@ -173,7 +173,7 @@ def test_a_full_disk_ends_a_run_with_a_sentence_and_more_room_lets_it_go_on(
 def test_a_disk_that_becomes_read_only(
     settings: dict[str, Any], disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def step(run: Run, window: Any, number: int) -> Any:
+    def step(run: Run, pairs: Any, number: int) -> Any:
         if number == 6:
             # As a kernel does after an error: files that are open for writing count no more.
             handle = os.open(disk, os.O_RDONLY)
@@ -181,7 +181,7 @@ def test_a_disk_that_becomes_read_only(
             subprocess.run(["mount", "-o", "remount,ro,size=10m", str(disk)], capture_output=True)
             for name in ("mkdir", "open"):
                 monkeypatch.setattr(os, name, _read_only(getattr(os, name), disk))
-        return optimiser_step(run, window, number)
+        return optimiser_step(run, pairs, number)
 
     monkeypatch.setattr("orpo_mlx.training.loop.optimiser_step", step)
     assert main([*flags({**settings, **LONG}), "--keep", "1", "--adapter-path", str(disk / "adapters")]) == 2

@@ -75,8 +75,11 @@ def test_markdown_is_one_line_without_markup(words: str) -> None:
 
 def test_a_table_in_markdown() -> None:
     assert TABLE.markdown().splitlines() == [
-        "| name &lt;i&gt; | value |", "| --- | --- |", "| a\\|b \\*c\\* | 1.5 s |", "| \\\\x1b\\[2J | – |",
-    ]  # fmt: skip
+        "| name &lt;i&gt; | value |",
+        "| --- | --- |",
+        "| a\\|b \\*c\\* | 1.5 s |",
+        "| \\\\x1b\\[2J | – |",
+    ]
 
 
 SORTABLE = '{% from "reporting/parts.html.jinja" import sortable %}{{ sortable(table) }}'

@@ -27,8 +27,12 @@ from tests.helpers.quiet_training import run_quietly
 from tests.training.test_evaluate_only import lines_of
 
 CLASSES = {
-    "adam": optim.Adam, "adamw": optim.AdamW, "muon": optim.Muon, "sgd": optim.SGD, "adafactor": optim.Adafactor,
-}  # fmt: skip
+    "adam": optim.Adam,
+    "adamw": optim.AdamW,
+    "muon": optim.Muon,
+    "sgd": optim.SGD,
+    "adafactor": optim.Adafactor,
+}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -40,9 +44,9 @@ def test_two_steps_are_those_of_mlxs_optimiser(settings: dict[str, Any], optimiz
     theirs = CLASSES[optimizer](learning_rate=1e-3, **config.optimizer_config[optimizer])
     pairs = run.splits["train"].pairs
     for step in (1, 2):
-        window = [pairs[2 * step], pairs[2 * step + 1]]
-        optimiser_step(run, window, step)
-        theirs.update(other.loaded.model, window_gradient(other, window)[1])
+        step_batch = [pairs[2 * step], pairs[2 * step + 1]]
+        optimiser_step(run, step_batch, step)
+        theirs.update(other.loaded.model, window_gradient(other, step_batch)[1])
     expected = adapter_weights(other.loaded.model)
     for name, value in adapter_weights(run.loaded.model).items():
         np.testing.assert_array_equal(np.array(value), np.array(expected[name]), err_msg=name)

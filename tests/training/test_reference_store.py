@@ -93,7 +93,7 @@ def test_a_damaged_file_is_told_and_not_used(tmp_path: Path, damage: Callable[[b
         (np.array([key(1)]), np.zeros((1, 2), np.float64)),
         (np.array([key(1)], object), np.zeros((1, 2), np.float32)),
     ],
-)  # fmt: skip
+)
 def test_arrays_that_are_not_ours_are_not_used(tmp_path: Path, keys: object, logps: object) -> None:
     path = tmp_path / "a.npz"
     filled(path)
