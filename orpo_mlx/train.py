@@ -77,7 +77,7 @@ def train(
     config = checked_config(config)
     named = named_callbacks(callbacks)
     if config.push_to_hub is not None:
-        check_ready(config.push_to_hub, "--push-to-hub")
+        check_ready(config.push_to_hub, "`push_to_hub`")
     reporter = reporter or Reporter()
     configure_allocator()
     ranks = ranks or find_ranks(config.rank_timeout)

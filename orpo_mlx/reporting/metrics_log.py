@@ -144,7 +144,7 @@ def read_run(folder: Path) -> RunLog:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror}); give the --adapter-path of a run of orpo_mlx.train."
+            f"{path}: cannot be read ({error.strerror}); give the `adapter_path` of a run of orpo_mlx.train."
         ) from None
     reports: dict[str, dict[int, dict[str, float]]] = {}
     unread = 0

@@ -45,7 +45,7 @@ def reporting_to(
     ended_well = False
     try:
         for name in names:
-            opened.append(NamedCallback(f"--report-to {name}", _open(name, project, folder, settings, step)))
+            opened.append(NamedCallback(f"`report_to={name}`", _open(name, project, folder, settings, step)))
         yield opened
         ended_well = True
     finally:
@@ -67,7 +67,7 @@ def _open(
         return begin(name, project_name=project, log_dir=str(folder.resolve()), config=dict(settings))
     except Exception as error:  # Of a service's own kind: no login, no connection, no such project.
         raise ConfigError(
-            f"--report-to {name}: does not begin ({kind_and_reason(error)}); mend that, or leave --report-to out."
+            f"`report_to={name}`: does not begin ({kind_and_reason(error)}); mend that, or leave `report_to` out."
         ) from error
 
 

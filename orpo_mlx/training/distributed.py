@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from orpo_mlx.config.flags import with_flags
 from orpo_mlx.errors import TrainingError, reason_of
 from orpo_mlx.types import PairLogProbs
 
@@ -203,7 +204,8 @@ def _is_empty(hosts: str | None) -> bool:
 
 def _leave(sentence: str) -> None:
     """End the process, whatever its main thread is waiting for."""
-    os.write(2, f"{sentence}.\n".encode())
+    # No command gets to see this, so its flags are named here.
+    os.write(2, f"{with_flags(sentence)}.\n".encode())
     os._exit(_LOST)
 
 

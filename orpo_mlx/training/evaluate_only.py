@@ -66,17 +66,17 @@ def evaluate_only(config: TrainingConfig, reporter: Reporter, ranks: Ranks) -> T
         UserError: settings, data, model or adapters cannot be used.
     """
     if ranks.size > 1:
-        raise ConfigError("--test: evaluates on one process; leave out mlx.launch.")
+        raise ConfigError("`test`: evaluates on one process; leave out mlx.launch.")
     adapters = adapters_to_test(config.resume_adapter_file, config.adapter_path)
     if not adapters.exists() or (adapters.is_dir() and not any(adapters.glob("adapter*.safetensors"))):
         raise ModelError(
-            f"--test: no adapters in {adapters}; give the folder of a run with --adapter-path, or a file with "
-            "--resume-adapter-file."
+            f"`test`: no adapters in {adapters}; give the folder of a run with `adapter_path`, or a file with "
+            "`resume_adapter_file`."
         )
     # Without the adapters at first: what the reference is.
     run = prepare(dataclasses.replace(config, resume_adapter_file=None), ranks)
     if not evaluation_pairs(run):
-        raise ConfigError("--test: --val-batches 0 and --test-batches 0 leave nothing to evaluate; raise one of them.")
+        raise ConfigError("`test`: `val_batches=0` and `test_batches=0` leave nothing to evaluate; raise one of them.")
     for name, split in run.splits.items():
         reporter.say(split.summary(name))
     say_other_reference(run, adapters, reporter)

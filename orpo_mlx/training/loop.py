@@ -153,7 +153,7 @@ class Loop:
         skipped = self.progress.skipped
         most = DEFAULT_MAX_SKIPPED if config.max_skipped is None else config.max_skipped
         if skipped >= most:
-            raise TrainingError(f"{error}; {skipped} steps were skipped before, --max-skipped is {most}")
+            raise TrainingError(f"{error}; {skipped} steps were skipped before, `max_skipped` is {most}")
         self.progress.skipped += 1
         self.sinks.reporter.say(f"Skipped ({self.progress.skipped} of at most {most}): {error}.")
 

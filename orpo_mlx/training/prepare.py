@@ -48,9 +48,9 @@ def find_data(config: TrainingConfig, ranks: Ranks) -> dict[str, Source]:
     if config.test:
         sources.pop("train", None)
     elif config.save_best and (config.val_batches == 0 or "valid" not in sources):
-        raise ConfigError("--save-best goes by the validation loss: give a valid split and --val-batches other than 0.")
+        raise ConfigError("`save_best` goes by the validation loss: give a valid split and `val_batches` other than 0.")
     if config.reference == "copy" and ranks.size > 1:
-        raise ConfigError("--reference copy: is for comparisons on one process; leave it out under mlx.launch.")
+        raise ConfigError("`reference=copy`: is for comparisons on one process; leave it out under mlx.launch.")
     return sources
 
 
@@ -60,9 +60,9 @@ def make_output_folder(name: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"--adapter-path {name}: is, or lies below, a file; give a folder.") from None
+        raise ConfigError(f"`adapter_path` {name}: is, or lies below, a file; give a folder.") from None
     except OSError as error:
-        raise ConfigError(f"--adapter-path {name}: cannot be made ({error.strerror}).") from None
+        raise ConfigError(f"`adapter_path` {name}: cannot be made ({error.strerror}).") from None
     return folder
 
 

@@ -30,8 +30,8 @@ def precompute_reference(run: Run, reporter: Reporter, stop: StopSignals) -> Non
     unknown = reference.unknown(groups)
     if unknown and reference.needs_precomputing and run.config.resume and run.config.resume_adapter_file:
         raise TrainingError(
-            f"--resume: the reference log-probs of {unknown} pairs are not in the checkpoint, and the adapters that "
-            "define them are no longer those the run began with; start a new run with --resume-adapter-file"
+            f"`resume`: the reference log-probs of {unknown} pairs are not in the checkpoint, and the adapters that "
+            "define them are no longer those the run began with; start a new run with `resume_adapter_file`"
         )
     compute_reference(run, reference, groups, reporter, stop)
     save_reference(run, reporter)

@@ -29,7 +29,7 @@ def announce(run: Run, reporter: Reporter, resumed: Resumed | None) -> None:
     trainable = sum(array.size for array in adapter_weights(run.loaded.model).values())
     reporter.say(
         f"Training {trainable:,} parameters with {run.config.method} ({shown_parameters(run)}), "
-        f"--memory {run.memory.mode}."
+        f"`memory={run.memory.mode}`."
     )
     for note in () if resumed is None else resumed.notes:
         reporter.say(note)

@@ -48,7 +48,7 @@ class LiveServer(ThreadingHTTPServer):
     Args:
         feed: what the page shows.
         port: on the loopback address; 0 for any that is free.
-        flag: the flag the port was given by, for errors.
+        source: where the port was given, for errors.
 
     Raises:
         ConfigError: the port is taken, or not ours to take.
@@ -58,7 +58,7 @@ class LiveServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = _MOST_THREADS
 
-    def __init__(self, feed: Feed, port: int, flag: str) -> None:
+    def __init__(self, feed: Feed, port: int, source: str) -> None:
         self.feed = feed
         self._page = live_page(feed.folder.resolve().name).encode()
         self._ending = threading.Event()
@@ -68,7 +68,7 @@ class LiveServer(ThreadingHTTPServer):
             super().__init__((ADDRESS, port), _Handler)
         except OSError as error:
             raise ConfigError(
-                f"{flag} {port}: cannot be served on {ADDRESS} ({error.strerror}); give another port, or 0 for any "
+                f"{source} {port}: cannot be served on {ADDRESS} ({error.strerror}); give another port, or 0 for any "
                 "that is free"
             ) from None
         self.address = f"http://{ADDRESS}:{self.server_address[1]}/"
@@ -220,13 +220,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(feed: Feed, port: int, flag: str) -> Iterator[LiveServer]:
+def serving(feed: Feed, port: int, source: str) -> Iterator[LiveServer]:
     """Serve a run's page during a `with` block; its end is the last that the page hears.
 
     Raises:
         ConfigError: the port cannot be had.
     """
-    server = LiveServer(feed, port, flag)
+    server = LiveServer(feed, port, source)
     threading.Thread(target=server.serve_forever, args=(_POLL_S,), name="live page", daemon=True).start()
     try:
         yield server
@@ -238,7 +238,7 @@ def serving(feed: Feed, port: int, flag: str) -> Iterator[LiveServer]:
 
 @contextmanager
 def watched(folder: Path, port: int | None, reporter: Reporter) -> Iterator[Feed]:
-    """Serve the page about the run of this process in a `with` block, where `port` (`--watch`) asks for that.
+    """Serve the page about the run of this process in a `with` block, where `port` (`watch`) asks for that.
 
     Yields the feed, whose `state` the run keeps up to date.
 
@@ -249,7 +249,7 @@ def watched(folder: Path, port: int | None, reporter: Reporter) -> Iterator[Feed
     if port is None:
         yield feed
         return
-    with serving(feed, port, "--watch") as server:
+    with serving(feed, port, "`watch`") as server:
         reporter.say(f"On this machine, the run can be watched at {server.address}")
         try:
             yield feed

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from orpo_mlx.config.settings import SETTINGS, TrainingConfig, settings_with
+from orpo_mlx.config.settings import TrainingConfig, settings_with
 from orpo_mlx.config.traits import Trait
 from orpo_mlx.errors import ConfigError, TrainingError, reason_of
 from orpo_mlx.models.adapters import adapter_weights, load_adapter_file
@@ -61,8 +61,8 @@ def refuse_unfinished(folder: Path) -> None:
     state = read_state(checkpoint)
     if not state.finished:
         raise TrainingError(
-            f"--adapter-path {folder}: holds a run that ended at step {checkpoint.step} of {state.total}; "
-            "--resume goes on with it, --overwrite starts anew, or give another folder"
+            f"`adapter_path` {folder}: holds a run that ended at step {checkpoint.step} of {state.total}; "
+            "`resume` goes on with it, `overwrite` starts anew, or give another folder"
         )
 
 
@@ -83,11 +83,11 @@ def find_resumed(run: Run) -> Resumed | None:
 
 
 def find_checkpoint(folder: Path) -> tuple[CheckpointFolder | None, list[str]]:
-    """What `--resume` goes on from, None where nothing was saved yet; TrainingError where no checkpoint is whole."""
+    """What `resume` goes on from, None where nothing was saved yet; TrainingError where no checkpoint is whole."""
     checkpoint, problems = newest(folder)
     if checkpoint is None and problems:
         raise TrainingError(
-            f"--resume: no checkpoint in {folder / CHECKPOINTS} is whole ({problems[0].rstrip('.')}); put a whole one "
+            f"`resume`: no checkpoint in {folder / CHECKPOINTS} is whole ({problems[0].rstrip('.')}); put a whole one "
             "back, or remove that folder to start from the beginning"
         )
     clear_unfinished(folder / CHECKPOINTS)
@@ -106,14 +106,14 @@ def settings_of_newest(adapter_path: str) -> dict[str, Any]:
 def facts(run: Run) -> dict[str, Any]:
     """What all ranks of a run must have in common."""
     common = run.config.settings(without=Trait.PER_RANK | Trait.BY_CONTENT)
-    settings = {SETTINGS[name].flag: value for name, value in common.items()}
+    settings = {f"`{name}`": value for name, value in common.items()}
     weights = adapter_weights(run.loaded.model)
     packages = {name: version for name, version in versions().items() if name in ("orpo-mlx", "mlx", "mlx-lm")}
     return {
         **settings,
-        **{f"--data, rows of {name}": split.sha256 for name, split in run.splits.items()},
-        "--data, in order": order_digest(run),
-        "--model, weights": run.model_digest,
+        **{f"`data`, rows of {name}": split.sha256 for name, split in run.splits.items()},
+        "`data`, in order": order_digest(run),
+        "`model`, weights": run.model_digest,
         "trained parameters": [sum(array.size for array in weights.values()), len(weights)],
         **packages,
     }
@@ -148,16 +148,16 @@ def accept(run: Run, state: State) -> list[str]:
     serious = [_change(run, state, name) for name in changed if name not in harmless]
     # Where settings have changed that the order depends on, to speak of other rows would mislead.
     if state.order != order_digest(run) and not serious:
-        serious.append("--data: other rows to train on")
+        serious.append("`data`: other rows to train on")
     for name, split in run.splits.items():
         if split.sha256 != state.data.get(name, split.sha256):
-            serious.append(f"--data: other rows in {name}")
+            serious.append(f"`data`: other rows in {name}")
     if state.model != run.model_digest:
-        serious.append("--model: other weights")
+        serious.append("`model`: other weights")
     if serious and not run.config.resume_with_changes:
         raise ConfigError(
-            f"--resume: this is not the run that was saved at step {state.progress.step} ({'; '.join(serious)}); give "
-            "the same settings, or --resume-with-changes"
+            f"`resume`: this is not the run that was saved at step {state.progress.step} ({'; '.join(serious)}); give "
+            "the same settings, or `resume_with_changes`"
         )
     now = versions()
     others = [f"{name} {old} is now {now.get(name)}" for name, old in state.versions.items() if now.get(name) != old]
@@ -214,7 +214,7 @@ def _restore_optimizer(run: Run, path: Path) -> list[str]:
 
 
 def _change(run: Run, state: State, name: str) -> str:
-    return f"{SETTINGS[name].flag} {state.settings.get(name)} is now {getattr(run.config, name)}"
+    return f"`{name}` {state.settings.get(name)} is now {getattr(run.config, name)}"
 
 
 def _kind(array: mx.array) -> tuple[Any, ...]:

@@ -268,7 +268,7 @@ def test_adapter_folders_of_checkpoints_are_taken_by_mlx_lm_and_the_best_is_kept
 def test_the_best_needs_a_validation(settings: dict[str, Any], data: Path, changes: dict[str, Any]) -> None:
     if "data" in changes:
         changes["data"] = str(data / "train.jsonl")
-    with pytest.raises(ConfigError, match="--save-best goes by the validation loss"):
+    with pytest.raises(ConfigError, match="`save_best` goes by the validation loss"):
         run_quietly({**settings, "save_best": True, **changes})
 
 
