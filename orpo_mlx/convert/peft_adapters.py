@@ -147,7 +147,8 @@ def mlx_to_peft(adapter: Adapter, model: nn.Module, names: set[str], base: str, 
         config = make_peft_config(scaling, find_targets(adapted, list(modules), leaves), base)
         metadata = {_CARRIED: json.dumps(adapter.config)}
     else:
-        config, metadata = carried_peft_config(carried, scaling, adapted, location), {}
+        config = carried_peft_config(carried, scaling, adapted, location)
+        metadata = {}
         # PEFT wrote these weights of the base model, so they are in the file that goes back.
         for name in carried.get("base_layers", ()):
             weights[name] = modules[split_name(name, location)[0]].weight

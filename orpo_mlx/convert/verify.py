@@ -215,7 +215,8 @@ def verify_round_trip(task: Task, one: Adapter, back: Adapter) -> None:
         ModelError: it is not.
     """
     for name in {*one.weights, *back.weights}:
-        first, second = one.weights.get(name), back.weights.get(name)
+        first = one.weights.get(name)
+        second = back.weights.get(name)
         if first is None or second is None or first.dtype != second.dtype or not mx.array_equal(first, second).item():
             raise ModelError(f"{task.destination}: {name} does not come back as it was, so nothing was kept.")
     if one.config != back.config:

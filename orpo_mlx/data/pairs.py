@@ -75,7 +75,8 @@ def load_pairs(path: str | Path, reading: Reading | None = None) -> list[Pair | 
     Raises:
         DataError: the file or a row cannot be used.
     """
-    reading, report = reading or Reading(), RowReport()
+    reading = reading or Reading()
+    report = RowReport()
     pairs: list[Pair | TokenizedPair] = []
     for row in FileSource([Path(path)]).rows():
         reason, usable = usable_pairs(_read_pairs_of(row, reading).pairs, reading.min_margin)

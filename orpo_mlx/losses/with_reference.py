@@ -69,7 +69,8 @@ def robust(logps: PairLogProbs, *, beta: Positive = 0.1, label_smoothing: NoiseR
 def exo_pair(logps: PairLogProbs, *, beta: Positive = 0.1, label_smoothing: LoggableNoiseRate = 1e-3) -> LossOutput:
     """EXO for pairs (eq. 16): σ(z)(log σ(z) - log(1-ε)) + σ(-z)(log σ(-z) - log ε). ε must be above 0."""
     z = beta * margin(logps)
-    up, down = log_sigmoid(z), log_sigmoid(-z)
+    up = log_sigmoid(z)
+    down = log_sigmoid(-z)
     # log1p: 1 - ε in float would lose the digits of a small ε.
     losses = mx.exp(up) * (up - math.log1p(-label_smoothing)) + mx.exp(down) * (down - math.log(label_smoothing))
     return output_with_implicit_rewards(logps, losses, beta)
