@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from orpo_mlx.config.settings import TrainingConfig
     from orpo_mlx.errors import UserError
     from orpo_mlx.reporting.callbacks import TrainingCallback
-    from orpo_mlx.train import train
+    from orpo_mlx.train import train as run_training
     from orpo_mlx.training.checkpoints.progress import TrainingResult
 
 __version__ = "0.1.0"
@@ -26,28 +26,29 @@ __all__ = [
     "compute_odds_ratio",
     "odds_ratio_loss",
     "orpo_training_step",
-    "train",
+    "run_training",
 ]
 
+# Module and name of each. `train` itself cannot be re-exported: importing the submodule `orpo_mlx.train` sets the
+# package's attribute of that name to the module, whatever was there.
 _HOMES = {
-    "TrainingCallback": "orpo_mlx.reporting.callbacks",
-    "TrainingConfig": "orpo_mlx.config.settings",
-    "TrainingResult": "orpo_mlx.training.checkpoints.progress",
-    "UserError": "orpo_mlx.errors",
-    "compute_odds_ratio": "orpo_mlx.chapter",
-    "odds_ratio_loss": "orpo_mlx.chapter",
-    "orpo_training_step": "orpo_mlx.chapter",
+    "TrainingCallback": ("orpo_mlx.reporting.callbacks", "TrainingCallback"),
+    "TrainingConfig": ("orpo_mlx.config.settings", "TrainingConfig"),
+    "TrainingResult": ("orpo_mlx.training.checkpoints.progress", "TrainingResult"),
+    "UserError": ("orpo_mlx.errors", "UserError"),
+    "compute_odds_ratio": ("orpo_mlx.chapter", "compute_odds_ratio"),
+    "odds_ratio_loss": ("orpo_mlx.chapter", "odds_ratio_loss"),
+    "orpo_training_step": ("orpo_mlx.chapter", "orpo_training_step"),
+    "run_training": ("orpo_mlx.train", "train"),
 }
 
 
 def __getattr__(name: str) -> Any:
     # Looked up when asked for: mlx-lm and transformers take a second to import.
-    if name == "train":
-        # A submodule that can be called: importing it sets this very name, whoever does it and when.
-        return importlib.import_module("orpo_mlx.train")
     if name not in _HOMES:
         raise AttributeError(f"module 'orpo_mlx' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

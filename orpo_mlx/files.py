@@ -1,4 +1,4 @@
-"""Write a folder whole or not at all: beside its destination first, renamed when everything is on disk."""
+"""Files and folders written whole or not at all: beside their destination first, renamed when they are on the disk."""
 
 from __future__ import annotations
 
@@ -21,124 +21,14 @@ import mlx.core as mx
 from orpo_mlx.errors import ConfigError, UserError, reason_of
 from orpo_mlx.text import redacted
 
-_MARK, _OLD = ".unfinished-", ".replaced-"
+_UNFINISHED = ".unfinished-"
+_REPLACED = ".replaced-"
 _GB = 1e9
-_MOST_JSON = 100_000_000  # Bytes. A hostile checkpoint's config could otherwise fill the memory.
+# Bytes. A hostile checkpoint's config could otherwise fill the memory.
+_MOST_JSON = 100_000_000
 
 
-@contextmanager
-def staged_folder(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder beside `destination` to write into; renamed to it at the end of the `with` block, gone on any error.
-
-    What a killed run left there is cleaned up first: its folder is told by a lock that the system dropped with it. With
-    `overwrite`, an existing destination is moved aside only once the new one is whole.
-
-    Raises:
-        ConfigError: `destination` exists and `overwrite` is False, or cannot be written beside.
-        OSError: the disk is full, or a file cannot be written.
-    """
-    parent = destination.parent
-    if not parent.is_dir() or destination.name in ("", ".", ".."):
-        raise ConfigError(f"{destination}: cannot be written there; give a new folder in a folder that exists.")
-    _clean(destination)
-    _check_free(destination, overwrite)
-    staging = Path(tempfile.mkdtemp(dir=parent, prefix=f".{destination.name}{_MARK}"))
-    lock = os.open(staging, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield staging
-        flush_folder_to_disk(staging)
-        staging.chmod(0o755)
-        _check_free(destination, overwrite)
-        _swap(staging, destination)
-    finally:
-        os.close(lock)
-        if staging.exists():
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Make sure that `needed` bytes, and a little more, are free where `folder` is.
-
-    Raises:
-        ConfigError: they are not.
-    """
-    free = shutil.disk_usage(folder).free
-    if needed * 1.01 + 1e6 > free:
-        raise ConfigError(
-            f"{folder.parent}: {needed / _GB:.2f} GB are to be written and {free / _GB:.2f} GB are free there; "
-            "free space or choose another folder."
-        )
-
-
-def _check_free(destination: Path, overwrite: bool) -> None:
-    if not os.path.lexists(destination):
-        return
-    if not overwrite:
-        raise ConfigError(f"{destination}: exists already; give --overwrite to replace it, or another folder.")
-    if not destination.is_dir() or destination.is_symlink():
-        raise ConfigError(f"{destination}: is not a folder, so it is not replaced; remove it, or give another folder.")
-
-
-def _clean(destination: Path) -> None:
-    """Remove what a killed run left behind, and put back a destination it had moved aside but not replaced."""
-    for left in sorted(destination.parent.glob(f".{glob.escape(destination.name)}{_OLD}*")):
-        if _abandoned(left):
-            if os.path.lexists(destination):
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.rename(destination)
-    for left in sorted(destination.parent.glob(f".{glob.escape(destination.name)}{_MARK}*")):
-        if left.is_dir() and _abandoned(left):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _abandoned(folder: Path) -> bool:
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False  # Another run is at work in it.
-    finally:
-        os.close(handle)
-    return True
-
-
-def _swap(staging: Path, destination: Path) -> None:
-    if not destination.is_dir():
-        _rename(staging, destination)
-    else:
-        old = Path(f"{destination.parent}/.{destination.name}{_OLD}{staging.name.rpartition('-')[2]}")
-        # The lock goes with the folder, so no other run takes it for a remnant.
-        lock = os.open(destination, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            destination.rename(old)
-            try:
-                _rename(staging, destination)
-            except BaseException:
-                old.rename(destination)
-                raise
-        finally:
-            os.close(lock)
-        with suppress(OSError):
-            shutil.rmtree(old)
-    flush_to_disk(destination.parent)
-
-
-def _rename(staging: Path, destination: Path) -> None:
-    try:
-        staging.rename(destination)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise ConfigError(f"{destination}: appeared while this run was at work; it was left as it is.") from None
-        raise
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it over `path`.
 
     Raises:
@@ -151,44 +41,27 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary = Path(name)
         write(temporary)
         flush_to_disk(temporary)
+        # mkstemp makes files that only their owner can read.
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None
+        # The user knows `path`, not the temporary name beside it.
+        error.filename = str(path)
+        error.filename2 = None
         raise
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file's content, or a folder's entries, are on the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        if sys.platform == "darwin":
-            # fsync on macOS returns while the drive still holds the data in its own cache. Network drives and other
-            # file systems than Apple's may refuse the stronger one.
-            with suppress(OSError):
-                fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
-                return
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def flush_folder_to_disk(folder: Path) -> None:
-    """`flush_to_disk` for a folder and all that is in it."""
-    for path in (*folder.rglob("*"), folder):
-        flush_to_disk(path)
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes atomically."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
+    write_bytes(path, text.encode())
 
 
 def save_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -202,6 +75,27 @@ def json_text(value: Mapping[str, Any]) -> str:
     if all(line.isprintable() for line in text.split("\n")):
         return text
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def read_json_table(path: Path, error: type[UserError]) -> dict[str, Any]:
+    """A JSON object from a file of reasonable size.
+
+    Raises:
+        error: it is missing, cannot be read, is too large, not JSON, or not an object.
+    """
+    try:
+        if path.stat().st_size > _MOST_JSON:
+            raise error(f"{path}: {path.stat().st_size} bytes is no JSON settings file.")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path}: no such file.") from None
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror}).") from None
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: cannot be read as JSON ({reason_of(problem)}).") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: holds a {type(value).__name__}, expected a table.")
+    return value
 
 
 def save_adapters(folder: Path, weights: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
@@ -227,26 +121,30 @@ def sha256_of(*paths: Path, head: bytes = b"") -> str:
     return digest.hexdigest()
 
 
-def read_json_table(path: Path, error: type[UserError]) -> dict[str, Any]:
-    """A JSON object from a file of reasonable size.
-
-    Raises:
-        error: it is missing, cannot be read, is too large, not JSON, or not an object.
-    """
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        if path.stat().st_size > _MOST_JSON:
-            raise error(f"{path}: {path.stat().st_size} bytes is no JSON settings file.")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise error(f"{path}: no such file.") from None
-    except OSError as problem:
-        raise error(f"{path}: cannot be read ({problem.strerror}).") from None
-    except (ValueError, RecursionError) as problem:
-        reason = reason_of(problem)
-        raise error(f"{path}: cannot be read as JSON ({reason}).") from None
-    if not isinstance(value, dict):
-        raise error(f"{path}: holds a {type(value).__name__}, expected a table.")
-    return value
+        flush_handle(handle)
+    finally:
+        os.close(handle)
+
+
+def flush_handle(handle: int) -> None:
+    """`flush_to_disk` for an open file."""
+    if sys.platform == "darwin":
+        # fsync on macOS returns while the drive still holds the data in its own cache. Network drives and other file
+        # systems than Apple's may refuse the stronger one.
+        with suppress(OSError):
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(handle)
+
+
+def flush_folder_to_disk(folder: Path) -> None:
+    """`flush_to_disk` for a folder and all that is in it."""
+    for path in (*folder.rglob("*"), folder):
+        flush_to_disk(path)
 
 
 def cache_folder() -> Path | None:
@@ -255,7 +153,118 @@ def cache_folder() -> Path | None:
     Not the adapter's folder: the next run usually has another one, and tokens and the reference are the same for all
     learning rates, β and methods tried on one model and data set.
     """
+    # ~/.cache on macOS too, where the Hub's cache is: people who look for space look there.
     given = os.environ.get("ORPO_MLX_CACHE")
     if given:
         return None if given == "off" else Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "orpo_mlx"
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise ConfigError unless `needed` bytes, and a little more, are free where `folder` is."""
+    free = shutil.disk_usage(folder).free
+    if needed * 1.01 + 1e6 > free:
+        raise ConfigError(
+            f"{folder.parent}: {needed / _GB:.2f} GB are to be written and {free / _GB:.2f} GB are free there; "
+            "free space or choose another folder."
+        )
+
+
+@contextmanager
+def staged_folder(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder beside `destination` to write into; renamed to it at the end of the `with` block, gone on any error.
+
+    What a killed run left there is cleaned up first: its lock was dropped by the system. With `overwrite`, an existing
+    destination is moved aside only once the new one is whole.
+
+    Raises:
+        ConfigError: `destination` exists and `overwrite` is False, or cannot be written beside.
+        OSError: the disk is full, or a file cannot be written.
+    """
+    parent = destination.parent
+    if not parent.is_dir() or destination.name in ("", ".", ".."):
+        raise ConfigError(f"{destination}: cannot be written there; give a new folder in a folder that exists.")
+    _clean_up(destination)
+    _check_free(destination, overwrite)
+    staging = Path(tempfile.mkdtemp(dir=parent, prefix=f".{destination.name}{_UNFINISHED}"))
+    try:
+        with _locked(staging):
+            yield staging
+            flush_folder_to_disk(staging)
+            # mkdtemp makes folders that only their owner can enter.
+            staging.chmod(0o755)
+            _check_free(destination, overwrite)
+            _put_in_place(staging, destination)
+    finally:
+        if staging.exists():
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_free(destination: Path, overwrite: bool) -> None:
+    if not os.path.lexists(destination):
+        return
+    if not overwrite:
+        raise ConfigError(f"{destination}: exists already; give --overwrite to replace it, or another folder.")
+    if not destination.is_dir() or destination.is_symlink():
+        raise ConfigError(f"{destination}: is not a folder, so it is not replaced; remove it, or give another folder.")
+
+
+def _clean_up(destination: Path) -> None:
+    """Remove what a killed run left behind, and put back a destination it had moved aside but not replaced."""
+    name = glob.escape(destination.name)
+    for left in sorted(destination.parent.glob(f".{name}{_REPLACED}*")):
+        if _abandoned(left):
+            if os.path.lexists(destination):
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.rename(destination)
+    for left in sorted(destination.parent.glob(f".{name}{_UNFINISHED}*")):
+        if left.is_dir() and _abandoned(left):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _abandoned(folder: Path) -> bool:
+    """Whether no process holds `folder`: a lock, unlike a file with a process id, dies with its owner."""
+    try:
+        with _locked(folder):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _put_in_place(staging: Path, destination: Path) -> None:
+    if not destination.is_dir():
+        _rename(staging, destination)
+    else:
+        old = destination.with_name(f".{destination.name}{_REPLACED}{staging.name.rpartition('-')[2]}")
+        # The lock goes with the folder to its new name, so no other run takes it for a remnant.
+        with _locked(destination):
+            destination.rename(old)
+            try:
+                _rename(staging, destination)
+            except BaseException:
+                old.rename(destination)
+                raise
+        with suppress(OSError):
+            shutil.rmtree(old)
+    flush_to_disk(destination.parent)
+
+
+def _rename(staging: Path, destination: Path) -> None:
+    try:
+        staging.rename(destination)
+    except OSError as error:
+        # A folder is renamed over an empty one in silence, and over anything else not at all.
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise ConfigError(f"{destination}: appeared while this run was at work; it was left as it is.") from None
+        raise

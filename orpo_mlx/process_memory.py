@@ -31,8 +31,8 @@ def working_set_bytes() -> int | None:
     return None if size is None else int(size)
 
 
-def settle() -> None:
-    """Set the limits a training run wants, for the whole process.
+def configure_allocator() -> None:
+    """Configure MLX and malloc limits for the process.
 
     On a GPU: weights stay resident up to what the device recommends, and freed buffers kept for reuse take at most the
     device profile's share of that. On Linux, freed memory stays with the process: MLX's CPU allocator returns every

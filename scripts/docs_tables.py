@@ -16,7 +16,7 @@ from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import read_json_table, save_json, write_text
 from orpo_mlx.losses.recipe import PARAMETERS
 from orpo_mlx.losses.registry import METHODS
-from orpo_mlx.reporting.html_page import Cell, Table, markdown_text
+from orpo_mlx.reporting.html_page import Table, TableCell, markdown_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PROG = "python scripts/docs_tables.py"
@@ -85,21 +85,21 @@ def memory_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
         "pair tokens/s",
         "date",
     )
-    rows: list[tuple[Cell, ...]] = []
+    rows: list[tuple[TableCell, ...]] = []
     for record in records.values():
         settings = record["settings"]
         machine = str(record["machine"].get("device_name") or record["machine"]["platform"])
         pairs = settings["batch_size"] * settings["grad_accumulation_steps"]
         for row in record["methods"]:
             start = (
-                Cell(machine),
-                Cell(settings["model"]),
-                Cell(str(pairs), pairs),
-                Cell(row["method"]),
-                Cell(_mode(row, settings)),
+                TableCell(machine),
+                TableCell(settings["model"]),
+                TableCell(str(pairs), pairs),
+                TableCell(row["method"]),
+                TableCell(_mode(row, settings)),
             )
             figures = (
-                (Cell(row["error"]), Cell("–"), Cell("–"))
+                (TableCell(row["error"]), TableCell("–"), TableCell("–"))
                 if "error" in row
                 else (
                     number(row["peak_memory_gib"], "{:.2f}"),
@@ -107,7 +107,7 @@ def memory_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
                     number(row["pair_tokens_per_s"], "{:.0f}"),
                 )
             )
-            rows.append((*start, *figures, Cell(record["date"][:10])))
+            rows.append((*start, *figures, TableCell(record["date"][:10])))
     return Table(header, tuple(rows))
 
 
@@ -130,7 +130,7 @@ def modes_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
         base = plain[row["method"]]
         rows.append(
             (
-                Cell(row["method"]), Cell(mode), number(sum(row["steps_s"]), "{:.1f}"),
+                TableCell(row["method"]), TableCell(mode), number(sum(row["steps_s"]), "{:.1f}"),
                 number(sum(base["steps_s"]) / sum(row["steps_s"]), "{:.2f}"), number(row["step_s_median"], "{:.2f}"),
                 number(row["step_s_median"] + row["reference_s"], "{:.2f}"),
                 number(row["peak_memory_gib"], "{:.2f}"),
@@ -192,7 +192,7 @@ def _examined_row(record: Mapping[str, Any]) -> tuple[Cell, ...]:
 
 def figures(record: Mapping[str, Any]) -> str:
     """A table of figures a program printed, and how they were taken."""
-    rows = tuple(tuple(Cell(str(value)) for value in row) for row in record["rows"])
+    rows = tuple(tuple(TableCell(str(value)) for value in row) for row in record["rows"])
     table = Table(tuple(record["columns"]), rows).markdown()
     return f"{table}\n\nTaken {record['date']} on {record['machine']}, by `{record['command']}`."
 
@@ -214,9 +214,9 @@ def parameters_table() -> str:
         for name, method in METHODS.items():
             if parameter in method.parameters:
                 default, values = method.parameters[parameter]
-                having.setdefault(values.words, []).append(f"`{name}` {default:g}")
+                having.setdefault(values.text, []).append(f"`{name}` {default:g}")
         flag = f"`--{parameter.replace('_', '-')}`"
-        rows += [f"| {flag} | {words} | {', '.join(methods)} |" for words, methods in having.items()]
+        rows += [f"| {flag} | {text} | {', '.join(methods)} |" for text, methods in having.items()]
     return "\n".join(rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from orpo_mlx.process_memory import clear_cache_above, settle, working_set_bytes
+from orpo_mlx.process_memory import clear_cache_above, configure_allocator, working_set_bytes
 
 SIZE = {"max_recommended_working_set_size": 1000}
 
@@ -21,14 +21,14 @@ def test_limits_are_set_only_where_the_device_names_a_size(
     monkeypatch.setattr(mx, "device_info", lambda: info)
     monkeypatch.setattr(mx, "set_wired_limit", found.append)
     monkeypatch.setattr(mx, "set_cache_limit", found.append)
-    settle()
+    configure_allocator()
     assert found == limits
     assert working_set_bytes() == (limits[0] if limits else None)
 
 
 def test_settling_twice_is_settling_once() -> None:
-    settle()
-    settle()
+    configure_allocator()
+    configure_allocator()
     assert float(mx.ones((1000, 1000)).sum()) == 1e6
 
 

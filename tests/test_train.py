@@ -55,14 +55,14 @@ def rows(settings: dict[str, Any], split: str | None = None) -> list[dict[str, A
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_its_train_split(settings: dict[str, Any], method: str) -> None:
-    held = run_quietly({**settings, "method": method, "iters": 30, "learning_rate": 1e-2, "shuffle": False})
+    metrics = run_quietly({**settings, "method": method, "iters": 30, "learning_rate": 1e-2, "shuffle": False})
     reports = rows(settings, "train")
     assert [row["step"] for row in reports] == list(range(1, 31))
     first, last = (np.mean([row["loss"] for row in part]) for part in (reports[:3], reports[-3:]))
     assert last < first - 0.1
     if method != "sft":
         assert np.mean([row["rewards/accuracies"] for row in reports[-3:]]) > 0.8
-    assert set(held) == {"valid", "test"}
+    assert set(metrics) == {"valid", "test"}
 
 
 def test_what_is_written(settings: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ def test_training_on_from_an_adapter_starts_where_it_ended(settings: dict[str, A
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_not_finite_is_never_applied(settings: dict[str, Any], where: str) -> None:
     run = make_run(settings)
-    window = run.splits["train"].pairs[:2]
+    pairs = run.splits["train"].pairs[:2]
     before = trainable(run)
     good = run.method.loss
 
@@ -160,7 +160,7 @@ def test_what_is_not_finite_is_never_applied(settings: dict[str, Any], where: st
     with pytest.raises(
         TrainingError, match=r"step 7: the loss is .* and the gradient's norm (nan|inf) on .*train.jsonl:1"
     ):
-        optimiser_step(run, window, 7)
+        optimiser_step(run, pairs, 7)
     for name, value in trainable(run).items():
         assert np.array_equal(value, before[name])
 
@@ -249,8 +249,8 @@ def test_saves_along_the_way_and_a_schedule(settings: dict[str, Any]) -> None:
 
 
 def test_a_file_as_data_trains_without_validation(settings: dict[str, Any], data: Path) -> None:
-    held = run_quietly({**settings, "data": str(data / "train.jsonl")})
-    assert held == {}
+    metrics = run_quietly({**settings, "data": str(data / "train.jsonl")})
+    assert metrics == {}
     assert {row["split"] for row in rows(settings)} == {"train"}
 
 
@@ -523,11 +523,11 @@ def test_the_order_is_saved_with_the_adapters_and_restored(
     seen: list[list[str]] = []
     step = optimiser_step
 
-    def recorded(run: Run, window: Any, number: int) -> Any:
+    def recorded(run: Run, pairs: Any, number: int) -> Any:
         if interrupted and len(seen) == 2:
             raise KeyboardInterrupt
-        seen.append([pair.location for pair in window])
-        return step(run, window, number)
+        seen.append([pair.location for pair in pairs])
+        return step(run, pairs, number)
 
     monkeypatch.setattr("orpo_mlx.training.loop.optimiser_step", recorded)
     run_quietly({**settings, "iters": 8, "adapter_path": str(tmp_path / "whole")}) if not interrupted else None
@@ -541,7 +541,7 @@ def test_the_order_is_saved_with_the_adapters_and_restored(
         run_quietly(first)
     run_quietly({**settings, "iters": 6, "resume_adapter_file": str(tmp_path / "first")})
     # 6 pairs, 2 a step: two and two thirds epochs, each pair once in each of the whole ones.
-    assert [len({place for window in seen[start : start + 3] for place in window}) for start in (0, 3)] == [6, 6]
+    assert [len({location for step in seen[start : start + 3] for location in step}) for start in (0, 3)] == [6, 6]
     assert not whole or seen == whole
     resumed, seen[:] = list(seen), []
     run_quietly({**settings, "iters": 2, "seed": 5, "resume_adapter_file": str(tmp_path / "first")})

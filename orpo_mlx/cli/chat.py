@@ -5,159 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm import stream_generate
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
-from mlx_lm.sample_utils import make_sampler
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from orpo_mlx.config.flags import OneLineParser, exit_status
-from orpo_mlx.errors import ConfigError, ModelError
-from orpo_mlx.files import read_json_table
-from orpo_mlx.models.adapters import adapters_off, add_trained_adapters
-from orpo_mlx.models.loading import find, load
+from orpo_mlx.config.flags import OneLineParser, exit_status, naming_flags
+from orpo_mlx.errors import ConfigError
 from orpo_mlx.models.names import DTYPES
-from orpo_mlx.text import printable_lines
-
-
-class Conversation:
-    """Questions and answers with one model.
-
-    Args:
-        model: in evaluation mode.
-        tokenizer: mlx-lm's; without a chat template each prompt stands alone, as raw text.
-        max_tokens: of one answer.
-        sampler: log-probs (1, V) to token ids (1,).
-        state: a context in which every answer is given, such as the one with the adapters off.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        *,
-        max_tokens: int,
-        sampler: Callable[[mx.array], mx.array],
-        state: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
-        self._model, self._tokenizer, self._max_tokens, self._sampler = model, tokenizer, max_tokens, sampler
-        self._state = state
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything said."""
-        self._history: list[dict[str, str]] = []
-        self._cache: list[Any] = []
-        self._cached: list[int] = []
-
-    def answer(self, prompt: str) -> Iterator[str]:
-        """The answer to `prompt`, piece by piece; the turn is remembered once the last piece is taken."""
-        asked = [*self._history, {"role": "user", "content": prompt}]
-        ids = self._ids(asked)
-        pieces: list[str] = []
-        with self._state():
-            left = self._reuse(ids)
-            self._cached = list(ids)
-            for response in stream_generate(
-                self._model, self._tokenizer, left, max_tokens=self._max_tokens, sampler=self._sampler,
-                prompt_cache=self._cache,
-            ):  # fmt: skip
-                self._cached.append(int(response.token))
-                pieces.append(response.text)
-                yield response.text
-        self._history = [*asked, {"role": "assistant", "content": "".join(pieces)}]
-
-    def _ids(self, turns: list[dict[str, str]]) -> list[int]:
-        if not self._tokenizer.has_chat_template:
-            return list(self._tokenizer.encode(turns[-1]["content"]))
-        return list(self._tokenizer.apply_chat_template(turns, add_generation_prompt=True))
-
-    def _reuse(self, ids: list[int]) -> list[int]:
-        """The part of `ids` that is not in the cache yet; the cache is cut back to the rest, or made anew."""
-        common = 0
-        # At least one token must be left to run.
-        while common < min(len(ids) - 1, len(self._cached)) and ids[common] == self._cached[common]:
-            common += 1
-        held = getattr(self._cache[0], "offset", None) if self._cache else None
-        if isinstance(held, int) and can_trim_prompt_cache(self._cache):
-            # Of the last token no keys and values may be there yet; of one after it, they may.
-            common = min(common, held)
-            # mlx-lm annotates this as a list; it is the number of tokens cut off.
-            cut: Any = trim_prompt_cache(self._cache, held - common)
-            if cut == held - common:
-                return ids[common:]
-        self._cache = make_prompt_cache(self._model)
-        return ids
-
 
 PROG = "orpo-mlx chat"
-
-_WIDE = 100
-"""Columns from which two answers stand side by side."""
-_TAB = "    "
-
-
-class Chat:
-    """Conversations that are asked the same, and where their answers are shown.
-
-    Args:
-        sides: by name; a single one is shown without it.
-        console: side by side where it is a wide terminal, one under another where it is not.
-    """
-
-    def __init__(self, sides: dict[str, Conversation], console: Console) -> None:
-        self._sides, self._console = sides, console
-
-    def ask(self, prompt: str) -> None:
-        """Put `prompt` to every side and show the answers."""
-        if len(self._sides) > 1 and self._console.is_terminal and self._console.width >= _WIDE:
-            self._in_columns(prompt)
-            return
-        for name, side in self._sides.items():
-            if len(self._sides) > 1:
-                self._console.print(Text(f"[{name}]"))
-            for piece in side.answer(prompt):
-                self._console.print(_shown(piece), end="", soft_wrap=True)
-            self._console.print()
-
-    def reset(self) -> None:
-        """Let every side forget what was said."""
-        for side in self._sides.values():
-            side.reset()
-
-    def _in_columns(self, prompt: str) -> None:
-        table = Table(expand=True, show_lines=False)
-        answers = []
-        for name, side in self._sides.items():
-            table.add_column(name, ratio=1, overflow="fold")
-            with self._console.status(f"{name} answers"):
-                answers.append(_shown("".join(side.answer(prompt))))
-        table.add_row(*answers)
-        self._console.print(table)
-
-
-def _shown(text: str) -> Text:
-    return Text(printable_lines(text.replace("\t", _TAB)))
-
-
-def talk(chat: Chat, lines: Iterable[str]) -> None:
-    """Answer line after line until they end or one says /quit; /reset forgets, blank lines are passed over."""
-    for line in map(str.strip, lines):
-        if line == "/quit":
-            return
-        if line == "/reset":
-            chat.reset()
-        elif line:
-            chat.ask(line)
 
 
 def build_parser() -> OneLineParser:
@@ -176,61 +31,6 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def base_model(folder: Path) -> str:
-    """The model that the adapters in `folder` were made for, as its adapter_config.json or run.json names it.
-
-    Raises:
-        ModelError: there are no adapters, or neither file names a model.
-    """
-    if not (folder / "adapters.safetensors").is_file():
-        raise ModelError(f"--adapter-path {folder}: holds no adapters.safetensors; give a folder that train wrote.")
-    config = _table(folder / "adapter_config.json").get("model")
-    name = config or _table(_table(folder / "run.json").get("settings")).get("model")
-    if not isinstance(name, str) or not name:
-        raise ModelError(f"{folder / 'adapter_config.json'}: names no model; say with --model what it was made for.")
-    return name
-
-
-def _table(source: Any) -> dict[str, Any]:
-    """A JSON file's table, or `source` itself if it is one; empty where it is neither."""
-    if isinstance(source, Path):
-        with contextlib.suppress(ModelError):
-            source = read_json_table(source, ModelError)
-    return source if isinstance(source, dict) else {}
-
-
-def _open(args: Any, console: Console) -> Chat:
-    folder = Path(args.adapter_path).expanduser()
-    named = base_model(folder) if args.model is None else args.model
-    source = f"{folder / 'adapter_config.json'}: model" if args.model is None else "`model`"
-    loaded = load(
-        find(named, trust_remote_code=args.trust_remote_code, source=source),
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
-    )
-    if loaded.tokenizer is None:
-        raise ModelError(f"{loaded.path}: has no tokenizer, so nobody can talk with it; give a model that has one.")
-    add_trained_adapters(loaded.model, folder)
-    if args.compare and not any("lora_a" in module for _, module in loaded.model.named_modules()):
-        raise ConfigError(
-            f"--compare: {folder} holds whole weights, which cannot be switched off; leave --compare out, and ask the "
-            "base model with mlx_lm generate."
-        )
-    for note in filter(None, (loaded.note, *_template_note(loaded.tokenizer))):
-        Console(stderr=True).print(_shown(note), soft_wrap=True)
-    side = partial(
-        Conversation, loaded.model, loaded.tokenizer, max_tokens=args.max_tokens, sampler=make_sampler(args.temp)
-    )
-    sides = {"base": side(state=partial(adapters_off, loaded.model))} if args.compare else {}
-    return Chat({**sides, "tuned": side()}, console)
-
-
-def _template_note(tokenizer: Any) -> list[str]:
-    if tokenizer.has_chat_template:
-        return []
-    return ["This model has no chat template: each prompt stands alone, as raw text."]
-
-
 def _typed() -> Iterator[str]:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (lets input() edit its line)
@@ -247,7 +47,22 @@ def _run(argv: Sequence[str] | None) -> None:
         raise ConfigError(f"--temp: found {args.temp}, expected a number of 0 or more.")
     if args.prompt is not None and not args.prompt.strip():
         raise ConfigError("--prompt: is empty; give what is to be answered, or leave it out to be asked.")
-    chat = _open(args, Console(highlight=False))
+    # Only now: a mistyped flag need not wait for mlx-lm and transformers.
+    from rich.console import Console
+
+    from orpo_mlx.cli.conversation import open_chat, talk
+
+    with naming_flags(vars(args)):
+        chat = open_chat(
+            Path(args.adapter_path).expanduser(),
+            Console(highlight=False),
+            model=args.model,
+            compare=args.compare,
+            max_tokens=args.max_tokens,
+            temperature=args.temp,
+            dtype=args.dtype,
+            trust_remote_code=args.trust_remote_code,
+        )
     try:
         if args.prompt is not None:
             chat.ask(args.prompt)

@@ -16,7 +16,7 @@ from orpo_mlx.convert.conversions import (
     convert_mlx_to_peft,
     convert_peft_to_mlx,
 )
-from orpo_mlx.convert.quantize import AFFINE_BITS, AFFINE_GROUPS, MODES, quantisation
+from orpo_mlx.convert.quantize import AFFINE_BITS, AFFINE_GROUPS, QUANTISATION_MODES, quantisation
 from orpo_mlx.convert.task import Task
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.models.names import DTYPES
@@ -83,7 +83,7 @@ def _add_shrinking(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", action="store_true", help="quantise every layer that can be")
     parser.add_argument("--bits", type=int, choices=AFFINE_BITS, help="default: 4")
     parser.add_argument("--group-size", type=int, choices=(16, *AFFINE_GROUPS), help="default: 64")
-    parser.add_argument("--mode", choices=MODES, help="default: affine")
+    parser.add_argument("--mode", choices=QUANTISATION_MODES, help="default: affine")
 
 
 def _task(args: argparse.Namespace) -> Task:

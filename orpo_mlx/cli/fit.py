@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from orpo_mlx.config.command_line import resolve
-from orpo_mlx.config.flags import OneLineParser, exit_status
+from orpo_mlx.config.flags import OneLineParser, exit_status, flag_of
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.engine.modes import MODES
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.memory.fit import describe, predicted, remedies, verdict
-from orpo_mlx.memory.predict import recommended_working_set
-from orpo_mlx.memory.skeleton import read_blueprint
 
 PROG = "orpo-mlx fit"
+
+
+class FitRequest(NamedTuple):
+    """What is asked."""
+
+    config: TrainingConfig
+    memory_gib: float | None
+    """Of the Mac; None asks which Macs hold the run."""
+    prompt_tokens: int | None
+    """Of the tokens of a pair's side; None: half of them."""
 
 
 def build_parser() -> OneLineParser:
@@ -33,8 +41,8 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def parse(argv: Sequence[str] | None) -> tuple[TrainingConfig, float | None, int | None]:
-    """Settings, the Mac's memory in GiB, and the prompt's tokens.
+def fit_request(argv: Sequence[str] | None) -> FitRequest:
+    """What a command line asks.
 
     Raises:
         ConfigError: flags that cannot be used.
@@ -47,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> tuple[TrainingConfig, float | None, int
         raise ConfigError(
             f"--max-seq-length {config.max_seq_length}: leaves no token for the completion; give a larger one."
         )
-    return config, memory, prompt
+    return FitRequest(config, memory, prompt)
 
 
 def _above_0(flag: str, text: str, kind: type[float] | type[int]) -> float:
@@ -62,7 +70,12 @@ def _above_0(flag: str, text: str, kind: type[float] | type[int]) -> float:
 
 
 def _run(argv: Sequence[str] | None) -> None:
-    config, memory, prompt = parse(argv)
+    config, memory, prompt = fit_request(argv)
+    # Only now: a mistyped flag need not wait for mlx-lm and transformers.
+    from orpo_mlx.memory.fit import describe, predicted, remedies, verdict
+    from orpo_mlx.memory.predict import recommended_working_set
+    from orpo_mlx.memory.skeleton import read_blueprint
+
     blueprint = read_blueprint(config.model, dtype=config.dtype)
     print("A step is run on models of this shape with few layers; with a large model it takes a while.", flush=True)
     prediction = predicted(config, blueprint, prompt)
@@ -71,10 +84,11 @@ def _run(argv: Sequence[str] | None) -> None:
     print(verdict(prediction.peak, memory))
     if memory is None or prediction.peak <= recommended_working_set(memory):
         return
-    for flags, changed in remedies(config):
-        share = None if prompt is None else max(1, prompt * changed.max_seq_length // config.max_seq_length)
-        peak = predicted(changed, blueprint, share).peak
+    for changed, smaller in remedies(config):
+        share = None if prompt is None else max(1, prompt * smaller.max_seq_length // config.max_seq_length)
+        peak = predicted(smaller, blueprint, share).peak
         fits = peak <= recommended_working_set(memory)
+        flags = " ".join(flag_of(name, str(value)) for name, value in changed.items())
         print(f"  with {flags}: {peak:.2f} GiB{', which fits' if fits else ''}")
         if fits:
             return

@@ -11,14 +11,9 @@ from orpo_mlx.config.command_line import add_settings, parse_settings
 from orpo_mlx.config.flags import OneLineParser, exit_status, with_flags
 from orpo_mlx.config.settings import data_reading, settings_with
 from orpo_mlx.config.traits import Trait
-from orpo_mlx.data.sources import find_splits
-from orpo_mlx.data.splits import tokenized_split
-from orpo_mlx.data.statistics import as_text, draw_lengths, inspect_splits
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.files import json_text, write_text
-from orpo_mlx.models.loading import find
 from orpo_mlx.text import printable, printable_lines
-from orpo_mlx.training.prepare import data_lengths
 
 PROG = "orpo-mlx inspect"
 
@@ -43,6 +38,13 @@ def _run(argv: Sequence[str] | None) -> None:
         if name not in (None, "-") and (not Path(name).parent.is_dir() or Path(name).is_dir()):
             raise ConfigError(f"{flag} {name}: cannot be written there; give a file in a folder that exists.")
     config = make_config(given)
+    # Only now: a mistyped flag need not wait for mlx-lm and transformers.
+    from orpo_mlx.data.sources import find_splits
+    from orpo_mlx.data.splits import tokenized_split
+    from orpo_mlx.data.statistics import as_text, draw_lengths, inspect_splits
+    from orpo_mlx.models.loading import find
+    from orpo_mlx.training.prepare import data_lengths
+
     sources = find_splits(config.data)
     info = find(config.model, trust_remote_code=config.trust_remote_code)
     lengths = data_lengths(config, info.exact_tokens)

@@ -6,17 +6,20 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from orpo_mlx.config.command_line import resolve
 from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.files import save_json
-from orpo_mlx.memory.benchmark import PROG, benchmark_flags, compare, mode_flags, publishable_memory, table
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; the exit status."""
-    return exit_status(PROG, lambda: _run(argv))
+from orpo_mlx.memory.benchmark import (
+    PROG,
+    benchmark_flags,
+    costs_table,
+    measure_methods,
+    mode_flags,
+    publishable_memory,
+)
 
 
 def build_parser() -> OneLineParser:
@@ -39,8 +42,20 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None, list[str], Path | None]:
-    """Methods, the flags for all of them, the file to write, the memory modes, and the file to publish.
+class BenchmarkRequest(NamedTuple):
+    """What is to be measured, and where the figures go."""
+
+    methods: list[str]
+    arguments: list[str]
+    """Flags of `train`, for all methods."""
+    modes: list[str]
+    """Memory modes to measure each method with; none: as `arguments` say."""
+    json_file: Path | None
+    publish_file: Path | None
+
+
+def benchmark_request(argv: Sequence[str] | None) -> BenchmarkRequest:
+    """What a command line asks.
 
     Raises:
         ConfigError: flags that cannot be used.
@@ -58,18 +73,23 @@ def parse(argv: Sequence[str] | None) -> tuple[list[str], list[str], Path | None
     for flag, file in (("--json", own.json), ("--publish", own.publish)):
         if file is not None and (file.is_dir() or not file.parent.is_dir()):
             raise ConfigError(f"{flag} {file}: cannot be written there; give a file in a folder that exists.")
-    return methods, arguments, own.json, modes, own.publish
+    return BenchmarkRequest(methods, arguments, modes, own.json, own.publish)
 
 
 def _run(argv: Sequence[str] | None) -> None:
-    methods, arguments, json_file, modes, publish = parse(argv)
-    record = compare(methods, arguments, json_file, modes)
-    if publish is not None:
-        save_json(publish, publishable_memory(record))
-    print(table(record["methods"]))
+    methods, arguments, modes, json_file, publish_file = benchmark_request(argv)
+    record = measure_methods(methods, arguments, json_file, modes)
+    if publish_file is not None:
+        save_json(publish_file, publishable_memory(record))
+    print(costs_table(record["methods"]))
     died = [f"{row['method']} ({row['error']})" for row in record["methods"] if "error" in row]
     if died:
         raise TrainingError(f"the process of {', '.join(died)} died before it was measured")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status."""
+    return exit_status(PROG, lambda: _run(argv))
 
 
 if __name__ == "__main__":

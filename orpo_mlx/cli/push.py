@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orpo_mlx.config.flags import OneLineParser, exit_status
-from orpo_mlx.reporting.hub import check_name, check_ready, contents, listing, push
 from orpo_mlx.text import printable
 
 PROG = "orpo-mlx push"
@@ -26,6 +25,9 @@ def build_parser() -> OneLineParser:
 def _run(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     folder = Path(args.adapter_path).expanduser()
+    # Only now: a mistyped flag need not wait for the Hub's client.
+    from orpo_mlx.reporting.hub import check_name, check_ready, contents, listing, push
+
     check_name(args.repo_id, "REPO_ID")
     if args.dry_run:
         print(printable(f"Would be sent to {args.repo_id}:"))

@@ -7,40 +7,27 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orpo_mlx.compare.intervals import wilson
 from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.data.pairs import Reading, load_pairs, parse_columns
-from orpo_mlx.data.tokenization import PairTokenizer
-from orpo_mlx.engine.pair_scorer import PairScorer
-from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import write_text
-from orpo_mlx.models.adapters import add_trained_adapters
-from orpo_mlx.models.loading import LoadedModel, check_vocabulary, find, load
 from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES
 from orpo_mlx.text import printable
 from orpo_mlx.types import TokenizedPair
 
+if TYPE_CHECKING:
+    from orpo_mlx.models.loading import LoadedModel
+
 PROG = "orpo-mlx score"
-
-
-def accuracy_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): bounds in 0..1, sensible at 0 and 1 where the normal one is not.
-
-    Raises:
-        ValueError: no trials.
-    """
-    if trials < 1:
-        raise ValueError("an interval needs at least one trial.")
-    return wilson(successes / trials, trials)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """Accuracy with its interval, and mean margin, in one line."""
     wins = sum(row["prefers_chosen"] for row in rows)
-    low, high = accuracy_interval(wins, len(rows))
+    low, high = wilson(wins / len(rows), len(rows))
     margin = sum(row["margin"] for row in rows) / len(rows)
     return (
         f"{len(rows)} pairs: chosen preferred in {wins / len(rows):.1%} (95 % interval {low:.1%} to {high:.1%}) "
@@ -71,11 +58,19 @@ def _run(argv: Sequence[str] | None) -> None:
     args = build_parser().parse_args(argv)
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size: found {args.batch_size}, expected a whole number above 0.")
-    data, output = Path(args.data), Path(args.output)
+    data = Path(args.data)
+    output = Path(args.output)
     if data.is_dir():
         raise DataError(f"--data {data}: is a folder; score takes one file, such as {data / 'test.jsonl'}.")
     if not output.parent.is_dir() or output.is_dir():
         raise ConfigError(f"--output {output}: cannot be written there; give a file in a folder that exists.")
+    # Only now: a mistyped flag need not wait for mlx-lm and transformers.
+    from orpo_mlx.data.tokenization import PairTokenizer
+    from orpo_mlx.engine.pair_scorer import PairScorer
+    from orpo_mlx.engine.score import score_pairs
+    from orpo_mlx.models.adapters import add_trained_adapters
+    from orpo_mlx.models.loading import check_vocabulary, find, load
+
     raw = load_pairs(data, Reading(parse_columns(args.columns)))
     info = find(args.model, trust_remote_code=args.trust_remote_code)
     pairs = list(PairTokenizer(info.tokenizer).each(raw))

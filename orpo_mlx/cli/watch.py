@@ -14,7 +14,7 @@ from orpo_mlx.errors import ConfigError
 from orpo_mlx.folder_lock import LOCK
 from orpo_mlx.reporting.live.feed import Feed
 from orpo_mlx.reporting.live.server import LARGEST_PORT, serving
-from orpo_mlx.reporting.metrics_log import FILE
+from orpo_mlx.reporting.metrics_log import METRICS_FILE
 from orpo_mlx.text import printable
 
 PROG = "orpo-mlx watch"
@@ -45,11 +45,11 @@ def _run(argv: Sequence[str] | None) -> None:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; {_REMEDY}")
     # A run that has only begun may have written nothing, or its lock.
-    if not any((folder / name).exists() for name in (FILE, LOCK)) and any(folder.iterdir()):
-        raise ConfigError(f"{folder}: holds no run (no {FILE}, no {LOCK}); {_REMEDY}")
+    if not any((folder / name).exists() for name in (METRICS_FILE, LOCK)) and any(folder.iterdir()):
+        raise ConfigError(f"{folder}: holds no run (no {METRICS_FILE}, no {LOCK}); {_REMEDY}")
     with serving(Feed(folder), port, "--port") as server, suppress(KeyboardInterrupt):
-        if not (folder / FILE).exists():
-            print(printable(f"{folder} holds no {FILE} yet: the page waits for it."))
+        if not (folder / METRICS_FILE).exists():
+            print(printable(f"{folder} holds no {METRICS_FILE} yet: the page waits for it."))
         print(f"On this machine, {printable(folder.name)} can be watched at {server.address} until Ctrl-C.", flush=True)
         threading.Event().wait()
 

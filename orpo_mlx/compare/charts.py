@@ -6,27 +6,26 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from orpo_mlx.compare.results import Results
 from orpo_mlx.reporting.charts import Panel, Theme, label, legend, style, whole_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Results = Mapping[str, Any]
-_SMOOTHED = 5
+_SMOOTHED_STEPS = 5
+_BARS = {"peak_memory_gib": "MLX", "footprint_peak_gib": "whole process"}
 
 
 def loss_panels(results: Results) -> list[Panel]:
     """Loss over steps, a panel for each method, since losses of different methods are in different units."""
-    return [_loss(number, arm) for number, arm in enumerate(results["methods"])]
+    return [loss_panel(number, arm) for number, arm in enumerate(results["methods"])]
 
 
 def accuracy_panel(results: Results) -> Panel:
     """Valid accuracy over steps, one line for each method, with the range over seeds as a band."""
 
     def draw(axes: Axes, theme: Theme) -> None:
-        _curves(axes, results, "step")
-        axes.set_xlabel("optimiser step")
-        axes.set_ylabel("preference accuracy, valid (%)")
+        draw_curves(axes, results, "step", "optimiser step")
         whole_steps(axes)
 
     return draw
@@ -34,13 +33,7 @@ def accuracy_panel(results: Results) -> Panel:
 
 def time_panel(results: Results) -> Panel:
     """Valid accuracy over seconds of training."""
-
-    def draw(axes: Axes, theme: Theme) -> None:
-        _curves(axes, results, "seconds")
-        axes.set_xlabel("training time, reference included (s)")
-        axes.set_ylabel("preference accuracy, valid (%)")
-
-    return draw
+    return lambda axes, theme: draw_curves(axes, results, "seconds", "training time, reference included (s)")
 
 
 def memory_panel(results: Results) -> Panel:
@@ -48,15 +41,18 @@ def memory_panel(results: Results) -> Panel:
 
     def draw(axes: Axes, theme: Theme) -> None:
         arms = results["methods"]
-        for number, (key, words) in enumerate(_BARS.items()):
-            places = [row + 0.38 * (number - 0.5) for row in range(len(arms))]
-            values = [arm["summary"][key]["mean"] for arm in arms]
-            look = style(number)
+        for number, (key, text) in enumerate(_BARS.items()):
             bars = axes.barh(
-                places, values, height=0.36, color=look.color, label=words, hatch="" if number == 0 else "///",
-                edgecolor=theme.paper, linewidth=0,
-            )  # fmt: skip
-            axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
+                [row + 0.38 * (number - 0.5) for row in range(len(arms))],
+                [arm["summary"][key]["mean"] for arm in arms],
+                height=0.36,
+                color=style(number).color,
+                label=text,
+                hatch="" if number == 0 else "///",
+                edgecolor=theme.paper,
+                linewidth=0,
+            )
+            axes.bar_label(bars, [f"{arm['summary'][key]['mean']:.3g}" for arm in arms], padding=3, fontsize=8)
         axes.set_yticks(range(len(arms)), [label(arm["name"], 24) for arm in arms])
         axes.invert_yaxis()
         axes.margins(x=0.15)
@@ -67,25 +63,22 @@ def memory_panel(results: Results) -> Panel:
     return draw
 
 
-_BARS = {"peak_memory_gib": "MLX", "footprint_peak_gib": "whole process"}
-
-
 def sensitivity_panels(results: Results) -> list[Panel]:
     """Valid accuracy over learning rate and β, a heat map for each method that was tried at several settings."""
-    return [_heat_map(arm) for arm in results["methods"] if arm["grid"]]
+    return [heat_map(arm) for arm in results["methods"] if arm["grid"]]
 
 
-def _loss(number: int, arm: Mapping[str, Any]) -> Panel:
+def loss_panel(number: int, arm: Mapping[str, Any]) -> Panel:
+    """Loss of one method over steps: the mean over seeds, with their range as a band."""
+
     def draw(axes: Axes, theme: Theme) -> None:
-        look = style(number)
-        runs = [_smooth(run) for run in arm["losses"]]
-        steps = list(range(1, min(map(len, runs)) + 1))
-        columns = list(zip(*(run[: len(steps)] for run in runs), strict=True))
-        axes.fill_between(
-            steps, [min(c) for c in columns], [max(c) for c in columns], color=look.color, alpha=0.25, linewidth=0
-        )
-        middle = [statistics.fmean(column) for column in columns]
-        axes.plot(steps, middle, color=look.color, linewidth=1.6, marker="." if len(steps) == 1 else "")
+        color = style(number).color
+        # Runs with a budget of seconds are of different lengths; they are drawn as far as all of them go.
+        columns = list(zip(*map(smoothed, arm["losses"]), strict=False))
+        steps = range(1, len(columns) + 1)
+        axes.fill_between(steps, [*map(min, columns)], [*map(max, columns)], color=color, alpha=0.25, linewidth=0)
+        marker = "." if len(columns) == 1 else ""
+        axes.plot(steps, [*map(statistics.fmean, columns)], color=color, linewidth=1.6, marker=marker)
         axes.set_title(label(arm["name"]))
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("training loss (as the method defines it)")
@@ -94,33 +87,42 @@ def _loss(number: int, arm: Mapping[str, Any]) -> Panel:
     return draw
 
 
-def _smooth(run: Sequence[float]) -> list[float]:
+def smoothed(losses: Sequence[float]) -> list[float]:
     """Trailing means of a few steps: single batches are noise."""
-    return [statistics.fmean(run[max(0, end - _SMOOTHED) : end]) for end in range(1, len(run) + 1)]
+    return [statistics.fmean(losses[max(0, end - _SMOOTHED_STEPS) : end]) for end in range(1, len(losses) + 1)]
 
 
-def _curves(axes: Axes, results: Results, key: str) -> None:
+def draw_curves(axes: Axes, results: Results, key: str, xlabel: str) -> None:
+    """Valid accuracy of every method over `step` or `seconds`, from the base model's at 0; bands: range over seeds."""
     base = 100 * results["base"]["valid"]["accuracy"]
     for number, arm in enumerate(results["methods"]):
         look = style(number)
-        points = min(map(len, arm["curves"]))
-        columns = [[curve[place] for curve in arm["curves"]] for place in range(points)]
-        places = [0.0, *(statistics.fmean(point[key] for point in column) for column in columns)]
-        shares = [[100 * point["accuracy"] for point in column] for column in columns]
-        low, high = [base, *map(min, shares)], [base, *map(max, shares)]
-        axes.fill_between(places, low, high, color=look.color, alpha=0.18, linewidth=0)
+        columns = list(zip(*arm["curves"], strict=False))
+        xs = [0.0, *(statistics.fmean(point[key] for point in column) for column in columns)]
+        shares = [[base], *([100 * point["accuracy"] for point in column] for column in columns)]
+        axes.fill_between(xs, [*map(min, shares)], [*map(max, shares)], color=look.color, alpha=0.18, linewidth=0)
         axes.plot(
-            places, [base, *map(statistics.fmean, shares)], color=look.color, linestyle=look.dash, marker=look.marker,
-            markersize=5, linewidth=1.6, label=label(arm["name"], 24),
-        )  # fmt: skip
+            xs,
+            [*map(statistics.fmean, shares)],
+            color=look.color,
+            linestyle=look.dash,
+            marker=look.marker,
+            markersize=5,
+            linewidth=1.6,
+            label=label(arm["name"], 24),
+        )
     target = 100 * results["target_accuracy"]
     axes.axhline(target, color="#8a8a8a", linewidth=1, linestyle=":")
     axes.annotate(f"{target:g} %", (0, target), xytext=(2, 2), textcoords="offset points", fontsize=8)
     axes.set_ylim(-3, 105)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel("preference accuracy, valid (%)")
     legend(axes)
 
 
-def _heat_map(arm: Mapping[str, Any]) -> Panel:
+def heat_map(arm: Mapping[str, Any]) -> Panel:
+    """Valid accuracy of one method at each learning rate and β."""
+
     def draw(axes: Axes, theme: Theme) -> None:
         rates = sorted({found["learning_rate"] for found in arm["grid"]})
         betas = sorted({found["beta"] for found in arm["grid"]}, key=lambda beta: beta or 0.0)
@@ -131,16 +133,15 @@ def _heat_map(arm: Mapping[str, Any]) -> Panel:
         image = axes.imshow(numbers, vmin=0, vmax=100, cmap="cividis", aspect="auto")
         for y, row in enumerate(rows):
             for x, share in enumerate(row):
-                words, ink = (
-                    ("failed", theme.ink) if share is None else (f"{share:.1%}", "#000" if share > 0.5 else "#fff")
-                )
-                axes.text(x, y, words, ha="center", va="center", color=ink, fontsize=9)
+                # cividis is dark where shares are low, and what failed has the paper's colour.
+                ink = theme.ink if share is None else "#000" if share > 0.5 else "#fff"
+                shown = "failed" if share is None else f"{share:.1%}"
+                axes.text(x, y, shown, ha="center", va="center", color=ink, fontsize=9)
         axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         axes.set_yticks(range(len(betas)), ["none" if beta is None else f"{beta:.3g}" for beta in betas])
         axes.set_xlabel("learning rate")
         axes.set_ylabel("β")
         axes.set_title(label(arm["name"]))
-        bar = axes.figure.colorbar(image, ax=axes)
-        bar.set_label("valid accuracy (%)")
+        axes.figure.colorbar(image, ax=axes).set_label("valid accuracy (%)")
 
     return draw

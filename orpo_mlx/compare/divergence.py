@@ -35,7 +35,8 @@ def sampled_kl(
     """
     mx.random.seed(seed)
     sampler = make_sampler(temp=1.0)
-    total, tokens = 0.0, 0
+    total = 0.0
+    tokens = 0
     with in_evaluation(model):
         for prompt in prompts:
             reply = []

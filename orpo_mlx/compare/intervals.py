@@ -48,11 +48,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean, standard deviation and range of a measure over seeds.
-
-    Raises:
-        ValueError: no values.
-    """
+    """Mean, standard deviation and range of a measure over seeds; ValueError where there are no values."""
     if not values:
         raise ValueError("a spread needs at least one value.")
     sd = statistics.stdev(values) if len(values) > 1 else None
@@ -79,7 +75,8 @@ def clustered_interval(wins: Sequence[Sequence[int]]) -> Interval:
     """
     if not wins or not wins[0] or any(len(row) != len(wins[0]) for row in wins):
         raise ValueError("an interval needs the wins of the same pairs for every seed.")
-    seeds, pairs = len(wins), len(wins[0])
+    seeds = len(wins)
+    pairs = len(wins[0])
     rates = [sum(column) / seeds for column in zip(*wins, strict=True)]
     mean = statistics.fmean(rates)
     variance = statistics.pvariance(rates) / pairs

@@ -42,17 +42,18 @@ class Arm(NamedTuple):
 
     name: str
     """As it was given: `dpo`, or `dpo --reference copy`."""
-    words: tuple[str, ...]
-    """Flags that make it."""
+    argv: tuple[str, ...]
+    """Flags that make it: `--method` and its value, then its own."""
     beta: float | None
     """Its β, where it has exactly one."""
     needs_reference: bool
     copies_reference: bool
 
     @property
-    def swept_as(self) -> tuple[str, ...]:
-        """Arms of which this is the same have the same maths, and share a learning rate."""
-        return tuple(word for word in self.words if word not in ("--reference", "copy"))
+    def sweep_key(self) -> tuple[str, ...]:
+        """Sweep key; equal keys share a learning rate."""
+        # A copied reference gives the same log-probs, so it changes memory and time and no number of the maths.
+        return tuple(word for word in self.argv if word not in ("--reference", "copy"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Plan:
         }
 
 
-def parse(argv: Sequence[str] | None) -> Plan:
+def parse_plan(argv: Sequence[str] | None) -> Plan:
     """A plan from the command line.
 
     Raises:
@@ -95,16 +96,14 @@ def parse(argv: Sequence[str] | None) -> Plan:
     own, rest = build_parser().parse_known_args(argv)
     arguments = tuple(rest)
     config = resolve(arguments, PROG)
-    _check_shared(config)
-    given = [(kind, getattr(own, kind)) for kind in BUDGETS if getattr(own, kind) is not None]
-    if len(given) != 1:
-        raise ConfigError("--steps, --pair-tokens, --seconds: give exactly one, the budget of every method.")
-    arms = tuple(_arm(name, arguments) for name in _names(own.methods, "--methods"))
+    check_shared(config)
+    budget = parse_budget(own)
+    arms = tuple(make_arm(name, arguments) for name in parse_names(own.methods, "--methods"))
     if len({arm.name for arm in arms}) < len(arms):
         raise ConfigError(f"--methods {own.methods}: a method stands in the list twice.")
     if arms[0].copies_reference:
         raise ConfigError("--methods: the first method is what the others are compared with; give one without a copy.")
-    sanity = tuple(_arm(name, arguments) for name in _names(own.sanity, "--sanity")) if own.sanity else ()
+    sanity = tuple(make_arm(name, arguments) for name in parse_names(own.sanity, "--sanity")) if own.sanity else ()
     for arm in sanity:
         if arm not in arms:
             raise ConfigError(f"--sanity {arm.name}: is not among --methods.")
@@ -112,10 +111,20 @@ def parse(argv: Sequence[str] | None) -> Plan:
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output {output}: is a file; give a folder.")
     return Plan(
-        arguments, config, arms, own.seeds, Budget(*given[0]), _numbers(own.learning_rates, "--learning-rates"),
-        _numbers(own.beta_factors, "--beta-factors") if own.beta_factors else (), sanity, own.valid_pairs,
-        own.test_pairs, own.curve_points, own.accuracy, output,
-    )  # fmt: skip
+        arguments=arguments,
+        config=config,
+        arms=arms,
+        seeds=own.seeds,
+        budget=budget,
+        rates=parse_numbers(own.learning_rates, "--learning-rates"),
+        beta_factors=parse_numbers(own.beta_factors, "--beta-factors") if own.beta_factors else (),
+        sanity=sanity,
+        valid_pairs=own.valid_pairs,
+        test_pairs=own.test_pairs,
+        curve_points=own.curve_points,
+        accuracy=own.accuracy,
+        output=output,
+    )
 
 
 def build_parser() -> OneLineParser:
@@ -134,22 +143,27 @@ def build_parser() -> OneLineParser:
     share = _checked(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for results.json, reports and pictures")
     parser.add_argument(
-        "--methods", default="orpo,dpo",
+        "--methods",
+        default="orpo,dpo",
         help="methods with commas between, each with flags of its own if need be: 'orpo,dpo,dpo --reference copy' "
         "(default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--steps", type=count, metavar="N", help="budget: optimiser steps")
     parser.add_argument("--pair-tokens", type=count, metavar="N", help="budget: tokens of pairs trained on")
     parser.add_argument("--seconds", type=amount, metavar="X", help="budget: seconds of training, reference included")
     parser.add_argument("--seeds", type=count, default=3, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
     parser.add_argument(
-        "--learning-rates", default="1e-4,3e-4", metavar="X,...",
+        "--learning-rates",
+        default="1e-4,3e-4",
+        metavar="X,...",
         help="rates each method is tried with on the valid split, under seed 0 (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--beta-factors", default="", metavar="X,...",
+        "--beta-factors",
+        default="",
+        metavar="X,...",
         help="sensitivity: also train with β times these, at each learning rate; default: the rates alone",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--sanity", default="", metavar="METHODS", help="train these also with labels swapped, and with labels shuffled"
     )
@@ -166,27 +180,37 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def _checked(kind: type[int] | type[float], holds: Callable[[float], bool], words: str) -> Callable[[str], float]:
+def _checked(kind: type[int] | type[float], holds: Callable[[float], bool], expected: str) -> Callable[[str], float]:
     def convert(found: str) -> float:
         try:
             value = kind(found)
         except ValueError:
             value = kind(0)
         if not holds(value):
-            raise argparse.ArgumentTypeError(f"found {found!r}, expected {words}")
+            raise argparse.ArgumentTypeError(f"found {found!r}, expected {expected}")
         return value
 
     return convert
 
 
-def _names(listed: str, flag: str) -> list[str]:
+def parse_budget(flags: argparse.Namespace) -> Budget:
+    """The one budget among the flags; ConfigError where there is none, or several."""
+    given = [(kind, getattr(flags, kind)) for kind in BUDGETS if getattr(flags, kind) is not None]
+    if len(given) != 1:
+        raise ConfigError("--steps, --pair-tokens, --seconds: give exactly one, the budget of every method.")
+    return Budget(*given[0])
+
+
+def parse_names(listed: str, flag: str) -> list[str]:
+    """Methods with commas between; ConfigError where one is empty."""
     names = [" ".join(name.split()) for name in listed.split(",")]
     if not all(names):
         raise ConfigError(f"{flag} {listed}: found an empty name, expected methods with commas between.")
     return names
 
 
-def _numbers(listed: str, flag: str) -> tuple[float, ...]:
+def parse_numbers(listed: str, flag: str) -> tuple[float, ...]:
+    """Different numbers above 0 with commas between; ConfigError where they are not."""
     try:
         numbers = [float(word) for word in listed.split(",")]
     except ValueError:
@@ -196,19 +220,15 @@ def _numbers(listed: str, flag: str) -> tuple[float, ...]:
     return tuple(numbers)
 
 
-def _arm(name: str, arguments: Sequence[str]) -> Arm:
-    """An arm from a method and the flags after it.
-
-    Raises:
-        ConfigError: an unknown method, or flags that do not make a method.
-    """
+def make_arm(name: str, arguments: Sequence[str]) -> Arm:
+    """An arm from a method and the flags after it; ConfigError where these make no method."""
     expression, mark, flags = name.partition(" --")
     try:
         own = shlex.split(mark + flags)
     except ValueError as error:
         raise ConfigError(f"--methods {name}: cannot be read ({error}).") from None
-    words = ("--method", expression, *own)
-    config = resolve([*arguments, *words], PROG)
+    argv = ("--method", expression, *own)
+    config = resolve([*arguments, *argv], PROG)
     plain = resolve([*arguments, "--method", expression], PROG).settings()
     changed = {key for key, value in config.settings().items() if value != plain[key]}
     wrong = sorted(changed - {*settings_with(Trait.OF_METHOD)})
@@ -217,10 +237,11 @@ def _arm(name: str, arguments: Sequence[str]) -> Arm:
     found = recipe(config)
     betas = {parameters["beta"] for parameters in found.parameters.values() if "beta" in parameters}
     beta = betas.pop() if len(betas) == 1 else None
-    return Arm(name, words, beta, found.needs_reference, config.reference == "copy")
+    return Arm(name, argv, beta, found.needs_reference, config.reference == "copy")
 
 
-def _check_shared(config: TrainingConfig) -> None:
+def check_shared(config: TrainingConfig) -> None:
+    """Raise ConfigError where the settings of all arms set what a comparison sets itself."""
     defaults = TrainingConfig().settings()
     settings = config.settings()
     for name in settings_with(Trait.COMPARED):

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from orpo_mlx.compare import tables
 from orpo_mlx.compare.charts import accuracy_panel, loss_panels, memory_panel, sensitivity_panels, time_panel
-from orpo_mlx.files import write_atomically, write_text
+from orpo_mlx.compare.results import Results
+from orpo_mlx.files import write_bytes, write_text
 from orpo_mlx.reporting.charts import DARK, LIGHT, Panel, png
-from orpo_mlx.reporting.html_page import Cell, Table, definition_list, markdown_text, page, picture, text
-
-Results = Mapping[str, Any]
+from orpo_mlx.reporting.html_page import Picture, Table, TableCell, render_markdown, render_page
 
 TITLE = "Preference methods side by side"
+
+
+class Section(NamedTuple):
+    """A table with what is to be known about it."""
+
+    title: str
+    table: Table
+    text: str
+
+
+class PanelPicture(NamedTuple):
+    """A picture of one or more panels."""
+
+    name: str
+    """Of its file, without `.png`."""
+    panels: list[Panel]
+    caption: str
+
 
 _SECTIONS: tuple[tuple[str, Callable[[Results], Table], str], ...] = (
     (
@@ -59,18 +76,12 @@ _SECTIONS: tuple[tuple[str, Callable[[Results], Table], str], ...] = (
 
 
 def write_comparison(results: Results, folder: Path) -> list[Path]:
-    """Write the reports about `results` into `folder`; the paths written.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    pictures = _pictures(results)
+    """Write the reports about `results` into `folder`; the paths written."""
     written = [folder / "results.json"]
-    for name, (panels, _) in pictures.items():
-        written.append(folder / f"{name}.png")
-        content = png(panels, LIGHT, columns=min(2, len(panels)))
-        write_atomically(written[-1], _writer(content))
-    for name, document in (("report.md", markdown(results)), ("report.html", html(results, pictures))):
+    for picture in pictures_of(results):
+        written.append(folder / f"{picture.name}.png")
+        write_bytes(written[-1], png(picture.panels, LIGHT, columns=min(2, len(picture.panels))))
+    for name, document in (("report.md", markdown(results)), ("report.html", html(results))):
         written.append(folder / name)
         write_text(written[-1], document)
     return written
@@ -78,74 +89,76 @@ def write_comparison(results: Results, folder: Path) -> list[Path]:
 
 def markdown(results: Results) -> str:
     """The report as Markdown, with its pictures beside it."""
-    parts = [f"# {TITLE}", *(f"- {key}: {markdown_text(value)}" for key, value in facts(results).items()), ""]
-    for title, table, words in _sections(results):
-        parts += [f"## {title}", "", markdown_text(words), "", table.markdown(), ""]
-    parts += ["## Pictures", ""]
-    parts += [f"![{words}]({name}.png)\n" for name, (_, words) in _pictures(results).items()]
-    return "\n".join(parts)
+    return render_markdown(
+        "compare/report.md.jinja",
+        title=TITLE,
+        facts=facts(results),
+        sections=sections_of(results),
+        pictures=pictures_of(results),
+    )
 
 
-def html(results: Results, pictures: Mapping[str, tuple[list[Panel], str]]) -> str:
+def html(results: Results) -> str:
     """The report as one self-contained page."""
-    sections = [
-        f"<h2>{text(title)}</h2>\n<p>{text(words)}</p>\n{table.html()}" for title, table, words in _sections(results)
-    ]
-    # One by one, so that each is as wide as a phone.
-    shown = [
-        picture(words, png([panel], LIGHT), png([panel], DARK), words)
-        for panels, words in pictures.values()
-        for panel in panels
-    ]
-    charts = f'<h2>Pictures</h2>\n<div class="charts">{"".join(shown)}</div>'
-    return page(TITLE, [definition_list(facts(results)), sections[0], charts, *sections[1:]])
+    return render_page(
+        "compare/report.html.jinja",
+        TITLE,
+        facts=facts(results),
+        sections=sections_of(results),
+        # One panel a picture, so that each is as wide as a phone.
+        pictures=[
+            Picture(picture.caption, png([panel], LIGHT), png([panel], DARK), picture.caption)
+            for picture in pictures_of(results)
+            for panel in picture.panels
+        ],
+    )
 
 
 def facts(results: Results) -> dict[str, str]:
-    """What was run where and when, in words."""
-    machine, versions, pairs = results["machine"], results["versions"], results["data"]["pairs"]
+    """What was run where and when, as text."""
+    settings = results["settings"]
+    versions = {key: value for key, value in results["versions"].items() if key not in ("platform", "device")}
+    pairs = ", ".join(f"{count} {name}" for name, count in results["data"]["pairs"].items())
     return {
-        "model": str(results["settings"]["model"]),
-        "data": f"{results['settings']['data']}: {', '.join(f'{count} {name}' for name, count in pairs.items())} pairs",
+        "model": str(settings["model"]),
+        "data": f"{settings['data']}: {pairs} pairs",
         "budget of every method": results["budget"]["words"],
         "seeds": str(results["seeds"]),
-        "pairs per step": str(results["settings"]["batch_size"] * results["settings"]["grad_accumulation_steps"]),
-        "machine": ", ".join(f"{key} {value}" for key, value in machine.items()),
-        "versions": ", ".join(f"{key} {value}" for key, value in versions.items() if key not in ("platform", "device")),
+        "pairs per step": str(settings["batch_size"] * settings["grad_accumulation_steps"]),
+        "machine": ", ".join(f"{key} {value}" for key, value in results["machine"].items()),
+        "versions": ", ".join(f"{key} {value}" for key, value in versions.items()),
         "date": results["date"],
         "command": results["command"],
     }
 
 
-def _sections(results: Results) -> list[tuple[str, Table, str]]:
-    """Sections; one whose table would be empty says so instead."""
+def sections_of(results: Results) -> list[Section]:
+    """Sections that have something to show; where no sanity check was run, that is said."""
     found = []
-    for title, build, words in _SECTIONS:
+    for title, build, text in _SECTIONS:
         table = build(results)
         if table.rows:
-            found.append((title, table, words))
+            found.append(Section(title, table, text))
         elif build is tables.sanity:
-            none = Table(("not run",), ((Cell("give --sanity and a method to train it on wrong labels"),),), prose=True)
-            found.append((title, none, words))
+            cell = TableCell("give --sanity and a method to train it on wrong labels")
+            found.append(Section(title, Table(("not run",), ((cell,),), prose=True), text))
     return found
 
 
-def _pictures(results: Results) -> dict[str, tuple[list[Panel], str]]:
-    """Panels and captions by file name."""
-    found: dict[str, tuple[list[Panel], str]] = {
-        "accuracy": ([accuracy_panel(results)], "Valid accuracy by step; bands: range over seeds."),
-        "time_accuracy": ([time_panel(results)], "Valid accuracy by training time; bands: range over seeds."),
-        "memory": ([memory_panel(results)], "Peak memory."),
-        "loss": (loss_panels(results), "Training loss, trailing means of five steps; bands: range over seeds."),
-    }
+def pictures_of(results: Results) -> list[PanelPicture]:
+    """All pictures, in the order of the report."""
+    found = [
+        PanelPicture("accuracy", [accuracy_panel(results)], "Valid accuracy by step; bands: range over seeds."),
+        PanelPicture(
+            "time_accuracy", [time_panel(results)], "Valid accuracy by training time; bands: range over seeds."
+        ),
+        PanelPicture("memory", [memory_panel(results)], "Peak memory."),
+        PanelPicture(
+            "loss", loss_panels(results), "Training loss, trailing means of five steps; bands: range over seeds."
+        ),
+    ]
     heat_maps = sensitivity_panels(results)
     if heat_maps:
-        found["sensitivity"] = (heat_maps, "Valid accuracy at the end of the budget by learning rate and β.")
+        caption = "Valid accuracy at the end of the budget by learning rate and β."
+        found.append(PanelPicture("sensitivity", heat_maps, caption))
     return found
-
-
-def _writer(content: bytes) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        path.write_bytes(content)
-
-    return write

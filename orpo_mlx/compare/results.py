@@ -4,30 +4,57 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from orpo_mlx.compare.intervals import clustered_interval, spread
 from orpo_mlx.compare.plan import Arm, Plan
 from orpo_mlx.errors import TrainingError
 
-TrainKey = tuple[str, int, float, float, str]
-"""Arm, seed, learning rate, factor of β, labels."""
+Results = Mapping[str, Any]
+"""What `results.json` holds; docs/results.md has the schema."""
+
+
+class TrainingKey(NamedTuple):
+    """Names a training; equal to the plain tuple of its values."""
+
+    arm: str
+    seed: int
+    rate: float
+    beta_factor: float = 1.0
+    labels: str = "given"
+
+
+class JudgementKey(NamedTuple):
+    """Names a judgement on the held-out pairs."""
+
+    arm: str
+    seed: int
+    labels: str = "given"
+
 
 _SPREAD_TRAIN = (
-    "training_s", "reference_s", "step_s_median", "pair_tokens_per_s", "peak_memory_gib", "cache_memory_gib",
-    "footprint_peak_gib", "steps", "pair_tokens",
-)  # fmt: skip
+    "training_s",
+    "reference_s",
+    "step_s_median",
+    "pair_tokens_per_s",
+    "peak_memory_gib",
+    "cache_memory_gib",
+    "footprint_peak_gib",
+    "steps",
+    "pair_tokens",
+)
 _SPREAD_TEST = ("accuracy", "accuracy_sum", "margin", "nll", "reply_tokens", "distinct_2")
-_SAME = ("initial_adapter_sha256", "order_sha256")
+# Keys of a training that must be the same for all methods under one seed.
+_SAME = ("initial_adapter_sha256", "order_sha256", "data_sha256")
 
 
 @dataclasses.dataclass
 class Cells:
-    """Results of the cells, by what they are."""
+    """Results keyed by arm, seed, rate, beta factor, labels."""
 
     base: dict[str, Any] = dataclasses.field(default_factory=dict)
-    trained: dict[TrainKey, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    tested: dict[tuple[str, int, str], dict[str, Any]] = dataclasses.field(default_factory=dict)
+    trained: dict[TrainingKey, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    tested: dict[JudgementKey, dict[str, Any]] = dataclasses.field(default_factory=dict)
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
     """The learning rate chosen for each arm."""
 
@@ -40,7 +67,7 @@ class Cells:
         Raises:
             TrainingError: training failed at every rate.
         """
-        finals = {rate: final(self.trained[arm.name, 0, rate, 1.0, "given"]) for rate in rates}
+        finals = {rate: final(self.trained[TrainingKey(arm.name, 0, rate)]) for rate in rates}
         working = {rate: found for rate, found in finals.items() if found is not None}
         if not working:
             raise TrainingError(f"{arm.name}: training failed at every learning rate; give lower --learning-rates")
@@ -53,14 +80,14 @@ class Cells:
             TrainingError: they did not.
         """
         firsts: dict[int, dict[str, Any]] = {}
-        for (name, seed, *_), cell in self.trained.items():
-            first = firsts.setdefault(seed, cell)
-            for key in (*_SAME, "data_sha256"):
-                if cell[key] != first[key]:
-                    raise TrainingError(
-                        f"{name}, seed {seed}: its {key} is not that of the other methods, so nothing can be compared; "
-                        "was the data changed in between? Give another --output"
-                    )
+        for which, cell in self.trained.items():
+            first = firsts.setdefault(which.seed, cell)
+            other = next((key for key in _SAME if cell[key] != first[key]), None)
+            if other is not None:
+                raise TrainingError(
+                    f"{which.arm}, seed {which.seed}: its {other} is not that of the other methods, so nothing can be "
+                    "compared; was the data changed in between? Give another --output"
+                )
 
 
 def final(cell: Mapping[str, Any]) -> Mapping[str, float] | None:
@@ -85,13 +112,9 @@ def collect(plan: Plan, cells: Cells) -> dict[str, Any]:
 
 def _method(plan: Plan, cells: Cells, arm: Arm) -> dict[str, Any]:
     rate = cells.rates[arm.name]
-    trained = [cells.trained[arm.name, seed, rate, 1.0, "given"] for seed in range(plan.seeds)]
-    tested = [cells.tested[arm.name, seed, "given"] for seed in range(plan.seeds)]
-    grid = [
-        {"learning_rate": key[2], "beta": None if arm.beta is None else arm.beta * key[3], **_outcome(cell)}
-        for key, cell in sorted(cells.trained.items())
-        if key[0] == arm.name and key[1] == 0 and key[4] == "given" and key[2] in plan.rates
-    ]
+    trained = [cells.trained[TrainingKey(arm.name, seed, rate)] for seed in range(plan.seeds)]
+    tested = [cells.tested[JudgementKey(arm.name, seed)] for seed in range(plan.seeds)]
+    grid = _grid(plan, cells, arm)
     reached = [found["accuracy"] for found in grid if found["accuracy"] is not None]
     return {
         "name": arm.name,
@@ -102,12 +125,7 @@ def _method(plan: Plan, cells: Cells, arm: Arm) -> dict[str, Any]:
         "learning_rate": rate,
         "grid": grid if len(grid) > 1 else [],
         "sensitivity": max(reached) - min(reached) if len(grid) > 1 and len(reached) == len(grid) else None,
-        "summary": {
-            **{key: spread([cell[key] for cell in trained])._asdict() for key in _SPREAD_TRAIN},
-            **{key: spread(found)._asdict() for key in _SPREAD_TEST if (found := _present(tested, key))},
-            "kl_per_reply": spread([cell["kl"]["per_reply"] for cell in tested])._asdict(),
-            "kl_per_token": spread([cell["kl"]["per_token"] for cell in tested])._asdict(),
-        },
+        "summary": _summary(trained, tested),
         **_intervals(tested),
         "to_target": _to_target(cells.base["valid"]["accuracy"], trained, plan.accuracy),
         "initial_adapter_sha256": [cell["initial_adapter_sha256"] for cell in trained],
@@ -118,6 +136,28 @@ def _method(plan: Plan, cells: Cells, arm: Arm) -> dict[str, Any]:
         "wins_sum": [cell["wins_sum"] for cell in tested],
         "replies": tested[0]["replies"],
     }
+
+
+def _grid(plan: Plan, cells: Cells, arm: Arm) -> list[dict[str, Any]]:
+    """What each learning rate and β came to, under the seed that all of them were tried with."""
+    return [
+        {
+            "learning_rate": key.rate,
+            "beta": None if arm.beta is None else arm.beta * key.beta_factor,
+            **_outcome(cell),
+        }
+        for key, cell in sorted(cells.trained.items())
+        if key.arm == arm.name and key.seed == 0 and key.labels == "given" and key.rate in plan.rates
+    ]
+
+
+def _summary(trained: Sequence[Mapping[str, Any]], tested: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The spread over seeds of each measure; a measure that no seed has is left out."""
+    measures = {key: [cell[key] for cell in trained] for key in _SPREAD_TRAIN}
+    measures |= {key: _present(tested, key) for key in _SPREAD_TEST}
+    measures["kl_per_reply"] = [cell["kl"]["per_reply"] for cell in tested]
+    measures["kl_per_token"] = [cell["kl"]["per_token"] for cell in tested]
+    return {key: spread(values)._asdict() for key, values in measures.items() if values}
 
 
 def _present(cells: Sequence[Mapping[str, Any]], key: str) -> list[float]:
@@ -149,11 +189,17 @@ def _to_target(base: float, trained: Sequence[Mapping[str, Any]], target: float)
 
 def _sanity(cells: Cells, arm: Arm, labels: str) -> dict[str, Any]:
     """What a sanity arm reached, and whether it is what an honest comparison must find."""
-    tested = cells.tested[arm.name, 0, labels]
-    base, found = cells.base["accuracy"], tested["accuracy"]
+    tested = cells.tested[JudgementKey(arm.name, 0, labels)]
+    base = cells.base["accuracy"]
+    found = tested["accuracy"]
     interval = clustered_interval([cells.base["wins_mean"]])
     holds = found < base if labels == "swapped" else interval.low <= found <= interval.high
     return {
-        "name": arm.name, "labels": labels, "accuracy": found, "base_accuracy": base, "holds": holds,
-        **_intervals([tested]), "nll": tested["nll"],
-    }  # fmt: skip
+        "name": arm.name,
+        "labels": labels,
+        "accuracy": found,
+        "base_accuracy": base,
+        "holds": holds,
+        **_intervals([tested]),
+        "nll": tested["nll"],
+    }

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from orpo_mlx.compare.plan import PROG, Arm, Plan
-from orpo_mlx.compare.results import Cells, collect
+from orpo_mlx.compare.results import Cells, JudgementKey, TrainingKey, collect
 from orpo_mlx.config.settings import settings_with
 from orpo_mlx.config.traits import Trait
 from orpo_mlx.data.sources import find_splits
@@ -30,41 +30,39 @@ from orpo_mlx.text import printable
 from orpo_mlx.training.run import versions
 
 
-class _Job(NamedTuple):
-    """A cell to run: where its result goes, and what its process is told."""
+class Job(NamedTuple):
+    """A cell to run: where its result goes, and the flags of its process."""
 
     folder: Path
     file: str
-    spec: dict[str, Any]
-    words: tuple[str, ...]
+    identity: dict[str, Any]
+    """What makes it different from the other cells of its comparison."""
+    argv: tuple[str, ...]
 
 
 class Runner:
     """Runs cells and remembers them in `plan.output`/cells/."""
 
     def __init__(self, plan: Plan, reporter: Reporter, done: Callable[[float, str], None]) -> None:
-        self._plan, self._reporter, self._done = plan, reporter, done
+        self._plan = plan
+        self._reporter = reporter
+        self._done = done
         self._finished = 0
 
     def base(self) -> dict[str, Any]:
         """The model before any training, judged on the held-out pairs."""
-        return self._cell(
-            "base", "test.json", {"kind": "base"}, self._words(self._plan.arms[0], 0, self._plan.rates[0])
-        )
+        argv = self._argv(self._plan.arms[0], 0, self._plan.rates[0])
+        return self._cell("base", "test.json", {"kind": "base"}, argv)
 
     def train(self, arm: Arm, seed: int, rate: float, factor: float = 1.0, labels: str = "given") -> dict[str, Any]:
         """One training."""
         beta = None if arm.beta is None or factor == 1 else arm.beta * factor
-        words = (*self._words(arm, seed, rate), *arm.words[2:], *(() if beta is None else ("--beta", f"{beta:.6g}")))
-        what = _what("train", arm, seed, rate, factor, labels)
-        return self._cell(cell_name(arm, seed, rate, factor, labels), "train.json", what, words)
+        argv = (*self._argv(arm, seed, rate), *arm.argv[2:], *(() if beta is None else ("--beta", f"{beta:.6g}")))
+        identity = cell_identity("train", arm, seed, rate, factor, labels)
+        return self._cell(cell_name(arm, seed, rate, factor, labels), "train.json", identity, argv)
 
-    def whole(self, arm: Arm, seed: int, rate: float, labels: str = "given") -> dict[str, Any]:
-        """One training that must not fail.
-
-        Raises:
-            TrainingError: it did.
-        """
+    def train_or_fail(self, arm: Arm, seed: int, rate: float, labels: str = "given") -> dict[str, Any]:
+        """One training; TrainingError where it failed."""
         cell = self.train(arm, seed, rate, 1.0, labels)
         if "failed" in cell:
             raise TrainingError(f"{cell_name(arm, seed, rate, 1.0, labels)}: {cell['failed']}")
@@ -74,22 +72,23 @@ class Runner:
         """One training's adapters, judged on the held-out pairs."""
         name = cell_name(arm, seed, rate, 1.0, labels)
         adapters = ("--resume-adapter-file", str(self._plan.output / "cells" / name))
-        what = _what("test", arm, seed, rate, 1.0, labels)
-        return self._cell(name, "test.json", what, (*self._words(arm, seed, rate), *adapters))
+        identity = cell_identity("test", arm, seed, rate, 1.0, labels)
+        return self._cell(name, "test.json", identity, (*self._argv(arm, seed, rate), *adapters))
 
-    def _words(self, arm: Arm, seed: int, rate: float) -> tuple[str, ...]:
+    def _argv(self, arm: Arm, seed: int, rate: float) -> tuple[str, ...]:
         own = ("--seed", str(seed), "--learning-rate", repr(rate), "--no-memory-check")
-        return (*self._plan.arguments, *arm.words[:2], *own)
+        # The method alone: an arm's own flags are for training, and its adapters are judged without them.
+        return (*self._plan.arguments, *arm.argv[:2], *own)
 
-    def _cell(self, name: str, file: str, spec: dict[str, Any], words: tuple[str, ...]) -> dict[str, Any]:
+    def _cell(self, name: str, file: str, identity: dict[str, Any], argv: tuple[str, ...]) -> dict[str, Any]:
         folder = self._plan.output / "cells" / name
-        job = _Job(folder, file, spec, (*words, "--adapter-path", str(folder)))
+        job = Job(folder, file, identity, (*argv, "--adapter-path", str(folder)))
         title = f"{name} {'judged' if file == 'test.json' else 'trained'}"
-        result = self._known(job)
+        result = known_result(job)
         if result is None:
             self._done(self._finished, title)
             self._run(job, title)
-            result = self._known(job)
+            result = known_result(job)
             if result is None:
                 raise TrainingError(f"{folder / file}: was written and cannot be read; give the command again")
             if not self._reporter.console.is_terminal:
@@ -98,26 +97,14 @@ class Runner:
         self._done(self._finished, title)
         return result
 
-    def _known(self, job: _Job) -> dict[str, Any] | None:
-        """A finished cell's result; None where there is none, or it is of something else that has the same name."""
-        try:
-            found: dict[str, Any] = json.loads((job.folder / job.file).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return found if found.get("spec") == json.loads(json.dumps(job.spec)) else None
-
-    def _run(self, job: _Job, title: str) -> None:
-        """Run one cell.
-
-        Raises:
-            UserError: see `in_a_process`.
-        """
+    def _run(self, job: Job, title: str) -> None:
+        """Run one cell; errors as of `in_a_process`."""
         job.folder.mkdir(parents=True, exist_ok=True)
         plan = self._plan
         spec = {
-            **job.spec,
-            "words": job.words,
-            "identity": job.spec,
+            **job.identity,
+            "argv": job.argv,
+            "identity": job.identity,
             "output": str(job.folder / job.file),
             "budget": list(plan.budget),
             "valid_pairs": plan.valid_pairs,
@@ -127,8 +114,20 @@ class Runner:
         in_a_process(spec, title, lambda share: self._done(self._finished + share, title))
 
 
-def in_a_process(spec: dict[str, Any], title: str, progress: Callable[[float], None]) -> None:
+def known_result(job: Job) -> dict[str, Any] | None:
+    """A finished cell's result; None where there is none, or it is of something else that has the same name."""
+    try:
+        found: dict[str, Any] = json.loads((job.folder / job.file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    # Through JSON, which makes lists of tuples, as the file's own has been.
+    return found if found.get("spec") == json.loads(json.dumps(job.identity)) else None
+
+
+def in_a_process(spec: dict[str, Any], title: str, report_share: Callable[[float], None]) -> None:
     """Run one cell in a process of its own, which writes its result.
+
+    A peak of memory is a process's: within one, a cell would inherit the peak of those before it.
 
     Raises:
         ConfigError: it ended with one sentence about settings, data or model.
@@ -140,17 +139,19 @@ def in_a_process(spec: dict[str, Any], title: str, progress: Callable[[float], N
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Tokens and reference log-probs remembered from another cell would make this one's times too short.
         env={**os.environ, "ORPO_MLX_CACHE": "off"},
     )
     assert process.stdout is not None
     assert process.stderr is not None
     errors: list[str] = []
+    # Read at the same time: a full pipe of errors would stop the process, and this one waits for its output.
     reader = threading.Thread(target=errors.extend, args=(process.stderr,))
     reader.start()
     try:
         for line in process.stdout:
             if line.startswith('{"progress"'):
-                progress(json.loads(line)["progress"])
+                report_share(json.loads(line)["progress"])
     except BaseException:
         process.terminate()
         raise
@@ -159,6 +160,11 @@ def in_a_process(spec: dict[str, Any], title: str, progress: Callable[[float], N
         reader.join()
         process.stdout.close()
         process.stderr.close()
+    raise_for_status(status, errors, title)
+
+
+def raise_for_status(status: int, errors: Sequence[str], title: str) -> None:
+    """Raise what a cell's process ended with, if it was not well; see `in_a_process`."""
     last = ([line.strip() for line in errors if line.strip()] or ["no message"])[-1]
     if status == 2:
         raise ConfigError(last.removeprefix(f"{PROG}: error: "))
@@ -167,9 +173,9 @@ def in_a_process(spec: dict[str, Any], title: str, progress: Callable[[float], N
         raise TrainingError(f"{title}: its process died ({why}); what is finished is kept, the same command goes on")
 
 
-def _what(kind: str, arm: Arm, seed: int, rate: float, factor: float, labels: str) -> dict[str, Any]:
+def cell_identity(kind: str, arm: Arm, seed: int, rate: float, factor: float, labels: str) -> dict[str, Any]:
     """All that makes a cell different from the others of its comparison."""
-    return {"kind": kind, "arm": arm.words, "seed": seed, "rate": rate, "factor": factor, "labels": labels}
+    return {"kind": kind, "arm": arm.argv, "seed": seed, "rate": rate, "factor": factor, "labels": labels}
 
 
 def cell_name(arm: Arm, seed: int, rate: float, factor: float, labels: str) -> str:
@@ -180,38 +186,18 @@ def cell_name(arm: Arm, seed: int, rate: float, factor: float, labels: str) -> s
     return "_".join(parts)
 
 
-def compare(plan: Plan, argv: Sequence[str], reporter: Reporter) -> dict[str, Any]:
+def run_comparison(plan: Plan, argv: Sequence[str], reporter: Reporter) -> dict[str, Any]:
     """Run what is missing of a plan and collect its results.
 
     Raises:
         UserError: settings, data or model cannot be used; a process died; `plan.output` holds another comparison.
     """
     find_splits(plan.config.data)
-    _own_folder(plan)
-    swept = [arm for arm in plan.arms if not arm.copies_reference or _twin(plan, arm) is arm]
-    total = _count(plan, swept)
-    cells = Cells()
-    with reporter.bar("comparing", total, "cells") as advance:
-        runner = Runner(plan, reporter, advance)
-        cells.base = runner.base()
-        for arm in swept:
-            for rate in plan.rates:
-                cells.trained[arm.name, 0, rate, 1.0, "given"] = runner.train(arm, 0, rate)
-            cells.choose(arm, plan.rates)
-        for arm in plan.arms:
-            rate = cells.rates[arm.name] = cells.rates[_twin(plan, arm).name]
-            for seed in range(plan.seeds):
-                cells.trained[arm.name, seed, rate, 1.0, "given"] = runner.whole(arm, seed, rate)
-                cells.tested[arm.name, seed, "given"] = runner.test(arm, seed, rate)
-        for arm in (arm for arm in swept if arm.beta is not None):
-            for factor in (factor for factor in plan.beta_factors if factor != 1):
-                for rate in plan.rates:
-                    cells.trained[arm.name, 0, rate, factor, "given"] = runner.train(arm, 0, rate, factor)
-        for arm in plan.sanity:
-            for labels in ("swapped", "shuffled"):
-                rate = cells.rates[arm.name]
-                cells.trained[arm.name, 0, rate, 1.0, labels] = runner.whole(arm, 0, rate, labels)
-                cells.tested[arm.name, 0, labels] = runner.test(arm, 0, rate, labels)
+    claim_folder(plan)
+    # Equal sweep keys share a learning rate: an arm with a copied reference is swept by its twin without.
+    swept = [arm for arm in plan.arms if not arm.copies_reference or twin_of(plan, arm) is arm]
+    with reporter.bar("comparing", count_cells(plan, swept), "cells") as advance:
+        cells = run_cells(plan, swept, Runner(plan, reporter, advance))
     cells.check()
     results = {
         "schema": 1,
@@ -225,6 +211,30 @@ def compare(plan: Plan, argv: Sequence[str], reporter: Reporter) -> dict[str, An
     return results
 
 
+def run_cells(plan: Plan, swept: Sequence[Arm], runner: Runner) -> Cells:
+    """All cells of a plan: the base model, sweeps, seeds, the sensitivity grid, sanity checks."""
+    cells = Cells(base=runner.base())
+    for arm in swept:
+        for rate in plan.rates:
+            cells.trained[TrainingKey(arm.name, 0, rate)] = runner.train(arm, 0, rate)
+        cells.choose(arm, plan.rates)
+    for arm in plan.arms:
+        rate = cells.rates[arm.name] = cells.rates[twin_of(plan, arm).name]
+        for seed in range(plan.seeds):
+            cells.trained[TrainingKey(arm.name, seed, rate)] = runner.train_or_fail(arm, seed, rate)
+            cells.tested[JudgementKey(arm.name, seed)] = runner.test(arm, seed, rate)
+    for arm in (arm for arm in swept if arm.beta is not None):
+        for factor in other_factors(plan):
+            for rate in plan.rates:
+                cells.trained[TrainingKey(arm.name, 0, rate, factor)] = runner.train(arm, 0, rate, factor)
+    for arm in plan.sanity:
+        for labels in ("swapped", "shuffled"):
+            rate = cells.rates[arm.name]
+            cells.trained[TrainingKey(arm.name, 0, rate, labels=labels)] = runner.train_or_fail(arm, 0, rate, labels)
+            cells.tested[JudgementKey(arm.name, 0, labels)] = runner.test(arm, 0, rate, labels)
+    return cells
+
+
 def machine() -> dict[str, Any]:
     """What figures were taken on."""
     info = mx.device_info()
@@ -233,26 +243,28 @@ def machine() -> dict[str, Any]:
     return {"platform": platform.platform(), "cores": os.cpu_count(), "device": str(mx.default_device()), **known}
 
 
-def _twin(plan: Plan, arm: Arm) -> Arm:
+def twin_of(plan: Plan, arm: Arm) -> Arm:
     """The arm whose learning rate holds for `arm`: the same maths without the copy, or itself."""
-    return next((other for other in plan.arms if other.swept_as == arm.swept_as and not other.copies_reference), arm)
+    return next((other for other in plan.arms if other.sweep_key == arm.sweep_key and not other.copies_reference), arm)
 
 
-def _count(plan: Plan, swept: Sequence[Arm]) -> int:
-    """Cells of a plan."""
-    factors = [factor for factor in plan.beta_factors if factor != 1]
-    grid = sum(len(plan.rates) * (1 + (len(factors) if arm.beta is not None else 0)) for arm in swept)
+def other_factors(plan: Plan) -> list[float]:
+    """The factors of β besides the sweep's own 1."""
+    return [factor for factor in plan.beta_factors if factor != 1]
+
+
+def count_cells(plan: Plan, swept: Sequence[Arm]) -> int:
+    """How many cells `run_cells` will ask for."""
+    grid = sum(len(plan.rates) * (1 + (len(other_factors(plan)) if arm.beta is not None else 0)) for arm in swept)
     return 1 + grid + 2 * len(plan.arms) * plan.seeds + 4 * len(plan.sanity)
 
 
-def _own_folder(plan: Plan) -> None:
-    """Make sure that `plan.output` is new, or holds cells of this very comparison.
-
-    Raises:
-        ConfigError: it holds another one, or cannot be made.
-    """
+def claim_folder(plan: Plan) -> None:
+    """Raise ConfigError unless `plan.output` is new, or holds cells of this very comparison."""
     file = plan.output / "comparison.json"
-    identity = json.loads(json.dumps({**plan.identity, "versions": _decisive(versions())}))
+    found = versions()
+    decisive = {name: found[name] for name in ("orpo-mlx", "mlx", "mlx-lm", "device")}
+    identity = json.loads(json.dumps({**plan.identity, "versions": decisive}))
     try:
         plan.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -271,7 +283,3 @@ def _own_folder(plan: Plan) -> None:
                 f"{file}: holds another comparison, whose {key} is {before.get(key)!r} and here {identity.get(key)!r}; "
                 "give another --output."
             )
-
-
-def _decisive(found: dict[str, str]) -> dict[str, str]:
-    return {name: found[name] for name in ("orpo-mlx", "mlx", "mlx-lm", "device")}

@@ -43,6 +43,20 @@ def check_settings(table: Mapping[Any, Any], location: str, also: Sequence[str] 
     return values
 
 
+def checked_config(config: TrainingConfig) -> TrainingConfig:
+    """A config made in Python, as if each of its fields had come from a flag: checked, and with what follows from it.
+
+    Raises:
+        ConfigError: a value that cannot be used; names the field.
+    """
+    if not isinstance(config, TrainingConfig):
+        raise ConfigError(f"config: found {type(config).__name__}, expected a TrainingConfig.")
+    for field in dataclasses.fields(config):
+        if getattr(config, field.name) is None and field.default is not None:
+            raise ConfigError(f"TrainingConfig: {field.name}: found None; leave it out to have the default.")
+    return make_config(check_settings(config.settings(), "TrainingConfig"))
+
+
 def make_config(values: Mapping[str, Any]) -> TrainingConfig:
     """A `TrainingConfig` from checked values, with the checks that concern several of them.
 

@@ -13,7 +13,9 @@ from mlx_lm.utils import dequantize_model
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.files import read_json_table
 
-_STACKED = ".switch_mlp."  # mlx-lm's name for the experts of a layer in one array.
+# mlx-lm's name for the experts of a layer in one array.
+_STACKED = ".switch_mlp."
+# Layers whose weights are packed; experts in one array are a class of mlx-lm's own.
 _QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 
 
@@ -41,6 +43,7 @@ def fuse(model: nn.Module, dtype: mx.Dtype | None, location: str) -> dict[str, m
         for name, array in dict(tree_flatten(model.parameters())).items()
         if mx.issubdtype(array.dtype, mx.floating)
     }
+    # In half precision the product of the two matrices would be rounded, and its sum with the weight once more.
     model.set_dtype(mx.float32)
     adapted = [(name, module) for name, module in model.named_modules() if hasattr(module, "fuse")]
     base = {f"{name}.weight": (module.get("linear") or module["embedding"]).weight for name, module in adapted}
@@ -51,6 +54,7 @@ def fuse(model: nn.Module, dtype: mx.Dtype | None, location: str) -> dict[str, m
         raise ModelError(f"{location}: mlx-lm cannot merge into this quantised model ({reason_of(error)}).") from None
 
     def rounded(name: str, array: mx.array) -> mx.array:
+        # A merged layer's weight was under `linear` or `embedding`; a dequantised one's dtype was that of its scales.
         stem = name.removesuffix("weight")
         own = (kept.get(key) for key in (name, f"{stem}linear.weight", f"{stem}embedding.weight", f"{stem}scales"))
         wrapped = (kept.get(f"{stem}{inner}.scales") for inner in ("linear", "embedding"))
@@ -70,9 +74,10 @@ def merged_tensors(
         ModelError: one of them is not in the checkpoint as the model has it.
     """
     merged = dict(tree_flatten(model.parameters()))
+    # Whatever the model does not hold stays: other heads, vision towers, buffers.
     result = dict(tensors)
     for name, before in base.items():
-        parts = _unstacked(name, before.shape[0])
+        parts = unstacked_names(name, before.shape[0])
         olds, news = ([before], [merged[name]]) if parts == [name] else (list(before), list(merged[name]))
         for part, old, new in zip(parts, olds, news, strict=True):
             own = tensors.get(part)
@@ -114,7 +119,8 @@ def full_weights(model: nn.Module, adapter: Path) -> dict[str, mx.array]:
     return {name: own[name] for name in trained if name in own}
 
 
-def _unstacked(name: str, experts: int) -> list[str]:
+def unstacked_names(name: str, experts: int) -> list[str]:
+    """Hugging Face's names of a weight, of which it has one for each expert."""
     if _STACKED not in name:
         return [name]
     return [name.replace(_STACKED, f".experts.{number}.") for number in range(experts)]

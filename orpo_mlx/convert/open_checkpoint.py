@@ -17,23 +17,31 @@ from orpo_mlx.models.hf_config import normalise_config
 from orpo_mlx.models.loading import ModelInfo, find, load_lazily, locate
 from orpo_mlx.models.safetensors_files import read_header, safetensors_shards, shard_names
 
+# How pickled weights are called, by transformers, PyTorch and Meta.
 _PICKLED = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "consolidated*.pth")
 
 
-class Checkpoint(NamedTuple):
-    """A checkpoint that can be loaded."""
+class SourceModel(NamedTuple):
+    """A model that can be loaded and converted, in any layout."""
 
     info: ModelInfo
     """To load it with; its path is the folder its safetensors are in."""
     folder: Path
-    """The folder it came from."""
+    """The folder or file it came from."""
     config: dict[str, Any]
-    """All of its config.json, with settings where mlx-lm looks for them as well."""
+    """All of its config.json, with settings where mlx-lm looks for them as well; empty where it is a GGUF file."""
     files: list[Path]
-    """Its weight files."""
+    """Its safetensors; empty where it is a GGUF file."""
+
+    def tensor_names(self) -> set[str]:
+        """The checkpoint's tensor names, as Hugging Face's."""
+        if not self.files:
+            model, _ = load_lazily(self.info)
+            return set(dict(tree_flatten(model.parameters())))
+        return {name for file in self.files for name in read_header(file).tensors}
 
 
-def open_checkpoint(name: str, scratch: Path, *, source: str, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(name: str, scratch: Path, *, source: str, trust_remote_code: bool = False) -> SourceModel:
     """Find a checkpoint in Hugging Face layout and check its settings and weight files.
 
     Args:
@@ -53,35 +61,16 @@ def open_checkpoint(name: str, scratch: Path, *, source: str, trust_remote_code:
     files = safetensors_shards(folder)
     info = find(str(folder), trust_remote_code=trust_remote_code, source=source)
     if not files:
-        files = _unpickled(folder, scratch)
+        files = unpickled(folder, scratch)
         info = info._replace(path=scratch)
     elif set(files) != set(folder.glob("model*.safetensors")):
         # mlx-lm takes every model*.safetensors and nothing else, whatever the index says.
-        _link(folder, files, scratch)
+        link_files(folder, files, scratch)
         info = info._replace(path=scratch)
-    return Checkpoint(info, folder, config, files)
+    return SourceModel(info, folder, config, files)
 
 
-class Base(NamedTuple):
-    """A base model of an adapter, in any layout."""
-
-    info: ModelInfo
-    folder: Path
-    """The folder or file it came from."""
-    config: dict[str, Any]
-    """Its config.json, normalised; empty where it is a GGUF file."""
-    files: list[Path]
-    """Its safetensors; empty where it is a GGUF file."""
-
-    def names(self) -> set[str]:
-        """The checkpoint's tensor names, as Hugging Face's."""
-        if not self.files:
-            model, _ = load_lazily(self.info)
-            return set(dict(tree_flatten(model.parameters())))
-        return {name for file in self.files for name in read_header(file).tensors}
-
-
-def open_model(name: str, scratch: Path, *, source: str, trust_remote_code: bool = False) -> Base:
+def open_model(name: str, scratch: Path, *, source: str, trust_remote_code: bool = False) -> SourceModel:
     """Like `open_checkpoint`, for GGUF files too.
 
     Raises:
@@ -89,9 +78,8 @@ def open_model(name: str, scratch: Path, *, source: str, trust_remote_code: bool
     """
     path, _ = locate(name, source)
     if path.is_file():
-        return Base(find(str(path), source=source), path, {}, [])
-    checkpoint = open_checkpoint(str(path), scratch, source=source, trust_remote_code=trust_remote_code)
-    return Base(checkpoint.info, checkpoint.folder, checkpoint.config, checkpoint.files)
+        return SourceModel(find(str(path), source=source), path, {}, [])
+    return open_checkpoint(str(path), scratch, source=source, trust_remote_code=trust_remote_code)
 
 
 def read_tensors(files: list[Path]) -> dict[str, mx.array]:
@@ -104,14 +92,16 @@ def read_tensors(files: list[Path]) -> dict[str, mx.array]:
     return tensors
 
 
-def _link(folder: Path, files: list[Path], scratch: Path) -> None:
+def link_files(folder: Path, files: list[Path], scratch: Path) -> None:
+    """A folder in which mlx-lm finds these weight files and no others."""
     scratch.mkdir()
+    # Resolved, since the Hub's cache is itself made of links, relative to where they are.
     (scratch / "config.json").symlink_to((folder / "config.json").resolve())
     for number, file in enumerate(files):
         (scratch / f"model-{number:05d}.safetensors").symlink_to(file.resolve())
 
 
-def _unpickled(folder: Path, scratch: Path) -> list[Path]:
+def unpickled(folder: Path, scratch: Path) -> list[Path]:
     """Pickled weights as safetensors in `scratch`."""
     found = sorted({file for pattern in _PICKLED for file in folder.glob(pattern)})
     if not found:
@@ -122,6 +112,7 @@ def _unpickled(folder: Path, scratch: Path) -> list[Path]:
         missing = [file.name for file in found if not file.is_file()]
         if missing:
             raise ModelError(f"{folder}: {missing[0]} of {len(found)} weight files is missing; download it again.")
+    # Pickled files are read a file at a time, written and let go of: no more is in memory at once.
     torch = _torch(found[0])
     scratch.mkdir()
     check_space(scratch, sum(file.stat().st_size for file in found))
@@ -143,6 +134,7 @@ def _torch(file: Path) -> Any:
 
 
 def _read_pickle(torch: Any, file: Path) -> dict[str, mx.array]:
+    """The tensors of a pickled file, by torch's reader that runs no code."""
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, zip errors.

@@ -17,18 +17,22 @@ import mlx.nn as nn
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from orpo_mlx.convert.peft_config import Scaling, find_targets, make_peft_config, matches, read_scaling, same_scaling
+from orpo_mlx.convert.write_model import write_json
 from orpo_mlx.errors import ModelError
 from orpo_mlx.files import read_json_table, save_safetensors
 from orpo_mlx.models.safetensors_files import read_header
 
-CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS = "adapter_config.json", "adapters.safetensors", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+MLX_WEIGHTS = "adapters.safetensors"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# Where mlx-lm's config is carried in the header of PEFT's file.
 _CARRIED = "orpo_mlx.adapter_config"
 _LINEAR = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m"}
 _EMBEDDING = {"lora_embedding_A": "lora_a", "lora_embedding_B": "lora_b"}
 _LEAVES = ("lora_a", "lora_b", "m")
+# PEFT stores an adapted embedding's own weights as well.
 _BASE_LAYER = "base_layer.weight"
-"""PEFT stores an adapted embedding's own weights as well."""
 
 
 class Adapter(NamedTuple):
@@ -48,7 +52,8 @@ def read_adapter(folder: Path, weights_file: str, *, source: str) -> Adapter:
     """
     if not (folder / CONFIG).is_file() or not (folder / weights_file).is_file():
         raise ModelError(f"{source} {folder}: is no adapter folder, which has {CONFIG} and {weights_file}.")
-    config, header = read_json_table(folder / CONFIG, ModelError), read_header(folder / weights_file)
+    config = read_json_table(folder / CONFIG, ModelError)
+    header = read_header(folder / weights_file)
     weights = mx.load(str(folder / weights_file), format="safetensors")
     assert isinstance(weights, dict)
     if not weights:
@@ -59,8 +64,7 @@ def read_adapter(folder: Path, weights_file: str, *, source: str) -> Adapter:
 def write_adapter(folder: Path, weights_file: str, adapter: Adapter) -> int:
     """Write an adapter folder; the bytes of its weights."""
     save_safetensors(folder / weights_file, adapter.weights, adapter.metadata)
-    text = json.dumps(adapter.config, indent=2, ensure_ascii=False)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, adapter.config)
     return sum(array.nbytes for array in adapter.weights.values())
 
 
@@ -80,28 +84,29 @@ def peft_to_mlx(peft: Adapter, model: nn.Module, location: str) -> Adapter:
     weights: dict[str, mx.array] = {}
     stored = []
     for name, array in peft.weights.items():
-        module, leaf = _split(name, location)
+        module, leaf = split_name(name, location)
         if module not in modules:
             raise ModelError(f"{location}: adapts {module!r}, which this model does not have; check `model`.")
         if leaf == _BASE_LAYER:
-            _check_same(array, modules[module], module, location)
+            _check_same_weights(array, modules[module], module, location)
             stored.append(name)
         elif leaf == "lora_magnitude_vector":
             weights[f"{module}.m"] = array
         else:
             weights[f"{module}.{(_LINEAR | _EMBEDDING)[leaf]}"] = array.T
     adapted = {name.rpartition(".")[0] for name in weights}
-    _check_kinds(adapted, modules, model, scaling, location)
+    _check_layers(adapted, modules, scaling, location)
+    # An adapter that came from mlx-lm gets its own config back, which has keys that PEFT's cannot say.
     carried = peft.metadata.get(_CARRIED)
     if carried is None:
         lora = {"rank": scaling.rank, "scale": scaling.scale, "dropout": scaling.dropout}
         config = {
             "fine_tune_type": "dora" if scaling.dora else "lora",
-            **_place_keys(adapted, model, lora),
+            **layers_and_keys(adapted, model, lora),
             "peft": {"config": peft.config, "base_layers": stored},
         }
     else:
-        config = _carried_mlx(carried, scaling, location)
+        config = carried_mlx_config(carried, scaling, location)
     result = Adapter(config, weights, {key: value for key, value in peft.metadata.items() if key != _CARRIED})
     check_fits(result, model, location)
     return result
@@ -123,7 +128,7 @@ def mlx_to_peft(adapter: Adapter, model: nn.Module, names: set[str], base: str, 
     modules = dict(model.named_modules())
     scaling = _mlx_scaling(adapter.config, f"{location}/{CONFIG}")
     adapted = {name.rpartition(".")[0] for name in adapter.weights}
-    _check_kinds(adapted, modules, model, scaling, location)
+    _check_layers(adapted, modules, scaling, location)
     for module in sorted(adapted):
         if f"{module}.weight" not in names:
             raise ModelError(
@@ -133,7 +138,7 @@ def mlx_to_peft(adapter: Adapter, model: nn.Module, names: set[str], base: str, 
     weights = {}
     for name, array in adapter.weights.items():
         module, _, leaf = name.rpartition(".")
-        table = _EMBEDDING if _is_embedding(modules[module]) else _LINEAR
+        table = _EMBEDDING if is_embedding(modules[module]) else _LINEAR
         theirs = next(key for key, value in table.items() if value == leaf)
         weights[f"{_PREFIX}{module}.{theirs}"] = array if leaf == "m" else array.T
     carried = adapter.config.get("peft")
@@ -142,9 +147,11 @@ def mlx_to_peft(adapter: Adapter, model: nn.Module, names: set[str], base: str, 
         config = make_peft_config(scaling, find_targets(adapted, list(modules), leaves), base)
         metadata = {_CARRIED: json.dumps(adapter.config)}
     else:
-        config, metadata = _carried_config(carried, scaling, adapted, location), {}
+        config = carried_peft_config(carried, scaling, adapted, location)
+        metadata = {}
+        # PEFT wrote these weights of the base model, so they are in the file that goes back.
         for name in carried.get("base_layers", ()):
-            weights[name] = modules[_split(name, location)[0]].weight
+            weights[name] = modules[split_name(name, location)[0]].weight
     return Adapter(config, weights, {"format": "pt", **adapter.metadata, **metadata})
 
 
@@ -180,7 +187,7 @@ def check_fits(adapter: Adapter, model: nn.Module, location: str) -> None:
             )
 
 
-def _split(name: str, location: str) -> tuple[str, str]:
+def split_name(name: str, location: str) -> tuple[str, str]:
     """Module and leaf of a PEFT tensor name."""
     for leaf in (*_LINEAR, *_EMBEDDING, _BASE_LAYER):
         if name.startswith(_PREFIX) and name.endswith(f".{leaf}"):
@@ -188,14 +195,14 @@ def _split(name: str, location: str) -> tuple[str, str]:
     raise ModelError(f"{location}: tensor {name!r} is of no LoRA or DoRA layer, so it cannot be expressed by mlx-lm.")
 
 
-def _check_kinds(
-    adapted: set[str], modules: Mapping[str, nn.Module], model: nn.Module, scaling: Scaling, location: str
-) -> None:
+def _check_layers(adapted: set[str], modules: Mapping[str, nn.Module], scaling: Scaling, location: str) -> None:
+    """Make sure that both forms can adapt these modules, and mean the same by it."""
     for name in sorted(adapted):
         module = modules.get(name)
         if module is None:
             raise ModelError(f"{location}: adapts {name!r}, which this model does not have; check `model`.")
-        if _is_embedding(module):
+        if is_embedding(module):
+            # Without a head of its own the embedding's weights are used twice.
             if not any(other.rpartition(".")[2] == "lm_head" for other in modules):
                 raise ModelError(
                     f"{location}: adapts {name!r}, which this model also uses as its head: mlx-lm adapts both uses and "
@@ -208,11 +215,12 @@ def _check_kinds(
             raise ModelError(f"{location}: {name!r} is a {kind} here, and only linear and embedding layers convert.")
 
 
-def _is_embedding(module: nn.Module) -> bool:
+def is_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
 
 
-def _check_same(stored: mx.array, module: nn.Module, name: str, location: str) -> None:
+def _check_same_weights(stored: mx.array, module: nn.Module, name: str, location: str) -> None:
+    """Make sure that weights an adapter stores besides its matrices are the base model's own."""
     own = module.get("weight")
     if own is None or own.shape != stored.shape or not mx.array_equal(own.astype(stored.dtype), stored).item():
         raise ModelError(
@@ -221,7 +229,7 @@ def _check_same(stored: mx.array, module: nn.Module, name: str, location: str) -
         )
 
 
-def _carried_mlx(carried: str, scaling: Scaling, location: str) -> dict[str, Any]:
+def carried_mlx_config(carried: str, scaling: Scaling, location: str) -> dict[str, Any]:
     """The config of mlx-lm's that an adapter came with, as long as PEFT's still says the same."""
     try:
         config = dict(json.loads(carried))
@@ -236,7 +244,7 @@ def _carried_mlx(carried: str, scaling: Scaling, location: str) -> dict[str, Any
     return config
 
 
-def _place_keys(adapted: set[str], model: nn.Module, lora: Mapping[str, Any]) -> dict[str, Any]:
+def layers_and_keys(adapted: set[str], model: nn.Module, lora: Mapping[str, Any]) -> dict[str, Any]:
     """`num_layers` and `lora_parameters` with the `keys` that make mlx-lm adapt exactly the modules in `adapted`."""
     blocks = {id(block): index for index, block in enumerate(model.layers)}
     prefixes = {f"{name}.": blocks[id(module)] for name, module in model.named_modules() if id(module) in blocks}
@@ -250,20 +258,27 @@ def _place_keys(adapted: set[str], model: nn.Module, lora: Mapping[str, Any]) ->
             inner[prefixes[prefix]].add(name[len(prefix) :])
     used = [index for index, names in inner.items() if names]
     alike = bool(used) and all(inner[index] == inner[used[-1]] for index in used)
+    # Every block from some one on, all alike: what mlx-lm says in a number and names within a block.
     if alike and sorted(used) == list(range(min(used), len(model.layers))):
-        keys, layers = {*inner[used[-1]], *outside}, len(used)
+        keys = {*inner[used[-1]], *outside}
+        layers = len(used)
     else:
-        keys, layers = adapted, len(model.layers)  # Full names are matched in the whole model.
+        # Full names are matched in the whole model.
+        keys = adapted
+        layers = len(model.layers)
     return {"num_layers": layers, "lora_parameters": {**lora, "keys": sorted(keys)}}
 
 
 def _mlx_scaling(config: Mapping[str, Any], location: str) -> Scaling:
+    """The numbers of mlx-lm's adapter config."""
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise ModelError(f"{location}: fine_tune_type is {kind!r}: these are whole weights, not an adapter; use merge.")
     lora = config.get("lora_parameters")
     try:
-        rank, scale, dropout = lora["rank"], lora["scale"], lora.get("dropout", 0.0)  # type: ignore[index, union-attr]
+        rank: Any = lora["rank"]  # type: ignore[index]
+        scale: Any = lora["scale"]  # type: ignore[index]
+        dropout: Any = lora.get("dropout", 0.0)  # type: ignore[union-attr]
         if type(rank) is int and rank > 0 and isinstance(config["num_layers"], int):
             return Scaling(rank, float(scale), float(dropout), kind == "dora")
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -271,7 +286,7 @@ def _mlx_scaling(config: Mapping[str, Any], location: str) -> Scaling:
     raise ModelError(f"{location}: is no adapter config of mlx-lm (num_layers, lora_parameters with rank and scale).")
 
 
-def _carried_config(carried: Any, scaling: Scaling, adapted: set[str], location: str) -> dict[str, Any]:
+def carried_peft_config(carried: Any, scaling: Scaling, adapted: set[str], location: str) -> dict[str, Any]:
     """The PEFT config an adapter came with, as long as it still says the same."""
     try:
         config = dict(carried["config"])

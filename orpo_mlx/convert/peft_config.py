@@ -9,39 +9,15 @@ from typing import Any, NamedTuple
 
 from orpo_mlx.errors import ModelError
 
-_HARMLESS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "bias",
-    "corda_config",
-    "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-    "use_dora",
-    "use_rslora",
-    "alpha_pattern",
-    "rank_pattern",
-}
-"""Keys that are read here, or say how the adapter was made; every other must be at rest (null, false, empty)."""
+# Keys that are read here, or say how the adapter was made; every other must be at rest (null, false, empty).
+_HARMLESS = """
+auto_mapping base_model_name_or_path bias corda_config eva_config exclude_modules fan_in_fan_out inference_mode
+init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config
+megatron_core peft_type peft_version qalora_group_size r revision runtime_config target_modules task_type use_dora
+use_rslora alpha_pattern rank_pattern
+"""
+# Ways to initialise that leave the base model's weights as they are; the others adapt a changed base.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Ways to initialise that leave the base model's weights as they are; the others adapt a changed base."""
 
 
 class Scaling(NamedTuple):
@@ -65,7 +41,7 @@ def read_scaling(config: Mapping[str, Any], location: str) -> Scaling:
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")
     dropout: Any = config.get("lora_dropout", 0.0)
-    if type(rank) is not int or rank < 1 or not _is_number(alpha) or not _is_number(dropout):
+    if type(rank) is not int or rank < 1 or not is_number(alpha) or not is_number(dropout):
         raise ModelError(
             f"{location}: r, lora_alpha and lora_dropout are {rank!r}, {alpha!r} and {dropout!r}, not numbers."
         )
@@ -74,13 +50,15 @@ def read_scaling(config: Mapping[str, Any], location: str) -> Scaling:
     return Scaling(rank, alpha / root, float(dropout), bool(config.get("use_dora")))
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number; true and false are none."""
     return type(value) in (int, float) and math.isfinite(value)
 
 
 def _refuse_inexpressible(config: Mapping[str, Any], rank: int, alpha: float, location: str) -> None:
+    """Make sure that a PEFT config says nothing that mlx-lm's adapters cannot."""
     for key, value in config.items():
-        if key not in _HARMLESS and value not in (None, False) and value != {} and value != []:
+        if key not in _HARMLESS.split() and value not in (None, False) and value != {} and value != []:
             if key == "megatron_config" or key not in ("modules_to_save", "lora_bias", "layer_replication"):
                 raise ModelError(f"{location}: {key} ({value!r}) cannot be expressed by mlx-lm's adapters.")
             raise ModelError(
@@ -119,7 +97,7 @@ def make_peft_config(scaling: Scaling, targets: Mapping[str, Any], base: str) ->
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": scaling.rank,
-        "lora_alpha": _alpha(scaling),
+        "lora_alpha": alpha_for(scaling),
         "lora_dropout": scaling.dropout,
         "bias": "none",
         "use_dora": scaling.dora,
@@ -131,8 +109,9 @@ def make_peft_config(scaling: Scaling, targets: Mapping[str, Any], base: str) ->
     }
 
 
-def _alpha(scaling: Scaling) -> float | int:
+def alpha_for(scaling: Scaling) -> float | int:
     """The alpha for which alpha / r is the scale: to the last bit, or next to it where no float gives the very one."""
+    # The product is rounded, and dividing it by the rank again need not give the scale back.
     near = scaling.scale * scaling.rank
     around = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
     alpha = min(around, key=lambda each: abs(each / scaling.rank - scaling.scale))
@@ -141,6 +120,7 @@ def _alpha(scaling: Scaling) -> float | int:
 
 def same_scaling(one: Scaling, other: Scaling) -> bool:
     """Whether two adapters have the same numbers, scales to the last bit but one."""
+    # 4e-16 is two units in the last place: alpha / r is rounded once on either side.
     return one._replace(scale=0) == other._replace(scale=0) and math.isclose(one.scale, other.scale, rel_tol=4e-16)
 
 
@@ -153,8 +133,9 @@ def find_targets(adapted: set[str], modules: Sequence[str], leaves: Sequence[str
         leaves: those of `modules` that PEFT could put an adapter on by a shared ending.
     """
     endings = sorted({name.rpartition(".")[2] for name in adapted})
-    inner = sorted({_after_index(name) for name in adapted})
-    layers = sorted({int(index) for name in adapted if (index := _layer_index(name)) is not None})
+    inner = sorted({name_in_layer(name) for name in adapted})
+    layers = sorted({int(index) for name in adapted if (index := layer_index(name)) is not None})
+    # Short endings first, as people write them; layers are named only where not all are adapted.
     for targets in (endings, inner):
         for config in ({"target_modules": targets}, {"target_modules": targets, "layers_to_transform": layers}):
             if {name for name in leaves if matches(config, name)} == adapted:
@@ -172,14 +153,16 @@ def matches(config: Mapping[str, Any], name: str) -> bool:
     if not any(name.endswith(f".{target}") for target in targets):
         return False
     layers = config.get("layers_to_transform")
-    return not layers or _layer_index(name) in [str(layer) for layer in ([layers] if type(layers) is int else layers)]
+    return not layers or layer_index(name) in [str(layer) for layer in ([layers] if type(layers) is int else layers)]
 
 
-def _layer_index(name: str) -> str | None:
+def layer_index(name: str) -> str | None:
+    """The number of a module's layer as PEFT finds it: the first in its name, after at least two parts."""
     found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
     return found[1] if found else None
 
 
-def _after_index(name: str) -> str:
+def name_in_layer(name: str) -> str:
+    """What follows that number; the whole name where there is none."""
     found = re.match(r".*?\.[^.]*\.\d+\.(.+)", name)
     return found[1] if found else name

@@ -13,9 +13,11 @@ from mlx_lm.utils import quantize_model
 
 from orpo_mlx.errors import ConfigError
 
-AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 6, 8), (32, 64, 128)
+AFFINE_BITS = (2, 3, 4, 6, 8)
+AFFINE_GROUPS = (32, 64, 128)
+# Bits and group size of the modes that have one form each.
 _FIXED = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
-MODES = ("affine", *_FIXED)
+QUANTISATION_MODES = ("affine", *_FIXED)
 
 
 class Quantisation(NamedTuple):
@@ -71,6 +73,7 @@ def quantise(model: nn.Module, config: dict[str, Any], how: Quantisation) -> tup
     wanted = {
         name: module for name, module in model.named_modules() if hasattr(module, "to_quantized") and "weight" in module
     }
+    # mlx-lm leaves these as they are without a word.
     odd = sorted(name for name, module in wanted.items() if module.weight.shape[-1] % how.group_size)
     if len(odd) == len(wanted):
         raise ConfigError(f"`group_size={how.group_size}`: no layer's width is a multiple of it; give a smaller one.")

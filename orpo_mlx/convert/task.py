@@ -11,6 +11,7 @@ from orpo_mlx.convert.quantize import Quantisation, cast, quantise
 from orpo_mlx.convert.write_model import take_weights, write_json, write_weights
 from orpo_mlx.models.names import DTYPES
 
+# Hidden, so that no loader takes it for part of the model.
 SCRATCH = ".source"
 """A folder within the one that is written, for what is needed meanwhile."""
 
@@ -45,6 +46,7 @@ def write_model(task: Task, folder: Path, model: nn.Module, config: dict[str, An
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """`config` that says so."""
+    # transformers 5 says `dtype`, earlier ones `torch_dtype`; where a config has both they must agree.
     return {**config, **{key: dtype for key in ("dtype", "torch_dtype") if key in config or key == "dtype"}}
 
 

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.utils import dequantize_model
 
-from orpo_mlx.convert.open_checkpoint import Base
+from orpo_mlx.convert.open_checkpoint import SourceModel
 from orpo_mlx.convert.peft_adapters import Adapter
 from orpo_mlx.convert.task import Task
 from orpo_mlx.engine.pair_scorer import PairScorer
@@ -27,6 +27,8 @@ from orpo_mlx.types import TokenizedPair
 Logps = np.ndarray[Any, np.dtype[np.float64]]
 """One number for each token of each completion, nats."""
 
+# Words, code, digits and other scripts, since a wrong tokenizer shows in one of them; two lengths each, so that padding
+# and the shared prompt are in play.
 TEXTS = (
     ("The capital of France is", " Paris, on the river Seine.", " a kind of cheese from the Alps."),
     ("def add(a, b):\n", "    return a + b\n", "    raise ValueError(f'{a!r} < {b!r}')\n"),
@@ -67,6 +69,7 @@ class Difference(NamedTuple):
 
 def probe_pairs(tokenizer: Any | None, config: Mapping[str, Any]) -> list[TokenizedPair]:
     """`TEXTS` as token ids, or fixed ids of the vocabulary where there is no tokenizer."""
+    # Any 256 ids will do for a config that does not say how many there are.
     vocabulary = int(config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 256)
     rng = np.random.default_rng(0)
     pairs = []
@@ -75,6 +78,7 @@ def probe_pairs(tokenizer: Any | None, config: Mapping[str, Any]) -> list[Tokeni
             sides = [rng.integers(0, vocabulary, 6 + 4 * part) for part in range(3)]
         else:
             sides = [tokenizer.encode(text, add_special_tokens=part == 0) for part, text in enumerate(texts)]
+        # A tokenizer may have more tokens than the embedding has rows.
         prompt, chosen, rejected = (tuple(int(token) % vocabulary for token in side) for side in sides)
         pairs.append(TokenizedPair(prompt, chosen, rejected, f"built-in text {number + 1}"))
     return pairs
@@ -112,6 +116,7 @@ def transformers_logps(
     Raises:
         ModelError: transformers cannot load or run it.
     """
+    # By name: neither torch nor peft is a dependency, and mypy need not find them.
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     try:
@@ -122,7 +127,7 @@ def transformers_logps(
             model = importlib.import_module("peft").PeftModel.from_pretrained(model, str(adapter)).eval()
         with torch.no_grad():
             rows = [
-                _torch_row(torch, model, pair.prompt_ids, side)
+                torch_row(torch, model, pair.prompt_ids, side)
                 for pair in pairs
                 for side in (pair.chosen_ids, pair.rejected_ids)
             ]
@@ -131,26 +136,23 @@ def transformers_logps(
     return np.concatenate(rows)
 
 
-def _torch_row(torch: Any, model: Any, prompt: Sequence[int], completion: Sequence[int]) -> Logps:
+def torch_row(torch: Any, model: Any, prompt: Sequence[int], completion: Sequence[int]) -> Logps:
+    """Log-probs of one completion's tokens by a PyTorch model."""
     ids = torch.tensor([[*prompt, *completion]])
     # The state at position t predicts token t + 1.
     logps = model(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
     return np.array(logps[range(len(completion)), list(completion)])
 
 
-def compare(one: Logps, other: Logps) -> Difference:
+def difference_of(one: Logps, other: Logps) -> Difference:
     """How far apart they are; a number that is not finite is infinitely far."""
     apart = np.abs(one - other)
     apart[~np.isfinite(apart)] = math.inf
     return Difference(float(apart.max()), float(apart.mean()), apart.size)
 
 
-def demand(difference: Difference, limit: Limit, what: str) -> None:
-    """Make sure that `difference` is within `limit`.
-
-    Raises:
-        ModelError: it is not; the message begins with `what`.
-    """
+def _check_within(difference: Difference, limit: Limit, what: str) -> None:
+    """Make sure that `difference` is within `limit`."""
     if not math.isfinite(difference.worst) or difference.worst > limit.worst or difference.mean > limit.mean:
         bound = f"worst {limit.worst:g}" if math.isfinite(limit.worst) else f"mean {limit.mean:g}"
         bound = bound if math.isfinite(min(limit)) else "finite numbers"
@@ -160,14 +162,15 @@ def demand(difference: Difference, limit: Limit, what: str) -> None:
         )
 
 
-class Check(NamedTuple):
+class Baseline(NamedTuple):
     """What a written model is compared with."""
 
     pairs: list[TokenizedPair]
-    before: Logps
+    logps: Logps
+    """Of the model before it was converted."""
 
 
-def check_of(task: Task, info: ModelInfo, adapter: Path | None = None) -> Check | None:
+def record_baseline(task: Task, info: ModelInfo, adapter: Path | None = None) -> Baseline | None:
     """Log-probs of the model, with an adapter where one is given, before it is converted; None with --no-verify."""
     if not task.verify:
         return None
@@ -175,34 +178,34 @@ def check_of(task: Task, info: ModelInfo, adapter: Path | None = None) -> Check 
     model = load(info, trust_remote_code=task.trust_remote_code).model
     if adapter is not None:
         add_trained_adapters(model, adapter)
-    return Check(pairs, model_logps(model, pairs))
+    return Baseline(pairs, model_logps(model, pairs))
 
 
-def limit_of(task: Task, *, unchanged: Limit = EXACT) -> Limit:
+def allowed_difference(task: Task, *, unchanged: Limit = EXACT) -> Limit:
     """How far log-probs may move; `unchanged` holds where neither dtype nor form changes."""
     if task.how is not None:
         return ROUNDED if task.how.bits == 8 else REPORTED
     return unchanged if task.dtype in (None, "float32") else ROUNDED
 
 
-def verify_model(task: Task, folder: Path, check: Check | None, limit: Limit, original: Path | None) -> None:
+def verify_model(task: Task, folder: Path, baseline: Baseline | None, limit: Limit, original: Path | None) -> None:
     """Compare what was written with what was read, and with transformers' reading of `original` where torch is there.
 
     Raises:
         ModelError: they are further apart than `limit`, or what was written cannot be loaded.
     """
-    if check is None:
+    if baseline is None:
         return
-    after = folder_logps(folder, check.pairs, trust_remote_code=task.trust_remote_code)
-    _compare(task, "the model as it was", check.before, after, limit)
+    after = folder_logps(folder, baseline.pairs, trust_remote_code=task.trust_remote_code)
+    _compare_and_check(task, "the model as it was", baseline.logps, after, limit)
     if original is None or not has_torch():
         return
     try:
-        theirs = transformers_logps(original, check.pairs, trust_remote_code=task.trust_remote_code)
+        theirs = transformers_logps(original, baseline.pairs, trust_remote_code=task.trust_remote_code)
     except ModelError as error:
         print(f"not compared with transformers: {error}")
         return
-    _compare(task, "transformers on PyTorch", theirs, after, limit)
+    _compare_and_check(task, "transformers on PyTorch", theirs, after, limit)
 
 
 def verify_round_trip(task: Task, one: Adapter, back: Adapter) -> None:
@@ -212,7 +215,8 @@ def verify_round_trip(task: Task, one: Adapter, back: Adapter) -> None:
         ModelError: it is not.
     """
     for name in {*one.weights, *back.weights}:
-        first, second = one.weights.get(name), back.weights.get(name)
+        first = one.weights.get(name)
+        second = back.weights.get(name)
         if first is None or second is None or first.dtype != second.dtype or not mx.array_equal(first, second).item():
             raise ModelError(f"{task.destination}: {name} does not come back as it was, so nothing was kept.")
     if one.config != back.config:
@@ -220,7 +224,7 @@ def verify_round_trip(task: Task, one: Adapter, back: Adapter) -> None:
     print(f"verified: all {len(one.weights)} tensors and the settings come back bit for bit")
 
 
-def verify_adapter(task: Task, base: Base, mlx_folder: Path, peft_folder: Path) -> None:
+def verify_adapter(task: Task, base: SourceModel, mlx_folder: Path, peft_folder: Path) -> None:
     """mlx-lm runs the one form; PEFT, where it is installed, runs the other: their log-probs must be the same.
 
     Raises:
@@ -230,7 +234,8 @@ def verify_adapter(task: Task, base: Base, mlx_folder: Path, peft_folder: Path) 
     loaded = load(base.info, trust_remote_code=task.trust_remote_code)
     add_trained_adapters(loaded.model, mlx_folder)
     ours = model_logps(loaded.model, pairs)
-    demand(compare(ours, ours), REPORTED, str(task.destination))
+    # Of a number and itself the difference is 0, and not a number where it is none.
+    _check_within(difference_of(ours, ours), REPORTED, str(task.destination))
     if not has_torch() or importlib.util.find_spec("peft") is None or not base.files:
         return
     try:
@@ -238,10 +243,11 @@ def verify_adapter(task: Task, base: Base, mlx_folder: Path, peft_folder: Path) 
     except ModelError as error:
         print(f"not compared with PEFT: {error}")
         return
-    _compare(task, "PEFT on PyTorch", theirs, ours, MERGED)
+    _compare_and_check(task, "PEFT on PyTorch", theirs, ours, MERGED)
 
 
-def _compare(task: Task, what: str, one: Logps, other: Logps, limit: Limit) -> None:
-    difference = compare(one, other)
+def _compare_and_check(task: Task, what: str, one: Logps, other: Logps, limit: Limit) -> None:
+    """Print how far log-probs are apart, and make sure that it is within `limit`."""
+    difference = difference_of(one, other)
     print(f"compared with {what}: {difference}")
-    demand(difference, limit, str(task.destination))
+    _check_within(difference, limit, str(task.destination))

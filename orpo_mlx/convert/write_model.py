@@ -22,6 +22,7 @@ from orpo_mlx.models.safetensors_files import INDEX_FILE
 SHARD_GIB = 2
 """A shard's size: what is in memory at once, and read again if one is damaged."""
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "additional_chat_templates/*.jinja")
+# Written anew, or no longer true of the converted model.
 _NOT_COMPANIONS = ("config.json", "adapter_config.json", "hf_quant_config.json")
 
 
@@ -49,7 +50,9 @@ def write_weights(folder: Path, weights: dict[str, mx.array], destination: Path,
     count = len(shards)
     with byte_progress(f"writing {destination.name}", total) as advance:
         for number in range(count):
-            shard, shards[number] = shards[number], {}
+            # Let go of, so that each shard is freed once it is written.
+            shard = shards[number]
+            shards[number] = {}
             name = f"model-{number + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
             for array in shard.values():
                 mx.eval(array)
@@ -64,6 +67,7 @@ def write_weights(folder: Path, weights: dict[str, mx.array], destination: Path,
 def take_weights(model: nn.Module) -> dict[str, mx.array]:
     """The model's parameters by name; the model lets go of them, so that each is freed once it is written."""
     weights = dict(tree_flatten(model.parameters()))
+    # An array is freed when the last reference to it is gone, and the model holds one.
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))
     return weights
 
@@ -88,6 +92,7 @@ def copy_companions(source: Path, folder: Path, *, code: bool = False) -> list[s
     for pattern in (*_COMPANIONS, *(("*.py",) if code else ())):
         for file in sorted(source.glob(pattern)):
             name = file.relative_to(source)
+            # An index of the old weights would send loaders to shards that are not there.
             if file.is_file() and str(name) not in _NOT_COMPANIONS and not file.name.endswith(".index.json"):
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, folder / name)

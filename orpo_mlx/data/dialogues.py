@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Message, Text
 
+# At the beginning of a paragraph only: answers may well say "Human:" within one.
 _SPEAKER = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):[ \t]*")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -82,6 +83,7 @@ def _shared_words(first: str, second: str) -> str:
     inside = any(
         text[length - 1 : length].isalnum() and text[length : length + 1].isalnum() for text in (first, second)
     )
+    # Back to where the word begins: a prompt that ended within one would have the model finish it.
     while inside and length and first[length - 1].isalnum():
         length -= 1
     return first[:length].rstrip()

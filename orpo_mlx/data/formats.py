@@ -31,6 +31,7 @@ _ID_COLUMNS = (
     ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"),
 )
 _SIDES = ("chosen", "rejected")
+# Where a row of rated completions has its prompt.
 _RATED_PROMPTS = ("prompt", "instruction", "question", "messages")
 
 _EXPECTED = "prompt, chosen and rejected (or prompt_ids, chosen_ids and rejected_ids)"
@@ -240,6 +241,7 @@ def _is_conversation(value: Any) -> bool:
     """Messages that do not begin with the assistant."""
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return False
+    # One message may be an answer alone; a conversation has a question before it.
     first = value[0].get("role", value[0].get("from"))
     return len(value) > 1 and first not in ("assistant", "gpt")
 

@@ -48,7 +48,7 @@ def read_pairs(source: Source, reading: Reading, report: RowReport) -> Iterator[
     for row in source.rows():
         report.rows_read += 1
         try:
-            read = read_pairs_of(row, reading)
+            read = _read_pairs_of(row, reading)
             reason, pairs = usable_pairs(read.pairs, reading.min_margin)
         except DataError as error:
             if not reading.skip_bad_rows:
@@ -75,10 +75,11 @@ def load_pairs(path: str | Path, reading: Reading | None = None) -> list[Pair | 
     Raises:
         DataError: the file or a row cannot be used.
     """
-    reading, report = reading or Reading(), RowReport()
+    reading = reading or Reading()
+    report = RowReport()
     pairs: list[Pair | TokenizedPair] = []
     for row in FileSource([Path(path)]).rows():
-        reason, usable = usable_pairs(read_pairs_of(row, reading).pairs, reading.min_margin)
+        reason, usable = usable_pairs(_read_pairs_of(row, reading).pairs, reading.min_margin)
         if not usable:
             raise DataError(f"{row.location}: {report.text_of(reason)}.")
         pairs += usable
@@ -103,12 +104,8 @@ def parse_columns(text: str | None) -> dict[str, str]:
     return columns
 
 
-def read_pairs_of(row: Row, reading: Reading) -> ReadRow:
-    """What a row is taken for.
-
-    Raises:
-        DataError: it could not be read, or has no known shape.
-    """
+def _read_pairs_of(row: Row, reading: Reading) -> ReadRow:
+    """What a row is taken for."""
     if isinstance(row.value, DataError):
         raise row.value
     return read_row(renamed(row, reading.columns), row.location, pair_ratings=reading.pair_ratings)
@@ -135,17 +132,13 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Any:
 
 def usable_pairs(pairs: list[Pair | TokenizedPair], min_margin: float | None) -> tuple[str, list[Pair | TokenizedPair]]:
     """The pairs that can be used, and why the first that cannot be is left out."""
-    reasons = [reason_unusable(pair, min_margin) for pair in pairs]
+    reasons = [_reason_unusable(pair, min_margin) for pair in pairs]
     first = next(filter(None, reasons), "equal_ratings")
     return first, [pair for pair, reason in zip(pairs, reasons, strict=True) if reason is None]
 
 
-def reason_unusable(pair: Pair | TokenizedPair, min_margin: float | None) -> str | None:
-    """Why a pair is left out, a key of `row_counts.REASONS`; None where it is not.
-
-    Raises:
-        DataError: a margin is asked for and the row has no scores.
-    """
+def _reason_unusable(pair: Pair | TokenizedPair, min_margin: float | None) -> str | None:
+    """Why a pair is left out, a key of `row_counts.REASONS`; None where it is not."""
     if min_margin is not None:
         margin = pair.margin if isinstance(pair, Pair) else None
         if margin is None:

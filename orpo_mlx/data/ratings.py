@@ -15,6 +15,7 @@ PAIRINGS = ("best_worst", "all")
 COMPLETION_LISTS = ("completions", "responses", "answers", "generations")
 """Columns that hold a list of completions."""
 
+# The names that published data sets have for the scores of a pair.
 _SIDE_SCORES = [
     (pattern.format("chosen"), pattern.format("rejected"))
     for pattern in ("score_{}", "{}_score", "rating_{}", "{}_rating", "{}-rating", "{}_avg_rating", "{}_reward")
@@ -88,11 +89,13 @@ def _rated_completions(row: Mapping[str, Any], location: str) -> list[Rated]:
 
 def _number(value: Any, name: str, location: str) -> float:
     try:
+        # float(True) is 1.
         if isinstance(value, bool):
             raise ValueError
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         raise DataError(f"{location}: {name!r} must be a number, found {kind(value)} {str(value)[:40]!r}.") from None
+    # Sorting with a NaN among them gives whatever order.
     if number != number:
         raise DataError(f"{location}: {name!r} is not a number (NaN).")
     return number

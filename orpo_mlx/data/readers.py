@@ -46,18 +46,14 @@ def read_rows(path: Path) -> Iterator[Row]:
     if reader is None:
         raise DataError(f"{path}: files of this kind are not read, expected {', '.join(READERS)}.")
     try:
-        check_content(path)
+        _check_content(path)
         yield from reader(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or reason_of(error)}).") from None
 
 
-def check_content(path: Path) -> None:
-    """Refuse a file whose first bytes are those of another kind of file than its name says.
-
-    Raises:
-        DataError: it is one.
-    """
+def _check_content(path: Path) -> None:
+    """Refuse a file whose first bytes are those of another kind of file than its name says."""
     with path.open("rb") as file:
         start = file.read(4)
     for mark, remedy in _MISNAMED.items():
@@ -73,15 +69,11 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if text.strip():
                 location = f"{path}:{number}"
-                yield Row(location, value_or_error(json_line, text, location))
+                yield Row(location, value_or_error(_json_line, text, location))
 
 
-def json_line(text: bytes, location: str) -> Any:
-    """The value of one line.
-
-    Raises:
-        DataError: it is not UTF-8 or not JSON.
-    """
+def _json_line(text: bytes, location: str) -> Any:
+    """The value of one line."""
     try:
         return json.loads(text)
     except UnicodeDecodeError:
@@ -169,19 +161,15 @@ def csv_rows(path: Path) -> Iterator[Row]:
                 if cells is None:
                     return
                 if cells:
-                    yield Row(f"{path}:{line}", value_or_error(csv_row, header, cells, f"{path}:{line}"))
+                    yield Row(f"{path}:{line}", value_or_error(_csv_row, header, cells, f"{path}:{line}"))
         except UnicodeDecodeError:
             raise not_utf8(f"{path}:{line}") from None
         except csv.Error as error:
             raise DataError(f"{path}:{line}: not valid CSV ({error}).") from None
 
 
-def csv_row(header: list[str], cells: list[str], location: str) -> dict[str, Any]:
-    """Cells by column.
-
-    Raises:
-        DataError: there are more or fewer than columns, or one is a list in Python's spelling.
-    """
+def _csv_row(header: list[str], cells: list[str], location: str) -> dict[str, Any]:
+    """Cells by column."""
     if len(cells) != len(header):
         raise DataError(f"{location}: found {len(cells)} cells, expected {len(header)} ({', '.join(header[:8])}).")
     return {name: _cell(text, name, location) for name, text in zip(header, cells, strict=True)}

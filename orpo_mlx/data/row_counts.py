@@ -76,6 +76,7 @@ class RowReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain JSON."""
+        # Under the fields' own names, which old token stores have: renaming one needs a translation here.
         return dict(vars(self))
 
     @classmethod

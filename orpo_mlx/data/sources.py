@@ -18,8 +18,10 @@ SPLIT_NAMES = {
 }
 """Our splits, and the names others give them."""
 
+# How `datasets` and Spark number the parts of a file.
 _SHARD = re.compile(r"^(?P<stem>.*?)-\d{5}-of-\d{5}$")
 _LAST_WORD = re.compile(r"[._-]")
+# owner/name:configuration@revision; a revision may have slashes in it, as branches do.
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
 # What `datasets` writes beside the rows.
 _NOT_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")
@@ -168,13 +170,14 @@ def hub_splits(
         raise DataError(
             f"`data` {data}: no such file or folder, and not to be had from the Hub as a data set ({reason_of(error)})."
         ) from None
-    check_revision(data, revision, found)
+    _check_revision(data, revision, found)
     splits: dict[str, Source] = {}
     for split, names in SPLIT_NAMES.items():
         candidates = [name + suffix for suffix in _HUB_SUFFIXES for name in names]
         chosen = next((candidate for candidate in candidates if candidate in found), None)
         if chosen is not None:
             splits[split] = HubSource(f"{data}/{chosen}", found[chosen])
+    # A data set of one split is meant whatever that is called.
     if not any(name in splits for name in needed) and len(found) == 1:
         (only,) = found
         splits[needed[0]] = HubSource(f"{data}/{only}", found[only])
@@ -183,12 +186,8 @@ def hub_splits(
     return splits
 
 
-def check_revision(data: str, revision: str | None, found: Any) -> None:
-    """Make sure that a data set is of the commit that was asked for.
-
-    Raises:
-        DataError: it is of another.
-    """
+def _check_revision(data: str, revision: str | None, found: Any) -> None:
+    """Make sure that a data set is of the commit that was asked for."""
     # Offline, `datasets` takes the newest version in its cache, whichever was asked for. Its cache's folders are named
     # by commit, which is all there is to tell.
     if revision is None or not _COMMIT.match(revision):

@@ -35,7 +35,7 @@ class Lengths(NamedTuple):
     truncate: str = "drop"
     """One of `truncation.TRUNCATIONS`."""
     limit: str = "`max_seq_length`"
-    """Where the length comes from, in words."""
+    """Where the length comes from, as text."""
 
 
 @dataclasses.dataclass
@@ -70,6 +70,7 @@ def tokenized_split(source: Source, reading: Reading, tokenizer: Any | None, len
     Raises:
         DataError: the source or (without `skip_bad_rows`) a row of it cannot be used, or no pair is left.
     """
+    # By content, so that a file changed in place is not taken for what it was.
     sha256 = source.sha256()
     key = _key(source.name, sha256, dataclasses.asdict(reading), lengths, tokenizer_fingerprint(tokenizer))
     cache = cache_folder()
@@ -87,6 +88,7 @@ def tokenizer_fingerprint(tokenizer: Any | None) -> str:
     """What decides a text's tokens, as a hash: vocabulary, merges, template, special tokens."""
     if tokenizer is None:
         return "none"
+    # mlx-lm's wrapper hides transformers' tokenizer, which has what is wanted.
     inner = tokenizer._tokenizer
     backend = getattr(inner, "backend_tokenizer", None)
     parts = (

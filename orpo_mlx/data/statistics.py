@@ -22,7 +22,7 @@ QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "
 _EXAMPLES = 3
 # Step batches from which padding is estimated, so that a large data set takes no longer than a small one.
 _MOST_BATCHES = 2000
-# Okabe and Ito's colours for prompt, chosen and rejected, told apart by colour-blind readers as well.
+# Okabe and Ito's colours for prompt, chosen and rejected, which colour-blind readers distinguish as well.
 _COLOURS = ("#0072B2", "#009E73", "#D55E00")
 
 
@@ -82,7 +82,7 @@ def split_figures(
         "dropped_places": {reason: report.places[reason] for reason in report.dropped},
         "left_out": report.left_out[:10],
         "notes": dict(report.notes),
-        "note_places": {words: report.places[words] for words in report.notes},
+        "note_places": {note: report.places[note] for note in report.notes},
         "pairs": len(store),
         "pairs_left_out": report.pairs_left_out,
         "lengths": {side: quantiles(store.lengths[:, number]) for number, side in enumerate(SIDES)},
@@ -178,8 +178,8 @@ def _split_lines(table: Mapping[str, Any], batch_size: int) -> list[str]:
         lines.append(f"left out: {count} {reason} ({_places(table['dropped_places'][reason], count)})")
     if table["rows_dropped"].get("bad_row"):
         lines += [f"  {printable(line)}" for line in table["left_out"]]
-    for words, count in table["notes"].items():
-        lines.append(f"taken: {count} {words} ({_places(table['note_places'][words], count)})")
+    for note, count in table["notes"].items():
+        lines.append(f"taken: {count} {note} ({_places(table['note_places'][note], count)})")
     lines.append(f"{'tokens':10}" + "".join(f"{name:>9}" for name in (*QUANTILES, "mean")))
     for side, values in table["lengths"].items():
         lines.append(f"{side:10}" + "".join(f"{value:9.0f}" for value in values.values()))
@@ -206,6 +206,7 @@ def _places(places: list[str], count: int) -> str:
 
 def draw_lengths(splits: Mapping[str, Split], max_seq_length: int, path: Path) -> None:
     """Histograms of tokens per prompt, chosen and rejected, a row of panels for each split, as a PNG file."""
+    # Without pyplot, which keeps figures alive and asks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -213,6 +214,7 @@ def draw_lengths(splits: Mapping[str, Split], max_seq_length: int, path: Path) -
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(splits), len(SIDES), squeeze=False, sharex=True, sharey="row")
     longest = max(int(split.pairs.lengths.max()) for split in splits.values())
+    # Logarithmic, since lengths spread over three orders of magnitude; whole numbers, so that no bar stays empty.
     edges = np.unique(np.geomspace(1, max(longest, 2) + 1, 41).round())
     for row, (name, split) in zip(panels, splits.items(), strict=True):
         for number, (panel, side) in enumerate(zip(row, SIDES, strict=True)):

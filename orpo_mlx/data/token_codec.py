@@ -60,7 +60,7 @@ class TokenCodec:
         return ids if eos is None else (*ids, eos)
 
     def _with_one_bos(self, ids: Ids) -> Ids:
-        # Templates write BOS themselves, and some tokenizers add theirs whatever they are told.
+        # Templates write BOS themselves, and some tokenizers add theirs whatever they are asked.
         return ids[1:] if self._bos is not None and ids[:2] == (self._bos, self._bos) else ids
 
     def _is_blank(self, ids: Ids) -> bool:

@@ -49,6 +49,7 @@ class TokenStore(Sequence[TokenizedPair]):
             header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
             index = np.load(folder / _INDEX, allow_pickle=False)
             size = (folder / _TOKENS).stat().st_size
+            # The index is hashed with the tokens: one row of it damaged would shift every pair after it.
             sound = header["sha256"] == sha256_of(folder / _TOKENS, head=index.tobytes())
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             raise ValueError(f"{folder}: not a whole token store ({error}).") from None
@@ -93,6 +94,7 @@ class TokenStore(Sequence[TokenizedPair]):
 
     def location(self, number: int) -> str:
         """Where pair `number` stands, `file:line`."""
+        # Pairs of one file stand together, so a list of where each begins will do.
         file = bisect.bisect_right(self._first, number) - 1
         return f"{self._names[file]}:{self._lines[number]}"
 

@@ -33,6 +33,7 @@ def fit(pair: TokenizedPair, max_seq_length: int, truncate: str = "drop") -> Fit
     if too_long and truncate == "drop":
         return Fitted(None, "too_long")
     if too_long:
+        # One token of the prompt must stay: the first completion token is predicted from it.
         room = min(len(prompt), max(1, max_seq_length - longest))
         prompt = prompt[:room] if truncate == "keep_start" else prompt[-room:]
         most = max_seq_length - len(prompt)

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 _LN_2 = math.log(2.0)
 
-# A float32 mean log-prob can round to exactly 0, where the odds are infinite; the largest log-prob told apart from it.
+# A float32 mean log-prob can round to exactly 0, where the odds are infinite: the largest that is not taken for it.
 _LARGEST_LOGP = -1e-20
 
 
@@ -18,6 +18,7 @@ def log1mexp(x: mx.array) -> mx.array:
     Branches at -ln 2 (Mächler 2012, eq. 7). Both branches see guarded inputs: `where` multiplies the gradient of the
     branch not taken by zero, and 0·inf is NaN.
     """
+    # At 0 the value is -inf, and so is everything computed from it.
     x = mx.minimum(x, _LARGEST_LOGP)
     near_zero = x > -_LN_2
     small = mx.log(-mx.expm1(mx.where(near_zero, x, -_LN_2)))

@@ -10,6 +10,7 @@ from orpo_mlx.errors import ConfigError, did_you_mean
 from orpo_mlx.losses.registry import METHODS, BoundLoss, Range
 from orpo_mlx.types import LossOutput, PairLogProbs
 
+# TRL's name.
 ALIASES = {"sigmoid": "dpo"}
 
 NOTATION = (
@@ -20,6 +21,7 @@ NOTATION = (
 PARAMETERS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.parameters))
 """Every hyper-parameter that some loss has."""
 
+# weight * name, or a name alone; weights as Python writes floats.
 _TERM = re.compile(r"\s*(?:([0-9.eE-]+)\s*\*\s*)?([a-z_]+)\s*")
 
 
@@ -67,6 +69,7 @@ def parse_terms(expression: str) -> list[Term]:
                 f"`method` {expression}: no method {match[2]!r}, expected one of {', '.join(METHODS)}{hint}"
             )
         terms.append(Term(weight, name))
+    # Parameters are kept by method, so a second term of one could not have its own.
     if len({term.name for term in terms}) < len(terms):
         raise ConfigError(f"`method` {expression}: a method stands in the sum twice; give it one weight.")
     return terms
@@ -115,9 +118,9 @@ def _check_parameters(expression: str, terms: Sequence[Term], chosen: Mapping[st
         if name not in ranges:
             known = ", ".join(f"`{each}`" for each in sorted(ranges)) or "no parameters"
             raise ConfigError(f"`{name}`: method {expression} has no such parameter; it has {known}.")
-        for words, holds in ranges[name]:
+        for text, holds in ranges[name]:
             if not holds(value):
-                raise ConfigError(f"`{name}`: found {value:g}, expected a number {words}.")
+                raise ConfigError(f"`{name}`: found {value:g}, expected a number {text}.")
 
 
 def describe_methods() -> str:

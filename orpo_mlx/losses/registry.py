@@ -20,7 +20,7 @@ BoundLoss = Callable[[PairLogProbs], LossOutput]
 class Range(NamedTuple):
     """The values a hyper-parameter can have."""
 
-    words: str
+    text: str
     """To follow "expected a number"."""
     holds: Callable[[float], bool]
 
@@ -92,6 +92,7 @@ def preference_loss(
 
 
 def _parameters(loss: Loss) -> dict[str, Parameter]:
+    # Annotations are strings until they are looked up, as `from __future__ import annotations` leaves them.
     hints = typing.get_type_hints(loss, include_extras=True)
     found = {}
     for name, parameter in inspect.signature(loss).parameters.items():

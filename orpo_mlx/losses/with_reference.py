@@ -9,6 +9,7 @@ Hyper-parameters are keyword-only. The reward logged is the implicit one, β h(y
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Annotated
 
 import mlx.core as mx
@@ -18,15 +19,14 @@ from orpo_mlx.losses.registry import NoiseRate, NonNegative, Positive, Range, Un
 from orpo_mlx.losses.terms import log_ratios, margin, mean_log_ratios, output_with_implicit_rewards, reference_logps
 from orpo_mlx.types import LossOutput, PairLogProbs
 
+reference_loss = partial(preference_loss, needs_reference=True)
 LoggableNoiseRate = Annotated[
     float, Range("above 0 and below 0.5 for exo_pair, whose loss has log ε in it", lambda value: 0 < value < 0.5)
 ]
 
 
-@preference_loss(
-    equation="-(1-ε) log σ(z) - ε log σ(-z), z = β(h_w - h_l)",
-    source="Rafailov et al. 2023, arXiv:2305.18290",
-    needs_reference=True,
+@reference_loss(
+    equation="-(1-ε) log σ(z) - ε log σ(-z), z = β(h_w - h_l)", source="Rafailov et al. 2023, arXiv:2305.18290"
 )
 def dpo(logps: PairLogProbs, *, beta: Positive = 0.1, label_smoothing: NoiseRate = 0.0) -> LossOutput:
     """DPO (eq. 7) at ε = 0; above 0 it is conservative DPO (Mitchell 2023)."""
@@ -34,42 +34,29 @@ def dpo(logps: PairLogProbs, *, beta: Positive = 0.1, label_smoothing: NoiseRate
     return output_with_implicit_rewards(logps, _noisy_preference(z, label_smoothing), beta)
 
 
-@preference_loss(
-    equation="-log σ(β(h_w/|y_w| - h_l/|y_l|))",
-    source="Lambert et al. 2024, arXiv:2411.15124",
-    needs_reference=True,
-)
+@reference_loss(equation="-log σ(β(h_w/|y_w| - h_l/|y_l|))", source="Lambert et al. 2024, arXiv:2411.15124")
 def sigmoid_norm(logps: PairLogProbs, *, beta: Positive = 0.1) -> LossOutput:
     """Length-normalised DPO (Tülu 3, eq. 5)."""
     chosen, rejected = mean_log_ratios(logps)
     return output_with_implicit_rewards(logps, -log_sigmoid(beta * (chosen - rejected)), beta)
 
 
-@preference_loss(
-    equation="max(0, 1 - z), z = β(h_w - h_l)",
-    source="Liu et al. 2023, arXiv:2309.06657",
-    needs_reference=True,
-)
+@reference_loss(equation="max(0, 1 - z), z = β(h_w - h_l)", source="Liu et al. 2023, arXiv:2309.06657")
 def hinge(logps: PairLogProbs, *, beta: Positive = 0.1) -> LossOutput:
     """Hinge on the DPO margin (RSO, table 1)."""
     return output_with_implicit_rewards(logps, positive_part(1.0 - beta * margin(logps)), beta)
 
 
-@preference_loss(
-    equation="(h_w/|y_w| - h_l/|y_l| - 1/(2β))²",
-    source="Azar et al. 2023, arXiv:2310.12036",
-    needs_reference=True,
-)
+@reference_loss(equation="(h_w/|y_w| - h_l/|y_l| - 1/(2β))²", source="Azar et al. 2023, arXiv:2310.12036")
 def ipo(logps: PairLogProbs, *, beta: Positive = 0.1) -> LossOutput:
     """IPO (eq. 17; β is its τ). Means over tokens, which is the authors' correction to the sums the paper prints."""
     chosen, rejected = mean_log_ratios(logps)
     return output_with_implicit_rewards(logps, (chosen - rejected - 1 / (2 * beta)) ** 2, beta)
 
 
-@preference_loss(
+@reference_loss(
     equation="(ε log σ(-z) - (1-ε) log σ(z))/(1 - 2ε), z = β(h_w - h_l)",
     source="Chowdhury et al. 2024, arXiv:2403.00409",
-    needs_reference=True,
 )
 def robust(logps: PairLogProbs, *, beta: Positive = 0.1, label_smoothing: NoiseRate = 0.1) -> LossOutput:
     """Robust DPO (eq. 12)."""
@@ -78,24 +65,18 @@ def robust(logps: PairLogProbs, *, beta: Positive = 0.1, label_smoothing: NoiseR
     return output_with_implicit_rewards(logps, losses, beta)
 
 
-@preference_loss(
-    equation="KL(σ(±z) ‖ (1-ε, ε)), z = β(h_w - h_l)",
-    source="Ji et al. 2024, arXiv:2402.00856",
-    needs_reference=True,
-)
+@reference_loss(equation="KL(σ(±z) ‖ (1-ε, ε)), z = β(h_w - h_l)", source="Ji et al. 2024, arXiv:2402.00856")
 def exo_pair(logps: PairLogProbs, *, beta: Positive = 0.1, label_smoothing: LoggableNoiseRate = 1e-3) -> LossOutput:
     """EXO for pairs (eq. 16): σ(z)(log σ(z) - log(1-ε)) + σ(-z)(log σ(-z) - log ε). ε must be above 0."""
     z = beta * margin(logps)
-    up, down = log_sigmoid(z), log_sigmoid(-z)
+    up = log_sigmoid(z)
+    down = log_sigmoid(-z)
+    # log1p: 1 - ε in float would lose the digits of a small ε.
     losses = mx.exp(up) * (up - math.log1p(-label_smoothing)) + mx.exp(down) * (down - math.log(label_smoothing))
     return output_with_implicit_rewards(logps, losses, beta)
 
 
-@preference_loss(
-    equation="-log σ(βh_w) - ½ log σ(-βh_w) - ½ log σ(-βh_l)",
-    source="Chen et al. 2024, arXiv:2402.05369",
-    needs_reference=True,
-)
+@reference_loss(equation="-log σ(βh_w) - ½ log σ(-βh_w) - ½ log σ(-βh_l)", source="Chen et al. 2024, arXiv:2402.05369")
 def nca_pair(logps: PairLogProbs, *, beta: Positive = 0.1) -> LossOutput:
     """NCA for pairs (eq. 11)."""
     chosen, rejected = log_ratios(logps).times(beta)
@@ -103,11 +84,7 @@ def nca_pair(logps: PairLogProbs, *, beta: Positive = 0.1) -> LossOutput:
     return output_with_implicit_rewards(logps, losses, beta)
 
 
-@preference_loss(
-    equation="-log σ(βh_w - δ) - log σ(δ - βh_l)",
-    source="Jung et al. 2024, arXiv:2404.04656",
-    needs_reference=True,
-)
+@reference_loss(equation="-log σ(βh_w - δ) - log σ(δ - βh_l)", source="Jung et al. 2024, arXiv:2404.04656")
 def bco_pair(logps: PairLogProbs, *, beta: Positive = 0.1, delta: NonNegative = 0.0) -> LossOutput:
     """BCO for pairs (eq. 6).
 
@@ -118,21 +95,16 @@ def bco_pair(logps: PairLogProbs, *, beta: Positive = 0.1, delta: NonNegative = 
     return output_with_implicit_rewards(logps, losses, beta)
 
 
-@preference_loss(
-    equation="(h_w - 1/(2β))² + (h_l + 1/(2β))²",
-    source="Wu et al. 2024, arXiv:2405.00675",
-    needs_reference=True,
-)
+@reference_loss(equation="(h_w - 1/(2β))² + (h_l + 1/(2β))²", source="Wu et al. 2024, arXiv:2405.00675")
 def sppo_hard(logps: PairLogProbs, *, beta: Positive = 0.1) -> LossOutput:
     """SPPO with hard labels (eq. 4.7 with P = 1 and 0; β is the inverse of its η)."""
     chosen, rejected = log_ratios(logps)
     return output_with_implicit_rewards(logps, (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2, beta)
 
 
-@preference_loss(
+@reference_loss(
     equation="dpo, z = β(sort(s_w - s_l) - sort(ref))",
     source="Melnyk et al. 2024, arXiv:2406.05882",
-    needs_reference=True,
     couples_pairs=True,
 )
 def aot(logps: PairLogProbs, *, beta: Positive = 0.1, label_smoothing: NoiseRate = 0.0) -> LossOutput:
@@ -147,11 +119,8 @@ def aot(logps: PairLogProbs, *, beta: Positive = 0.1, label_smoothing: NoiseRate
     return output_with_implicit_rewards(logps, losses, beta)
 
 
-@preference_loss(
-    equation="dpo, z = β(sort(h_w) - sort(h_l))",
-    source="Melnyk et al. 2024, arXiv:2406.05882",
-    needs_reference=True,
-    couples_pairs=True,
+@reference_loss(
+    equation="dpo, z = β(sort(h_w) - sort(h_l))", source="Melnyk et al. 2024, arXiv:2406.05882", couples_pairs=True
 )
 def aot_unpaired(logps: PairLogProbs, *, beta: Positive = 0.1, label_smoothing: NoiseRate = 0.0) -> LossOutput:
     """AOT, unpaired (section 3): as `dpo`, between the sides' log-ratios, each sorted over the batch."""
@@ -161,33 +130,22 @@ def aot_unpaired(logps: PairLogProbs, *, beta: Positive = 0.1, label_smoothing: 
     return output_with_implicit_rewards(logps, losses, beta)
 
 
-@preference_loss(
-    equation="1 - σ(βh_w) + σ(βh_l)",
-    source="D'Oosterlinck et al. 2024, arXiv:2408.06266",
-    needs_reference=True,
-)
+@reference_loss(equation="1 - σ(βh_w) + σ(βh_l)", source="D'Oosterlinck et al. 2024, arXiv:2408.06266")
 def apo_zero(logps: PairLogProbs, *, beta: Positive = 0.1) -> LossOutput:
     """APO-zero (eq. 7)."""
     chosen, rejected = log_ratios(logps).times(beta)
+    # σ(-x) for 1 - σ(x), which is 0 in float32 beyond x = 17, and its gradient with it.
     return output_with_implicit_rewards(logps, mx.sigmoid(-chosen) + mx.sigmoid(rejected), beta)
 
 
-@preference_loss(
-    equation="σ(βh_w) + 1 - σ(z), z = β(h_w - h_l)",
-    source="D'Oosterlinck et al. 2024, arXiv:2408.06266",
-    needs_reference=True,
-)
+@reference_loss(equation="σ(βh_w) + 1 - σ(z), z = β(h_w - h_l)", source="D'Oosterlinck et al. 2024, arXiv:2408.06266")
 def apo_down(logps: PairLogProbs, *, beta: Positive = 0.1) -> LossOutput:
     """APO-down (eq. 8)."""
     chosen, rejected = log_ratios(logps).times(beta)
     return output_with_implicit_rewards(logps, mx.sigmoid(chosen) + mx.sigmoid(rejected - chosen), beta)
 
 
-@preference_loss(
-    equation="-σ(-z/τ) log σ(z) + σ(z/τ) e⁻ᶻ, z = β(h_w - h_l)",
-    source="Lu et al. 2024, arXiv:2406.08414",
-    needs_reference=True,
-)
+@reference_loss(equation="-σ(-z/τ) log σ(z) + σ(z/τ) e⁻ᶻ, z = β(h_w - h_l)", source="Lu et al. 2024, arXiv:2406.08414")
 def discopop(logps: PairLogProbs, *, beta: Positive = 0.05, tau: UnitInterval = 0.05) -> LossOutput:
     """DiscoPOP (eq. 5). Finite for every z while τ < 1."""
     z = beta * margin(logps)
@@ -196,11 +154,7 @@ def discopop(logps: PairLogProbs, *, beta: Positive = 0.05, tau: UnitInterval = 
     return output_with_implicit_rewards(logps, losses, beta)
 
 
-@preference_loss(
-    equation="-log σ(β(h_w - h_l - δ max(0, -h_w)))",
-    source="Pal et al. 2024, arXiv:2402.13228",
-    needs_reference=True,
-)
+@reference_loss(equation="-log σ(β(h_w - h_l - δ max(0, -h_w)))", source="Pal et al. 2024, arXiv:2402.13228")
 def dpop(logps: PairLogProbs, *, beta: Positive = 0.1, delta: NonNegative = 50.0) -> LossOutput:
     """DPO-Positive (eq. 3; δ is its λ)."""
     chosen, rejected = log_ratios(logps)

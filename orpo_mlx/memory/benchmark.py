@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -27,7 +27,7 @@ from orpo_mlx.data.batching import TrainingOrder, micro_batches
 from orpo_mlx.data.sources import find_splits
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.files import save_json
-from orpo_mlx.process_memory import process_footprint, settle
+from orpo_mlx.process_memory import configure_allocator, process_footprint
 from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.reference_store import ReferenceTable
 from orpo_mlx.training.run import Run, versions
@@ -37,9 +37,19 @@ from orpo_mlx.types import TokenizedPair
 PROG = "orpo-mlx memory"
 _GIB = 2**30
 _DEFAULTS = ("--iters", "3")
+# The same pairs for every method, and no prediction, which would run steps of its own before the peak is taken.
 _FIXED = ("--no-shuffle", "--no-memory-check")
 
-Windows = Sequence[Sequence[TokenizedPair]]
+StepBatches = Sequence[Sequence[TokenizedPair]]
+
+
+class Timing(NamedTuple):
+    """What some work on each step batch took."""
+
+    seconds: list[float]
+    """For each step batch."""
+    peak_gib: float
+    """Over all of them."""
 
 
 def measure(config: TrainingConfig) -> dict[str, Any]:
@@ -51,63 +61,66 @@ def measure(config: TrainingConfig) -> dict[str, Any]:
     `reference_s`, the median per step of what the first epoch adds (0 without a reference); `pair_tokens_per_s`;
     `loss`, its mean in the pass that warms up, whose first step is that of the model as it was loaded.
     """
-    settle()
+    configure_allocator()
     run = prepare(config)
     pairs = run.splits["train"].pairs
-    window_size = config.batch_size * config.grad_accumulation_steps
-    order = TrainingOrder(pairs, window_size, seed=config.seed, shuffle=config.shuffle)
-    windows = [[pairs[index] for index in indices] for indices in itertools.islice(order, config.iters)]
+    step_size = config.batch_size * config.grad_accumulation_steps
+    order = TrainingOrder(pairs, step_size, seed=config.seed, shuffle=config.shuffle)
+    batches = [[pairs[index] for index in indices] for indices in itertools.islice(order, config.iters)]
     run.optimizer.init(run.loaded.model.trainable_parameters())
     run.loaded.model.train()
-    references_s, reference_peak = _reference_seconds(run, windows)
-    losses = [optimiser_step(run, window, step).means()["loss"] for step, window in enumerate(windows, 1)]
-    steps_s, step_peak = _timed(lambda window: optimiser_step(run, window, 0), windows)
+    reference = timed_reference(run, batches)
+    # The first pass compiles and fills MLX's cache; the second is timed.
+    losses = [optimiser_step(run, batch, step).means()["loss"] for step, batch in enumerate(batches, 1)]
+    steps = timed(lambda batch: optimiser_step(run, batch, 0), batches)
     footprint = process_footprint()
     return {
-        "peak_memory_gib": max(reference_peak, step_peak),
+        "peak_memory_gib": max(reference.peak_gib, steps.peak_gib),
         "active_memory_gib": mx.get_active_memory() / _GIB,
         "cache_memory_gib": mx.get_cache_memory() / _GIB,
         "footprint_gib": footprint.now_gib,
         "footprint_peak_gib": footprint.peak_gib,
-        "step_s_median": statistics.median(steps_s),
-        "steps_s": steps_s,
-        "reference_s": statistics.median(references_s),
-        "pair_tokens_per_s": sum(pair.pair_tokens for window in windows for pair in window) / sum(steps_s),
+        "step_s_median": statistics.median(steps.seconds),
+        "steps_s": steps.seconds,
+        "reference_s": statistics.median(reference.seconds),
+        "pair_tokens_per_s": sum(pair.pair_tokens for batch in batches for pair in batch) / sum(steps.seconds),
         "loss": statistics.mean(losses),
     }
 
 
-def _reference_seconds(run: Run, windows: Windows) -> tuple[list[float], float]:
-    """Seconds per window for its reference log-probs and the peak in GiB; leaves all of them remembered."""
+def timed_reference(run: Run, batches: StepBatches) -> Timing:
+    """The reference log-probs of each step batch; leaves all of them remembered."""
     reference = run.reference
     if reference is None:
-        return [0.0], 0.0
+        return Timing([0.0], 0.0)
 
-    def remember(window: Sequence[TokenizedPair]) -> None:
-        reference.remember(micro_batches(window, run.config.batch_size, run.config.micro_batch_tokens))
+    def remember(batch: Sequence[TokenizedPair]) -> None:
+        reference.remember(micro_batches(batch, run.config.batch_size, run.config.micro_batch_tokens))
 
-    def compute(window: Sequence[TokenizedPair]) -> None:
-        known, reference.table = reference.table, ReferenceTable()
-        remember(window)
+    def compute(batch: Sequence[TokenizedPair]) -> None:
+        # With an empty table, so that nothing is remembered already.
+        known = reference.table
+        reference.table = ReferenceTable()
+        remember(batch)
         reference.table = known
 
-    for window in windows:
-        remember(window)
-    return _timed(compute, windows)
+    for batch in batches:
+        remember(batch)
+    return timed(compute, batches)
 
 
-def _timed(work: Callable[[Sequence[TokenizedPair]], object], windows: Windows) -> tuple[list[float], float]:
-    """Seconds for each window and the peak over all of them in GiB."""
+def timed(work: Callable[[Sequence[TokenizedPair]], object], batches: StepBatches) -> Timing:
+    """`work` on each step batch."""
     mx.reset_peak_memory()
     seconds = []
-    for window in windows:
+    for batch in batches:
         started = time.perf_counter()
-        work(window)
+        work(batch)
         seconds.append(time.perf_counter() - started)
-    return seconds, mx.get_peak_memory() / _GIB
+    return Timing(seconds, mx.get_peak_memory() / _GIB)
 
 
-def compare(
+def measure_methods(
     methods: Sequence[str], arguments: Sequence[str], json_file: Path | None = None, modes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Measure each method (in each mode) in a fresh process; what is known so far is in `json_file` after each.
@@ -127,23 +140,24 @@ def compare(
     """
     record: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count(), **_device()},
+        "machine": {"platform": platform.platform(), "cores": os.cpu_count(), **device_facts()},
         "versions": versions(),
         "methods": [],
     }
     commands = [benchmark_flags(method, [*arguments, *mode]) for method in methods for mode in mode_flags(modes)]
     configs = [resolve(command, PROG) for command in commands]
+    # So that data that is not there is found before the first model is loaded.
     find_splits(configs[0].data)
     for config, command in zip(configs, commands, strict=True):
         print(f"Measuring {config.method} with --memory {config.memory} ...", file=sys.stderr, flush=True)
         settings = {"method": config.method, "memory": config.memory, "settings": config.settings()}
-        record["methods"].append({**settings, **_in_a_process(command)})
+        record["methods"].append({**settings, **measure_in_a_process(command)})
         if json_file is not None:
             save_json(json_file, record)
     return record
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def costs_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: GiB and seconds, and their ratios to ORPO, or to the first method measured where ORPO is not."""
     measured = [row for row in rows if "error" not in row]
     base = next((row for row in measured if row["method"] == "orpo"), measured[0] if measured else None)
@@ -168,17 +182,20 @@ def _with_ratio(value: float, base: float) -> str:
     return f"{value:.2f}" + (f" ({value / base:.2f}x)" if base else "")
 
 
-def _device() -> dict[str, Any]:
+def device_facts() -> dict[str, Any]:
+    """What MLX says of the device, where it does."""
     info = mx.device_info()
     return {key: info[key] for key in ("device_name", "memory_size", "max_recommended_working_set_size") if key in info}
 
 
-def _in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
+def measure_in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
     """What `measure` returns, from a process of its own; `error` where that dies.
 
     Raises:
         ConfigError: it ended with one sentence about its settings, data or model.
     """
+    # MLX's peak and caches are of the whole process, and a method that runs out of memory is killed. Without a cache,
+    # so that every method computes its own reference.
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, "-m", "orpo_mlx.memory.benchmark", *arguments, "--adapter-path", folder],
@@ -198,10 +215,12 @@ def _in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def benchmark_flags(method: str, arguments: Sequence[str]) -> list[str]:
+    """The flags of `train` that measure a method, `arguments` among them."""
     return [*_DEFAULTS, *arguments, *_FIXED, "--method", method]
 
 
 def mode_flags(modes: Sequence[str]) -> list[tuple[str, ...]]:
+    """The flags for each memory mode; no flags once where no modes are named."""
     return [("--memory", mode) for mode in modes] or [()]
 
 

@@ -18,7 +18,7 @@ _GIB = 2**30
 
 
 def plan_memory(run: Run, say: Callable[[str], None]) -> None:
-    """Predict a step's peak on the train split's longest pairs, and settle `--memory auto`.
+    """Predict a step's peak on the train split's longest pairs, and decide what `--memory auto` is.
 
     `auto` becomes the fastest mode whose prediction, with the room by which predictions may be off, is within what the
     device recommends or, where it recommends nothing, within half of the machine's memory; else the smallest. Without
@@ -59,10 +59,12 @@ def plan_memory(run: Run, say: Callable[[str], None]) -> None:
 def _fastest(run: Run, modes: tuple[str, ...]) -> tuple[str, Prediction]:
     """The first of the modes that fits, or the last, and its prediction."""
     blueprint = read_blueprint(str(run.loaded.path), dtype=run.config.dtype)
-    window = heaviest_window(run.config, run.splits["train"].pairs)
+    heaviest = heaviest_window(run.config, run.splits["train"].pairs)
+    # Where the device recommends nothing, half of the machine is left to the system and other programs.
     room = device_working_set() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / _GIB
+    # The fastest first: each prediction costs a step of a small model.
     for mode in modes:
-        prediction = predict(dataclasses.replace(run.config, memory=mode), blueprint, window)
+        prediction = predict(dataclasses.replace(run.config, memory=mode), blueprint, heaviest)
         if (1 + TOLERANCE) * prediction.peak <= room:
             break
     return mode, prediction

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.memory.predict import Prediction, made_window, predict, recommended_working_set
 from orpo_mlx.memory.skeleton import Blueprint
 
+# Memory modes by the memory they take, most first: a remedy may only lower it.
 _ORDER = ("plain", "auto", "fast", "balanced", "thrift")
+# Tokens of a pair's side below which a shorter one is not proposed.
+_SHORTEST = 64
+# GiB that Macs with Apple's chips have been sold with.
 _MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
+
+
+class Remedy(NamedTuple):
+    """A run that takes less memory."""
+
+    changed: dict[str, Any]
+    """Settings that are other than in the run asked about."""
+    config: TrainingConfig
 
 
 def predicted(config: TrainingConfig, blueprint: Blueprint, prompt_tokens: int | None = None) -> Prediction:
@@ -37,21 +49,21 @@ def verdict(peak: float, memory: float | None) -> str:
     return f"A Mac with {memory:g} GiB recommends a working set of {limit:.2f} GiB: {fits}."
 
 
-def remedies(config: TrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
-    """Flags that lower the peak, each beside the ones before, what costs least first."""
-    changes: list[tuple[str, dict[str, Any]]] = [
-        ("--micro-batch-tokens 1", {"micro_batch_tokens": 1}),
-        ("--memory balanced", {"memory": "balanced"}),
-        ("--memory thrift", {"memory": "thrift"}),
-    ]
+def remedies(config: TrainingConfig) -> Iterator[Remedy]:
+    """Settings that lower the peak, each beside the ones before, what costs least first."""
     shorter = [config.max_seq_length // 2**power for power in (1, 2, 3)]
-    changes += [(f"--max-seq-length {length}", {"max_seq_length": length}) for length in shorter if length >= 64]
-    flags: dict[str, str] = {}
-    for flag, change in changes:
-        if all(getattr(config, name) == value for name, value in change.items()):
+    changes: list[tuple[str, Any]] = [
+        ("micro_batch_tokens", 1),
+        ("memory", "balanced"),
+        ("memory", "thrift"),
+        *(("max_seq_length", length) for length in shorter if length >= _SHORTEST),
+    ]
+    changed: dict[str, Any] = {}
+    for name, value in changes:
+        if getattr(config, name) == value:
             continue
-        if "memory" in change and _ORDER.index(change["memory"]) <= _ORDER.index(config.memory):
+        if name == "memory" and _ORDER.index(value) <= _ORDER.index(config.memory):
             continue
-        config = dataclasses.replace(config, **change)
-        flags[flag.split()[0]] = flag
-        yield " ".join(flags.values()), config
+        changed = {**changed, name: value}
+        config = dataclasses.replace(config, **{name: value})
+        yield Remedy(changed, config)

@@ -20,10 +20,11 @@ from orpo_mlx.models.hf_config import normalise_config
 from orpo_mlx.models.loading import loaded_dtype, locate
 from orpo_mlx.models.safetensors_files import read_header
 
+# What configs call the number of layers, and after how many their pattern repeats.
 _LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _PERIOD_KEYS = ("sliding_window_pattern", "full_attention_interval")
+# How many layers at the end take their keys and values from earlier ones.
 _SHARING_KEY = "num_kv_shared_layers"
-"""How many layers at the end take their keys and values from earlier ones."""
 _HEADER_DTYPES = {"F64": mx.float32, "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
@@ -42,6 +43,16 @@ class Blueprint(NamedTuple):
     """Names of the tensors in the safetensors files; none where it is another kind of file."""
 
 
+class Stored(NamedTuple):
+    """What safetensors headers say of a model."""
+
+    dtype: mx.Dtype
+    """That of most floating-point numbers."""
+    quantised: frozenset[str]
+    """Names of the modules that have scales."""
+    tensors: frozenset[str]
+
+
 def read_blueprint(name: str, *, dtype: str | None = None) -> Blueprint:
     """The blueprint of a model by the names that `models.loading.load` takes; `dtype` as there. No weight is read.
 
@@ -50,13 +61,14 @@ def read_blueprint(name: str, *, dtype: str | None = None) -> Blueprint:
     """
     path, _ = locate(name)
     if path.is_file():
-        config, checkpoint_dtype = gguf_config(path)
-        quantised: frozenset[str] = frozenset()
-        tensors: frozenset[str] = frozenset()
+        config, file_dtype = gguf_config(path)
+        stored = Stored(file_dtype, frozenset(), frozenset())
     else:
-        config, (checkpoint_dtype, quantised, tensors) = _folder_config(path), _headers(path)
-    layers, kept = _layer_count(path, config), loaded_dtype(dtype) or checkpoint_dtype
-    return Blueprint(config, layers, layer_period(config, layers), kept, quantised, tensors)
+        config = _folder_config(path)
+        stored = _read_headers(path)
+    layers = _layer_count(path, config)
+    stored = stored._replace(dtype=loaded_dtype(dtype) or stored.dtype)
+    return Blueprint(config, layers, layer_period(config, layers), *stored)
 
 
 def build(blueprint: Blueprint, layers: int) -> nn.Module:
@@ -65,13 +77,14 @@ def build(blueprint: Blueprint, layers: int) -> nn.Module:
     Raises:
         ModelError: mlx-lm has no such architecture.
     """
-    config = _with_layers(blueprint.config, blueprint.layers, layers)
+    config = with_layers(blueprint.config, blueprint.layers, layers)
     try:
         model_class, args_class = _get_classes(config)
         model: nn.Module = model_class(args_class.from_dict(config))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"config.json: mlx-lm cannot build this model ({reason_of(error)}).") from None
-    _tie_head(model, blueprint.tensors)
+    leave_out_head(model, blueprint.tensors)
+    # As mlx-lm's loader does it: a layer is quantised if it has scales, in the way the config has for it.
     table = config.get("quantization") or {}
     if blueprint.quantised:
 
@@ -86,12 +99,13 @@ def build(blueprint: Blueprint, layers: int) -> nn.Module:
     return model
 
 
-def _tie_head(model: nn.Module, tensors: frozenset[str]) -> None:
+def leave_out_head(model: nn.Module, tensors: frozenset[str]) -> None:
     """Leave out a head that the checkpoint has not: some of mlx-lm's classes find that out when weights are loaded."""
     own = next((name for name in dict(tree_flatten(model.parameters())) if name.endswith("lm_head.weight")), None)
     if own is None or not tensors or any(name.endswith("lm_head.weight") for name in tensors):
         return
-    # Other classes need the arrays themselves, and have no such head to leave out.
+    # Gemma 3's class removes its own head in `sanitize`, which is given every name with nothing behind it. Other
+    # classes need the arrays themselves, and have no such head to leave out.
     with suppress(AttributeError, KeyError, ValueError, TypeError, IndexError):
         model.sanitize({name: mx.zeros(()) for name in tensors})
 
@@ -102,6 +116,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def _folder_config(path: Path) -> dict[str, Any]:
+    """The config.json of a model folder, normalised."""
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json in this folder, so it is not a model.")
     try:
@@ -110,11 +125,11 @@ def _folder_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}/config.json: cannot be read ({reason_of(error)}).") from None
 
 
-def _headers(path: Path) -> tuple[mx.Dtype, frozenset[str], frozenset[str]]:
-    """The dtype most of the floating-point bytes have, the modules with scales, and the names of all tensors, from all
-    safetensors headers."""
+def _read_headers(path: Path) -> Stored:
+    """The headers of all weight files of a folder."""
     sizes: Counter[str] = Counter()
-    quantised, names = set(), set()
+    quantised = set()
+    names = set()
     for file in sorted(path.glob("model*.safetensors")):
         for name, tensor in read_header(file).tensors.items():
             names.add(name)
@@ -124,10 +139,11 @@ def _headers(path: Path) -> tuple[mx.Dtype, frozenset[str], frozenset[str]]:
                 quantised.add(name.removesuffix(".scales"))
     if not sizes:
         raise ModelError(f"{path}: no model*.safetensors with floating-point weights in this folder.")
-    return _HEADER_DTYPES[sizes.most_common(1)[0][0]], frozenset(quantised), frozenset(names)
+    return Stored(_HEADER_DTYPES[sizes.most_common(1)[0][0]], frozenset(quantised), frozenset(names))
 
 
 def _layer_count(path: Path, config: Mapping[str, Any]) -> int:
+    """How many layers a config says there are."""
     for table in (config, config.get("text_config") or {}):
         for key in _LAYER_KEYS:
             if isinstance(table.get(key), int):
@@ -151,7 +167,7 @@ def layer_period(config: Mapping[str, Any], layers: int) -> int:
     return min(lcm(*periods) * (2 if config.get(_SHARING_KEY) else 1), layers)
 
 
-def _with_layers(config: Mapping[str, Any], total: int, layers: int) -> dict[str, Any]:
+def with_layers(config: Mapping[str, Any], total: int, layers: int) -> dict[str, Any]:
     """`config` with another number of layers; lists with an entry for each layer are cut to it, and layers that share
     keys and values keep their part of the whole, up to a half."""
     changed = dict(config)
@@ -163,5 +179,5 @@ def _with_layers(config: Mapping[str, Any], total: int, layers: int) -> dict[str
         elif key == _SHARING_KEY and layers < total:
             changed[key] = min(round(value * layers / total), layers // 2)
         elif key == "text_config":
-            changed[key] = _with_layers(value, total, layers)
+            changed[key] = with_layers(value, total, layers)
     return changed

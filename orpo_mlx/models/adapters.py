@@ -98,7 +98,7 @@ def adapter_metadata(path: str | Path) -> dict[str, str]:
     Raises:
         ModelError: the file is missing or damaged.
     """
-    return read_header(adapter_file(Path(path))).metadata
+    return read_header(_adapter_file(Path(path))).metadata
 
 
 def load_adapter_file(model: nn.Module, path: str | Path, scale: float) -> None:
@@ -113,8 +113,8 @@ def load_adapter_file(model: nn.Module, path: str | Path, scale: float) -> None:
     Raises:
         ModelError: the file is missing or does not fit the model's adapters exactly.
     """
-    path = adapter_file(Path(path))
-    check_scale(path, scale)
+    path = _adapter_file(Path(path))
+    _check_scale(path, scale)
     try:
         loaded = mx.load(str(path))
     except (RuntimeError, ValueError) as error:
@@ -138,12 +138,8 @@ def load_adapter_file(model: nn.Module, path: str | Path, scale: float) -> None:
     model.load_weights([(name, weights[name].astype(array.dtype)) for name, array in own.items()], strict=False)
 
 
-def adapter_file(path: Path) -> Path:
-    """The adapters' file at `path`, or in it where it is a folder.
-
-    Raises:
-        ModelError: there is none.
-    """
+def _adapter_file(path: Path) -> Path:
+    """The adapters' file at `path`, or in it where it is a folder."""
     if path.is_dir():
         for name in ("adapters.safetensors", "adapter_model.safetensors"):
             if (path / name).is_file():
@@ -153,12 +149,8 @@ def adapter_file(path: Path) -> Path:
     return path
 
 
-def check_scale(path: Path, scale: float) -> None:
-    """Make sure that the config beside an adapter file, if there is one, has this LoRA scale.
-
-    Raises:
-        ModelError: it has another, or is no adapter's.
-    """
+def _check_scale(path: Path, scale: float) -> None:
+    """Make sure that the config beside an adapter file, if there is one, has this LoRA scale."""
     config_file = path.parent / "adapter_config.json"
     if not config_file.is_file():
         return
@@ -169,6 +161,7 @@ def check_scale(path: Path, scale: float) -> None:
             theirs = config["lora_alpha"] / rank
         else:
             theirs = (config.get("lora_parameters") or {}).get("scale", scale)
+        # alpha / r need not be the very float that was given as a scale.
         differs = abs(theirs - scale) > 1e-6 * abs(scale)
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         raise ModelError(f"{config_file}: cannot be read as an adapter config of mlx-lm or PEFT.") from None

@@ -40,7 +40,7 @@ def normalise_config(config: Mapping[str, Any], location: str) -> dict[str, Any]
     if isinstance(config.get("text_config"), dict):
         text_config = {**config["text_config"]}
         text_config.setdefault("model_type", config.get("model_type"))
-        flat["text_config"] = with_flat_rope(text_config, set(), location)
+        flat["text_config"] = _with_flat_rope(text_config, set(), location)
     try:
         _, args_class = _get_classes(flat)
     except (ValueError, KeyError, SystemExit):  # One of mlx-lm's modules exits where a package is missing.
@@ -50,7 +50,7 @@ def normalise_config(config: Mapping[str, Any], location: str) -> dict[str, Any]
     parameters = inspect.signature(args_class).parameters
     accepted = set(parameters)
     required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
-    flat = with_flat_rope(with_old_names(flat, accepted), accepted, location)
+    flat = _with_flat_rope(with_old_names(flat, accepted), accepted, location)
     return with_layer_pattern(with_implied_settings(flat, required), accepted, location)
 
 
@@ -77,6 +77,7 @@ def with_layer_pattern(config: dict[str, Any], accepted: set[str], location: str
     types = config.get("layer_types")
     if not types or "sliding_window_pattern" not in accepted or "layer_types" in accepted:
         return config
+    # No full layer at all: a pattern longer than the model.
     pattern = types.index(_FULL) + 1 if _FULL in types else len(types) + 1
     if types != [_SLIDING if (layer + 1) % pattern else _FULL for layer in range(len(types))]:
         raise ModelError(f"{location}: layer_types is not a repeating pattern, which is all mlx-lm can express here.")
@@ -93,6 +94,7 @@ def unseen_window(config: Mapping[str, Any]) -> int | None:
         return None
     _, args_class = _get_classes(dict(config))
     accepted = set(inspect.signature(args_class).parameters)
+    # A class that takes layer types applies windows by them, and without them not at all.
     applied = "sliding_window" in accepted and ("layer_types" not in accepted or config.get("layer_types"))
     return None if applied else window
 
@@ -121,12 +123,8 @@ def _attribute_map(model_type: str) -> dict[str, str]:
         return {}
 
 
-def with_flat_rope(config: dict[str, Any], accepted: set[str], location: str) -> dict[str, Any]:
-    """RoPE settings of `rope_parameters` at the top level, where mlx-lm's classes look for them.
-
-    Raises:
-        ModelError: they are nested in a way that the class cannot express.
-    """
+def _with_flat_rope(config: dict[str, Any], accepted: set[str], location: str) -> dict[str, Any]:
+    """RoPE settings of `rope_parameters` at the top level, where mlx-lm's classes look for them."""
     nested = config.get("rope_parameters")
     if nested is None:
         return config
@@ -138,6 +136,7 @@ def with_flat_rope(config: dict[str, Any], accepted: set[str], location: str) ->
     main = _main_rope(config, by_layer_type, accepted, location) if by_layer_type else nested
     for field in _ROPE_FIELDS:
         if main.get(field) is not None:
+            # Under every name that some class of mlx-lm has for it; the others ignore it.
             for name in (field, *_MLX_NAMES[field]):
                 config[name] = main[field]
     scaling = {key: value for key, value in main.items() if key not in _ROPE_FIELDS}

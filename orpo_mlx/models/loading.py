@@ -105,6 +105,7 @@ def check_vocabulary(loaded: LoadedModel, token: int, location: str) -> None:
     Raises:
         DataError: it is not.
     """
+    # MLX does not check indices: an id beyond the embedding reads whatever memory is there.
     vocabulary = getattr(loaded.model.args, "vocab_size", None)
     if vocabulary is not None and token >= vocabulary:
         raise DataError(f"{location}: token id {token} is outside the model's vocabulary of {vocabulary}.")
@@ -163,7 +164,7 @@ def locate(name: str, source: str = "`model`") -> tuple[Path, str | None]:
 def _folder_info(path: Path, trust_remote_code: bool) -> tuple[TokenizerWrapper | None, dict[str, Any]]:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json in this folder, so it is not a model.")
-    with naming_errors(path):
+    with _naming_errors(path):
         config = load_config(path)
         if "model_file" not in config:
             config = normalise_config(config, str(path / "config.json"))
@@ -180,18 +181,14 @@ def _load_folder(info: ModelInfo, trust_remote_code: bool) -> tuple[nn.Module, d
     # mlx-lm 0.31 has no such switch: it runs whatever code it finds, which `find` has refused by then.
     known = "trust_remote_code" in signature(load_model).parameters
     allow: dict[str, Any] = {"trust_remote_code": True} if known else {}
-    with naming_errors(info.path):
+    with _naming_errors(info.path):
         model, config = load_model(info.path, lazy=True, model_config=info.config, **allow)
     return model, config
 
 
 @contextmanager
-def naming_errors(path: Path) -> Iterator[None]:
-    """Let what mlx-lm raises over a damaged or foreign folder become an error that names the folder.
-
-    Raises:
-        ModelError: mlx-lm raised.
-    """
+def _naming_errors(path: Path) -> Iterator[None]:
+    """Let what mlx-lm raises over a damaged or foreign folder become an error that names the folder."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:

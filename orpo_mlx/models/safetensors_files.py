@@ -17,7 +17,7 @@ class Tensor(NamedTuple):
     """What a header says of one tensor."""
 
     dtype: str
-    """In the format's own words, such as BF16."""
+    """The format's own name, such as BF16."""
     shape: tuple[int, ...]
 
 
@@ -57,6 +57,7 @@ def shard_names(index_file: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index_file}: has no weight_map, so the shards are unknown.")
     for name, shard in weight_map.items():
+        # Index files come from strangers: a path would have any file on this machine opened.
         if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or "\0" in shard:
             raise ModelError(
                 f"{index_file}: tensor {name!r} is said to be in {shard!r}, which is not a file name within the folder."
@@ -83,8 +84,8 @@ def safetensors_shards(folder: Path) -> list[Path]:
         raise ModelError(
             f"{folder}: {', '.join(missing[:3])} of {len(files)} weight files is missing; download the model again."
         )
-    held = {file.name: read_header(file).tensors for file in files}
+    stored = {file.name: read_header(file).tensors for file in files}
     for name, shard in weight_map.items():
-        if name not in held[shard]:
+        if name not in stored[shard]:
             raise ModelError(f"{folder / shard}: tensor {name!r} is not in it, as {INDEX_FILE} says it is.")
     return files

@@ -1,4 +1,4 @@
-"""Callbacks of a run: objects with the methods of mlx-lm's `TrainingCallback`, and what they are told."""
+"""Callbacks of a run: objects with the methods of mlx-lm's `TrainingCallback`, and what they receive."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from orpo_mlx.errors import ConfigError, TrainingError, kind_and_reason
 
 METHODS = ("on_train_loss_report", "on_val_loss_report")
 _GB_PER_GIB = 2**30 / 1e9
+# Figures of a training report that have a name in mlx-lm.
 _RENAMED = {"loss": "train_loss", "pair_tokens_per_s": "tokens_per_second", "learning_rate": "learning_rate"}
-"""Figures of a training report that have a name in mlx-lm."""
 
 
 class TrainingCallback(Protocol):
@@ -32,19 +32,15 @@ class TrainingCallback(Protocol):
         return None
 
 
-class Named(NamedTuple):
+class NamedCallback(NamedTuple):
     """A callback, and what an error calls it."""
 
     name: str
     callback: TrainingCallback
 
 
-def named_callbacks(callbacks: Sequence[TrainingCallback]) -> list[Named]:
-    """The callbacks given in Python.
-
-    Raises:
-        ConfigError: one lacks a method.
-    """
+def named_callbacks(callbacks: Sequence[TrainingCallback]) -> list[NamedCallback]:
+    """The callbacks given in Python; ConfigError where one lacks a method."""
     if not isinstance(callbacks, Iterable):
         raise ConfigError(f"callbacks: found {type(callbacks).__name__}, expected a list of callbacks.")
     found = []
@@ -55,7 +51,7 @@ def named_callbacks(callbacks: Sequence[TrainingCallback]) -> list[Named]:
             raise ConfigError(
                 f"{name}: has no {missing[0]}; make it a subclass of mlx_lm.tuner.callbacks.TrainingCallback."
             )
-        found.append(Named(name, callback))
+        found.append(NamedCallback(name, callback))
     return found
 
 
@@ -68,9 +64,10 @@ class Callbacks:
     """
 
     def __init__(
-        self, callbacks: Sequence[Named] = (), guard: Callable[[], AbstractContextManager[None]] = nullcontext
+        self, callbacks: Sequence[NamedCallback] = (), guard: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> None:
-        self._callbacks, self._guard = callbacks, guard
+        self._callbacks = callbacks
+        self._guard = guard
 
     def report_training(
         self, step: int, report: Mapping[str, float], *, steps: int, seconds: float, trained_tokens: int

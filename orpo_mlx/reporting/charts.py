@@ -28,7 +28,9 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 _MARKERS = "osD^vPX"
 # Inches: at this width a phone's screen shows the letters at their size.
-_WIDTH, _HEIGHT, _DPI = 5.0, 3.4, 140
+_WIDTH = 5.0
+_HEIGHT = 3.4
+_DPI = 140
 
 Panel = Callable[["Axes", Theme], None]
 """Draws one chart."""
@@ -44,14 +46,14 @@ class Style(NamedTuple):
 
 def style(number: int) -> Style:
     """The style of the `number`th thing, from 0."""
-    turn = number // len(_COLOURS)
-    colour, marker = number % len(_COLOURS), (number + turn) % len(_MARKERS)
-    return Style(_COLOURS[colour], _DASHES[(number + turn) % len(_DASHES)], _MARKERS[marker])
+    # Once all colours are used, dashes and markers move on against them.
+    shifted = number + number // len(_COLOURS)
+    return Style(_COLOURS[number % len(_COLOURS)], _DASHES[shifted % len(_DASHES)], _MARKERS[shifted % len(_MARKERS)])
 
 
-def label(words: str, width: int = 40) -> str:
+def label(text: str, width: int = 40) -> str:
     """Text from outside as a label: no control characters, no mathematics, no more than `width` characters."""
-    plain = printable(" ".join(words.split())).replace("$", r"\$")
+    plain = printable(" ".join(text.split())).replace("$", r"\$")
     return plain if len(plain) <= width else plain[: width - 1] + "…"
 
 

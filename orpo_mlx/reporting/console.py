@@ -15,8 +15,9 @@ from rich.text import Text
 from orpo_mlx.text import printable_lines
 from orpo_mlx.types import Reply
 
+# Columns from which a progress bar has room for all of its words.
 _WIDE = 110
-_REMEMBERED = 40
+_REMEMBERED_LINES = 40
 _WARNING = "Warning"
 # Rich's own 30 s hold no two steps of a large model, and then there is no time remaining at all.
 _ESTIMATED_OVER_S = 3600.0
@@ -37,17 +38,14 @@ class Reporter:
     def __init__(self, console: Console | None = None, words: Callable[[str], str] = str) -> None:
         """`words` rewrites what the run says, for a command line that calls settings by their flags."""
         self.console = console or Console(highlight=False)
-        self._words = words
+        self.words = words
         self._progress: Progress | None = None
-        self.said: deque[str] = deque(maxlen=_REMEMBERED)
+        self.said: deque[str] = deque(maxlen=_REMEMBERED_LINES)
         """The newest lines, without the figures."""
 
     def say(self, line: str) -> None:
-        """Plain text; what comes from data or file names is never read as markup or obeyed by the terminal.
-
-        A terminal has lines broken between words, a file as they are.
-        """
-        self._say_as_it_is(self._words(line))
+        """Print plain text; what comes from data or file names is never read as markup or obeyed by the terminal."""
+        self._say_as_it_is(self.words(line))
 
     def _say_as_it_is(self, line: str) -> None:
         self.said.append(line)
@@ -55,6 +53,7 @@ class Reporter:
 
     def figures(self, line: str) -> None:
         """A line of figures, which `metrics.jsonl` has as well."""
+        # A terminal has lines broken between words; in a file, a line is one to search for.
         style = "yellow" if line.startswith(_WARNING) else ""
         self.console.print(Text(printable_lines(line), style), soft_wrap=not self.console.is_terminal)
 
@@ -84,7 +83,8 @@ class Reporter:
 
     @contextmanager
     def _bars(self) -> Iterator[Progress]:
-        """The one display of all bars: a terminal has room for one, and rich before 14.1 refuses a second."""
+        """The one display of all bars."""
+        # A terminal has room for one, and rich before 14.1 refuses a second.
         if self._progress is not None:
             yield self._progress
             return
@@ -92,12 +92,16 @@ class Reporter:
         # Where the line is short, the numbers go before the bar and its words.
         if self._wide:
             columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[unit]}"), *columns]
+        terminal = self.console.is_terminal
         progress = Progress(
-            *columns, console=self.console, transient=True, disable=not self.console.is_terminal,
+            *columns,
+            console=self.console,
+            transient=True,
+            disable=not terminal,
             speed_estimate_period=_ESTIMATED_OVER_S,
-        )  # fmt: skip
+        )
         # Some versions of rich end even a disabled display with an empty line.
-        with progress if self.console.is_terminal else nullcontext():
+        with progress if terminal else nullcontext():
             self._progress = progress
             try:
                 yield progress

@@ -14,8 +14,8 @@ from orpo_mlx.reporting.model_card import has_hub_form, shareable
 
 _NEEDED = ("adapters.safetensors", "adapter_config.json")
 _FILES = (*_NEEDED, "README.md", "run.json", "metrics.jsonl", "report.html", "report.png")
+# Sent with local paths cut down to their last part.
 _WITH_PATHS = ("adapter_config.json", "run.json")
-"""Sent with local paths cut down to their last part."""
 
 
 def contents(folder: Path) -> dict[str, bytes | Path]:
@@ -28,13 +28,14 @@ def contents(folder: Path) -> dict[str, bytes | Path]:
     if missing:
         raise ModelError(f"{folder}: has no {missing[0]}; give the `adapter_path` of a run of orpo_mlx.train.")
     return {
-        name: _without_paths(folder / name) if name in _WITH_PATHS else folder / name
+        name: without_paths(folder / name) if name in _WITH_PATHS else folder / name
         for name in _FILES
         if (folder / name).is_file()
     }
 
 
-def _without_paths(path: Path) -> bytes:
+def without_paths(path: Path) -> bytes:
+    """A JSON file's content with local paths cut down to their last part."""
     try:
         return json_text(shareable(json.loads(path.read_text(encoding="utf-8")))).encode()
     except ValueError as error:
@@ -73,6 +74,7 @@ def push(folder: Path, repo_id: str, *, private: bool | None = None) -> str:
         TrainingError: the Hub did not take it; says where the adapters are and how to push again.
     """
     sent = contents(folder)
+    # What to do after a failure is put together first: nothing is lost, and nobody should train again for it.
     again = shlex.join(["orpo-mlx", "push", str(folder), repo_id, *(["--private"] if private else [])])
     saved = f"the adapters are saved in {folder}; to push again: {again}"
     try:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from orpo_mlx.errors import DataError
 from orpo_mlx.reporting.resumable_jsonl import LineFile
 
-FILE = "metrics.jsonl"
-SAMPLES = "samples.jsonl"
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+RUN_FILE = "run.json"
 
 Points = list[tuple[int, float]]
 """Steps and values, steps ascending."""
@@ -81,6 +82,15 @@ class RunLog(NamedTuple):
         return points[0][1] if points else None
 
 
+class Report(NamedTuple):
+    """One line of `metrics.jsonl`."""
+
+    split: str
+    step: int
+    numbers: dict[str, float]
+    """Those that are finite."""
+
+
 class Sample(NamedTuple):
     """A sample reply in the middle of a run."""
 
@@ -93,26 +103,26 @@ class Sample(NamedTuple):
 def read_samples(folder: Path) -> list[Sample]:
     """The replies in `folder`/samples.jsonl, prompt by prompt, then by step; empty where there is no such file.
 
-    Lines that are no reply are passed over.
+    Lines that are no reply are skipped.
     """
     try:
-        lines = (folder / SAMPLES).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (folder / SAMPLES_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    found = [sample for sample in map(_sample, filter(str.strip, lines)) if sample is not None]
+    found = [sample for sample in map(read_sample, filter(str.strip, lines)) if sample is not None]
     order = list(dict.fromkeys(sample.prompt for sample in found))
     return sorted(found, key=lambda sample: (order.index(sample.prompt), sample.step))
 
 
-def _sample(line: str) -> Sample | None:
-    row = _row(line)
+def read_sample(line: str) -> Sample | None:
+    row = json_row(line)
     try:
         return Sample(int(row["step"]), str(row["prompt"]), str(row["text"]), int(row["tokens"]))
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 
-def _row(line: str) -> dict[str, Any]:
+def json_row(line: str) -> dict[str, Any]:
     """The JSON object of a line; empty where it is none."""
     try:
         row: Any = json.loads(line)
@@ -124,41 +134,42 @@ def _row(line: str) -> dict[str, Any]:
 def read_run(folder: Path) -> RunLog:
     """The reports in `folder`/metrics.jsonl.
 
-    Unknown keys are kept, lines that are no report are counted, and of two reports of the same split and step the
-    later one holds: a run that went on after a crash has taken that step again.
+    Unknown keys are kept, and lines that are no report are counted.
 
     Raises:
         DataError: there is no such file, or no report in it.
     """
-    path = folder / FILE
+    path = folder / METRICS_FILE
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror}); give the --adapter-path of a run of orpo_mlx.train."
+            f"{path}: cannot be read ({error.strerror}); give the `adapter_path` of a run of orpo_mlx.train."
         ) from None
     reports: dict[str, dict[int, dict[str, float]]] = {}
     unread = 0
     for line in filter(str.strip, lines):
-        found = _report(line)
+        found = read_report(line)
         if found is None:
             unread += 1
-            continue
-        split, step, numbers = found
-        reports.setdefault(split, {})[step] = numbers
+        else:
+            # Of two reports of one step the later one holds: a run that went on after a crash took that step again.
+            reports.setdefault(found.split, {})[found.step] = found.numbers
     if not reports:
         raise DataError(f"{path}: holds no report yet ({unread} lines that are none); train for a step first.")
     return RunLog(folder.resolve().name, reports, unread)
 
 
-def _report(line: str) -> tuple[str, int, dict[str, float]] | None:
-    """Split, step and finite numbers of one line; None where it is no report."""
-    row = _row(line)
-    split, step = row.get("split"), row.get("step")
+def read_report(line: str) -> Report | None:
+    """The report of one line; None where it is none."""
+    row = json_row(line)
+    split = row.get("split")
+    step = row.get("step")
+    # To Python, True is an integer.
     if not isinstance(split, str) or not isinstance(step, int) or isinstance(step, bool):
         return None
     numbers = {key: float(value) for key, value in row.items() if key != "step" and _is_number(value)}
-    return split, step, numbers
+    return Report(split, step, numbers)
 
 
 def _is_number(value: Any) -> bool:
@@ -169,10 +180,6 @@ class MetricsFile(LineFile):
     """`metrics.jsonl`: a line for each report, appended in one piece; what is not finite is written as null."""
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Append one report.
-
-        Raises:
-            OSError: see `LineFile.append`.
-        """
+        """Append one report; OSError as in `LineFile.append`."""
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         self.append([{"step": step, "split": split, **finite}])

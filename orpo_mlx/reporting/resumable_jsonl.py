@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orpo_mlx.errors import TrainingError
+from orpo_mlx.files import flush_handle
 
 
 class FileMark(NamedTuple):
@@ -35,7 +36,8 @@ class LineFile:
 
     def __init__(self, path: Path, since: FileMark | None = None) -> None:
         self._path = path
-        self._size, self._digest = 0, hashlib.sha256()
+        self._size = 0
+        self._digest = hashlib.sha256()
         if since is not None and path.exists():
             self._take_up(since)
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -74,7 +76,7 @@ class LineFile:
 
     def sync(self) -> None:
         """Wait until all of it is on the disk."""
-        os.fsync(self._handle)
+        flush_handle(self._handle)
 
     def close(self) -> None:
         """Close the file."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from orpo_mlx.errors import DataError
-from orpo_mlx.files import write_atomically, write_text
+from orpo_mlx.files import write_bytes, write_text
 from orpo_mlx.reporting.charts import DARK, LIGHT, Panel, Theme, label, legend, png, style, whole_steps
-from orpo_mlx.reporting.html_page import Cell, Table, page, picture, text
+from orpo_mlx.reporting.html_page import Picture, Table, TableCell, render_page
 from orpo_mlx.reporting.metrics_log import (
     ACCURACY,
     KEY,
@@ -19,6 +19,7 @@ from orpo_mlx.reporting.metrics_log import (
     SPEED,
     SPLITS,
     Chart,
+    Points,
     RunLog,
     Sample,
     read_run,
@@ -30,11 +31,22 @@ if TYPE_CHECKING:
 
 
 _CHARTS = (LOSS, ACCURACY, MARGIN, SPEED)
-_HELD_OUT = SPLITS[1:]
-_LINES: dict[str, tuple[str, str, Any]] = {
-    "train": ("-", "", "full"), "valid": ("--", "o", "full"), "test": ("", "s", "none"),
-}  # fmt: skip
-"""Line, marker and its filling by split; a test has no values between its markers."""
+
+
+class SplitLine(NamedTuple):
+    """How the values of a split are drawn."""
+
+    dash: str
+    marker: str
+    filling: Literal["full", "none"]
+
+
+SPLIT_LINES = {
+    "train": SplitLine("-", "", "full"),
+    "valid": SplitLine("--", "o", "full"),
+    # A test has no values between its markers.
+    "test": SplitLine("", "s", "none"),
+}
 
 
 def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
@@ -44,44 +56,51 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
         DataError: a folder without reports.
         OSError: `output` cannot be written.
     """
-    runs = _named(folders, [read_run(folder) for folder in folders])
-    panels = {chart: _panel(runs, chart) for chart in _CHARTS if _drawn(runs, chart.keys[0])}
-    parts = [_summary(runs).html()]
-    pictures = [
-        picture(chart.title, png([panel], LIGHT), png([panel], DARK), chart.caption) for chart, panel in panels.items()
-    ]
-    parts.append(
-        f'<h2>Over the steps</h2>\n<p class="faint">{text(KEY)}</p>\n<div class="charts">{"".join(pictures)}</div>'
+    runs = with_different_names(folders, [read_run(folder) for folder in folders])
+    panels = {chart: metric_panel(runs, chart) for chart in _CHARTS if is_reported(runs, chart.keys[0])}
+    page = render_page(
+        "reporting/run_report.html.jinja",
+        f"Training: {', '.join(run.name for run in runs)}",
+        summary=summary(runs),
+        key=KEY,
+        pictures=[
+            Picture(chart.title, png([panel], LIGHT), png([panel], DARK), chart.caption)
+            for chart, panel in panels.items()
+        ],
+        sample_replies=sample_tables(runs, folders),
+        unread=[f"{run.name}: {lines(run.unread)} of metrics.jsonl passed over." for run in runs if run.unread],
     )
+    write_text(output / "report.html", page)
+    write_bytes(output / "report.png", png(list(panels.values()), LIGHT, columns=min(2, len(panels))))
+    return [output / "report.html", output / "report.png"]
+
+
+def sample_tables(runs: Sequence[RunLog], folders: Sequence[Path]) -> list[tuple[str, Table]]:
+    """Titles and tables of the sample replies of each run that has some."""
+    found = []
     for run, folder in zip(runs, folders, strict=True):
         samples = read_samples(folder)
         if samples:
             title = "Sample replies" if len(runs) == 1 else f"Sample replies: {run.name}"
-            parts.append(f"<h2>{text(title)}</h2>\n{_samples(samples).html()}")
-    unread = [f"{run.name}: {_lines(run.unread)} of metrics.jsonl passed over." for run in runs if run.unread]
-    parts += [f'<p class="faint">{text(line)}</p>' for line in unread]
-    names = ", ".join(run.name for run in runs)
-    written = [output / "report.html", output / "report.png"]
-    write_text(written[0], page(f"Training: {names}", parts))
-    picture_bytes = png(list(panels.values()), LIGHT, columns=min(2, len(panels)))
-    write_atomically(written[1], lambda temporary: _put(temporary, picture_bytes))
-    return written
+            found.append((title, sample_table(samples)))
+    return found
 
 
-def _samples(samples: Sequence[Sample]) -> Table:
+def sample_table(samples: Sequence[Sample]) -> Table:
+    """A row for each reply."""
     rows = [
         (
-            Cell(sample.prompt),
-            Cell(str(sample.step), sample.step),
-            Cell(str(sample.tokens), sample.tokens),
-            Cell(sample.text),
+            TableCell(sample.prompt),
+            TableCell(str(sample.step), sample.step),
+            TableCell(str(sample.tokens), sample.tokens),
+            TableCell(sample.text),
         )
         for sample in samples
     ]
     return Table(("prompt", "step", "tokens", "reply"), tuple(rows), prose=True)
 
 
-def _lines(count: int) -> str:
+def lines(count: int) -> str:
     return f"{count} line{'s' if count > 1 else ''} without a report"
 
 
@@ -94,11 +113,7 @@ def refresh_report(folder: Path) -> None:
     write_report([folder], folder)
 
 
-def _put(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-
-
-def _named(folders: Sequence[Path], runs: Sequence[RunLog]) -> list[RunLog]:
+def with_different_names(folders: Sequence[Path], runs: Sequence[RunLog]) -> list[RunLog]:
     """Runs whose folders share a name go by their paths."""
     names = [run.name for run in runs]
     return [
@@ -107,76 +122,92 @@ def _named(folders: Sequence[Path], runs: Sequence[RunLog]) -> list[RunLog]:
     ]
 
 
-def _drawn(runs: Sequence[RunLog], key: str) -> bool:
+def is_reported(runs: Sequence[RunLog], key: str) -> bool:
+    """Whether any run has values of this metric."""
     return any(run.points(split, key) for run in runs for split in run.reports)
 
 
-def _panel(runs: Sequence[RunLog], chart: Chart) -> Panel:
+def metric_panel(runs: Sequence[RunLog], chart: Chart) -> Panel:
     """One metric of every run; a panel's key is `KEY`."""
     (key,) = chart.keys
 
     def draw(axes: Axes, theme: Theme) -> None:
         for number, run in enumerate(runs):
-            named = False
-            for place, split in enumerate(SPLITS):
-                points = run.points(split, key)
-                if not points:
-                    continue
-                # One run has a style for each split, several have one for each run, named once.
-                look = style(number if len(runs) > 1 else place)
-                dash, marker, fill = _LINES[split]
-                steps, values = zip(*points, strict=True)
-                axes.plot(
-                    steps, [chart.factor * value for value in values], color=look.color, linestyle=dash,
-                    marker=marker or ("." if len(points) == 1 else ""), fillstyle=fill, markersize=6, linewidth=1.5,
-                    label=split if len(runs) == 1 else "" if named else label(run.name),
-                )  # fmt: skip
-                named = True
+            splits = [split for split in SPLITS if run.points(split, key)]
+            for split in splits:
+                # One run has a style for each split; several have one for each run, which is named once.
+                several = len(runs) > 1
+                look = style(number if several else SPLITS.index(split))
+                name = split if not several else label(run.name) if split == splits[0] else ""
+                draw_line(axes, run.points(split, key), chart.factor, SPLIT_LINES[split], look.color, name)
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(chart.title)
         whole_steps(axes)
         if chart.factor == 100:
+            # A share in percent, with room for the markers at its ends.
             axes.set_ylim(-3, 103)
         legend(axes)
 
     return draw
 
 
-def _summary(runs: Sequence[RunLog]) -> Table:
+def draw_line(axes: Axes, points: Points, factor: float, line: SplitLine, color: str, name: str) -> None:
+    """One metric of one split; a single point is drawn as a dot where a line alone would not be seen."""
+    steps, values = zip(*points, strict=True)
+    axes.plot(
+        steps,
+        [factor * value for value in values],
+        color=color,
+        linestyle=line.dash,
+        marker=line.marker or ("." if len(points) == 1 else ""),
+        fillstyle=line.filling,
+        markersize=6,
+        linewidth=1.5,
+        label=name,
+    )
+
+
+def summary(runs: Sequence[RunLog]) -> Table:
     """A row for each run: how far it got, held-out metrics before and after, what it took."""
-
-    def both(split: str, key: str, form: Callable[[float], str]) -> Callable[[RunLog], Cell]:
-        def cell(run: RunLog) -> Cell:
-            first, last = run.first(split, key), run.last(split, key)
-            if first is None or last is None:
-                return Cell("not measured")
-            return Cell(form(last) if len(run.points(split, key)) == 1 else f"{form(first)} → {form(last)}", last)
-
-        return cell
-
-    def steps(run: RunLog) -> Cell:
-        last = max((step for reports in run.reports.values() for step in reports), default=0)
-        return Cell(str(last), last)
-
-    def speed(run: RunLog) -> Cell:
-        values = [value for _, value in run.points("train", "pair_tokens_per_s")]
-        return Cell(f"{statistics.median(values):.0f}", statistics.median(values)) if values else Cell("not measured")
-
-    columns: dict[str, Callable[[RunLog], Cell]] = {
-        "run": lambda run: Cell(run.name),
-        "steps": steps,
-        "training loss": both("train", "loss", "{:.4f}".format),
+    columns: dict[str, Callable[[RunLog], TableCell]] = {
+        "run": lambda run: TableCell(run.name),
+        "steps": steps_cell,
+        "training loss": first_and_last("train", "loss", "{:.4f}"),
     }
-    for split in _HELD_OUT:
+    for split in SPLITS[1:]:
         if any(split in run.reports for run in runs):
-            columns[f"{split} accuracy"] = both(split, "accuracies/mean_logps", "{:.1%}".format)
-            columns[f"{split} NLL of chosen, nats/token"] = both(split, "nll_loss", "{:.3f}".format)
-    columns["pair tokens/s, median"] = speed
-    columns["peak memory, GiB"] = _peak
+            columns[f"{split} accuracy"] = first_and_last(split, "accuracies/mean_logps", "{:.1%}")
+            columns[f"{split} NLL of chosen, nats/token"] = first_and_last(split, "nll_loss", "{:.3f}")
+    columns["pair tokens/s, median"] = over_reports("pair_tokens_per_s", statistics.median, "{:.0f}")
+    columns["peak memory, GiB"] = over_reports("peak_memory_gib", max, "{:.2f}")
     rows = tuple(tuple(column(run) for column in columns.values()) for run in runs)
     return Table(tuple(columns), rows)
 
 
-def _peak(run: RunLog) -> Cell:
-    values = [value for _, value in run.points("train", "peak_memory_gib")]
-    return Cell(f"{max(values):.2f}", max(values)) if values else Cell("not measured")
+def steps_cell(run: RunLog) -> TableCell:
+    """The last step that reported anything."""
+    last = max((step for reports in run.reports.values() for step in reports), default=0)
+    return TableCell(str(last), last)
+
+
+def first_and_last(split: str, key: str, form: str) -> Callable[[RunLog], TableCell]:
+    """A column with a metric's first and last value, which it is sorted by."""
+
+    def cell(run: RunLog) -> TableCell:
+        values = [value for _, value in run.points(split, key)]
+        if not values:
+            return TableCell("not measured")
+        ends = values[:1] if len(values) == 1 else [values[0], values[-1]]
+        return TableCell(" → ".join(map(form.format, ends)), values[-1])
+
+    return cell
+
+
+def over_reports(key: str, summed_up: Callable[[list[float]], float], form: str) -> Callable[[RunLog], TableCell]:
+    """A column with one number of a metric's training reports."""
+
+    def cell(run: RunLog) -> TableCell:
+        values = [value for _, value in run.points("train", key)]
+        return TableCell(form.format(summed_up(values)), summed_up(values)) if values else TableCell("not measured")
+
+    return cell

@@ -12,7 +12,7 @@ from typing import Any
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
 
 from orpo_mlx.errors import ConfigError, kind_and_reason
-from orpo_mlx.reporting.callbacks import Named, TrainingCallback
+from orpo_mlx.reporting.callbacks import NamedCallback, TrainingCallback
 from orpo_mlx.reporting.services import SERVICES
 
 TENSORBOARD = "tensorboard"
@@ -28,7 +28,7 @@ def reporting_to(
     settings: Mapping[str, Any],
     step: int | None,
     say: Callable[[str], None],
-) -> Iterator[list[Named]]:
+) -> Iterator[list[NamedCallback]]:
     """The callbacks of the services `names` for the run in `folder`, closed at the end of the block.
 
     Args:
@@ -36,16 +36,16 @@ def reporting_to(
         project: None leaves it to the service.
         settings: shown beside the curves.
         step: of the checkpoint that the run goes on from; None for a new run.
-        say: told where a service cannot be closed, which does no harm to the run.
+        say: called where a service cannot be closed, which does no harm to the run.
 
     Raises:
         ConfigError: a service cannot begin, for want of a login or a connection.
     """
-    opened: list[Named] = []
+    opened: list[NamedCallback] = []
     ended_well = False
     try:
         for name in names:
-            opened.append(Named(f"--report-to {name}", _open(name, project, folder, settings, step)))
+            opened.append(NamedCallback(f"`report_to={name}`", _open(name, project, folder, settings, step)))
         yield opened
         ended_well = True
     finally:
@@ -67,7 +67,7 @@ def _open(
         return begin(name, project_name=project, log_dir=str(folder.resolve()), config=dict(settings))
     except Exception as error:  # Of a service's own kind: no login, no connection, no such project.
         raise ConfigError(
-            f"--report-to {name}: does not begin ({kind_and_reason(error)}); mend that, or leave --report-to out."
+            f"`report_to={name}`: does not begin ({kind_and_reason(error)}); mend that, or leave `report_to` out."
         ) from error
 
 
@@ -76,15 +76,13 @@ def _close(name: str, callback: TrainingCallback, ended_well: bool) -> None:
         callback.close()
         return
     service = SERVICES[name]
-    # Left to the end of the process, a second run of it would be reported as the first one's.
+    # mlx-lm's callbacks never finish. Left to the end of the process, a second run of it would be reported as the first
+    # one's.
     importlib.import_module(service.package).finish(**({} if ended_well else service.failed))
 
 
 class EventFiles:
     """TensorBoard's event files below `folder`: `train` and `valid`, with the same tags, so that they share charts.
-
-    Events are on their way to the disk when a call returns. (tensorboardX's `SummaryWriter` leaves that to a thread,
-    which a full disk ends, and with it, in time, the run that waits for it.)
 
     Args:
         folder: made where it is not there.
@@ -98,8 +96,8 @@ class EventFiles:
     def __init__(self, folder: Path, step: int | None) -> None:
         # A report comes before its step's checkpoint, an evaluation after it.
         first = {"train": 0 if step is None else step + 1, "valid": step or 0}
-        self._writers = {name: _EventFile(folder / name, start, resumed=step is not None)
-                         for name, start in first.items()}  # fmt: skip
+        resumed = step is not None
+        self._writers = {name: EventFile(folder / name, start, resumed=resumed) for name, start in first.items()}
 
     def on_train_loss_report(self, train_info: dict[str, Any], /) -> None:
         """Write the figures of a training report."""
@@ -119,16 +117,21 @@ class EventFiles:
         self._writers[split].write(info["iteration"], figures)
 
 
-class _EventFile:
-    """One event file. Its name has the step it begins at and no date: TensorBoard reads files in the order of their
-    names, and clocks go wrong."""
+class EventFile:
+    """One event file, whose events are on their way to the disk when a call returns."""
+
+    # tensorboardX's `SummaryWriter` leaves writing to a thread, which a full disk ends, and with it, in time, the run
+    # that waits for it. This writes the records that it would write.
 
     def __init__(self, folder: Path, first: int, *, resumed: bool) -> None:
+        # Optional packages; `require_installed` has looked.
         from tensorboardX.proto import event_pb2, summary_pb2
         from tensorboardX.record_writer import RecordWriter
 
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._event = event_pb2.Event
+        self._summary = summary_pb2.Summary
         folder.mkdir(parents=True, exist_ok=True)
+        # The step it begins at and no date: TensorBoard reads files in the order of their names, and clocks go wrong.
         own = f"{_EVENTS}{first:010d}"
         for path in folder.glob(f"{_EVENTS}*"):
             if not resumed or path.name >= own:

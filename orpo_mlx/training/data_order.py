@@ -14,10 +14,11 @@ from orpo_mlx.models.adapters import adapter_metadata
 from orpo_mlx.training.run import Run
 from orpo_mlx.types import TokenizedPair
 
-_ORDER_KEY, _STEP_KEY = "orpo_mlx_order", "orpo_mlx_step"
+_ORDER_KEY = "orpo_mlx_order"
+_STEP_KEY = "orpo_mlx_step"
 
 
-def window_size(config: TrainingConfig) -> int:
+def pairs_per_step(config: TrainingConfig) -> int:
     """Pairs of an optimiser step."""
     return config.batch_size * config.grad_accumulation_steps
 
@@ -26,52 +27,52 @@ def total_steps(config: TrainingConfig, num_pairs: int) -> int:
     """Optimiser steps of a run: `iters`, or `epochs` (default 1) passes over the train split."""
     if config.iters is not None:
         return config.iters
-    return max(1, math.ceil((config.epochs or 1) * steps_per_epoch(num_pairs, window_size(config))))
+    return max(1, math.ceil((config.epochs or 1) * steps_per_epoch(num_pairs, pairs_per_step(config))))
 
 
 def training_order(run: Run, done: int = 0) -> TrainingOrder:
-    """The windows of this run after its first `done` steps."""
+    """The step batches of this run after its first `done` steps."""
     config = run.config
     pairs = run.splits["train"].pairs
     step = run.first_step + done
-    return TrainingOrder(pairs, window_size(config), seed=config.seed, shuffle=config.shuffle, step=step)
+    return TrainingOrder(pairs, pairs_per_step(config), seed=config.seed, shuffle=config.shuffle, step=step)
 
 
 def epoch_and_step(run: Run, done: int) -> tuple[int, int]:
     """Whole epochs behind a run after `done` steps, and steps into the present one."""
-    return divmod(run.first_step + done, steps_per_epoch(len(run.splits["train"].pairs), window_size(run.config)))
+    return divmod(run.first_step + done, steps_per_epoch(len(run.splits["train"].pairs), pairs_per_step(run.config)))
 
 
 def order_digest(run: Run) -> str:
-    """What the order of windows depends on: the pairs, their number in a step, the seed."""
+    """A digest of what the order of step batches depends on: the pairs, their number in a step, the seed."""
     config = run.config
-    lengths = side_lengths(run.splits["train"].pairs).tobytes()
-    size, sha256 = window_size(config), run.splits["train"].sha256
-    parts = (sha256, hashlib.sha256(lengths).hexdigest(), size, config.seed, config.shuffle)
+    train = run.splits["train"]
+    # Lengths as well as rows: the same rows, tokenised or truncated in another way, fall into other length buckets.
+    lengths = hashlib.sha256(side_lengths(train.pairs).tobytes()).hexdigest()
+    parts = (train.sha256, lengths, pairs_per_step(config), config.seed, config.shuffle)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def place_metadata(run: Run, done: int) -> dict[str, str]:
-    """What an adapter file says of its place in the data."""
+def order_metadata(run: Run, done: int) -> dict[str, str]:
+    """What an adapter file says of how far in the data its training has come."""
     return {_ORDER_KEY: order_digest(run), _STEP_KEY: str(run.first_step + done)}
 
 
 def steps_of_adapter_file(run: Run) -> int:
     """Steps that `--resume-adapter-file` has taken in this very order, 0 where it was another."""
-    if run.config.resume_adapter_file is None:
+    file = run.config.resume_adapter_file
+    if file is None or adapter_metadata(file).get(_ORDER_KEY) != order_digest(run):
         return 0
-    metadata = adapter_metadata(run.config.resume_adapter_file)
-    step = metadata.get(_STEP_KEY, "")
-    return int(step) if step.isdecimal() and metadata.get(_ORDER_KEY) == order_digest(run) else 0
+    return steps_taken(file)
 
 
-def steps_taken(adapters: Path) -> int:
+def steps_taken(adapters: str | Path) -> int:
     """The steps that an adapter file (or the one in a folder) says it has taken, 0 where it says nothing."""
     step = adapter_metadata(adapters).get(_STEP_KEY, "")
     return int(step) if step.isdecimal() else 0
 
 
-def held_out_pairs(run: Run) -> dict[str, Sequence[TokenizedPair]]:
+def evaluation_pairs(run: Run) -> dict[str, Sequence[TokenizedPair]]:
     """The pairs of each held-out split that are evaluated."""
     limits = {"valid": run.config.val_batches, "test": run.config.test_batches}
     return {
@@ -81,16 +82,24 @@ def held_out_pairs(run: Run) -> dict[str, Sequence[TokenizedPair]]:
     }
 
 
+def evaluation_groups(run: Run) -> list[list[TokenizedPair]]:
+    """The pairs of the held-out splits, grouped as the evaluations group them."""
+    return [
+        [pairs[index] for index in indices]
+        for pairs in evaluation_pairs(run).values()
+        for indices in length_order(pairs, run.config.batch_size)
+    ]
+
+
 def groups_to_come(run: Run) -> list[list[TokenizedPair]]:
     """Every pair this run meets, grouped as the first epoch and the evaluations group them."""
-    config, pairs = run.config, run.splits["train"].pairs
+    config = run.config
+    pairs = run.splits["train"].pairs
     order = training_order(run)
-    per_epoch = steps_per_epoch(len(pairs), window_size(config))
+    per_epoch = steps_per_epoch(len(pairs), pairs_per_step(config))
     # From the middle of an epoch, its rest and one whole epoch meet every pair.
     most = min(total_steps(config, len(pairs)), per_epoch + -order.step % per_epoch)
     groups: list[list[TokenizedPair]] = []
     for indices in itertools.islice(order, most):
         groups += micro_batches([pairs[index] for index in indices], config.batch_size, config.micro_batch_tokens)
-    for held_out in held_out_pairs(run).values():
-        groups += [[held_out[index] for index in indices] for indices in length_order(held_out, config.batch_size)]
-    return groups
+    return groups + evaluation_groups(run)

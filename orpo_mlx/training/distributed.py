@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from orpo_mlx.config.flags import with_flags
 from orpo_mlx.errors import TrainingError, reason_of
 from orpo_mlx.types import PairLogProbs
 
+# One of these is set in a process that was started by mlx.launch or mpirun.
 _STARTED_BY = ("MLX_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""One of these is set in a process that was started by mlx.launch or mpirun."""
 _LOST = 2
 _FEW_BYTES = 32 << 20
 _LOOK_EVERY_S = 0.2
@@ -112,11 +113,7 @@ class Ranks:
         return summed
 
     def require_same(self, facts: Mapping[str, Any]) -> None:
-        """Make sure that all ranks have the same `facts`.
-
-        Raises:
-            TrainingError: they do not; names the rank and what it has.
-        """
+        """Raise TrainingError where a rank has other `facts` than rank 0; it names the rank and what it has."""
         everyone = self.gather(facts)
         for rank, theirs in enumerate(everyone):
             for name, value in everyone[0].items():
@@ -139,11 +136,7 @@ class Ranks:
 
     @contextmanager
     def _limited(self) -> Iterator[None]:
-        """A transfer, with an end.
-
-        Raises:
-            TrainingError: a rank is gone.
-        """
+        """A transfer that ends: with a TrainingError where a rank is gone."""
         self._deadline = time.monotonic() + self.timeout_s
         try:
             yield
@@ -211,7 +204,8 @@ def _is_empty(hosts: str | None) -> bool:
 
 def _leave(sentence: str) -> None:
     """End the process, whatever its main thread is waiting for."""
-    os.write(2, f"{sentence}.\n".encode())
+    # No command gets to see this, so its flags are named here.
+    os.write(2, f"{with_flags(sentence)}.\n".encode())
     os._exit(_LOST)
 
 
@@ -223,7 +217,8 @@ def _batches(arrays: Mapping[str, mx.array]) -> Iterator[list[str]]:
         array = arrays[name]
         if group and (arrays[group[0]].dtype != array.dtype or size + array.nbytes > _FEW_BYTES):
             yield group
-            group, size = [], 0
+            group = []
+            size = 0
         group.append(name)
         size += array.nbytes
     if group:

@@ -64,11 +64,7 @@ class DivergenceWatch:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> DivergenceWatch:
-        """What `to_json` gave.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is something else.
-        """
+        """What `to_json` gave; KeyError, TypeError or ValueError where it is something else."""
         watch = cls()
         watch._seen.extend(_Seen(*(float(number) for number in seen)) for seen in value["seen"])
         watch._said = [str(text) for text in value["said"]]

@@ -15,8 +15,8 @@ from orpo_mlx.losses.registry import BoundLoss
 from orpo_mlx.process_memory import clear_cache_above
 from orpo_mlx.reporting.console import Reporter, eval_line
 from orpo_mlx.reporting.metrics_log import MetricsFile
-from orpo_mlx.training.checkpoints.progress import Held
-from orpo_mlx.training.data_order import held_out_pairs
+from orpo_mlx.training.checkpoints.progress import EvalMetrics
+from orpo_mlx.training.data_order import evaluation_pairs
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.interrupts import StopSignals
 from orpo_mlx.training.reference import ReferenceLogProbs, with_reference
@@ -90,7 +90,7 @@ def evaluate_splits(
     metrics_file: MetricsFile,
     stop: StopSignals,
     told: Validated = lambda step, metrics, seconds: None,
-) -> Held:
+) -> EvalMetrics:
     """Evaluate the held-out splits among `names`.
 
     Args:
@@ -103,8 +103,8 @@ def evaluate_splits(
         stop: how it is asked to end.
         told: called after the valid split.
     """
-    held: Held = {}
-    for name, pairs in held_out_pairs(run).items():
+    held: EvalMetrics = {}
+    for name, pairs in evaluation_pairs(run).items():
         if name not in names:
             continue
         suspects: list[TokenizedPair] = []

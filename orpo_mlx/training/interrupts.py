@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop, granted between steps; the second one is an order."""
+"""SIGINT and SIGTERM. First signal: stop after this step; second: exit now."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Interrupted(KeyboardInterrupt):
 
     Args:
         number: the signal's.
-        words: what was saved and how to go on.
+        message: what was saved and how to go on.
     """
 
-    def __init__(self, number: int, words: str = "") -> None:
-        super().__init__(words)
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(message)
         self.number = number
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import mlx.optimizers as optim
 from mlx_lm.tuner.utils import build_schedule
 
 from orpo_mlx.config.settings import TrainingConfig, data_reading, recipe
-from orpo_mlx.data.sources import find_splits
+from orpo_mlx.data.sources import Source, find_splits
 from orpo_mlx.data.splits import Lengths, Split, tokenized_split
 from orpo_mlx.engine.memory_modes import Memory, spend_memory
 from orpo_mlx.engine.pair_scorer import PairScorer
@@ -26,7 +26,7 @@ from orpo_mlx.training.reference_store import weights_fingerprint
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step_functions import StepFunctions
 
-HELD_OUT = ("test", "valid")
+EVAL_SPLITS = ("test", "valid")
 
 _OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "adam": optim.Adam,
@@ -37,27 +37,49 @@ _OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
 }
 
 
-def prepare(
-    config: TrainingConfig, hold: Callable[[Path], None] = lambda folder: None, ranks: Ranks | None = None
-) -> Run:
-    """Check the settings against the world and load what they name; the cheap checks come first.
-
-    `hold` is called with the output folder as soon as it is there, before anything large is read.
+def find_data(config: TrainingConfig, ranks: Ranks) -> dict[str, Source]:
+    """The files of each split, found once the settings have been checked as far as that needs no data and no model.
 
     Raises:
         UserError: the first thing that is wrong.
     """
-    _optimizer(config)
-    reading = data_reading(config)
-    sources = find_splits(config.data, HELD_OUT) if config.test else find_splits(config.data)
+    make_optimizer(config)
+    data_reading(config)
+    sources = find_splits(config.data, EVAL_SPLITS) if config.test else find_splits(config.data)
     if config.test:
         sources.pop("train", None)
     elif config.save_best and (config.val_batches == 0 or "valid" not in sources):
-        raise ConfigError("--save-best goes by the validation loss: give a valid split and --val-batches other than 0.")
-    if config.reference == "copy" and ranks is not None and ranks.size > 1:
-        raise ConfigError("--reference copy: is for comparisons on one process; leave it out under mlx.launch.")
-    folder = _output_folder(config.adapter_path)
-    hold(folder)
+        raise ConfigError("`save_best` goes by the validation loss: give a valid split and `val_batches` other than 0.")
+    if config.reference == "copy" and ranks.size > 1:
+        raise ConfigError("`reference=copy`: is for comparisons on one process; leave it out under mlx.launch.")
+    return sources
+
+
+def make_output_folder(name: str) -> Path:
+    """The folder of `--adapter-path`, made where it is not there; ConfigError where it cannot be."""
+    folder = Path(name).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"`adapter_path` {name}: is, or lies below, a file; give a folder.") from None
+    except OSError as error:
+        raise ConfigError(f"`adapter_path` {name}: cannot be made ({error.strerror}).") from None
+    return folder
+
+
+def load_run(config: TrainingConfig, sources: Mapping[str, Source], folder: Path, ranks: Ranks) -> Run:
+    """Read the data, load the model, and put a run together.
+
+    Args:
+        config: checked settings.
+        sources: from `find_data`.
+        folder: receives what the run writes.
+        ranks: the processes that train as one.
+
+    Raises:
+        UserError: the first thing that is wrong; the tokenizer and the data are looked at before the weights.
+    """
+    reading = data_reading(config)
     info = find(config.model, trust_remote_code=config.trust_remote_code)
     lengths = data_lengths(config, info.exact_tokens)
     splits = {name: tokenized_split(source, reading, info.tokenizer, lengths) for name, source in sources.items()}
@@ -65,27 +87,35 @@ def prepare(
     loaded = load(info, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     for split in splits.values():
         check_vocabulary(loaded, *split.pairs.largest)
+    # Before `assemble` adds adapters: a resumed run compares the weights as they came from the disk.
     digest = weights_fingerprint(loaded.model)
     run = assemble(config, folder, splits, loaded)
     run.model_digest = digest
-    if ranks is not None:
-        run.ranks = ranks
-    cache = cache_folder()
-    # A resumed run does not load the adapters it once began with, so a reference they are part of has no name here: the
-    # checkpoint has its log-probs.
-    named = not (config.resume and config.resume_adapter_file)
-    # Ranks must know the same pairs, and each machine has a cache of its own.
-    if run.reference is not None and cache is not None and named and run.ranks.size == 1:
-        run.reference.keep_in(cache / "reference", loaded.config)
+    run.ranks = ranks
+    _share_reference_table(run)
     return run
 
 
-def assemble(config: TrainingConfig, folder: Path, splits: dict[str, Split], loaded: LoadedModel) -> Run:
-    """A run from its settings and a model: adapters, scorer, reference, optimiser.
+def prepare(config: TrainingConfig, ranks: Ranks | None = None) -> Run:
+    """`find_data`, `make_output_folder` and `load_run` in one call, for who has nothing to do in between."""
+    ranks = ranks or Ranks()
+    sources = find_data(config, ranks)
+    return load_run(config, sources, make_output_folder(config.adapter_path), ranks)
 
-    Raises:
-        UserError: the settings do not fit the model or the libraries.
-    """
+
+def _share_reference_table(run: Run) -> None:
+    """Let the reference's log-probs outlive the run, in a file that later runs with this reference find."""
+    cache = cache_folder()
+    # A resumed run does not load the adapters it once began with, so a reference they are part of has no name here: the
+    # checkpoint has its log-probs.
+    named = not (run.config.resume and run.config.resume_adapter_file)
+    # Ranks must know the same pairs, and each machine has a cache of its own.
+    if run.reference is not None and cache is not None and named and run.ranks.size == 1:
+        run.reference.keep_in(cache / "reference", run.loaded.config)
+
+
+def assemble(config: TrainingConfig, folder: Path, splits: dict[str, Split], loaded: LoadedModel) -> Run:
+    """A run from its settings and a model: adapters, scorer, reference, optimiser; UserError where they do not fit."""
     add_adapters(loaded.model, config.fine_tune_type, config.num_layers, config.lora_parameters)
     if config.resume_adapter_file is not None and not config.resume:
         load_adapter_file(loaded.model, config.resume_adapter_file, config.lora_parameters["scale"])
@@ -99,7 +129,7 @@ def assemble(config: TrainingConfig, folder: Path, splits: dict[str, Split], loa
         reference = CopiedReference(twin, with_prompt=with_prompt)
     elif method.needs_reference:
         reference = ReferenceLogProbs(scorer, adapters_are_new=fresh, with_prompt=with_prompt)
-    optimizer = _optimizer(config)
+    optimizer = make_optimizer(config)
     functions = StepFunctions(scorer, memory, method.loss, optimizer)
     return Run(config, folder, splits, loaded, scorer, method, reference, optimizer, memory, functions)
 
@@ -115,7 +145,8 @@ def spend_memory_as(config: TrainingConfig, model: nn.Module) -> tuple[PairScore
     )
 
 
-def _optimizer(config: TrainingConfig) -> optim.Optimizer:
+def make_optimizer(config: TrainingConfig) -> optim.Optimizer:
+    """The optimiser with its schedule; ConfigError where mlx-lm or MLX has no such schedule or arguments."""
     schedule: Any = config.learning_rate
     if config.lr_schedule is not None:
         try:
@@ -130,17 +161,6 @@ def _optimizer(config: TrainingConfig) -> optim.Optimizer:
         return _OPTIMIZERS[config.optimizer](learning_rate=schedule, **arguments)
     except TypeError as error:
         raise ConfigError(f"optimizer_config.{config.optimizer}: {arguments} does not fit ({error}).") from None
-
-
-def _output_folder(name: str) -> Path:
-    folder = Path(name).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"--adapter-path {name}: is, or lies below, a file; give a folder.") from None
-    except OSError as error:
-        raise ConfigError(f"--adapter-path {name}: cannot be made ({error.strerror}).") from None
-    return folder
 
 
 def data_lengths(config: TrainingConfig, exact_tokens: int | None) -> Lengths:

@@ -19,10 +19,11 @@ from orpo_mlx.errors import reason_of
 from orpo_mlx.files import write_atomically
 
 _KEY = np.dtype("S16")
+# `save(sparingly=True)` waits until one row of this many is new.
 _SPARING = 10
 
 
-class Rows(NamedTuple):
+class ReferenceRows(NamedTuple):
     """N pairs: 24 bytes each."""
 
     keys: npt.NDArray[np.bytes_]
@@ -34,9 +35,9 @@ class Rows(NamedTuple):
 class ReferenceTable:
     """Reference log-probs by pair, remembered for the run and, with a `file`, for later ones.
 
-    The file is NumPy's `.npz`: `keys` and `logps` as in `Rows`, and `identity`, a JSON text. It holds no Python
-    objects, its parts carry CRC-32 sums, and it is replaced whole. A file that is damaged, or whose identity is
-    another, is not used: `notes` says so and its rows are computed anew.
+    The file is NumPy's `.npz`: `keys` and `logps` as in `ReferenceRows`, and `identity`, a JSON text. It is replaced
+    whole. A file that is damaged, or whose identity is another, is not used: `notes` says so and its rows are computed
+    anew.
 
     Args:
         file: where rows are kept; None keeps them for this run only.
@@ -44,7 +45,8 @@ class ReferenceTable:
     """
 
     def __init__(self, file: Path | None = None, identity: Mapping[str, Any] | None = None) -> None:
-        self._file, self._identity = file, _canonical(identity or {})
+        self._file = file
+        self._identity = _canonical(identity or {})
         self.notes: list[str] = []
         """Sentences for the user, newest last."""
         self._new: dict[bytes, tuple[float, float]] = {}
@@ -58,10 +60,10 @@ class ReferenceTable:
         if key in self._new:
             return self._new[key]
         keys = self._rows.keys
-        place = int(np.searchsorted(keys, np.array(key, _KEY)))
-        if place == len(keys) or keys[place] != np.array(key, _KEY):
+        index = int(np.searchsorted(keys, np.array(key, _KEY)))
+        if index == len(keys) or keys[index] != np.array(key, _KEY):
             return None
-        chosen, rejected = self._rows.logps[place].tolist()
+        chosen, rejected = self._rows.logps[index].tolist()
         return chosen, rejected
 
     def add(self, key: bytes, chosen: float, rejected: float) -> None:
@@ -71,19 +73,16 @@ class ReferenceTable:
 
     def arrays(self) -> dict[str, mx.array]:
         """All rows, for a checkpoint: `keys` (N, 16) uint8 and `logps` (N, 2) float32."""
-        rows = self._merged(Rows(np.empty(0, _KEY), np.empty((0, 2), np.float32)))
+        rows = self._merged(ReferenceRows(np.empty(0, _KEY), np.empty((0, 2), np.float32)))
         return {"keys": mx.array(rows.keys.view(np.uint8).reshape(-1, 16)), "logps": mx.array(rows.logps)}
 
     def restore(self, arrays: Mapping[str, mx.array]) -> None:
-        """Know what `arrays` gave and nothing else, so that a run goes on with the very numbers it had.
-
-        Raises:
-            KeyError, ValueError: they are something else.
-        """
-        keys, logps = np.array(arrays["keys"]), np.array(arrays["logps"])
+        """Know what `arrays` gave and nothing else; KeyError or ValueError where they are something else."""
+        keys = np.array(arrays["keys"])
+        logps = np.array(arrays["logps"])
         if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != _KEY.itemsize:
             raise ValueError("keys of another shape or type")
-        self._rows = _checked(Rows(np.ascontiguousarray(keys).view(_KEY).reshape(-1), logps))
+        self._rows = _checked(ReferenceRows(np.ascontiguousarray(keys).view(_KEY).reshape(-1), logps))
         self._new.clear()
 
     def save(self, *, sparingly: bool = False) -> None:
@@ -103,32 +102,34 @@ class ReferenceTable:
             self.notes.append(f"{self._file}: reference log-probs cannot be kept there ({error.strerror or error}).")
             self._file = None
 
-    def _merged(self, theirs: Rows) -> Rows:
+    def _merged(self, theirs: ReferenceRows) -> ReferenceRows:
         ours = list(self._new.items())
         keys = np.concatenate([self._rows.keys, np.array([key for key, _ in ours], _KEY), theirs.keys])
         news = np.array([pair for _, pair in ours], np.float32).reshape(-1, 2)
         logps = np.concatenate([self._rows.logps, news, theirs.logps])
         # The first of equal keys: this run goes on with the numbers it began with.
         keys, first = np.unique(keys, return_index=True)
-        return Rows(keys, logps[first])
+        return ReferenceRows(keys, logps[first])
 
     def _write(self, path: Path) -> None:
         with path.open("wb") as file:
             np.savez(file, keys=self._rows.keys, logps=self._rows.logps, identity=np.array(self._identity))
 
-    def _read(self) -> Rows:
+    def _read(self) -> ReferenceRows:
         """The rows of the file, none where there is no file or it is not what it should be."""
         if self._file is not None and self._file.exists():
             try:
+                # No Python objects are read, which could run code; each part carries a CRC-32 sum.
                 with self._file.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                    rows, identity = Rows(arrays["keys"], arrays["logps"]), str(arrays["identity"])
+                    rows = ReferenceRows(arrays["keys"], arrays["logps"])
+                    identity = str(arrays["identity"])
                 if identity == self._identity:
                     return _checked(rows)
                 problem = "is of another model, other settings or versions"
             except Exception as error:  # Any of a dozen, depending on which byte is wrong; each means it is of no use.
                 problem = f"is damaged ({reason_of(error)})"
             self.notes.append(f"{self._file} {problem}: its reference log-probs are not used, but computed again.")
-        return Rows(np.empty(0, _KEY), np.empty((0, 2), np.float32))
+        return ReferenceRows(np.empty(0, _KEY), np.empty((0, 2), np.float32))
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:
@@ -137,11 +138,10 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the name, shape, dtype and content of every parameter, and the scale of every adapter.
-
-    All bytes count, since size and date of a file prove nothing about an array in memory. Arrays are hashed in threads,
-    in place: 1.6 GB/s per core on the x86-64 machine this was written on, less time than the weights take to load.
-    """
+    """SHA-256 over the name, shape, dtype and content of every parameter, and the scale of every adapter."""
+    # All bytes count, since size and date of a file prove nothing about an array in memory. Arrays are hashed in place,
+    # in threads (hashlib lets go of the interpreter's lock): 1.6 GB/s per core on the x86-64 machine this was written
+    # on, less time than the weights take to load.
     parameters: list[tuple[str, mx.array]] = sorted(dict(tree_flatten(model.parameters())).items())
     contents = [memoryview(array.reshape(-1).view(mx.uint8)) for _, array in parameters]  # type: ignore[arg-type]
     with ThreadPoolExecutor() as pool:
@@ -158,7 +158,7 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def _checked(rows: Rows) -> Rows:
+def _checked(rows: ReferenceRows) -> ReferenceRows:
     """`rows`, or a ValueError that says what they lack."""
     keys, logps = rows
     if keys.dtype != _KEY or logps.dtype != np.float32 or keys.ndim != 1 or logps.shape != (len(keys), 2):

@@ -23,6 +23,9 @@ from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.reference import ReferenceLogProbs
 from orpo_mlx.training.step_functions import StepFunctions
 
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+"""mlx-lm's name for what goes with `adapters.safetensors`."""
+
 
 @dataclasses.dataclass
 class Run:
@@ -61,7 +64,7 @@ def run_record(run: Run) -> dict[str, Any]:
 
 
 def adapter_config(run: Run) -> dict[str, Any]:
-    """What `adapter_config.json` holds: mlx-lm's keys, so that its `--adapter-path` takes the folder as it is."""
+    """What `ADAPTER_CONFIG_FILE` holds: mlx-lm's keys, so that its `--adapter-path` takes the folder as it is."""
     config = run.config
     return {
         "fine_tune_type": config.fine_tune_type,

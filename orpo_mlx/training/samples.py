@@ -49,7 +49,10 @@ class Sampler:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, prompts: Sequence[Pair], file: LineFile | None = None) -> None:
-        self._model, self._tokenizer, self.prompts, self.file = model, tokenizer, prompts, file
+        self._model = model
+        self._tokenizer = tokenizer
+        self.prompts = prompts
+        self.file = file
 
     def __call__(self, step: int) -> list[Reply]:
         """The replies after `step` optimiser steps."""

@@ -13,8 +13,9 @@ from mlx_lm import generate, stream_generate
 from mlx_lm.sample_utils import make_sampler
 from rich.console import Console
 
-from orpo_mlx.cli import chat as chat_module
-from orpo_mlx.cli.chat import Chat, Conversation, base_model, main, talk
+from orpo_mlx.cli import conversation as chat_module
+from orpo_mlx.cli.chat import main
+from orpo_mlx.cli.conversation import Chat, Conversation, base_model, talk
 from orpo_mlx.errors import ModelError
 from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.loading import load
@@ -74,7 +75,7 @@ def test_the_base_answers_are_those_of_the_model_without_adapters(
     assert main(argv) == 0
     out = capsys.readouterr().out
     head, _, tuned = out.partition("[tuned]\n")
-    expected = chat_module._shown(base_answer(model_folder, 5)).plain
+    expected = chat_module.shown(base_answer(model_folder, 5)).plain
     assert head == f"[base]\n{expected}\n"
     assert tuned == f"{ANSWER[:5]}\n"
 
@@ -92,15 +93,13 @@ def test_a_later_turn_is_answered_as_without_a_cache(model_folder: Path, adapter
 
 
 def test_only_what_is_new_is_run_again(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from orpo_mlx.cli import chat as module
-
     lengths, real = list[int](), stream_generate
 
     def counted(model: Any, tokenizer: Any, prompt: list[int], **arguments: Any) -> Any:
         lengths.append(len(prompt))
         return real(model, tokenizer, prompt, **arguments)
 
-    monkeypatch.setattr(module, "stream_generate", counted)
+    monkeypatch.setattr(chat_module, "stream_generate", counted)
     side = conversation(model_folder, None, max_tokens=1)
     for _ in range(2):
         list(side.answer("A long question, asked twice, word for word."))

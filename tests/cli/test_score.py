@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from orpo_mlx.cli.score import accuracy_interval, main
+from orpo_mlx.cli.score import main
 from orpo_mlx.models.adapters import adapter_weights, add_adapters
 from tests.conftest import make_model, make_pairs, model_config, write_id_rows, write_model_folder, write_rows
 from tests.engine.test_pair_scorer import oracle_logps
@@ -118,19 +117,3 @@ def test_score_agrees_with_pytorch(shared: Path, tmp_path: Path, name: str) -> N
     for row, expected in zip(rows, reference, strict=True):
         for key in ("chosen_token_logps", "rejected_token_logps"):
             np.testing.assert_allclose(row[key], expected[key], rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),
-    # Wilson intervals from Newcombe 1998, Statistics in Medicine 17, table I.
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_interval(successes: int, trials: int, low: float, high: float) -> None:
-    assert accuracy_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_interval_at_the_ends() -> None:
-    assert accuracy_interval(20, 20)[1] == 1.0
-    assert not any(math.isnan(bound) for bound in accuracy_interval(1, 1))
-    with pytest.raises(ValueError, match="at least one"):
-        accuracy_interval(0, 0)

@@ -25,7 +25,7 @@ from orpo_mlx.reporting.live import server as live_server
 from orpo_mlx.reporting.live.feed import Feed
 from orpo_mlx.reporting.live.server import serving
 from orpo_mlx.train import train
-from orpo_mlx.training.prepare import prepare
+from orpo_mlx.training.prepare import load_run
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
 from tests.helpers.kill_and_resume import same
@@ -95,11 +95,11 @@ def watched(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, at_step: 
     """Train with a page; `at_step(address, step)` is called within each step. What was said."""
     out = io.StringIO()
 
-    def step(run: Run, window: Any, count: int) -> Any:
+    def step(run: Run, pairs: Any, count: int) -> Any:
         address = re.search(r"http://127\.0\.0\.1:\d+/", out.getvalue())
         assert address is not None
         at_step(address[0], count)
-        return optimiser_step(run, window, count)
+        return optimiser_step(run, pairs, count)
 
     monkeypatch.setattr("orpo_mlx.training.loop.optimiser_step", step)
     monkeypatch.setattr(live_server, "_LINGER_S", 0.1)
@@ -130,13 +130,13 @@ def test_a_run_that_is_watched_tells_its_figures_and_is_the_same_run(
 def test_while_it_is_prepared_the_page_is_there(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
 
-    def preparing(config: Any, *rest: Any) -> Run:
+    def loading(config: Any, *rest: Any) -> Run:
         seen.append(look(f"http://127.0.0.1:{config.watch}/"))
-        return prepare(config, *rest)
+        return load_run(config, *rest)
 
     with serving(Feed(Path(settings["data"])), 0, "--port") as other:
         port = other.server_address[1]
-    monkeypatch.setattr(training_module, "prepare", preparing)
+    monkeypatch.setattr(training_module, "load_run", loading)
     monkeypatch.setattr(live_server, "_LINGER_S", 0.1)
     run_quietly({**settings, "watch": port})
     assert (seen[0]["state"], seen[0]["lines"]) == ("preparing", [])

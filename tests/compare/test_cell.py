@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orpo_mlx.compare.cell import Picked, judge, relabel, run_cell, spread_out, three_splits, train_cell
+from orpo_mlx.compare.cell import judge, run_cell, train_cell
+from orpo_mlx.compare.pair_sets import PairSubset, relabel, spread_out, three_splits
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.data.batching import collate
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
@@ -27,8 +28,8 @@ FACTS = ("initial_adapter_sha256", "order_sha256", "data_sha256", "pairs")
 
 def spec(settings: dict[str, Any], *more: str, **changes: Any) -> dict[str, Any]:
     shared = ("--model", settings["model"], "--data", settings["data"], "--batch-size", "2", "--seed", "1")
-    words = [*shared, "--adapter-path", settings["adapter_path"], "--no-memory-check", *more]
-    values = {"kind": "train", "labels": "given", "words": words, "budget": ["steps", 3], "curve_points": 3}
+    argv = [*shared, "--adapter-path", settings["adapter_path"], "--no-memory-check", *more]
+    values = {"kind": "train", "labels": "given", "argv": argv, "budget": ["steps", 3], "curve_points": 3}
     return {
         **values,
         "valid_pairs": 4,
@@ -116,23 +117,23 @@ def test_judged_by_the_base_model(settings: dict[str, Any]) -> None:
 
 
 def test_labels() -> None:
-    window = make_pairs(5)
-    turned = [pair._replace(chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids) for pair in window]
-    assert relabel(window, "given", 1, 0) == window
-    assert relabel(window, "swapped", 1, 0) == turned
+    pairs = make_pairs(5)
+    turned = [pair._replace(chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids) for pair in pairs]
+    assert relabel(pairs, "given", 1, 0) == pairs
+    assert relabel(pairs, "swapped", 1, 0) == turned
     counts: Counter[int] = Counter()
     places: Counter[int] = Counter()
     for step in range(400):
-        found = relabel(window, "shuffled", step, 0)
+        found = relabel(pairs, "shuffled", step, 0)
         flags = [pair == other for pair, other in zip(found, turned, strict=True)]
-        assert [pair if flag else other for pair, other, flag in zip(turned, window, flags, strict=True)] == found
+        assert [pair if flag else other for pair, other, flag in zip(turned, pairs, flags, strict=True)] == found
         counts[sum(flags)] += 1
         places.update(place for place, flag in enumerate(flags) if flag)
     # Half of five is two or three, each as often; and no place is favoured.
     assert set(counts) == {2, 3}
     assert abs(counts[2] - 200) < 50
     assert all(abs(places[place] - 200) < 50 for place in range(5))
-    assert relabel(window, "shuffled", 7, 0) == relabel(window, "shuffled", 7, 0)
+    assert relabel(pairs, "shuffled", 7, 0) == relabel(pairs, "shuffled", 7, 0)
 
 
 def test_a_missing_split_is_taken_out_of_train(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -154,4 +155,4 @@ def test_spread_out() -> None:
     assert spread_out(pairs, -1) is pairs
     assert spread_out(pairs, 10) is pairs
     assert list(spread_out(pairs, 2)) == [pairs[2], pairs[7]]
-    assert list(Picked(pairs, [3, 1, 2])[1:]) == [pairs[1], pairs[2]]
+    assert list(PairSubset(pairs, [3, 1, 2])[1:]) == [pairs[1], pairs[2]]

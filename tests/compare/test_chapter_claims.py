@@ -34,9 +34,13 @@ def arm(
 
 def results(*arms: dict[str, Any], pairs: int = 1000) -> dict[str, Any]:
     return {
-        "methods": list(arms), "seeds": 2, "target_accuracy": 0.9, "budget": {"words": "40 steps"},
-        "settings": {"valid_pairs": -1}, "data": {"pairs": {"valid": pairs}},
-    }  # fmt: skip
+        "methods": list(arms),
+        "seeds": 2,
+        "target_accuracy": 0.9,
+        "budget": {"words": "40 steps"},
+        "settings": {"valid_pairs": -1},
+        "data": {"pairs": {"valid": pairs}},
+    }
 
 
 def row(number: int, *arms: dict[str, Any], pairs: int = 1000) -> tuple[str, str]:

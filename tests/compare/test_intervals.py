@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from orpo_mlx.cli.score import accuracy_interval
-from orpo_mlx.compare.intervals import clustered_interval, spread
+from orpo_mlx.compare.intervals import clustered_interval, spread, wilson
 
 
 def test_one_seed_is_wilson() -> None:
     wins = [1] * 13 + [0] * 7
     found = clustered_interval([wins])
-    assert (found.low, found.high) == pytest.approx(accuracy_interval(13, 20))
+    assert (found.low, found.high) == pytest.approx(wilson(13 / 20, 20))
     assert found.mean == 0.65
 
 
@@ -40,7 +39,7 @@ def test_it_covers_the_truth_where_pairs_and_seeds_both_vary() -> None:
         wins = (generator.random(chances.shape) < chances).astype(int)
         found = clustered_interval(wins.tolist())
         covered += bool(found.low <= truth <= found.high)
-        low, high = accuracy_interval(int(wins.sum()), wins.size)
+        low, high = wilson(float(wins.mean()), wins.size)
         pooled += bool(low <= truth <= high)
     assert covered / trials > 0.93
     # What pooling all seeds in one interval would have claimed.

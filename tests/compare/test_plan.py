@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from orpo_mlx.compare.plan import Budget, parse
+from orpo_mlx.compare.plan import Budget, parse_plan
 from orpo_mlx.errors import ConfigError
 
 BASE = ["--output", "out", "--steps", "5"]
 
 
 def test_arms_carry_their_own_flags() -> None:
-    plan = parse(
+    plan = parse_plan(
         [*BASE, "--methods", "orpo, dpo --reference copy ,dpo,simpo --gamma 0.3,0.5*dpo + sft", "--batch-size", "2"]
     )
     assert [arm.name for arm in plan.arms] == [
@@ -26,7 +26,7 @@ def test_arms_carry_their_own_flags() -> None:
     assert [arm.needs_reference for arm in plan.arms] == [False, True, True, False, True]
     assert [arm.copies_reference for arm in plan.arms] == [False, True, False, False, False]
     assert [arm.beta for arm in plan.arms] == [0.1, 0.1, 0.1, 2.0, 0.1]
-    assert plan.arms[1].swept_as == plan.arms[2].swept_as != plan.arms[3].swept_as
+    assert plan.arms[1].sweep_key == plan.arms[2].sweep_key != plan.arms[3].sweep_key
     assert plan.config.batch_size == 2
     assert plan.arguments == ("--batch-size", "2")
 
@@ -40,7 +40,7 @@ def test_arms_carry_their_own_flags() -> None:
     ],
 )
 def test_budgets(words: list[str], budget: tuple[str, float], share: float) -> None:
-    found = parse(["--output", "out", *words]).budget
+    found = parse_plan(["--output", "out", *words]).budget
     assert tuple(found) == budget
     assert found.share(steps=2, pair_tokens=30, seconds=1.0) == share
     assert str(Budget("pair_tokens", 12000)) == "12,000 pair tokens"
@@ -73,7 +73,7 @@ def test_budgets(words: list[str], budget: tuple[str, float], share: float) -> N
 )
 def test_what_cannot_be_compared(words: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
-        parse(words)
+        parse_plan(words)
 
 
 @pytest.mark.parametrize(
@@ -81,13 +81,13 @@ def test_what_cannot_be_compared(words: list[str], expected: str) -> None:
 )
 def test_numbers_out_of_range_end_it(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        parse(["--output", "out", *words])
+        parse_plan(["--output", "out", *words])
     assert left.value.code == 2
     assert f"argument {words[0]}: found {words[1]!r}, expected" in capsys.readouterr().err
 
 
 def test_the_identity_is_what_all_arms_share(tmp_path: Path) -> None:
-    one = parse([*BASE, "--methods", "orpo", "--seeds", "1"]).identity
-    assert parse([*BASE, "--methods", "orpo,dpo", "--seeds", "3", "--learning-rates", "1e-3"]).identity == one
-    assert parse([*BASE, "--batch-size", "2"]).identity != one
-    assert parse(["--output", "out", "--steps", "6"]).identity != one
+    one = parse_plan([*BASE, "--methods", "orpo", "--seeds", "1"]).identity
+    assert parse_plan([*BASE, "--methods", "orpo,dpo", "--seeds", "3", "--learning-rates", "1e-3"]).identity == one
+    assert parse_plan([*BASE, "--batch-size", "2"]).identity != one
+    assert parse_plan(["--output", "out", "--steps", "6"]).identity != one

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.compare.plan import parse
-from orpo_mlx.compare.results import Cells, collect
+from orpo_mlx.compare.plan import parse_plan
+from orpo_mlx.compare.results import Cells, JudgementKey, TrainingKey, collect
 from orpo_mlx.errors import TrainingError
 
 RATES = (1e-5, 1e-4, 1e-3)
@@ -29,9 +29,9 @@ def point(step: int, accuracy: float, nll: float = 1.0) -> dict[str, float]:
 
 def trained(*curve: dict[str, float], **changes: Any) -> dict[str, Any]:
     numbers = (
-        "training_s", "reference_s", "step_s_median", "pair_tokens_per_s", "peak_memory_gib", "cache_memory_gib",
-        "footprint_peak_gib", "steps", "pair_tokens",
-    )  # fmt: skip
+        *("training_s", "reference_s", "step_s_median", "pair_tokens_per_s", "peak_memory_gib", "cache_memory_gib"),
+        *("footprint_peak_gib", "steps", "pair_tokens"),
+    )
     facts = {"initial_adapter_sha256": "a", "order_sha256": "o", "data_sha256": {"train": "d"}, "pairs": {"valid": 10}}
     own = {"method_parameters": {"orpo": {"beta": 0.1}}, "memory_mode": "fast", "losses": [1.0], "accuracies": [1.0]}
     return {**dict.fromkeys(numbers, 1.0), **facts, **own, "curve": list(curve), **changes}
@@ -45,14 +45,12 @@ def judged(wins: list[int], **changes: Any) -> dict[str, Any]:
 
 
 def test_the_rate_is_the_most_accurate_then_the_gentlest(tmp_path: Path) -> None:
-    arm = parse(["--output", str(tmp_path), "--steps", "1", "--methods", "orpo"]).arms[0]
+    arm = parse_plan(["--output", str(tmp_path), "--steps", "1", "--methods", "orpo"]).arms[0]
     finals = {1e-5: point(1, 0.5, 0.1), 1e-4: point(1, 0.9, 1.0), 1e-3: point(1, 0.9, 2.0)}
-    cells = Cells(
-        trained={("orpo", 0, rate, 1.0, "given"): trained(point(1, 1.0), last) for rate, last in finals.items()}
-    )
+    cells = Cells(trained={TrainingKey("orpo", 0, rate): trained(point(1, 1.0), last) for rate, last in finals.items()})
     cells.choose(arm, RATES)
     assert cells.rates == {"orpo": 1e-4}
-    cells.trained["orpo", 0, 1e-4, 1.0, "given"]["failed"] = "the loss is nan"
+    cells.trained[TrainingKey("orpo", 0, 1e-4)]["failed"] = "the loss is nan"
     cells.choose(arm, RATES)
     assert cells.rates == {"orpo": 1e-3}
 
@@ -60,24 +58,24 @@ def test_the_rate_is_the_most_accurate_then_the_gentlest(tmp_path: Path) -> None
 @pytest.mark.parametrize("key", ["initial_adapter_sha256", "order_sha256", "data_sha256"])
 def test_cells_of_a_seed_must_have_begun_alike(key: str) -> None:
     cells = Cells(
-        trained={("orpo", 0, 1.0, 1.0, "given"): trained(), ("dpo", 0, 1.0, 1.0, "given"): trained(**{key: "other"})}
+        trained={TrainingKey("orpo", 0, 1.0): trained(), TrainingKey("dpo", 0, 1.0): trained(**{key: "other"})}
     )
     with pytest.raises(TrainingError, match=f"dpo, seed 0: its {key} is not that"):
         cells.check()
-    cells.trained["dpo", 1, 1.0, 1.0, "given"] = cells.trained.pop(("dpo", 0, 1.0, 1.0, "given"))
+    cells.trained[TrainingKey("dpo", 1, 1.0)] = cells.trained.pop(TrainingKey("dpo", 0, 1.0))
     cells.check()
 
 
 def collected(tmp_path: Path, base: float, curves: list[list[dict[str, float]]], **sanity: list[int]) -> dict[str, Any]:
     words = ["--output", str(tmp_path), "--steps", "1", "--methods", "orpo", "--seeds", str(len(curves))]
-    plan = parse([*words, "--sanity", "orpo", "--learning-rates", "1e-4"])
+    plan = parse_plan([*words, "--sanity", "orpo", "--learning-rates", "1e-4"])
     cells = Cells(base=judged(WINS, valid={"accuracy": base}), rates={"orpo": 1e-4})
     for seed, curve in enumerate(curves):
-        cells.trained["orpo", seed, 1e-4, 1.0, "given"] = trained(*curve)
-        cells.tested["orpo", seed, "given"] = judged(WINS)
+        cells.trained[TrainingKey("orpo", seed, 1e-4)] = trained(*curve)
+        cells.tested[JudgementKey("orpo", seed)] = judged(WINS)
     for labels in ("swapped", "shuffled"):
-        cells.trained["orpo", 0, 1e-4, 1.0, labels] = trained(point(1, 0.5))
-        cells.tested["orpo", 0, labels] = judged(sanity.get(labels, WINS))
+        cells.trained[TrainingKey("orpo", 0, 1e-4, labels=labels)] = trained(point(1, 0.5))
+        cells.tested[JudgementKey("orpo", 0, labels)] = judged(sanity.get(labels, WINS))
     return collect(plan, cells)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from orpo_mlx.cli.compare import main
 from orpo_mlx.compare import runner
-from orpo_mlx.compare.plan import PROG, parse
+from orpo_mlx.compare.plan import PROG, parse_plan
 from orpo_mlx.errors import ConfigError, TrainingError
 from tests.conftest import write_rows
 from tests.helpers.small_comparison import here, quiet, short_replies, words, write_text_data
@@ -49,7 +49,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def run(argv: list[str]) -> dict[str, Any]:
-    return runner.compare(parse(argv), argv, quiet())
+    return runner.run_comparison(parse_plan(argv), argv, quiet())
 
 
 def figures(results: dict[str, Any]) -> Any:
@@ -68,9 +68,12 @@ def test_the_same_command_gives_the_same_and_runs_nothing_twice(
     argv = words(tmp_path / "out", model_folder, data, *ONE)
     first = run(argv)
     assert ran == [
-        "base judged", "orpo_seed0_lr0.01 trained", "dpo_seed0_lr0.01 trained", "orpo_seed0_lr0.01 judged",
+        "base judged",
+        "orpo_seed0_lr0.01 trained",
+        "dpo_seed0_lr0.01 trained",
+        "orpo_seed0_lr0.01 judged",
         "dpo_seed0_lr0.01 judged",
-    ]  # fmt: skip
+    ]
     ran.clear()
     assert figures(run(argv)) == figures(first)
     assert ran == []
@@ -160,9 +163,12 @@ def test_a_process_that_dies_says_why(
 def test_an_interruption_takes_the_process_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = tmp_path / "python"
     lines = (
-        "#!/bin/sh", f"trap 'echo gone > {tmp_path}/gone; exit 0' TERM", "echo '{\"progress\": 0.5}'",
-        "sleep 20 >/dev/null 2>&1 &", "wait",
-    )  # fmt: skip
+        "#!/bin/sh",
+        f"trap 'echo gone > {tmp_path}/gone; exit 0' TERM",
+        "echo '{\"progress\": 0.5}'",
+        "sleep 20 >/dev/null 2>&1 &",
+        "wait",
+    )
     stand_in.write_text("\n".join(lines) + "\n")
     stand_in.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(stand_in))

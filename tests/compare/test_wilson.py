@@ -21,3 +21,17 @@ def test_bounds_solve_the_defining_equation(share: float, trials: float) -> None
 def test_no_trials() -> None:
     with pytest.raises(ValueError, match="at least one"):
         wilson(0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    # Wilson intervals from Newcombe 1998, Statistics in Medicine 17, table I.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_interval(successes: int, trials: int, low: float, high: float) -> None:
+    assert wilson(successes / trials, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_interval_at_the_ends() -> None:
+    assert wilson(1.0, 20)[1] == 1.0
+    assert not any(math.isnan(bound) for bound in wilson(1.0, 1))

@@ -12,7 +12,7 @@ import pytest
 
 from orpo_mlx.cli.convert import main
 from orpo_mlx.cli.train import main as train
-from orpo_mlx.convert.verify import compare, model_logps, transformers_logps
+from orpo_mlx.convert.verify import difference_of, model_logps, transformers_logps
 from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.gguf.file import read_gguf
 from orpo_mlx.models.gguf.tokenizer import build_tokenizer
@@ -50,9 +50,9 @@ def test_pefts_adapter_scores_here_as_it_does_there(shared: Path, base: Path, tm
     bare = model_logps(model, pairs)
     add_trained_adapters(model, tmp_path / "mlx")
     ours, theirs = model_logps(model, pairs), transformers_logps(base, pairs, adapter=peft)
-    print(compare(ours, theirs))
-    assert compare(ours, theirs).worst <= 1e-4
-    assert compare(ours, bare).worst > 0.1
+    print(difference_of(ours, theirs))
+    assert difference_of(ours, theirs).worst <= 1e-4
+    assert difference_of(ours, bare).worst > 0.1
 
 
 @pytest.mark.filterwarnings("default")
@@ -73,9 +73,9 @@ def test_an_adapter_trained_here_scores_there_as_it_does_here(
     add_trained_adapters(model, tmp_path / "mlx")
     ours = model_logps(model, pairs)
     theirs = transformers_logps(base, pairs, adapter=tmp_path / "peft")
-    print(compare(ours, theirs))
-    assert compare(ours, theirs).worst <= 1e-3
-    assert compare(ours, bare).worst > 0.1
+    print(difference_of(ours, theirs))
+    assert difference_of(ours, theirs).worst <= 1e-3
+    assert difference_of(ours, bare).worst > 0.1
 
 
 @pytest.mark.filterwarnings("default")
@@ -86,7 +86,7 @@ def test_a_merged_model_is_the_same_to_transformers(shared: Path, base: Path, tm
     assert main([*command, "--no-verify"]) == 0
     pairs = reference_pairs(shared, 4)
     theirs = transformers_logps(base, pairs, adapter=peft)
-    assert compare(transformers_logps(tmp_path / "merged", pairs), theirs).worst <= 1e-3
+    assert difference_of(transformers_logps(tmp_path / "merged", pairs), theirs).worst <= 1e-3
     np.testing.assert_allclose(model_logps(load(str(tmp_path / "merged")).model, pairs), theirs, atol=1e-3)
 
 
@@ -132,7 +132,7 @@ POOL = (
 
 @pytest.mark.filterwarnings("default")
 def test_token_ids_are_those_of_transformers_gguf_tokenizer() -> None:
-    """Cut at digits first, as SmolLM2's `smollm` says and transformers 5.23 passes over: else 74 of the 500 differ."""
+    """Cut at digits first, as SmolLM2's `smollm` says and transformers 5.23 ignores: else 74 of the 500 differ."""
     pytest.importorskip("torch")
     pytest.importorskip("gguf")
     gguf = offline_gguf()

@@ -12,7 +12,7 @@ from rich.console import Console
 from orpo_mlx.compare import cell as compare_cell
 from orpo_mlx.compare import runner
 from orpo_mlx.compare.cell import run_cell
-from orpo_mlx.compare.plan import parse
+from orpo_mlx.compare.plan import parse_plan
 from orpo_mlx.compare.report import write_comparison
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.training import samples
@@ -49,7 +49,7 @@ def words(folder: Path, model: Path, data: Path, *more: str) -> list[str]:
 
 def here(spec: dict[str, Any], title: str, progress: Any) -> None:
     """What stands in for a process of its own."""
-    run_cell({**spec, "words": [*spec["words"]]}, progress)
+    run_cell({**spec, "argv": [*spec["argv"]]}, progress)
 
 
 def short_replies(patch: pytest.MonkeyPatch) -> None:
@@ -69,6 +69,6 @@ def run_comparison(folder: Path, model: Path) -> Path:
         patch.setenv("ORPO_MLX_CACHE", "off")
         patch.setattr(runner, "in_a_process", here)
         short_replies(patch)
-        results = runner.compare(parse(argv), argv, quiet())
+        results = runner.run_comparison(parse_plan(argv), argv, quiet())
     write_comparison(results, folder / "out")
     return folder / "out"

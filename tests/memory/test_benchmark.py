@@ -16,7 +16,7 @@ from orpo_mlx.config.checks import make_config
 from orpo_mlx.data.batching import collate
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.memory import benchmark as memory_benchmark
-from orpo_mlx.memory.benchmark import compare, measure, table
+from orpo_mlx.memory.benchmark import costs_table, measure, measure_methods
 from tests.conftest import make_model, make_pairs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -74,7 +74,7 @@ def test_what_is_published_holds_figures_and_no_paths(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = dict.fromkeys(KEYS, 1.5)
-    monkeypatch.setattr(memory_benchmark, "_in_a_process", lambda _: figures)
+    monkeypatch.setattr(memory_benchmark, "measure_in_a_process", lambda _: figures)
     assert main([*arguments, "--methods", "orpo,dpo", "--publish", str(tmp_path / "mine.json")]) == 0
     text = (tmp_path / "mine.json").read_text()
     assert str(tmp_path) not in text
@@ -96,7 +96,7 @@ def row(method: str, peak: float) -> dict[str, Any]:
 
 def test_ratios_are_to_orpo_or_else_to_the_first() -> None:
     def peaks(*rows: dict[str, Any]) -> list[str]:
-        return [line.split("|")[3].strip() for line in table(rows).splitlines()[2:]]
+        return [line.split("|")[3].strip() for line in costs_table(rows).splitlines()[2:]]
 
     assert peaks(row("dpo", 3.0), row("orpo", 2.0)) == ["3.00 (1.50x)", "2.00 (1.00x)"]
     assert peaks(row("dpo", 3.0), row("sft", 1.5)) == ["3.00 (1.00x)", "1.50 (0.50x)"]
@@ -166,8 +166,8 @@ def test_every_flag_of_train_holds_for_every_method(arguments: list[str], monkey
         asked.append(words)
         return {}
 
-    monkeypatch.setattr(memory_benchmark, "_in_a_process", in_a_process)
-    record = compare(["orpo", "dpo"], [*arguments, "--grad-checkpoint", "--no-shuffle", "--seed", "7"])
+    monkeypatch.setattr(memory_benchmark, "measure_in_a_process", in_a_process)
+    record = measure_methods(["orpo", "dpo"], [*arguments, "--grad-checkpoint", "--no-shuffle", "--seed", "7"])
     for settings, words in zip((row["settings"] for row in record["methods"]), asked, strict=True):
         assert (settings["grad_checkpoint"], settings["seed"], settings["iters"]) == (True, 7, 3)
         assert settings["shuffle"] is False
@@ -175,8 +175,8 @@ def test_every_flag_of_train_holds_for_every_method(arguments: list[str], monkey
 
 
 def test_each_method_in_each_mode(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_benchmark, "_in_a_process", lambda _: {})
-    rows = compare(["orpo", "dpo"], arguments, modes=["plain", "thrift"])["methods"]
+    monkeypatch.setattr(memory_benchmark, "measure_in_a_process", lambda _: {})
+    rows = measure_methods(["orpo", "dpo"], arguments, modes=["plain", "thrift"])["methods"]
     assert [(row["method"], row["memory"]) for row in rows] == [
         ("orpo", "plain"),
         ("orpo", "thrift"),

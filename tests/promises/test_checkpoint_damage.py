@@ -18,7 +18,7 @@ import pytest
 from orpo_mlx.cli.train import main
 from orpo_mlx.files import json_text
 from orpo_mlx.training.checkpoints.folders import (
-    Checkpoint,
+    CheckpointFolder,
     defect,
     prune,
     remove_all,
@@ -48,7 +48,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def write_small(parent: Path, step: int, text: str = "content") -> Checkpoint:
+def write_small(parent: Path, step: int, text: str = "content") -> CheckpointFolder:
     def write(folder: Path) -> None:
         (folder / "state.json").write_text(text)
 
@@ -56,7 +56,7 @@ def write_small(parent: Path, step: int, text: str = "content") -> Checkpoint:
 
 
 def whole_steps(parent: Path) -> list[int]:
-    return [found.step for found in whole_checkpoints(parent) if isinstance(found, Checkpoint)]
+    return [found.step for found in whole_checkpoints(parent) if isinstance(found, CheckpointFolder)]
 
 
 def test_checkpoints_are_listed_by_step_and_pruned(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_checkpoint_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> 
     ],
 )  # fmt: skip
 def test_a_manifest_that_proves_nothing(tmp_path: Path, manifest: str, expected: str) -> None:
-    folder = write_small(tmp_path, 1).folder
+    folder = write_small(tmp_path, 1).path
     assert defect(folder, 1) is None
     (folder / "link.json").symlink_to("state.json")
     with contextlib.suppress(json.JSONDecodeError, RecursionError):
@@ -133,7 +133,7 @@ def test_a_checkpoint_damaged_in_any_file_is_passed_by(
             assert found.step == 4
             assert name in problem or name == "manifest.json"
         (last / name).write_bytes(content)
-    assert newest(folder)[0] == Checkpoint(last, 6)
+    assert newest(folder)[0] == CheckpointFolder(last, 6)
     (last / "optimizer.safetensors").write_bytes(b"\0")
     assert main(["--resume", "--adapter-path", str(folder)]) == 0
     out = capsys.readouterr().out
@@ -173,7 +173,7 @@ def test_a_full_disk_ends_a_run_with_a_sentence_and_more_room_lets_it_go_on(
 def test_a_disk_that_becomes_read_only(
     settings: dict[str, Any], disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def step(run: Run, window: Any, number: int) -> Any:
+    def step(run: Run, pairs: Any, number: int) -> Any:
         if number == 6:
             # As a kernel does after an error: files that are open for writing count no more.
             handle = os.open(disk, os.O_RDONLY)
@@ -181,7 +181,7 @@ def test_a_disk_that_becomes_read_only(
             subprocess.run(["mount", "-o", "remount,ro,size=10m", str(disk)], capture_output=True)
             for name in ("mkdir", "open"):
                 monkeypatch.setattr(os, name, _read_only(getattr(os, name), disk))
-        return optimiser_step(run, window, number)
+        return optimiser_step(run, pairs, number)
 
     monkeypatch.setattr("orpo_mlx.training.loop.optimiser_step", step)
     assert main([*flags({**settings, **LONG}), "--keep", "1", "--adapter-path", str(disk / "adapters")]) == 2

@@ -16,7 +16,7 @@ from mlx_lm.utils import load_tokenizer
 from orpo_mlx import errors
 from orpo_mlx.cli.convert import build_parser
 from orpo_mlx.config.flags import with_flags
-from orpo_mlx.convert.quantize import MODES as MODES_OF_QUANTISATION
+from orpo_mlx.convert.quantize import QUANTISATION_MODES
 from orpo_mlx.convert.verify import EXACT, MERGED, ROUNDED
 from orpo_mlx.data.formats import SHAPES
 from orpo_mlx.data.pairs import Reading
@@ -70,7 +70,7 @@ def test_commands_bounds_and_types_of_conversions_are_there() -> None:
             words = shlex.split(line)
             if "scripts/convert.py" in words:
                 build_parser().parse_args(words[2:])
-    for name in (*ARCHITECTURES, *(block[0] for block in BLOCKS.values()), *MODES_OF_QUANTISATION):
+    for name in (*ARCHITECTURES, *(block[0] for block in BLOCKS.values()), *QUANTISATION_MODES):
         assert name in text, name
     assert f"worst {EXACT.worst:.0e}".replace("e-0", "e-") in text
     assert f"worst {MERGED.worst:.0e}".replace("e-0", "e-") in text

@@ -33,7 +33,7 @@ def samples(folder: Path) -> list[Sample]:
 
     from orpo_mlx.config.checks import make_config
     from orpo_mlx.data.batching import TrainingOrder
-    from orpo_mlx.process_memory import process_footprint, settle
+    from orpo_mlx.process_memory import configure_allocator, process_footprint
     from orpo_mlx.training.prepare import prepare
     from orpo_mlx.training.step import optimiser_step
     from orpo_mlx.types import TokenizedPair
@@ -51,7 +51,7 @@ def samples(folder: Path) -> list[Sample]:
     pairs = [TokenizedPair(prompt, chosen, rejected) for prompt, chosen, rejected in sides]
     write_id_rows(folder / "train.jsonl", pairs)
     settings = {"model": str(folder / "model"), "data": str(folder), "adapter_path": str(folder / "out")}
-    settle()
+    configure_allocator()
     run = prepare(make_config({**settings, "batch_size": BATCH_SIZE, "memory": "fast", "method": "dpo"}))
     run.loaded.model.train()
     stored = run.splits["train"].pairs

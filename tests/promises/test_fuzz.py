@@ -26,10 +26,10 @@ from orpo_mlx.data.tokenization import PairTokenizer
 from orpo_mlx.data.truncation import fit
 from orpo_mlx.errors import UserError
 from orpo_mlx.models.adapters import adapter_weights, add_trained_adapters, load_adapter_file
-from orpo_mlx.training.checkpoints.folders import Checkpoint, defect, whole_checkpoints, write_checkpoint
+from orpo_mlx.training.checkpoints.folders import CheckpointFolder, defect, whole_checkpoints, write_checkpoint
 from orpo_mlx.training.checkpoints.resume import settings_of_newest
 from orpo_mlx.training.checkpoints.state import read_state
-from orpo_mlx.training.prepare import _optimizer
+from orpo_mlx.training.prepare import make_optimizer
 from orpo_mlx.types import TokenizedPair
 from tests.conftest import make_model
 from tests.training.checkpoints.test_resume import LONG, interrupted
@@ -101,7 +101,7 @@ def test_the_config_file(tmp_path: Path, count: int) -> None:
 
     def body(content: bytes) -> None:
         path.write_bytes(content)
-        _optimizer(make_config(read_config_file(path)))
+        make_optimizer(make_config(read_config_file(path)))
 
     fuzz(count, documents, body)
 
@@ -156,7 +156,7 @@ def test_the_manifest_of_a_checkpoint(tmp_path: Path, count: int) -> None:
     def write(folder: Path) -> None:
         (folder / "state.json").write_text("{}")
 
-    folder = write_checkpoint(tmp_path, 7, write).folder
+    folder = write_checkpoint(tmp_path, 7, write).path
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
 
@@ -174,11 +174,11 @@ def test_the_state_in_a_whole_checkpoint(settings: dict[str, Any], tmp_path: Pat
     folder = interrupted({**settings, **LONG, "save_best": True})
     state = json.loads((folder / "checkpoints" / "step-0000005" / "state.json").read_text())
     parent = tmp_path / "fuzzed"
-    made = Checkpoint(parent / "checkpoints" / "step-0000005", 5)
-    made.folder.mkdir(parents=True)
+    made = CheckpointFolder(parent / "checkpoints" / "step-0000005", 5)
+    made.path.mkdir(parents=True)
 
     def body(content: bytes) -> None:
-        (made.folder / "state.json").write_bytes(content)
+        (made.path / "state.json").write_bytes(content)
         read_state(made)
         make_config({**settings_of_newest(str(parent)), "resume": True})
         taken = {name: value for name, value in read_state(made).settings.items() if name != "trust_remote_code"}

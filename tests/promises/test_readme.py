@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.cli.fit import parse as parse_fit
+from orpo_mlx.cli.fit import fit_request
 from orpo_mlx.cli.main import COMMANDS
-from orpo_mlx.cli.memory import parse as parse_benchmark
-from orpo_mlx.compare.plan import parse as parse_comparison
+from orpo_mlx.cli.memory import benchmark_request
+from orpo_mlx.compare.plan import parse_plan
 from orpo_mlx.config.command_line import resolve
 from tests.conftest import write_rows
 from tests.helpers.documented_commands import DOCUMENTS, LINES, ROOT, Line, lines_of
@@ -38,8 +38,8 @@ def parse_training(words: Sequence[str]) -> object:
 
 # Commands whose flags are checked by more than their own parser.
 PARSE: dict[str, Callable[[Sequence[str]], object]] = {
-    "train": parse_training, "fit": lambda words: parse_fit(without_files(words)), "compare": parse_comparison,
-    "memory": parse_benchmark,
+    "train": parse_training, "fit": lambda words: fit_request(without_files(words)), "compare": parse_plan,
+    "memory": benchmark_request,
 }  # fmt: skip
 
 

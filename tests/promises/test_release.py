@@ -33,7 +33,7 @@ config: TrainingConfig = make_config({"method": "dpo"})
 size: int = config.batch_size
 """
 _CALLER = """import orpo_mlx.train
-from orpo_mlx import TrainingCallback, TrainingConfig, TrainingResult, train
+from orpo_mlx import TrainingCallback, TrainingConfig, TrainingResult, run_training
 
 
 class Watch(TrainingCallback):
@@ -41,7 +41,7 @@ class Watch(TrainingCallback):
         print(train_info)
 
 
-result: TrainingResult = train(TrainingConfig(method="dpo"), callbacks=[Watch()])
+result: TrainingResult = run_training(TrainingConfig(method="dpo"), callbacks=[Watch()])
 accuracy: float = result.after["valid"]["rewards/accuracies"]
 steps: int = result.steps
 """

@@ -1,4 +1,4 @@
-"""Callbacks of the user's own: what they are told and when, and that they can do the run no harm."""
+"""Callbacks of the user's own: what they are called with and when, and that they can do the run no harm."""
 
 from __future__ import annotations
 
@@ -24,14 +24,19 @@ from tests.training.checkpoints.test_resume import fail_before
 QUIET = Reporter(Console(quiet=True))
 LONG = {"iters": 6, "steps_per_report": 2, "steps_per_eval": 3, "val_batches": 1}
 MLX_LM_KEYS = {
-    "iteration", "train_loss", "learning_rate", "iterations_per_second", "tokens_per_second", "trained_tokens",
+    "iteration",
+    "train_loss",
+    "learning_rate",
+    "iterations_per_second",
+    "tokens_per_second",
+    "trained_tokens",
     "peak_memory",
-}  # fmt: skip
+}
 """Of mlx_lm.tuner.trainer.train."""
 
 
 class Recording(MlxLmCallback):
-    """Remembers what it is told."""
+    """Remembers what it is called with."""
 
     def __init__(self) -> None:
         self.train: list[dict[str, Any]] = []

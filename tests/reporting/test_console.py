@@ -17,9 +17,15 @@ from orpo_mlx.reporting.metrics_log import MetricsFile
 from orpo_mlx.types import Reply
 
 METRICS = {
-    "loss": 12.34567, "rewards/accuracies": 0.875, "rewards/margins": -12.34567, "accuracies/mean_logps": 1.0,
-    "accuracies/sum_logps": 0.5, "nll_loss": 1.25, "pair_tokens_per_s": 12345.6, "peak_memory_gib": 12.345,
-}  # fmt: skip
+    "loss": 12.34567,
+    "rewards/accuracies": 0.875,
+    "rewards/margins": -12.34567,
+    "accuracies/mean_logps": 1.0,
+    "accuracies/sum_logps": 0.5,
+    "nll_loss": 1.25,
+    "pair_tokens_per_s": 12345.6,
+    "peak_memory_gib": 12.345,
+}
 
 
 def reporter(width: int = 80, *, terminal: bool = False) -> tuple[Reporter, io.StringIO]:

@@ -19,10 +19,14 @@ from tests.helpers.quiet_training import run_quietly
 
 HELD = {
     "test": {
-        "accuracies/mean_logps": 0.25, "accuracies/sum_logps": 0.5, "rewards/accuracies": 0.75, "rewards/margins": 1.5,
-        "nll_loss": 2.5, "loss": 3.5,
+        "accuracies/mean_logps": 0.25,
+        "accuracies/sum_logps": 0.5,
+        "rewards/accuracies": 0.75,
+        "rewards/margins": 1.5,
+        "nll_loss": 2.5,
+        "loss": 3.5,
     }
-}  # fmt: skip
+}
 
 
 def record(**settings: Any) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def test_a_service_that_fails_in_the_middle_ends_the_run_saved_and_one_that_cann
     assert "step 1: --report-to wandb, on_train_loss_report: ConnectionError: the line is dead; step 1 is saved" in err
     vars(sys.modules["wandb"])["finish"] = fail
     train(make_config({**settings, "report_to": "wandb", "overwrite": True}), Reporter(Console(width=300)))
-    assert "--report-to wandb: could not be closed (ConnectionError: the line is dead)." in capsys.readouterr().out
+    assert "`report_to=wandb`: could not be closed (ConnectionError: the line is dead)." in capsys.readouterr().out
 
 
 def events(path: Path) -> Iterator[Any]:

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import yaml
 
+from orpo_mlx.training.checkpoints.random_numbers import random_state_of
 from orpo_mlx.training.checkpoints.resume import newest
-from orpo_mlx.training.checkpoints.state import random_state_of
 from orpo_mlx.training.distributed import Ranks, find_ranks
 from tests.conftest import make_pairs, write_id_rows
 from tests.helpers.kill_and_resume import FEW_THREADS, TIMED, adapters, records

@@ -1,4 +1,4 @@
-"""Troubles that are there are told, once; noise, and runs that go well, are left in peace."""
+"""Troubles that are there are reported, once; noise, and runs that go well, are left in peace."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orpo_mlx.training.checkpoints.progress import Progress
 from orpo_mlx.training.divergence_watch import ALWAYS_RIGHT, ALWAYS_WRONG, FALLING, SPAN, DivergenceWatch
 
 
-def told(chosen: list[float], rejected: list[float], accuracy: list[float]) -> list[str]:
+def reported(chosen: list[float], rejected: list[float], accuracy: list[float]) -> list[str]:
     watch, said = DivergenceWatch(), []
     for number, values in enumerate(zip(chosen, rejected, accuracy, strict=True)):
         said += watch.add(dict(zip(("rewards/chosen", "rewards/rejected", "rewards/accuracies"), values, strict=True)))
@@ -21,26 +21,26 @@ def told(chosen: list[float], rejected: list[float], accuracy: list[float]) -> l
     return said
 
 
-def series(slope: float, *, seed: int, length: int = 3 * SPAN, noise: float = 0.1) -> list[float]:
+def series(trend: float, *, seed: int, length: int = 3 * SPAN, noise: float = 0.1) -> list[float]:
     rng = np.random.default_rng(seed)
-    return [float(value) for value in slope * np.arange(length) + noise * rng.standard_normal(length)]
+    return [float(value) for value in trend * np.arange(length) + noise * rng.standard_normal(length)]
 
 
 MIXED = [0.5, 1.0] * (3 * SPAN // 2)
 
 
 def test_both_sides_falling_is_told_once() -> None:
-    said = told(series(-0.02, seed=0), series(-0.03, seed=1), MIXED)
+    said = reported(series(-0.02, seed=0), series(-0.03, seed=1), MIXED)
     assert said == [FALLING.format(span=SPAN)]
 
 
 @pytest.mark.parametrize(("chosen", "rejected"), [(0.02, -0.03), (-0.02, 0.03), (0.02, 0.02)])
 def test_one_side_falling_is_how_it_should_be(chosen: float, rejected: float) -> None:
-    assert told(series(chosen, seed=0), series(rejected, seed=1), MIXED) == []
+    assert reported(series(chosen, seed=0), series(rejected, seed=1), MIXED) == []
 
 
 def test_noise_is_seldom_taken_for_a_fall() -> None:
-    alarms = sum(bool(told(series(0, seed=seed), series(0, seed=1000 + seed), MIXED)) for seed in range(200))
+    alarms = sum(bool(reported(series(0, seed=seed), series(0, seed=1000 + seed), MIXED)) for seed in range(200))
     assert alarms == 0
 
 
@@ -48,8 +48,8 @@ def test_noise_is_seldom_taken_for_a_fall() -> None:
 def test_accuracy_that_does_not_move(value: float, text: str) -> None:
     length = 3 * SPAN
     rising, falling = series(0.02, seed=0), series(-0.02, seed=1)
-    assert told(rising, falling, [value] * length) == [text.format(span=SPAN)]
-    assert told(rising, falling, ([value] * (SPAN - 1) + [0.5]) * 3) == []
+    assert reported(rising, falling, [value] * length) == [text.format(span=SPAN)]
+    assert reported(rising, falling, ([value] * (SPAN - 1) + [0.5]) * 3) == []
 
 
 def test_a_checkpoint_keeps_it_under_the_name_it_always_had() -> None:

@@ -81,9 +81,17 @@ def test_adapters_that_mlx_lm_made(settings: dict[str, Any], tmp_path: Path) -> 
     folder.mkdir()
     mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
     config = {
-        "model": settings["model"], "train": True, "fine_tune_type": "lora", "num_layers": 1, "lora_parameters": lora,
-        "data": "nowhere", "optimizer": "adam", "config": None, "mask_prompt": False, "iters": 1000,
-    }  # fmt: skip
+        "model": settings["model"],
+        "train": True,
+        "fine_tune_type": "lora",
+        "num_layers": 1,
+        "lora_parameters": lora,
+        "data": "nowhere",
+        "optimizer": "adam",
+        "config": None,
+        "mask_prompt": False,
+        "iters": 1000,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     words = ["--adapter-path", str(folder), "--data", settings["data"]]
     assert main(["--test", *words]) == 0

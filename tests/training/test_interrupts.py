@@ -45,10 +45,10 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     if where == "step":
         run_quietly({**settings, "adapter_path": str(whole)})
 
-    def step(run: Run, window: Any, count: int) -> Any:
+    def step(run: Run, pairs: Any, count: int) -> Any:
         if count == 3 and where == "step":
             os.kill(os.getpid(), number)
-        return optimiser_step(run, window, count)
+        return optimiser_step(run, pairs, count)
 
     def evaluating(*arguments: Any, **options: Any) -> Any:
         if not options["untrained"]:

@@ -27,8 +27,12 @@ from tests.helpers.quiet_training import run_quietly
 from tests.training.test_evaluate_only import lines_of
 
 CLASSES = {
-    "adam": optim.Adam, "adamw": optim.AdamW, "muon": optim.Muon, "sgd": optim.SGD, "adafactor": optim.Adafactor,
-}  # fmt: skip
+    "adam": optim.Adam,
+    "adamw": optim.AdamW,
+    "muon": optim.Muon,
+    "sgd": optim.SGD,
+    "adafactor": optim.Adafactor,
+}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -40,9 +44,9 @@ def test_two_steps_are_those_of_mlxs_optimiser(settings: dict[str, Any], optimiz
     theirs = CLASSES[optimizer](learning_rate=1e-3, **config.optimizer_config[optimizer])
     pairs = run.splits["train"].pairs
     for step in (1, 2):
-        window = [pairs[2 * step], pairs[2 * step + 1]]
-        optimiser_step(run, window, step)
-        gradients = step_gradient(other, window).gradients
+        step_batch = [pairs[2 * step], pairs[2 * step + 1]]
+        optimiser_step(run, step_batch, step)
+        gradients = step_gradient(other, step_batch).gradients
         theirs.update(other.loaded.model, tree_unflatten(list(gradients.items())))
     expected = adapter_weights(other.loaded.model)
     for name, value in adapter_weights(run.loaded.model).items():

@@ -93,7 +93,7 @@ def test_a_damaged_file_is_told_and_not_used(tmp_path: Path, damage: Callable[[b
         (np.array([key(1)]), np.zeros((1, 2), np.float64)),
         (np.array([key(1)], object), np.zeros((1, 2), np.float32)),
     ],
-)  # fmt: skip
+)
 def test_arrays_that_are_not_ours_are_not_used(tmp_path: Path, keys: object, logps: object) -> None:
     path = tmp_path / "a.npz"
     filled(path)
@@ -138,7 +138,7 @@ def test_rows_are_small_and_found(tmp_path: Path) -> None:
     count = 200_000
     table = ReferenceTable(tmp_path / "a.npz", IDENTITY)
     rows = np.sort(np.frombuffer(np.random.default_rng(0).bytes(16 * count), "S16"))
-    table._rows = reference_table.Rows(rows, np.zeros((count, 2), np.float32))
+    table._rows = reference_table.ReferenceRows(rows, np.zeros((count, 2), np.float32))
     table.add(b"0" * 16, -1.0, -1.0)
     table.save()
     assert (tmp_path / "a.npz").stat().st_size < 24.1 * count

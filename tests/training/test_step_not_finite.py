@@ -58,15 +58,15 @@ def spoil_gradient(run: Run) -> None:
 @pytest.mark.parametrize("method", ["orpo", "dpo", "aot", "sft"])
 def test_a_row_is_named(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     run = make_run(settings, method=method)
-    window = list(run.splits["train"].pairs[:4])
+    pairs = list(run.splits["train"].pairs[:4])
     before = trainable(run)
-    spoil_row(monkeypatch, window[2].chosen_ids)
+    spoil_row(monkeypatch, pairs[2].chosen_ids)
     with pytest.raises(NonFiniteError) as caught:
-        optimiser_step(run, window, 7)
+        optimiser_step(run, pairs, 7)
     message = str(caught.value)
     assert message.startswith("step 7: ")
-    assert f" on {window[2].location}" in message
-    assert not any(f"{pair.location}" in message for pair in (window[0], window[1], window[3]))
+    assert f" on {pairs[2].location}" in message
+    assert not any(f"{pair.location}" in message for pair in (pairs[0], pairs[1], pairs[3]))
     assert "gradient's norm " in message
     for name, value in trainable(run).items():
         assert np.array_equal(value, before[name])
@@ -75,9 +75,9 @@ def test_a_row_is_named(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatc
 def test_a_gradient_is_named(settings: dict[str, Any]) -> None:
     run = make_run(settings)
     spoil_gradient(run)
-    window = [run.splits["train"].pairs[0]] * 2
+    pairs = [run.splits["train"].pairs[0]] * 2
     with pytest.raises(NonFiniteError, match=rf"norm (inf|nan) on .*the gradient of {NAME} is not finite, with no row"):
-        optimiser_step(run, window, 7)
+        optimiser_step(run, pairs, 7)
 
 
 def test_a_weight_is_named(settings: dict[str, Any]) -> None:
@@ -107,12 +107,12 @@ def assert_no_nan(folder: Path) -> None:
 def test_no_nan_reaches_a_file(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, where: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def step(run: Run, window: Any, number: int) -> Any:
+    def step(run: Run, pairs: Any, number: int) -> Any:
         if number == 3 and where == "row":
-            spoil_row(monkeypatch, window[0].chosen_ids)
+            spoil_row(monkeypatch, pairs[0].chosen_ids)
         elif number == 3 and where == "gradient":
             spoil_gradient(run)
-        means = optimiser_step(run, window, number)
+        means = optimiser_step(run, pairs, number)
         if number == 2 and where == "weight":
             weights = adapter_weights(run.loaded.model)
             run.loaded.model.load_weights([(NAME, weights[NAME] * mx.nan)], strict=False)
@@ -129,12 +129,12 @@ def test_no_nan_reaches_a_file(
     assert_no_nan(folder)
 
 
-def test_steps_are_passed_over_counted_and_too_many_end_the_run(
+def test_steps_are_skipped_counted_and_too_many_end_the_run(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     settings |= {**LONG, "on_nonfinite": "skip", "lora_parameters": {"dropout": 0.1}}
-    window = make_run({**settings, "adapter_path": str(tmp_path / "other")}).splits["train"].pairs[:1]
-    spoil_row(monkeypatch, window[0].chosen_ids)
+    pairs = make_run({**settings, "adapter_path": str(tmp_path / "other")}).splits["train"].pairs[:1]
+    spoil_row(monkeypatch, pairs[0].chosen_ids)
     whole = tmp_path / "whole"
     run_quietly({**settings, "adapter_path": str(whole)})
     # Nine steps are three epochs, and the row is met once in each.
@@ -149,7 +149,7 @@ def test_steps_are_passed_over_counted_and_too_many_end_the_run(
     argv = flags({key: value for key, value in settings.items() if key != "lora_parameters"})
     assert main([*argv, "--max-skipped", "1"]) == 2
     err = capsys.readouterr().err
-    assert "1 steps were passed over before, --max-skipped is 1" in err
+    assert "1 steps were skipped before, --max-skipped is 1" in err
 
 
 def test_an_evaluation_that_is_not_finite_names_the_pairs_and_goes_on(
@@ -179,13 +179,13 @@ def test_clipping_gives_the_norm_asked_for_and_never_more(most: float) -> None:
 
 def test_the_norm_in_the_metrics_is_the_gradients_before_clipping(settings: dict[str, Any]) -> None:
     run = make_run(settings)
-    window = run.splits["train"].pairs[:2]
-    _, _, gradients = run.functions.micro_batch(micro_batch_inputs(run, window, window))
+    pairs = run.splits["train"].pairs[:2]
+    _, _, gradients = run.functions.micro_batch(micro_batch_inputs(run, pairs, pairs))
     expected = math.sqrt(sum(float(np.square(np.array(value, np.float64)).sum()) for value in gradients.values()))
-    assert optimiser_step(run, window, 1).means()["grad_norm"] == pytest.approx(expected, rel=1e-5)
+    assert optimiser_step(run, pairs, 1).means()["grad_norm"] == pytest.approx(expected, rel=1e-5)
     clipping = {**settings, "optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": expected / 10}
     run = make_run(clipping)
     before = trainable(run)
-    assert optimiser_step(run, window, 1).means()["grad_norm"] == pytest.approx(expected, rel=1e-5)
+    assert optimiser_step(run, pairs, 1).means()["grad_norm"] == pytest.approx(expected, rel=1e-5)
     moved = math.sqrt(sum(float(np.square(value - before[name]).sum()) for name, value in trainable(run).items()))
     assert moved == pytest.approx(expected / 10, rel=1e-4)

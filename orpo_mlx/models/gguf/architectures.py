@@ -33,6 +33,7 @@ _SANDWICH = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+# Settings that are stored as tensors.
 _ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _GEMMA2_27B_LAYERS = 46
 # What every llama 3.1 and 3.2 has; a file only carries the frequencies that come of it.
@@ -116,6 +117,7 @@ def read_config(file: GgufFile) -> dict[str, Any]:
         "rope_theta": settings.number("rope.freq_base", 10000.0),
         "max_position_embeddings": settings.whole("context_length"),
         "vocab_size": vocabulary_size(file),
+        # llama.cpp takes the embedding where a file has no head.
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "hidden_act": "silu",
         **special_ids(file),
@@ -180,7 +182,7 @@ def rope_scaling(file: GgufFile, settings: GgufSettings, head_dim: int) -> dict[
     """
     kind = settings.text("rope.scaling.type")
     if "rope_freqs.weight" in file.tensors:
-        return {"rope_scaling": llama3_scaling(file, settings, head_dim)}
+        return {"rope_scaling": _llama3_scaling(file, settings, head_dim)}
     if kind == "linear":
         return {"rope_scaling": {"type": kind, "rope_type": kind, "factor": settings.number("rope.scaling.factor")}}
     if kind not in (None, "none", "longrope") or (kind is None and "rope_factors_long.weight" in file.tensors):
@@ -191,12 +193,8 @@ def rope_scaling(file: GgufFile, settings: GgufSettings, head_dim: int) -> dict[
     return {}
 
 
-def llama3_scaling(file: GgufFile, settings: GgufSettings, head_dim: int) -> dict[str, Any]:
-    """The llama 3 settings that give the very frequency divisors the file carries.
-
-    Raises:
-        ModelError: none do.
-    """
+def _llama3_scaling(file: GgufFile, settings: GgufSettings, head_dim: int) -> dict[str, Any]:
+    """The llama 3 settings that give the very frequency divisors the file carries."""
     found = read_table(file, "rope_freqs.weight")
     factor = float(found.max())
     base = settings.number("rope.freq_base", 10000.0)

@@ -80,10 +80,10 @@ def pack(kind: str, data: Bytes, shape: tuple[int, ...]) -> Packed:
     groups = take_apart(kind, data)
     per_word = 32 // groups.bits
     # The first number in the lowest bits, as mx.quantize packs them.
-    words = groups.quants.reshape(-1, per_word).astype(np.uint32) << (
+    shifted = groups.quants.reshape(-1, per_word).astype(np.uint32) << (
         np.arange(per_word, dtype=np.uint32) * groups.bits
     )
-    packed = np.bitwise_or.reduce(words, axis=1).astype(np.uint32)
+    packed = np.bitwise_or.reduce(shifted, axis=1).astype(np.uint32)
     small = (*shape[:-1], shape[-1] // _GROUP)
     scales, biases = (mx.array(part.astype(np.float16)).reshape(small) for part in (groups.scales, groups.offsets))
     return Packed(mx.array(packed).reshape(*shape[:-1], shape[-1] // per_word), scales, biases, groups.bits)

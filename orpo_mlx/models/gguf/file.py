@@ -120,7 +120,7 @@ class Cursor:
         return self._data[self.position - count : self.position]
 
     def number(self, form: str) -> Any:
-        """The next number, in `struct`'s words for its form."""
+        """The next number, of a form as `struct` writes it."""
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def count(self, least: int) -> int:
@@ -164,7 +164,7 @@ def parse_gguf(path: Path, cursor: Cursor) -> GgufFile:
     for _ in range(value_count):
         key = cursor.text()
         metadata[key] = cursor.value(cursor.number("<I"))
-    entries = [read_entry(path, cursor) for _ in range(tensor_count)]
+    entries = [_read_entry(path, cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise ModelError(f"{path}: general.alignment is {alignment!r}, expected a power of two.")
@@ -172,12 +172,8 @@ def parse_gguf(path: Path, cursor: Cursor) -> GgufFile:
     return GgufFile(path, metadata, {entry.name: located(path, entry, data, cursor.size) for entry in entries})
 
 
-def read_entry(path: Path, cursor: Cursor) -> TableEntry:
-    """The next entry of the tensor table.
-
-    Raises:
-        ModelError: the file ends within it, or it has more dimensions than the format allows.
-    """
+def _read_entry(path: Path, cursor: Cursor) -> TableEntry:
+    """The next entry of the tensor table."""
     name = cursor.text()
     dimensions = cursor.number("<I")
     if dimensions > _MOST_DIMENSIONS:

@@ -98,6 +98,7 @@ def read_weights(
         # llama.cpp adds the 1 when it converts, mlx-lm's and transformers' layers when they run.
         if architecture.norms_from_one and name.endswith("norm.weight"):
             weights[target] = weights[target] - 1
+    # One entry for what most layers have, and one each for the others, as mlx-lm writes mixed quantisation.
     if kept:
         usual = max(kept.values(), key=list(kept.values()).count)
         table: dict[str, Any] = {"group_size": _GROUP, "bits": usual, "mode": "affine"}

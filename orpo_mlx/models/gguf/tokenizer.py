@@ -138,7 +138,8 @@ def implied_merges(file: GgufFile, tokens: list[str], vocabulary: dict[str, int]
     for number, token in enumerate(tokens):
         rank = number if by_order else -float(scores[number])
         for cut in range(1, len(token)):
-            left, right = vocabulary.get(token[:cut]), vocabulary.get(token[cut:])
+            left = vocabulary.get(token[:cut])
+            right = vocabulary.get(token[cut:])
             if left is not None and right is not None:
                 ranked.append((rank, number, left, right))
     ranked.sort()
@@ -154,6 +155,7 @@ def _finish(file: GgufFile, tokenizer: Tokenizer, tokens: list[str]) -> PreTrain
         for token, kind in zip(tokens, types if types is not None else (), strict=False)
         if kind in (_CONTROL, _USER) and token.strip(_SPACE)
     ]
+    # As added tokens, so that they are found before the text around them is divided.
     tokenizer.add_tokens(added)
 
     def token(role: str) -> str | None:

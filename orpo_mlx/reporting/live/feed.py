@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orpo_mlx.folder_lock import is_held_by_a_living_process
-from orpo_mlx.reporting.metrics_log import FILE
+from orpo_mlx.reporting.metrics_log import METRICS_FILE, RUN_FILE
 from orpo_mlx.text import printable
 
 PIECE = 1 << 20
 """Bytes of `metrics.jsonl` in one answer, at most."""
-RECORD = "run.json"
 _CHECKED = 1024
 _MARK = re.compile(r"([0-9]{1,15})-([0-9a-f]{16})")
 START = "0-" + hashlib.sha256().hexdigest()[:16]
 """The mark before a file's first byte."""
 
-PREPARING, GOING_ON, ENDED = "preparing", "going on", "ended"
-"""The states of a run."""
+# The states of a run, as the page shows them.
+PREPARING = "preparing"
+GOING_ON = "going on"
+ENDED = "ended"
 
 
 class Lines(NamedTuple):
@@ -42,13 +43,13 @@ class Lines(NamedTuple):
 def lines_after(path: Path, mark: str) -> Lines:
     """What `path` holds after `mark`, at most `PIECE` bytes of it; "" or anything else that is no mark is the start.
 
-    A mark is a place in the file with a digest of the bytes before it. A resumed run cuts its metrics off and goes on
-    writing, so that a place alone could lie in the middle of other lines by the time it is asked for. A line that is
-    not finished is left for later.
+    A mark is an offset in the file with a digest of the bytes before it. A line that is not finished is left for later.
 
     Raises:
         OSError: the file is there and cannot be read.
     """
+    # An offset alone would not do: a resumed run cuts its metrics off and goes on writing, so that it could lie in the
+    # middle of other lines by the time it is asked for.
     found = _MARK.fullmatch(mark)
     start = int(found[1]) if found else 0
     try:
@@ -76,19 +77,16 @@ class Feed:
     """
 
     def __init__(self, folder: Path, said: Callable[[], Sequence[str]] = tuple, state: str | None = None) -> None:
-        self.folder, self.state = folder, state
+        self.folder = folder
+        self.state = state
         self._said = said
         self._record: tuple[int, dict[str, Any]] = (0, {})
 
     def lines(self, mark: str) -> Lines:
-        """See `lines_after`. What an earlier run left in the folder is not shown while a new one is prepared.
-
-        Raises:
-            OSError: the metrics cannot be read.
-        """
+        """See `lines_after`. What an earlier run left in the folder is not shown while a new one is prepared."""
         if self.state == PREPARING:
             return Lines(START, mark not in ("", START), False, b"")
-        return lines_after(self.folder / FILE, mark)
+        return lines_after(self.folder / METRICS_FILE, mark)
 
     def facts(self) -> dict[str, Any]:
         """What a page shows beside the figures: plain texts and numbers.
@@ -101,7 +99,7 @@ class Feed:
         settings = settings if isinstance(settings, dict) else {}
         resumed = record.get("resumed_at")
         since = resumed[-1] if isinstance(resumed, list) and resumed else 0
-        written = None if self.state == PREPARING else _modified(self.folder / FILE)
+        written = None if self.state == PREPARING else _modified(self.folder / METRICS_FILE)
         return {
             "state": state,
             "method": _text(settings.get("method")),
@@ -115,7 +113,7 @@ class Feed:
 
     def _read_record(self) -> tuple[dict[str, Any], int]:
         """`run.json` and when it was written; read again only when it was."""
-        path = self.folder / RECORD
+        path = self.folder / RUN_FILE
         written = _modified(path)
         if written is None:
             return {}, 0

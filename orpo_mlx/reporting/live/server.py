@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from orpo_mlx.errors import ConfigError
-from orpo_mlx.reporting.live.feed import ENDED, Feed, Lines
+from orpo_mlx.errors import ConfigError, UserError
+from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.reporting.live.feed import ENDED, PREPARING, Feed, Lines
 from orpo_mlx.reporting.live.page import live_page
 
 ADDRESS = "127.0.0.1"
@@ -22,14 +24,14 @@ LARGEST_PORT = 65535
 _HOST = re.compile(r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?", re.IGNORECASE)
 _PAGE = re.compile(r"[0-9a-f]{1,32}")
 _MOST_THREADS = 32
+# Between two looks whether the server is to end.
 _POLL_S = 0.2
-"""Between two looks whether the server is to end."""
+# The least time between two answers to one page.
 _PACE_S = 0.5
-"""The least time between two answers to one page."""
+# The longest a page is left without an answer when nothing happens.
 _HOLD_S = 20.0
-"""The longest a page is left without an answer when nothing happens."""
+# The longest a run that has ended waits for its pages to hear of it.
 _LINGER_S = 2.0
-"""The longest a run that has ended waits for its pages to hear of it."""
 _HEADERS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -44,18 +46,19 @@ class LiveServer(ThreadingHTTPServer):
     """Serves the page of one run until it is closed.
 
     Args:
-        feed: what there is to tell.
+        feed: what the page shows.
         port: on the loopback address; 0 for any that is free.
-        flag: the flag the port was given by, for errors.
+        source: where the port was given, for errors.
 
     Raises:
         ConfigError: the port is taken, or not ours to take.
     """
 
+    # A browser that holds connections open must not keep the run's process alive.
     daemon_threads = True
     request_queue_size = _MOST_THREADS
 
-    def __init__(self, feed: Feed, port: int, flag: str) -> None:
+    def __init__(self, feed: Feed, port: int, source: str) -> None:
         self.feed = feed
         self._page = live_page(feed.folder.resolve().name).encode()
         self._ending = threading.Event()
@@ -65,13 +68,14 @@ class LiveServer(ThreadingHTTPServer):
             super().__init__((ADDRESS, port), _Handler)
         except OSError as error:
             raise ConfigError(
-                f"{flag} {port}: cannot be served on {ADDRESS} ({error.strerror}); give another port, or 0 for any "
+                f"{source} {port}: cannot be served on {ADDRESS} ({error.strerror}); give another port, or 0 for any "
                 "that is free"
             ) from None
         self.address = f"http://{ADDRESS}:{self.server_address[1]}/"
 
     def server_bind(self) -> None:
-        """Without HTTPServer's look-up of a host name, which may ask the network."""
+        """As TCPServer does."""
+        # HTTPServer looks up a host name besides, which may ask the network and wait for it.
         socketserver.TCPServer.server_bind(self)
 
     def close(self) -> None:
@@ -79,7 +83,7 @@ class LiveServer(ThreadingHTTPServer):
         with suppress(Exception):
             self._ending.set()
             ends = time.monotonic() + _LINGER_S
-            while time.monotonic() < ends and self._pages_to_tell():
+            while time.monotonic() < ends and self._pages_waiting():
                 time.sleep(0.02)
             self.shutdown()
             self.server_close()
@@ -91,12 +95,11 @@ class LiveServer(ThreadingHTTPServer):
     def news(self, mark: str, page: str) -> tuple[bytes, bool]:
         """What is new after `mark`: a line of JSON, then lines of `metrics.jsonl` as they are; and whether that is all.
 
-        Waits until there is something new. The browser's own timers, which stand still in a tab that is not seen, are
-        not needed that way.
-
         Raises:
             OSError: the metrics cannot be read.
         """
+        # It waits until there is something new, so that the page needs no timers: a browser lets them stand still in a
+        # tab that is not seen.
         self._asked = {other: asked for other, asked in self._asked.items() if asked > self._long_ago()}
         self._asked[page] = time.monotonic()
         lines, facts = self._wait_for_news(mark)
@@ -104,12 +107,12 @@ class LiveServer(ThreadingHTTPServer):
         head = {"mark": lines.mark, "again": lines.again, "more": lines.more, "last": last, **facts}
         return json.dumps(head).encode() + b"\n" + lines.content, last
 
-    def told(self, page: str) -> None:
-        """Note that a page knows the end, or is gone."""
+    def forget(self, page: str) -> None:
+        """Wait no longer for a page, which knows the end or is gone."""
         self._asked.pop(page, None)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """In a thread of its own, or not at all where there are too many."""
+        """Serve a request in a thread of its own, or not at all where there are too many."""
         if not self._free_threads.acquire(blocking=False):
             self.shutdown_request(request)
             return
@@ -126,18 +129,20 @@ class LiveServer(ThreadingHTTPServer):
         """Nothing: a page that went away, or whatever else happens here, is not the run's trouble."""
 
     def _wait_for_news(self, mark: str) -> tuple[Lines, dict[str, Any]]:
-        first, state = self.feed.lines(mark), self.feed.facts()
+        first = self.feed.lines(mark)
+        state = self.feed.facts()
         # A page that knows nothing yet, or has not caught up, is not kept waiting.
         if not mark or first.again or first.more:
             return first, state
         ends = time.monotonic() + _HOLD_S
         while not self._ending.wait(_PACE_S) and time.monotonic() < ends:
-            lines, facts = self.feed.lines(mark), self.feed.facts()
+            lines = self.feed.lines(mark)
+            facts = self.feed.facts()
             if lines.content or lines.again or any(facts[key] != state[key] for key in ("state", "total", "said")):
                 return lines, facts
         return self.feed.lines(mark), self.feed.facts()
 
-    def _pages_to_tell(self) -> bool:
+    def _pages_waiting(self) -> bool:
         return any(asked > self._long_ago() for asked in list(self._asked.values()))
 
     def _long_ago(self) -> float:
@@ -188,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:  # The page is gone.
             last = True
         if last:
-            self.server.told(page)
+            self.server.forget(page)
 
     def _send(self, status: int, kind: str, content: bytes) -> None:
         self.send_response(status)
@@ -215,13 +220,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(feed: Feed, port: int, flag: str) -> Iterator[LiveServer]:
-    """Serve a run's page during a `with` block; its end is the last that the page is told.
+def serving(feed: Feed, port: int, source: str) -> Iterator[LiveServer]:
+    """Serve a run's page during a `with` block; its end is the last that the page hears.
 
     Raises:
         ConfigError: the port cannot be had.
     """
-    server = LiveServer(feed, port, flag)
+    server = LiveServer(feed, port, source)
     threading.Thread(target=server.serve_forever, args=(_POLL_S,), name="live page", daemon=True).start()
     try:
         yield server
@@ -229,3 +234,26 @@ def serving(feed: Feed, port: int, flag: str) -> Iterator[LiveServer]:
         if feed.state is not None:
             feed.state = ENDED
         server.close()
+
+
+@contextmanager
+def watched(folder: Path, port: int | None, reporter: Reporter) -> Iterator[Feed]:
+    """Serve the page about the run of this process in a `with` block, where `port` (`watch`) asks for that.
+
+    Yields the feed, whose `state` the run keeps up to date.
+
+    Raises:
+        ConfigError: the port cannot be had.
+    """
+    feed = Feed(folder, lambda: list(reporter.said), PREPARING)
+    if port is None:
+        yield feed
+        return
+    with serving(feed, port, "`watch`") as server:
+        reporter.say(f"On this machine, the run can be watched at {server.address}")
+        try:
+            yield feed
+        except (UserError, KeyboardInterrupt) as error:
+            # So that the page shows why the run ended; the terminal has it from who catches this.
+            reporter.said.append(reporter.words(str(error)))
+            raise

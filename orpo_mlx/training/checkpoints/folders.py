@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from orpo_mlx.files import flush_folder_to_disk, flush_to_disk, json_text, sha256_of
 
@@ -18,22 +18,28 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+\.[a-z]+")
 _TEMPORARY = ".writing-"
 
 
-class Checkpoint(NamedTuple):
-    """A folder that has proven itself whole."""
+class CheckpointFolder(NamedTuple):
+    """A checkpoint whose every file is the one that its manifest names."""
 
-    folder: Path
+    path: Path
     step: int
     """Optimiser steps that had been taken."""
 
 
-def write_checkpoint(parent: Path, step: int, write: Callable[[Path], None]) -> Checkpoint:
+def checkpoint_name(step: int) -> str:
+    """The folder's name; with leading zeros, so that names sort as steps do."""
+    return f"step-{step:07d}"
+
+
+def write_checkpoint(parent: Path, step: int, write: Callable[[Path], None]) -> CheckpointFolder:
     """Make `parent/step-0000040`: `write` fills a temporary folder, which gets a manifest and is renamed when all of it
     is on the disk.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; nothing of it is left, and the error names it.
     """
-    folder, temporary = parent / f"step-{step:07d}", parent / f"{_TEMPORARY}{step:07d}"
+    folder = parent / checkpoint_name(step)
+    temporary = parent / f"{_TEMPORARY}{step:07d}"
     try:
         parent.mkdir(exist_ok=True)
         clear_unfinished(parent)
@@ -50,9 +56,11 @@ def write_checkpoint(parent: Path, step: int, write: Callable[[Path], None]) -> 
         flush_to_disk(parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        error.filename, error.filename2 = str(folder), None
+        # The user knows the checkpoint, not the temporary folder.
+        error.filename = str(folder)
+        error.filename2 = None
         raise
-    return Checkpoint(folder, step)
+    return CheckpointFolder(folder, step)
 
 
 def clear_unfinished(parent: Path) -> None:
@@ -75,11 +83,11 @@ def remove_all(parent: Path) -> None:
     shutil.rmtree(parent, ignore_errors=True)
 
 
-def whole_checkpoints(parent: Path) -> Iterator[Checkpoint | str]:
-    """Newest step first: each checkpoint that proves itself whole, and a sentence for each that does not."""
+def whole_checkpoints(parent: Path) -> Iterator[CheckpointFolder | str]:
+    """Newest step first: each whole checkpoint, and a sentence for each that is not."""
     for step, folder in _candidates(parent):
         problem = defect(folder, step)
-        yield f"{folder} is not whole ({problem})." if problem else Checkpoint(folder, step)
+        yield f"{folder} is not whole ({problem})." if problem else CheckpointFolder(folder, step)
 
 
 def defect(folder: Path, step: int) -> str | None:
@@ -87,7 +95,8 @@ def defect(folder: Path, step: int) -> str | None:
     try:
         text = (folder / _MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
-        expected, found = (FORMAT, step), (manifest["format"], manifest["step"])
+        expected = (FORMAT, step)
+        found = (manifest["format"], manifest["step"])
         if found != expected:
             return f"{_MANIFEST} is of format {found[0]!r} and step {found[1]!r}, expected {FORMAT} and {step}"
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
@@ -96,20 +105,26 @@ def defect(folder: Path, step: int) -> str | None:
             return f"{_MANIFEST} is not as it was written"
         if not files:
             return f"{_MANIFEST} names no files"
-        for name, (size, sha256) in files.items():
-            path = folder / name
-            if not _PLAIN_NAME.fullmatch(name) or path.is_symlink():
-                return f"{_MANIFEST} names {name[:40]!r}, which is not a file of this folder"
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes, expected {size!r}"
-            if sha256_of(path) != sha256:
-                return f"{name} is not what was written"
+        defects = (_file_defect(folder, name, size, sha256) for name, (size, sha256) in files.items())
+        return next(filter(None, defects), None)
     except OSError as error:
         return f"{Path(error.filename or _MANIFEST).name}: {error.strerror or error}"
+    # A JSON text of any shape may stand there; each of these means that it is no manifest.
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{_MANIFEST} is not one ({type(error).__name__})"
+
+
+def _file_defect(folder: Path, name: str, size: Any, sha256: Any) -> str | None:
+    path = folder / name
+    # The name comes from a file that may be anyone's: `../x` must not lead out of the folder.
+    if not _PLAIN_NAME.fullmatch(name) or path.is_symlink():
+        return f"{_MANIFEST} names {name[:40]!r}, which is not a file of this folder"
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} bytes, expected {size!r}"
+    if sha256_of(path) != sha256:
+        return f"{name} is not what was written"
     return None
 
 

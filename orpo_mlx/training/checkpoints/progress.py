@@ -12,8 +12,8 @@ from orpo_mlx.losses.metrics import MetricMeans
 from orpo_mlx.training.divergence_watch import DivergenceWatch
 from orpo_mlx.types import Reply
 
-Held = dict[str, dict[str, float]]
-"""Metrics by split."""
+EvalMetrics = dict[str, dict[str, float]]
+"""Means over the pairs of each evaluated split: by split (`valid`, `test`), then by metric."""
 
 
 class Best(NamedTuple):
@@ -28,7 +28,7 @@ class Progress:
     """The state of a run between two steps."""
 
     step: int = 0
-    """Steps done, those passed over included."""
+    """Steps done, those skipped included."""
     reported: int = 0
     """The step of the last report on training."""
     means: MetricMeans = dataclasses.field(default_factory=MetricMeans)
@@ -40,10 +40,10 @@ class Progress:
     training_seconds: float = 0.0
     """Spent in steps."""
     skipped: int = 0
-    """Steps passed over since the run began."""
+    """Steps skipped since the run began, because a number in them was not finite."""
     best: Best | None = None
-    before: Held = dataclasses.field(default_factory=dict)
-    """Held-out metrics before the first step."""
+    before: EvalMetrics = dataclasses.field(default_factory=dict)
+    """Metrics of the held-out splits before the first step."""
     replies_before: list[Reply] = dataclasses.field(default_factory=list)
     resumed_at: list[int] = dataclasses.field(default_factory=list)
     """Steps at which the run was taken up again."""
@@ -51,7 +51,10 @@ class Progress:
 
     def start_report(self) -> None:
         """Begin new means after a report."""
-        self.reported, self.means, self.pair_tokens, self.seconds = self.step, MetricMeans(), 0, 0.0
+        self.reported = self.step
+        self.means = MetricMeans()
+        self.pair_tokens = 0
+        self.seconds = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """All of it; JSON keeps every bit of a finite float64."""
@@ -71,12 +74,8 @@ class Progress:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Progress:
-        """What `to_json` gave.
-
-        Raises:
-            KeyError, TypeError, ValueError, AttributeError: it is something else.
-        """
-        best, replies = value["best"], value["replies_before"]
+        """What `to_json` gave; KeyError, TypeError, ValueError or AttributeError where it is something else."""
+        best = value["best"]
         counts = {name: int(value[name]) for name in ("step", "reported", "pair_tokens", "skipped")}
         if min(counts.values()) < 0:
             raise ValueError("a negative count")
@@ -92,7 +91,7 @@ class Progress:
                 str(split): {str(key): math.nan if number is None else float(number) for key, number in metrics.items()}
                 for split, metrics in value["before"].items()
             },
-            replies_before=[Reply(str(r["prompt"]), str(r["text"]), int(r["tokens"])) for r in replies],
+            replies_before=[Reply(str(r["prompt"]), str(r["text"]), int(r["tokens"])) for r in value["replies_before"]],
             resumed_at=[int(step) for step in value["resumed_at"]],
             watch=DivergenceWatch.from_json(value["watch"]),
         )
@@ -105,12 +104,12 @@ class TrainingResult:
     adapter_path: Path
     """Holds adapters, metrics, report, model card and checkpoints."""
     steps: int
-    """Optimiser steps, those passed over included."""
+    """Optimiser steps, those skipped included."""
     skipped: int
-    """Steps passed over because a number in them was not finite, with `on_nonfinite="skip"`."""
-    before: Held
+    """Steps skipped because a number in them was not finite, with `on_nonfinite="skip"`."""
+    before: EvalMetrics
     """Held-out metrics before the first step: by split (`valid`, `test`), then by name (`rewards/accuracies`)."""
-    after: Held
+    after: EvalMetrics
     """Held-out metrics after the last step; a split that is not there, or not asked for, has none."""
     best: Best | None
     """Step and loss of the best evaluation, with `save_best`."""

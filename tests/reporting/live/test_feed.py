@@ -107,18 +107,31 @@ def test_the_facts_of_a_run(tmp_path: Path) -> None:
     assert facts["age_s"] > 1e6
     del facts["age_s"]
     assert facts == {
-        "state": ENDED, "method": "dpo", "model": r"a\x1b[2Jb", "total": 40, "since": 12, "elapsed_s": 60.0,
+        "state": ENDED,
+        "method": "dpo",
+        "model": r"a\x1b[2Jb",
+        "total": 40,
+        "since": 12,
+        "elapsed_s": 60.0,
         "said": [r"one\x07", "two", "three"],
-    }  # fmt: skip
+    }
     (tmp_path / LOCK).write_text(f"{os.getpid()}\n")
     assert Feed(tmp_path).facts()["state"] == GOING_ON
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[1]", "[" * 100_000, {}, {"settings": [], "resumed_at": {}, "total_steps": "9"}, {"total_steps": True},
-     {"settings": {"method": 5, "model": None}, "total_steps": -1, "resumed_at": ["x"]}],
-)  # fmt: skip
+    [
+        "",
+        "{",
+        "[1]",
+        "[" * 100_000,
+        {},
+        {"settings": [], "resumed_at": {}, "total_steps": "9"},
+        {"total_steps": True},
+        {"settings": {"method": 5, "model": None}, "total_steps": -1, "resumed_at": ["x"]},
+    ],
+)
 def test_any_record_leaves_facts(tmp_path: Path, content: Any) -> None:
     record(tmp_path, content)
     facts = Feed(tmp_path).facts()

@@ -101,10 +101,20 @@ def test_two_hosts_are_none(server: LiveServer) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/secret.txt", "/../secret.txt", "/metrics.jsonl",
-     "/run.json", "/news/", "/%2e%2e/secret.txt", "/news/../secret.txt",
-     "/index.html", "/?/../secret.txt/..", "*", "http://evil.example/secret.txt"],
-)  # fmt: skip
+    [
+        "/secret.txt",
+        "/../secret.txt",
+        "/metrics.jsonl",
+        "/run.json",
+        "/news/",
+        "/%2e%2e/secret.txt",
+        "/news/../secret.txt",
+        "/index.html",
+        "/?/../secret.txt/..",
+        "*",
+        "http://evil.example/secret.txt",
+    ],
+)
 def test_no_path_leads_to_a_file(server: LiveServer, path: str) -> None:
     status, _, content = ask(server, path)
     assert status == (200 if path.startswith("/?") else 404)

@@ -17,7 +17,7 @@ import pytest
 
 from orpo_mlx.cli.train import main
 from orpo_mlx.errors import ConfigError, TrainingError
-from orpo_mlx.training.checkpoints.state import random_state, set_random_state
+from orpo_mlx.training.checkpoints.random_numbers import random_state, set_random_state
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
 from tests.conftest import make_pairs, write_id_rows
@@ -32,10 +32,10 @@ LONG = {"iters": 9, "save_every": 2, "steps_per_report": 2, "steps_per_eval": 4,
 def fail_before(step: int, monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> None:
     """Let the step of that number raise, before anything of it is done."""
 
-    def failing(run: Run, window: Any, number: int) -> Any:
+    def failing(run: Run, pairs: Any, number: int) -> Any:
         if number == step:
             raise error or RuntimeError("the power is out")
-        return optimiser_step(run, window, number)
+        return optimiser_step(run, pairs, number)
 
     monkeypatch.setattr("orpo_mlx.training.loop.optimiser_step", failing)
 
@@ -77,7 +77,7 @@ def assert_same(whole: Path, resumed: Path) -> None:
         SLOW({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-3, 9], "warmup": 3}}),
     ],
     ids=["orpo", "dpo", "full", "aot", "sgd", "schedule"],
-)  # fmt: skip
+)
 def test_a_resumed_run_is_the_run_it_would_have_been(
     settings: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -268,7 +268,7 @@ def test_adapter_folders_of_checkpoints_are_taken_by_mlx_lm_and_the_best_is_kept
 def test_the_best_needs_a_validation(settings: dict[str, Any], data: Path, changes: dict[str, Any]) -> None:
     if "data" in changes:
         changes["data"] = str(data / "train.jsonl")
-    with pytest.raises(ConfigError, match="--save-best goes by the validation loss"):
+    with pytest.raises(ConfigError, match="`save_best` goes by the validation loss"):
         run_quietly({**settings, "save_best": True, **changes})
 
 
@@ -311,7 +311,7 @@ def test_what_was_half_applied_is_not_saved(settings: dict[str, Any], tmp_path: 
     whole = tmp_path / "whole"
     run_quietly({**settings, "adapter_path": str(whole)})
 
-    def step(run: Run, window: Any, number: int) -> Any:
+    def step(run: Run, pairs: Any, number: int) -> Any:
         if number == 6:
             update = run.optimizer.update
 
@@ -320,7 +320,7 @@ def test_what_was_half_applied_is_not_saved(settings: dict[str, Any], tmp_path: 
                 raise RuntimeError("[METAL] out of memory")
 
             run.optimizer.update = broken  # type: ignore[method-assign, assignment]
-        return optimiser_step(run, window, number)
+        return optimiser_step(run, pairs, number)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("orpo_mlx.training.loop.optimiser_step", step)

@@ -1,0 +1,86 @@
+"""A run saved between two steps: its checkpoint, the adapters beside it, and the link to the best one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from orpo_mlx.errors import TrainingError
+from orpo_mlx.files import json_text, save_adapters, save_json, save_safetensors
+from orpo_mlx.models.adapters import adapter_weights
+from orpo_mlx.reporting.resumable_jsonl import FileMark
+from orpo_mlx.training.checkpoints.folders import CheckpointFolder, checkpoint_name, prune, write_checkpoint
+from orpo_mlx.training.checkpoints.progress import Progress
+from orpo_mlx.training.checkpoints.random_numbers import RandomState
+from orpo_mlx.training.checkpoints.state import STATE_FILE, describe
+from orpo_mlx.training.data_order import order_metadata
+from orpo_mlx.training.run import ADAPTER_CONFIG_FILE, Run, adapter_config
+
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+ADAPTERS_FILE = "adapters.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+REFERENCE_FILE = "reference.safetensors"
+
+
+def save(
+    run: Run, progress: Progress, marks: Mapping[str, FileMark], randoms: Sequence[RandomState]
+) -> CheckpointFolder:
+    """Save a run as it stands after `progress.step` steps, then remove the checkpoints that are one too many.
+
+    Only rank 0 writes. `marks` say how far the files of `metrics` and `samples` had come; `randoms` are the random
+    states of all ranks.
+
+    Raises:
+        TrainingError: a weight is not finite, or the disk cannot be written; earlier checkpoints are untouched.
+    """
+    weights = adapter_weights(run.loaded.model)
+    optimizer = optimizer_arrays(run)
+    _require_finite({**weights, **optimizer}, progress.step)
+    if not run.ranks.first:
+        return CheckpointFolder(run.folder / CHECKPOINTS, progress.step)
+    metadata = order_metadata(run, progress.step)
+    state = describe(run, progress, marks, randoms)
+
+    def write(folder: Path) -> None:
+        save_safetensors(folder / ADAPTERS_FILE, weights, metadata)
+        save_safetensors(folder / OPTIMIZER_FILE, optimizer)
+        if run.reference is not None:
+            save_safetensors(folder / REFERENCE_FILE, run.reference.table.arrays())
+        (folder / STATE_FILE).write_text(json_text(state), encoding="utf-8")
+        (folder / ADAPTER_CONFIG_FILE).write_text(json_text(adapter_config(run)), encoding="utf-8")
+
+    try:
+        checkpoint = write_checkpoint(run.folder / CHECKPOINTS, progress.step, write)
+        save_adapters(run.folder, weights, metadata)
+        save_json(run.folder / ADAPTER_CONFIG_FILE, adapter_config(run))
+        prune(run.folder / CHECKPOINTS, run.config.keep, [] if progress.best is None else [progress.best.step])
+    except OSError as error:
+        raise TrainingError(f"{error.filename}: cannot be saved ({error.strerror or error})") from None
+    return checkpoint
+
+
+def mark_best(run: Run, step: int) -> None:
+    """Let `best` lead to the checkpoint of a step."""
+    link = run.folder / BEST
+    temporary = run.folder / f".{BEST}"
+    # A link cannot be changed, only replaced; renamed over the old one, there is no moment without it.
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(Path(CHECKPOINTS) / checkpoint_name(step))
+    temporary.replace(link)
+
+
+def optimizer_arrays(run: Run) -> dict[str, mx.array]:
+    """The arrays of the optimiser's state by flat name; its numbers come from the settings."""
+    flat: list[tuple[str, Any]] = tree_flatten(run.optimizer.state)  # type: ignore[assignment]
+    return {name: value for name, value in flat if isinstance(value, mx.array)}
+
+
+def _require_finite(arrays: Mapping[str, mx.array], step: int) -> None:
+    for name, array in arrays.items():
+        if not mx.isfinite(array).all().item():
+            raise TrainingError(f"{name} is not finite after step {step}, so it is not saved")

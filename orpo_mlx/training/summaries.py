@@ -1,0 +1,91 @@
+"""What a run says before its first step and after its last one."""
+
+from __future__ import annotations
+
+from orpo_mlx.files import write_text
+from orpo_mlx.models.adapters import adapter_weights
+from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.text import printable
+from orpo_mlx.training.checkpoints.progress import TrainingResult
+from orpo_mlx.training.checkpoints.resume import Resumed
+from orpo_mlx.training.checkpoints.save import BEST
+from orpo_mlx.training.reference_pass import pass_on_notes
+from orpo_mlx.training.run import Run
+
+
+def announce(run: Run, reporter: Reporter, resumed: Resumed | None) -> None:
+    """Say what is trained on what, and from where; list the rows that are left out in `left_out.txt`."""
+    if run.loaded.note:
+        reporter.say(run.loaded.note)
+    for name, split in run.splits.items():
+        reporter.say(split.summary(name))
+    list_left_out(run, reporter)
+    if "valid" not in run.splits:
+        reporter.say("No valid split: training without validation.")
+    for note in run.memory.notes:
+        reporter.say(note)
+    announce_reference(run, reporter)
+    announce_start(run, reporter, resumed)
+    trainable = sum(array.size for array in adapter_weights(run.loaded.model).values())
+    reporter.say(
+        f"Training {trainable:,} parameters with {run.config.method} ({shown_parameters(run)}), "
+        f"`memory={run.memory.mode}`."
+    )
+    for note in () if resumed is None else resumed.notes:
+        reporter.say(note)
+
+
+def list_left_out(run: Run, reporter: Reporter) -> None:
+    """Write `left_out.txt`, a line for each row that is not trained on, or remove an earlier run's."""
+    lines = [line for split in run.splits.values() for line in split.report.left_out]
+    listing = run.folder / "left_out.txt"
+    listing.unlink(missing_ok=True)
+    if lines:
+        write_text(listing, "\n".join(map(printable, lines)) + "\n")
+        reporter.say(f"The rows left out are listed in {listing}.")
+
+
+def announce_reference(run: Run, reporter: Reporter) -> None:
+    """Say what is known of the reference from earlier runs."""
+    if run.reference is None:
+        return
+    pass_on_notes(run.reference.table, reporter)
+    known = len(run.reference.table)
+    if known:
+        reporter.say(
+            f"{known} pairs have reference log-probs from earlier runs with this model; where this run meets them, "
+            "they are not computed again."
+        )
+
+
+def announce_start(run: Run, reporter: Reporter, resumed: Resumed | None) -> None:
+    """Say what the run goes on from, or what it replaces."""
+    if run.first_step and resumed is None:
+        reporter.say(f"Goes on in the data where {run.config.resume_adapter_file} ended, after step {run.first_step}.")
+    if resumed is not None:
+        reporter.say(f"Goes on from step {resumed.checkpoint.step}: {resumed.checkpoint.path}.")
+    elif run.config.resume:
+        reporter.say(f"{run.folder}/ holds no checkpoint yet: the run starts from the beginning.")
+    elif (run.folder / "adapters.safetensors").exists():
+        reporter.say(f"{run.folder}/ holds an earlier run, which this one overwrites.")
+
+
+def shown_parameters(run: Run) -> str:
+    """The method's parameters in one line; those of a sum each with the name of its term."""
+    several = len(run.method.parameters) > 1
+    shown = [
+        f"{name + ' ' if several else ''}{key} {value:g}"
+        for name, table in run.method.parameters.items()
+        for key, value in table.items()
+    ]
+    return ", ".join(shown) or "no parameters"
+
+
+def say_goodbye(run: Run, result: TrainingResult, reporter: Reporter) -> None:
+    """Say how the steps went and where everything is."""
+    if result.skipped:
+        reporter.say(f"{result.skipped} steps were skipped, because a number in them was not finite.")
+    if result.best is not None:
+        step, loss = result.best
+        reporter.say(f"The lowest validation loss, {loss:.4f}, was at step {step}: {run.folder / BEST}/.")
+    reporter.say(f"\nAdapters, metrics and settings are in {run.folder}/.")
