@@ -119,11 +119,16 @@ def made_pairs(lengths: Sequence[tuple[int, int, int]], shape: str = "tiny", see
     ]
 
 
-def make_run(model: nn.Module, memory: str, pairs: int, **settings: Any) -> Run:
-    """A run on a model without adapters, which get values that are the same on every machine."""
-    config = dataclasses.replace(
+def settings_of(memory: str, pairs: int, **settings: Any) -> TrainingConfig:
+    """Settings of a step of so many pairs."""
+    return dataclasses.replace(
         TrainingConfig(), memory=memory, batch_size=pairs, lora_parameters=_LORA, memory_check=False, **settings
     )
+
+
+def make_run(model: nn.Module, memory: str, pairs: int, **settings: Any) -> Run:
+    """A run on a model without adapters, which get values that are the same on every machine."""
+    config = settings_of(memory, pairs, **settings)
     run = assemble(config, Path(), {}, LoadedModel(model, None, {}, Path(), None, None))
     set_adapters(model)
     run.optimizer.init(model.trainable_parameters())
@@ -197,9 +202,9 @@ def _adapted(model: nn.Module) -> Iterator[None]:
         model.freeze()
 
 
-def predicted_peak(shape: str, dtype: str, run: Run, pairs: Sequence[TokenizedPair], *, quantised: bool) -> float:
-    """GiB that `fit` predicts for a step of this run."""
-    return predict(run.config, blueprint(shape, dtype, quantised=quantised), pairs).peak
+def predicted_peak(shape: str, dtype: str, memory: str, pairs: Sequence[TokenizedPair], *, quantised: bool) -> float:
+    """GiB that `fit` predicts for a step on these pairs; before a model is made, as `fit` does."""
+    return predict(settings_of(memory, len(pairs)), blueprint(shape, dtype, quantised=quantised), pairs).peak
 
 
 @contextmanager

@@ -67,6 +67,8 @@ def check_steps(shape: str, sizes: Sizes, dtype: str, mode: str, *, quantised: b
     prompt, completion = sizes.pair
     pairs = made_pairs([(prompt, completion, completion)] * 2, shape)
     gc.collect()  # What an earlier check held in a cycle would be freed in between.
+    predicted = predicted_peak(shape, dtype, mode, pairs, quantised=quantised)
+    gc.collect()
     before = mx.get_active_memory()
     model = make_model(shape, dtype, quantised=quantised)
     run = make_run(model, mode, len(pairs))
@@ -83,7 +85,6 @@ def check_steps(shape: str, sizes: Sizes, dtype: str, mode: str, *, quantised: b
     peak = (mx.get_peak_memory() - before) / _GIB
     step_s = statistics.median(taken)
     host_s = (sum(taken) - evaluations.seconds) / sizes.steps
-    predicted = predicted_peak(shape, dtype, run, pairs, quantised=quantised)
     judged = predicted >= _JUDGED_FROM_GIB
     passed = abs(peak / predicted - 1) <= _PREDICTED_WITHIN if judged else None
     figures = {
