@@ -162,7 +162,7 @@ _TIMED_SHAPE = "SmolLM2-135M, bfloat16, "
 _TIMED = ("fast", "balanced", "thrift", "plain", "mlx-lm-lora")
 
 
-def _examined_row(record: Mapping[str, Any]) -> tuple[Cell, ...]:
+def _examined_row(record: Mapping[str, Any]) -> tuple[TableCell, ...]:
     checks = record["checks"]
     steps = {check["name"].removeprefix(_TIMED_SHAPE): check for check in checks.get("speed", ())}
     rivals = [check for check in checks.get("rival", ()) if check["name"].endswith(_TIMED_SHAPE.rstrip(", "))]
@@ -170,23 +170,23 @@ def _examined_row(record: Mapping[str, Any]) -> tuple[Cell, ...]:
         steps["mlx-lm-lora"] = rivals[0]
     rates = {check["name"]: check for check in checks.get("calibration", ())}
 
-    def figure(found: Mapping[str, Any], key: str, shown: str) -> Cell:
-        return number(found[key], shown) if key in found else Cell("–")
+    def figure(found: Mapping[str, Any], key: str, shown: str) -> TableCell:
+        return number(found[key], shown) if key in found else TableCell("–")
 
     return (
-        Cell(str(record["device"].get("device_name") or record["machine"]["chip"])),
+        TableCell(str(record["device"].get("device_name") or record["machine"]["chip"])),
         number(record["machine"]["memory_gib"], "{:.0f}"),
-        Cell(record["machine"]["system"]),
-        Cell(record["versions"]["mlx"]),
-        Cell(record["level"]),
-        Cell(record["verdict"]),
+        TableCell(record["machine"]["system"]),
+        TableCell(record["versions"]["mlx"]),
+        TableCell(record["level"]),
+        TableCell(record["verdict"]),
         *(figure(steps.get(mode, {}), "step_s", "{:.3f}") for mode in _TIMED),
         figure(steps.get("fast", {}), "peak_gib", "{:.2f}"),
         figure(rates.get("product, bfloat16", {}), "tflop_per_s", "{:.1f}"),
         figure(rates.get("product with 4 bits, bfloat16", {}), "tflop_per_s", "{:.1f}"),
         figure(rates.get("memory", {}), "gigabytes_per_s", "{:.0f}"),
         figure(rates.get("launches", {}), "microseconds_per_launch", "{:.2f}"),
-        Cell(record["date"][:10]),
+        TableCell(record["date"][:10]),
     )
 
 

@@ -30,7 +30,7 @@ from orpo_mlx.doctor.machine import check_calibration, check_machine, check_path
 from orpo_mlx.doctor.package import MEMORY_MODES
 from orpo_mlx.doctor.speed import check_rival, check_steps
 from orpo_mlx.doctor.training import check_modes, check_training
-from orpo_mlx.process_memory import settle
+from orpo_mlx.process_memory import configure_allocator
 
 SCHEMA = 1
 LEVELS = ("full", "quick")
@@ -236,7 +236,7 @@ def main(level: str, bench: str, first: str) -> None:
     """The process that examines. What libraries print goes to stderr."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    settle()
+    configure_allocator()
     for event in events(planned_here(level, bench == "bench"), int(first)):
         print(json.dumps(event, default=str), file=channel, flush=True)
 
