@@ -79,10 +79,13 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def close(found: mx.array, expected: mx.array) -> bool:
-    """Equal up to rounding, relative to the largest value; half precision rounds more than float32."""
+def close(found: mx.array, expected: mx.array, computed_in: mx.Dtype | None = None) -> bool:
+    """Equal up to rounding, relative to the largest value; half precision rounds more than float32.
+
+    `computed_in` is the dtype of the computation where that is not the arrays': float32 adapters of a bfloat16 model.
+    """
     found, wanted = found.astype(mx.float32), expected.astype(mx.float32)
-    tolerance = _PROBE_TOLERANCE if expected.dtype == mx.float32 else 50 * _PROBE_TOLERANCE
+    tolerance = _PROBE_TOLERANCE if (computed_in or expected.dtype) == mx.float32 else 50 * _PROBE_TOLERANCE
     if found.shape != wanted.shape:
         return False
     return bool((mx.abs(found - wanted).max() <= tolerance * mx.abs(wanted).max()).item())

@@ -318,7 +318,10 @@ def find_segmented(
             (_, states), gradients = segmented.value_and_grad(batch, (), _probe_share)
             segmented.forget()
             (_, expected_states), expected = whole_value_and_grad(scorer, batch, (), _probe_share)
-            same = close(states, expected_states) and all(close(gradients[name], expected[name]) for name in expected)
+            rounding = expected_states.dtype
+            same = close(states, expected_states) and all(
+                close(gradients[name], expected[name], rounding) for name in expected
+            )
         except Exception as error:
             return None, reason_of(error)
     return (segmented, "") if same else (None, "its states or gradients differ from those of the whole graph")

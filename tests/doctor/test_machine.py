@@ -51,6 +51,10 @@ def test_a_linux_machine_has_its_chip_in_a_file(tmp_path: Path) -> None:
     assert linux_chip(tmp_path / "nothing") == ""
 
 
+def test_float32_adapters_of_a_half_precision_model_leave_every_path_on() -> None:
+    assert [found.sentence for found in check_paths("bfloat16") if not found.passed] == []
+
+
 def test_what_is_off_is_a_failure_with_its_note(examined: Examined, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [found.passed for found in examined.of("paths")] == [True] * len(MEMORY_MODES)
     note = "This model's layers cannot be run in segments."
