@@ -53,7 +53,7 @@ def check_machine() -> Iterator[Finding]:
         "machine": machine(),
         "versions": {key: value for key, value in versions().items() if key not in ("platform", "device")},
         "device": {"device": str(mx.default_device()), **{key: info[key] for key in _KEPT if key in info}},
-        "profile": profile._asdict(),
+        "profile": {**profile._asdict(), "layout": profile.layout._asdict()},
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
     found = figures["machine"]

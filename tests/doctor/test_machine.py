@@ -25,6 +25,7 @@ def test_the_machine_is_described_without_its_owner() -> None:
     assert set(found.figures) == {"machine", "versions", "device", "profile", "environment"}
     assert found.figures["machine"]["memory_gib"] > 0.5
     assert {"orpo-mlx", "mlx", "mlx-lm", "python"} <= set(found.figures["versions"])
+    assert "share_prompt" in found.figures["profile"]["layout"]
     text = json.dumps(found.figures, default=str) + found.sentence
     assert platform.node() not in text
     assert str(Path.home()) not in text
