@@ -32,6 +32,7 @@ from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.reference import ReferenceLogProbs
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.training.step_functions import StepFunctions
 from orpo_mlx.types import Batch, LossOutput, PairLogProbs, TokenizedPair
 from tests.conftest import make_pairs, write_id_rows, write_model_folder, write_rows
 from tests.helpers.quiet_training import run_quietly
@@ -156,7 +157,7 @@ def test_what_is_not_finite_is_never_applied(settings: dict[str, Any], where: st
         output = good(logps)
         return output._replace(losses=output.losses + term)
 
-    run.method = run.method._replace(loss=spoiled)
+    run.functions = StepFunctions(run.scorer, run.memory, spoiled, run.optimizer)
     with pytest.raises(
         TrainingError, match=r"step 7: the loss is .* and the gradient's norm (nan|inf) on .*train.jsonl:1"
     ):

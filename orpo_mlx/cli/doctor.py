@@ -46,15 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> bool:
     """Whether all is well."""
-    arguments = build_parser().parse_args(argv)
-    file = arguments.json
+    args = build_parser().parse_args(argv)
+    file = args.json
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         raise ConfigError(f"--json {file}: cannot be written there; give a file in a folder that exists.")
     from orpo_mlx.doctor.examine import LEVELS, Process, examine, record_of, record_text
 
-    level = LEVELS[arguments.quick]
+    level = LEVELS[args.quick]
     started = time.monotonic()
-    words = [sys.executable, "-m", "orpo_mlx.doctor.examine", level, "bench" if arguments.bench else "alone"]
+    words = [sys.executable, "-m", "orpo_mlx.doctor.examine", level, "bench" if args.bench else "alone"]
     findings = examine(Process(words), _say)
     record = record_of(findings, level, time.monotonic() - started)
     print(summary(record))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -171,30 +172,30 @@ def train_in(
 
     What is asserted here holds whatever the device; an exception of it is found as any other is.
     """
-    settings: dict[str, Any] = {
-        "model": str(folder / "model"),
-        "data": str(folder / "train.jsonl"),
-        "adapter_path": str(folder / name),
-        "resume_adapter_file": str(folder / "adapters.safetensors"),
-        "iters": STEPS,
-        "batch_size": 2,
-        "memory": "fast",
-        "dtype": "float32",
-        "learning_rate": 5e-4,
-        "steps_per_report": 1,
-        "samples": 0,
-        "report": False,
-        "memory_check": False,
-        "max_grad_norm": 1.0,
-    }
+    config = TrainingConfig(
+        model=str(folder / "model"),
+        data=str(folder / "train.jsonl"),
+        adapter_path=str(folder / name),
+        resume_adapter_file=str(folder / "adapters.safetensors"),
+        iters=STEPS,
+        batch_size=2,
+        memory="fast",
+        dtype="float32",
+        learning_rate=5e-4,
+        steps_per_report=1,
+        samples=0,
+        report=False,
+        memory_check=False,
+        max_grad_norm=1.0,
+    )
     train = importlib.import_module("orpo_mlx.train").train
     quiet = Reporter(Console(quiet=True))
     if interrupted:
         try:
-            train(TrainingConfig(**settings), quiet, callbacks=[_EndsTheRun()])
+            train(config, quiet, callbacks=[_EndsTheRun()])
         except TrainingError:
-            settings["resume"] = True
-    train(TrainingConfig(**settings), quiet)
+            config = dataclasses.replace(config, resume=True)
+    train(config, quiet)
     lines = (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "grad_norm" in row]
     adapters = mx.load(str(folder / name / "adapters.safetensors"))
