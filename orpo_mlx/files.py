@@ -204,7 +204,7 @@ def _check_free(destination: Path, overwrite: bool) -> None:
     if not os.path.lexists(destination):
         return
     if not overwrite:
-        raise ConfigError(f"{destination}: exists already; give --overwrite to replace it, or another folder.")
+        raise ConfigError(f"{destination}: exists already; give `overwrite` to replace it, or another folder.")
     if not destination.is_dir() or destination.is_symlink():
         raise ConfigError(f"{destination}: is not a folder, so it is not replaced; remove it, or give another folder.")
 

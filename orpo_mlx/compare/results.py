@@ -70,7 +70,7 @@ class Cells:
         finals = {rate: final(self.trained[TrainingKey(arm.name, 0, rate)]) for rate in rates}
         working = {rate: found for rate, found in finals.items() if found is not None}
         if not working:
-            raise TrainingError(f"{arm.name}: training failed at every learning rate; give lower --learning-rates")
+            raise TrainingError(f"{arm.name}: training failed at every learning rate; give lower `learning_rates`")
         self.rates[arm.name] = min(working, key=lambda rate: (-working[rate]["accuracy"], working[rate]["nll"]))
 
     def check(self) -> None:
@@ -86,7 +86,7 @@ class Cells:
             if other is not None:
                 raise TrainingError(
                     f"{which.arm}, seed {which.seed}: its {other} is not that of the other methods, so nothing can be "
-                    "compared; was the data changed in between? Give another --output"
+                    "compared; was the data changed in between? Give another `output`"
                 )
 
 

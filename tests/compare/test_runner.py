@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.cli.compare import main
+from orpo_mlx.cli.compare import main, parse_plan
 from orpo_mlx.compare import runner
-from orpo_mlx.compare.plan import PROG, parse_plan
+from orpo_mlx.compare.plan import PROG
 from orpo_mlx.errors import ConfigError, TrainingError
 from tests.conftest import write_rows
 from tests.helpers.small_comparison import here, quiet, short_replies, words, write_text_data
@@ -100,7 +100,7 @@ def test_the_same_command_gives_the_same_and_runs_nothing_twice(
 def test_another_comparison_is_not_mixed_in(tmp_path: Path, model_folder: Path, data: Path, ran: list[str]) -> None:
     argv = words(tmp_path / "out", model_folder, data, *ONE, "--methods", "orpo")
     run(argv)
-    with pytest.raises(ConfigError, match="whose batch_size is 2 and here 3; give another --output"):
+    with pytest.raises(ConfigError, match="whose batch_size is 2 and here 3; give another `output`"):
         run([*argv, "--batch-size", "3"])
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
     write_rows(data / "train.jsonl", rows[::-1])

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from orpo_mlx.cli.compare import parse_plan
 from orpo_mlx.compare import cell as compare_cell
 from orpo_mlx.compare import runner
 from orpo_mlx.compare.cell import run_cell
-from orpo_mlx.compare.plan import parse_plan
 from orpo_mlx.compare.report import write_comparison
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.training import samples
