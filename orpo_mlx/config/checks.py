@@ -87,7 +87,7 @@ def _check_together(config: TrainingConfig) -> None:
     if not recipe(config).needs_reference and config.precompute_reference:
         raise ConfigError(f"`precompute_reference`: method {config.method} compares with no reference; leave it out.")
     if config.max_skipped is not None and config.on_nonfinite != "skip":
-        raise ConfigError("`max_skipped` counts what `on_nonfinite=skip` skips; add that, or leave it out.")
+        raise ConfigError("`max_skipped` bounds what `on_nonfinite=skip` skips; add that, or leave it out.")
     if config.resume_with_changes and not config.resume:
         raise ConfigError("`resume_with_changes` says how `resume` goes on; add that.")
     if config.resume and config.overwrite:
