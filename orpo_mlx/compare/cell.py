@@ -30,7 +30,7 @@ from orpo_mlx.reporting.metrics_log import METRICS_FILE, MetricsFile
 from orpo_mlx.training.data_order import pairs_per_step
 from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.run import ADAPTER_CONFIG_FILE, Run, adapter_config, versions
-from orpo_mlx.training.samples import MAX_TOKENS, pick_prompts, sample_replies
+from orpo_mlx.training.samples import pick_prompts, sample_replies
 from orpo_mlx.training.step import optimiser_step
 from orpo_mlx.types import Pair
 
@@ -193,7 +193,7 @@ def test_cell(spec: dict[str, Any], report_share: ReportShare) -> dict[str, Any]
     else:
         prompts = [pair.prompt_ids for pair in spread_out(test, KL_REPLIES)]
         divergence = sampled_kl(
-            run.loaded.model, prompts, stop_tokens(run), seed=run.config.seed, max_tokens=MAX_TOKENS
+            run.loaded.model, prompts, stop_tokens(run), seed=run.config.seed, max_tokens=run.config.sample_tokens
         )
         found["kl"] = divergence._asdict()
     report_share(0.8)
@@ -204,7 +204,7 @@ def greedy_replies(run: Run, test: Pairs) -> dict[str, Any]:
     """Replies to some of the test prompts, their mean length and how varied they are."""
     tokenizer = run.loaded.tokenizer
     prompts = pick_prompts(pairs_as_text(run, test), REPLIES) if tokenizer is not None else []
-    replies = sample_replies(run.loaded.model, tokenizer, prompts)
+    replies = sample_replies(run.loaded.model, tokenizer, prompts, run.config.sample_tokens)
     return {
         "replies": [reply._asdict() for reply in replies],
         "reply_tokens": statistics.fmean(reply.tokens for reply in replies) if replies else None,

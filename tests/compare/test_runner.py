@@ -15,7 +15,7 @@ from orpo_mlx.compare import runner
 from orpo_mlx.compare.plan import PROG
 from orpo_mlx.errors import ConfigError, TrainingError
 from tests.conftest import write_rows
-from tests.helpers.small_comparison import here, quiet, short_replies, words, write_text_data
+from tests.helpers.small_comparison import here, quiet, words, write_text_data
 
 TIMED = (
     "training_s",
@@ -44,7 +44,6 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         here(spec, title, progress)
 
     monkeypatch.setattr(runner, "in_a_process", note)
-    short_replies(monkeypatch)
     return titles
 
 
