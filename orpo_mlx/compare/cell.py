@@ -50,15 +50,13 @@ def run_cell(spec: dict[str, Any], report_share: ReportShare) -> None:
 
 
 def train_cell(spec: dict[str, Any], report_share: ReportShare) -> dict[str, Any]:
-    """Train one method under one seed, learning rate and β until the budget is spent; docs/results.md has the keys.
-
-    Reference log-probs of a step's pairs are computed right before the step, and timed apart.
-    """
+    """Train one method under one seed, learning rate and β until the budget is spent; docs/results.md has the keys."""
     configure_allocator()
     run = prepare(resolve(spec["argv"], PROG))
     splits = three_splits(run)
     valid = spread_out(splits["valid"], spec["valid_pairs"])
     facts = train_facts(run, splits, len(valid))
+    # Not within the first step, whose time is measured.
     run.optimizer.init(run.loaded.model.trainable_parameters())
     metrics = MetricsFile(run.folder / METRICS_FILE)
     clock = Clock()
@@ -141,7 +139,8 @@ class Clock:
         mx.reset_peak_memory()
         started = time.perf_counter()
         if run.reference is not None:
-            # In the micro-batches of the step, so that the reference's sums are the very same floating-point sums.
+            # Right before the step, to be timed apart; in its micro-batches, so that the reference's sums are the very
+            # same floating-point sums.
             run.reference.remember(micro_batches(step_batch, run.config.batch_size, run.config.micro_batch_tokens))
         begun = time.perf_counter()
         means = optimiser_step(run, step_batch, step).means()

@@ -13,8 +13,8 @@ from orpo_mlx.config.settings import TrainingConfig, recipe, settings_with
 from orpo_mlx.config.traits import Trait
 from orpo_mlx.errors import ConfigError
 
+# Cells print their errors under the name of the command that started them.
 PROG = "orpo-mlx compare"
-LABELS = ("given", "swapped", "shuffled")
 BUDGETS = {"steps": int, "pair_tokens": int, "seconds": float}
 
 

@@ -127,12 +127,11 @@ def known_result(job: Job) -> dict[str, Any] | None:
 def in_a_process(spec: dict[str, Any], title: str, report_share: Callable[[float], None]) -> None:
     """Run one cell in a process of its own, which writes its result.
 
-    A peak of memory is a process's: within one, a cell would inherit the peak of those before it.
-
     Raises:
         ConfigError: it ended with one sentence about settings, data or model.
         TrainingError: it died.
     """
+    # A peak of memory is a process's: within one, a cell would inherit the peak of those before it.
     process = subprocess.Popen(
         [sys.executable, "-m", "orpo_mlx.compare.cell", json.dumps(spec)],
         stdin=subprocess.DEVNULL,

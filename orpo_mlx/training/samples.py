@@ -15,6 +15,7 @@ from orpo_mlx.types import Pair, Reply, Text
 
 def pick_prompts(pairs: Sequence[Pair], count: int) -> list[Pair]:
     """`count` pairs spread evenly over `pairs`."""
+    # The middles of `count` equal parts, so that neither end is favoured.
     count = min(count, len(pairs))
     return [pairs[(2 * number + 1) * len(pairs) // (2 * count)] for number in range(count)]
 
@@ -22,6 +23,7 @@ def pick_prompts(pairs: Sequence[Pair], count: int) -> list[Pair]:
 def sample_replies(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], max_tokens: int) -> list[Reply]:
     """Greedy replies of at most `max_tokens` tokens to the prompts of `pairs`."""
     to_ids = PairTokenizer(tokenizer)
+    # Dropout would draw random numbers and change what is said.
     was_training = model.training
     model.eval()
     replies = []

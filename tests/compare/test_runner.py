@@ -125,7 +125,7 @@ def test_what_a_comparison_holds(comparison: Path) -> None:
         assert arm["summary"]["kl_per_reply"]["mean"] > 0
 
 
-def test_a_rate_that_fails_is_passed_over_and_one_that_works_taken(
+def test_a_rate_that_fails_is_skipped_and_one_that_works_taken(
     tmp_path: Path, model_folder: Path, data: Path, ran: list[str]
 ) -> None:
     argv = words(tmp_path / "out", model_folder, data, "--methods", "orpo", "--seeds", "1")
