@@ -27,10 +27,10 @@ def build_parser() -> OneLineParser:
         "methods, seeds and learning rates can be added to what is there.",
         allow_abbrev=False,
     )
-    count = _checked(int, lambda value: value > 0, "a whole number above 0")
-    some = _checked(int, lambda value: value == -1 or value > 0, "-1 (all) or a whole number above 0")
-    amount = _checked(float, lambda value: 0 < value < math.inf, "a number above 0")
-    share = _checked(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+    count = checked_number(int, lambda value: value > 0, "a whole number above 0")
+    some = checked_number(int, lambda value: value == -1 or value > 0, "-1 (all) or a whole number above 0")
+    amount = checked_number(float, lambda value: 0 < value < math.inf, "a number above 0")
+    share = checked_number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for results.json, reports and pictures")
     parser.add_argument(
         "--methods",
@@ -111,7 +111,11 @@ def parse_plan(argv: Sequence[str] | None) -> Plan:
     )
 
 
-def _checked(kind: type[int] | type[float], holds: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+def checked_number(
+    kind: type[int] | type[float], holds: Callable[[float], bool], expected: str
+) -> Callable[[str], float]:
+    """A type for argparse: a number of a kind for which `holds` holds."""
+
     def convert(found: str) -> float:
         try:
             value = kind(found)
@@ -151,14 +155,15 @@ def parse_numbers(listed: str, flag: str) -> tuple[float, ...]:
     return tuple(numbers)
 
 
-def _run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
+    """Do what a command line asks; raises UserError."""
     plan = parse_plan(argv)
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from orpo_mlx.compare.report import write_comparison
     from orpo_mlx.compare.runner import run_comparison
     from orpo_mlx.reporting.console import Reporter
 
-    reporter = Reporter(words=with_flags)
+    reporter = Reporter(render=with_flags)
     try:
         with naming_flags(_OWN):
             results = run_comparison(plan, argv, reporter)
@@ -170,7 +175,7 @@ def _run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status."""
-    return exit_status(PROG, lambda: _run(sys.argv[1:] if argv is None else argv))
+    return exit_status(PROG, lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from orpo_mlx.reporting.live.feed import ENDED, PREPARING, Feed, Lines
 from orpo_mlx.reporting.live.page import live_page
 
 ADDRESS = "127.0.0.1"
-LARGEST_PORT = 65535
 _HOST = re.compile(r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?", re.IGNORECASE)
 _PAGE = re.compile(r"[0-9a-f]{1,32}")
 # Requests answered at one time; more are refused, so that no page can take the run's memory.
@@ -257,5 +256,5 @@ def watched(folder: Path, port: int | None, reporter: Reporter) -> Iterator[Feed
             yield feed
         except (UserError, KeyboardInterrupt) as error:
             # So that the page shows why the run ended; the terminal has it from who catches this.
-            reporter.said.append(reporter.words(str(error)))
+            reporter.said.append(reporter.render(str(error)))
             raise
