@@ -148,11 +148,9 @@ def flush_folder_to_disk(folder: Path) -> None:
 
 
 def cache_folder() -> Path | None:
-    """`$ORPO_MLX_CACHE` (None if "off": nothing is kept), or `orpo_mlx` in the user's cache folder.
-
-    Not the adapter's folder: the next run usually has another one, and tokens and the reference are the same for all
-    learning rates, β and methods tried on one model and data set.
-    """
+    """`$ORPO_MLX_CACHE` (None if "off": nothing is kept), or `orpo_mlx` in the user's cache folder."""
+    # Not the adapter's folder: the next run usually has another one, and tokens and the reference are the same for all
+    # learning rates, β and methods tried on one model and data set.
     # ~/.cache on macOS too, where the Hub's cache is: people who look for space look there.
     given = os.environ.get("ORPO_MLX_CACHE")
     if given:
@@ -204,7 +202,7 @@ def _check_free(destination: Path, overwrite: bool) -> None:
     if not os.path.lexists(destination):
         return
     if not overwrite:
-        raise ConfigError(f"{destination}: exists already; give --overwrite to replace it, or another folder.")
+        raise ConfigError(f"{destination}: exists already; give `overwrite` to replace it, or another folder.")
     if not destination.is_dir() or destination.is_symlink():
         raise ConfigError(f"{destination}: is not a folder, so it is not replaced; remove it, or give another folder.")
 

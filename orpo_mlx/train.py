@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import mlx.core as mx
 from rich.console import Console
@@ -86,33 +85,26 @@ def train(
         require_installed(parse_services(config.report_to))
     if config.test:
         return evaluate_only(config, reporter, ranks)
+    folder = Path(config.adapter_path).expanduser()
     with ExitStack() as stack:
-        own = stack.enter_context(own_output(config, reporter, ranks))
-        port = config.watch if ranks.first else None
-        feed = stack.enter_context(watched(Path(own.config.adapter_path).expanduser(), port, own.reporter))
-        run = stack.enter_context(prepared(own.config, ranks))
-        resumed = find_start(run, own.reporter)
-        result = take_steps(run, resumed, own.reporter, named, feed)
-        finish(run, result, own.reporter)
+        config, reporter = stack.enter_context(own_output(config, reporter, ranks))
+        feed = stack.enter_context(watched(folder, config.watch if ranks.first else None, reporter))
+        run = stack.enter_context(prepared(config, ranks))
+        resumed = find_start(run, reporter)
+        result = take_steps(run, resumed, reporter, named, feed)
+        finish(run, result, reporter)
     # All ranks name the folder that was asked for, which rank 0 has written.
-    return dataclasses.replace(result, adapter_path=Path(config.adapter_path).expanduser())
-
-
-class Own(NamedTuple):
-    """The settings and the terminal of one rank."""
-
-    config: TrainingConfig
-    reporter: Reporter
+    return dataclasses.replace(result, adapter_path=folder)
 
 
 @contextmanager
-def own_output(config: TrainingConfig, reporter: Reporter, ranks: Ranks) -> Iterator[Own]:
+def own_output(config: TrainingConfig, reporter: Reporter, ranks: Ranks) -> Iterator[tuple[TrainingConfig, Reporter]]:
     """Rank 0 writes and speaks for all; the others work in silence, into a folder that is gone at the end."""
     if ranks.first:
-        yield Own(config, reporter)
+        yield config, reporter
         return
     with tempfile.TemporaryDirectory(prefix="orpo_mlx-") as scratch:
-        yield Own(dataclasses.replace(config, adapter_path=scratch), Reporter(Console(quiet=True)))
+        yield dataclasses.replace(config, adapter_path=scratch), Reporter(Console(quiet=True))
 
 
 @contextmanager

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from orpo_mlx.cli.arguments import add_model_options, check_count
 from orpo_mlx.config.flags import OneLineParser, exit_status, naming_flags
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.models.names import DTYPES
 
 PROG = "orpo-mlx chat"
 
@@ -24,10 +24,7 @@ def build_parser() -> OneLineParser:
     parser.add_argument("--prompt", help="answer this and leave")
     parser.add_argument("--max-tokens", type=int, default=256, help="of one answer (default: %(default)s)")
     parser.add_argument("--temp", type=float, default=0.0, help="temperature; 0 is greedy (default: %(default)s)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the checkpoint's, float32 on a CPU")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with the checkpoint"
-    )
+    add_model_options(parser)
     return parser
 
 
@@ -39,10 +36,10 @@ def _typed() -> Iterator[str]:
             yield input("> ")
 
 
-def _run(argv: Sequence[str] | None) -> None:
+def run(argv: Sequence[str] | None) -> None:
+    """Do what a command line asks; raises UserError."""
     args = build_parser().parse_args(argv)
-    if args.max_tokens < 1:
-        raise ConfigError(f"--max-tokens: found {args.max_tokens}, expected a whole number above 0.")
+    check_count("--max-tokens", args.max_tokens)
     if not (math.isfinite(args.temp) and args.temp >= 0):
         raise ConfigError(f"--temp: found {args.temp}, expected a number of 0 or more.")
     if args.prompt is not None and not args.prompt.strip():
@@ -76,7 +73,7 @@ def _run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status."""
-    return exit_status(PROG, lambda: _run(argv))
+    return exit_status(PROG, lambda: run(argv))
 
 
 if __name__ == "__main__":

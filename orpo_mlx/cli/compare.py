@@ -2,22 +2,171 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from orpo_mlx.compare.plan import PROG, parse_plan
-from orpo_mlx.compare.report import write_comparison
-from orpo_mlx.compare.runner import run_comparison
-from orpo_mlx.config.flags import exit_status
-from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.compare.plan import BUDGETS, PROG, Budget, Plan, check_shared, make_arm
+from orpo_mlx.config.command_line import resolve
+from orpo_mlx.config.flags import OneLineParser, exit_status, naming_flags, with_flags
+from orpo_mlx.errors import ConfigError
+
+_OWN = ("methods", "learning_rates", "output")
+"""Flags of this command that messages of the room mention."""
+
+
+def build_parser() -> OneLineParser:
+    """The command line of `compare`."""
+    parser = OneLineParser(
+        prog=PROG,
+        description="Train methods side by side under one budget and report what each costs and reaches.",
+        epilog="Flags of orpo-mlx train about model, data, batches, adapters and memory are taken as well "
+        "and hold for every method. A command that was interrupted goes on where it was when it is given again; "
+        "methods, seeds and learning rates can be added to what is there.",
+        allow_abbrev=False,
+    )
+    count = checked_number(int, lambda value: value > 0, "a whole number above 0")
+    some = checked_number(int, lambda value: value == -1 or value > 0, "-1 (all) or a whole number above 0")
+    amount = checked_number(float, lambda value: 0 < value < math.inf, "a number above 0")
+    share = checked_number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for results.json, reports and pictures")
+    parser.add_argument(
+        "--methods",
+        default="orpo,dpo",
+        help="methods with commas between, each with flags of its own if need be: 'orpo,dpo,dpo --reference copy' "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--steps", type=count, metavar="N", help="budget: optimiser steps")
+    parser.add_argument("--pair-tokens", type=count, metavar="N", help="budget: tokens of pairs trained on")
+    parser.add_argument("--seconds", type=amount, metavar="X", help="budget: seconds of training, reference included")
+    parser.add_argument("--seeds", type=count, default=3, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
+    parser.add_argument(
+        "--learning-rates",
+        default="1e-4,3e-4",
+        metavar="X,...",
+        help="rates each method is tried with on the valid split, under seed 0 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--beta-factors",
+        default="",
+        metavar="X,...",
+        help="sensitivity: also train with β times these, at each learning rate; default: the rates alone",
+    )
+    parser.add_argument(
+        "--sanity", default="", metavar="METHODS", help="train these also with labels swapped, and with labels shuffled"
+    )
+    parser.add_argument(
+        "--valid-pairs", type=some, default=24, metavar="N", help="valid pairs for sweeps and curves (default: 24)"
+    )
+    parser.add_argument("--test-pairs", type=some, default=-1, metavar="N", help="held-out pairs (default: -1, all)")
+    parser.add_argument(
+        "--curve-points", type=count, default=3, metavar="N", help="validations during the budget (default: 3)"
+    )
+    parser.add_argument(
+        "--accuracy", type=share, default=0.9, metavar="X", help="report when this accuracy is reached (default: 0.9)"
+    )
+    return parser
+
+
+@naming_flags(_OWN)
+def parse_plan(argv: Sequence[str] | None) -> Plan:
+    """A plan from the command line.
+
+    Raises:
+        ConfigError: flags that cannot be used together, or with a comparison.
+    """
+    own, rest = build_parser().parse_known_args(argv)
+    arguments = tuple(rest)
+    config = resolve(arguments, PROG)
+    check_shared(config)
+    budget = parse_budget(own)
+    arms = tuple(make_arm(name, arguments) for name in parse_names(own.methods, "--methods"))
+    if len({arm.name for arm in arms}) < len(arms):
+        raise ConfigError(f"--methods {own.methods}: a method stands in the list twice.")
+    if arms[0].copies_reference:
+        raise ConfigError("--methods: the first method is what the others are compared with; give one without a copy.")
+    sanity = tuple(make_arm(name, arguments) for name in parse_names(own.sanity, "--sanity")) if own.sanity else ()
+    for arm in sanity:
+        if arm not in arms:
+            raise ConfigError(f"--sanity {arm.name}: is not among --methods.")
+    output = Path(own.output)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output}: is a file; give a folder.")
+    return Plan(
+        arguments=arguments,
+        config=config,
+        arms=arms,
+        seeds=own.seeds,
+        budget=budget,
+        rates=parse_numbers(own.learning_rates, "--learning-rates"),
+        beta_factors=parse_numbers(own.beta_factors, "--beta-factors") if own.beta_factors else (),
+        sanity=sanity,
+        valid_pairs=own.valid_pairs,
+        test_pairs=own.test_pairs,
+        curve_points=own.curve_points,
+        accuracy=own.accuracy,
+        output=output,
+    )
+
+
+def checked_number(
+    kind: type[int] | type[float], holds: Callable[[float], bool], expected: str
+) -> Callable[[str], float]:
+    """A type for argparse: a number of a kind for which `holds` holds."""
+
+    def convert(found: str) -> float:
+        try:
+            value = kind(found)
+        except ValueError:
+            value = kind(0)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"found {found!r}, expected {expected}")
+        return value
+
+    return convert
+
+
+def parse_budget(flags: argparse.Namespace) -> Budget:
+    """The one budget among the flags; ConfigError where there is none, or several."""
+    given = [(kind, getattr(flags, kind)) for kind in BUDGETS if getattr(flags, kind) is not None]
+    if len(given) != 1:
+        raise ConfigError("--steps, --pair-tokens, --seconds: give exactly one, the budget of every method.")
+    return Budget(*given[0])
+
+
+def parse_names(listed: str, flag: str) -> list[str]:
+    """Methods with commas between; ConfigError where one is empty."""
+    names = [" ".join(name.split()) for name in listed.split(",")]
+    if not all(names):
+        raise ConfigError(f"{flag} {listed}: found an empty name, expected methods with commas between.")
+    return names
+
+
+def parse_numbers(listed: str, flag: str) -> tuple[float, ...]:
+    """Different numbers above 0 with commas between; ConfigError where they are not."""
+    try:
+        numbers = [float(word) for word in listed.split(",")]
+    except ValueError:
+        numbers = [0.0]
+    if not all(0 < number < math.inf for number in numbers) or len(set(numbers)) < len(numbers):
+        raise ConfigError(f"{flag} {listed}: expected different numbers above 0 with commas between.")
+    return tuple(numbers)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Compare and write the reports."""
+    """Do what a command line asks; raises UserError."""
     plan = parse_plan(argv)
-    reporter = Reporter()
+    # Only now: a mistyped flag need not wait for mlx-lm and transformers.
+    from orpo_mlx.compare.report import write_comparison
+    from orpo_mlx.compare.runner import run_comparison
+    from orpo_mlx.reporting.console import Reporter
+
+    reporter = Reporter(render=with_flags)
     try:
-        results = run_comparison(plan, argv, reporter)
+        with naming_flags(_OWN):
+            results = run_comparison(plan, argv, reporter)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what is finished is in {plan.output}/, the same command goes on") from None
     for path in write_comparison(results, plan.output):

@@ -49,8 +49,8 @@ def fit_request(argv: Sequence[str] | None) -> FitRequest:
     """
     own, arguments = build_parser().parse_known_args(argv)
     config = resolve([*arguments, *(("--memory", own.mode) if own.mode else ())], PROG)
-    memory = None if own.memory is None else _above_0("--memory", own.memory, float)
-    prompt = None if own.prompt_tokens is None else int(_above_0("--prompt-tokens", own.prompt_tokens, int))
+    memory = None if own.memory is None else parse_positive("--memory", own.memory, float)
+    prompt = None if own.prompt_tokens is None else int(parse_positive("--prompt-tokens", own.prompt_tokens, int))
     if config.max_seq_length < 2 or (prompt is not None and prompt >= config.max_seq_length):
         raise ConfigError(
             f"--max-seq-length {config.max_seq_length}: leaves no token for the completion; give a larger one."
@@ -58,18 +58,20 @@ def fit_request(argv: Sequence[str] | None) -> FitRequest:
     return FitRequest(config, memory, prompt)
 
 
-def _above_0(flag: str, text: str, kind: type[float] | type[int]) -> float:
+def parse_positive(flag: str, text: str, kind: type[float] | type[int]) -> float:
+    """A number above 0; raises ConfigError where it is none."""
     try:
         value = kind(text)
         if not 0 < value < float("inf"):
             raise ValueError
     except ValueError:
-        words = "a whole number" if kind is int else "a number"
-        raise ConfigError(f"{flag}: found {text!r}, expected {words} greater than 0.") from None
+        expected = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{flag}: found {text!r}, expected {expected} greater than 0.") from None
     return value
 
 
-def _run(argv: Sequence[str] | None) -> None:
+def run(argv: Sequence[str] | None) -> None:
+    """Do what a command line asks; raises UserError."""
     config, memory, prompt = fit_request(argv)
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from orpo_mlx.memory.fit import describe, predicted, remedies, verdict
@@ -97,7 +99,7 @@ def _run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status."""
-    return exit_status(PROG, lambda: _run(argv))
+    return exit_status(PROG, lambda: run(argv))
 
 
 if __name__ == "__main__":

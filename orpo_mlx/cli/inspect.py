@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from orpo_mlx.cli.arguments import check_output_file
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.config.command_line import add_settings, parse_settings
 from orpo_mlx.config.flags import OneLineParser, exit_status, with_flags
 from orpo_mlx.config.settings import data_reading, settings_with
 from orpo_mlx.config.traits import Trait
-from orpo_mlx.errors import ConfigError
 from orpo_mlx.files import json_text, write_text
 from orpo_mlx.text import printable, printable_lines
 
@@ -32,11 +32,12 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def _run(argv: Sequence[str] | None) -> None:
+def run(argv: Sequence[str] | None) -> None:
+    """Do what a command line asks; raises UserError."""
     given, args = parse_settings(build_parser(), argv)
     for flag, name in (("--json", args.json), ("--png", args.png)):
-        if name not in (None, "-") and (not Path(name).parent.is_dir() or Path(name).is_dir()):
-            raise ConfigError(f"{flag} {name}: cannot be written there; give a file in a folder that exists.")
+        if name not in (None, "-"):
+            check_output_file(flag, Path(name))
     config = make_config(given)
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from orpo_mlx.data.sources import find_splits
@@ -70,7 +71,7 @@ def _run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status."""
-    return exit_status(PROG, lambda: _run(argv))
+    return exit_status(PROG, lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -68,20 +68,20 @@ def find_command(name: str) -> Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status, that of the command given."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
-    if words[0] == "--version":
+    if arguments[0] == "--version":
         print(f"{PROG} {__version__}")
         return 0
-    if words[0] not in COMMANDS:
+    if arguments[0] not in COMMANDS:
         # Imported here, like every command: `--help` needs neither settings nor losses.
         from orpo_mlx.config.flags import exit_status
 
-        return exit_status(PROG, lambda: find_command(words[0]))
-    program = importlib.import_module(find_command(words[0]).module)
-    return int(program.main(words[1:]))
+        return exit_status(PROG, lambda: find_command(arguments[0]))
+    program = importlib.import_module(find_command(arguments[0]).module)
+    return int(program.main(arguments[1:]))
 
 
 if __name__ == "__main__":

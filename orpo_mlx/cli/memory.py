@@ -8,18 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from orpo_mlx.cli.arguments import check_output_file
 from orpo_mlx.config.command_line import resolve
 from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.files import save_json
-from orpo_mlx.memory.benchmark import (
-    PROG,
-    benchmark_flags,
-    costs_table,
-    measure_methods,
-    mode_flags,
-    publishable_memory,
-)
+
+PROG = "orpo-mlx memory"
 
 
 def build_parser() -> OneLineParser:
@@ -61,6 +56,9 @@ def benchmark_request(argv: Sequence[str] | None) -> BenchmarkRequest:
         ConfigError: flags that cannot be used.
     """
     own, arguments = build_parser().parse_known_args(argv)
+    # Only now: a mistyped flag need not wait for mlx-lm and transformers.
+    from orpo_mlx.memory.benchmark import benchmark_flags, mode_flags
+
     methods = [name.strip() for name in own.methods.split(",")]
     if any(word.split("=")[0] == "--method" for word in arguments):
         raise ConfigError("--method: this command measures several; give --methods orpo,dpo.")
@@ -71,13 +69,16 @@ def benchmark_request(argv: Sequence[str] | None) -> BenchmarkRequest:
         if resolve(benchmark_flags(method, [*arguments, *mode]), PROG).test:
             raise ConfigError("--test: this command measures training; leave it out.")
     for flag, file in (("--json", own.json), ("--publish", own.publish)):
-        if file is not None and (file.is_dir() or not file.parent.is_dir()):
-            raise ConfigError(f"{flag} {file}: cannot be written there; give a file in a folder that exists.")
+        if file is not None:
+            check_output_file(flag, file)
     return BenchmarkRequest(methods, arguments, modes, own.json, own.publish)
 
 
-def _run(argv: Sequence[str] | None) -> None:
+def run(argv: Sequence[str] | None) -> None:
+    """Do what a command line asks; raises UserError."""
     methods, arguments, modes, json_file, publish_file = benchmark_request(argv)
+    from orpo_mlx.memory.benchmark import costs_table, measure_methods, publishable_memory
+
     record = measure_methods(methods, arguments, json_file, modes)
     if publish_file is not None:
         save_json(publish_file, publishable_memory(record))
@@ -89,7 +90,7 @@ def _run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status."""
-    return exit_status(PROG, lambda: _run(argv))
+    return exit_status(PROG, lambda: run(argv))
 
 
 if __name__ == "__main__":

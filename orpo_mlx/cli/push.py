@@ -22,7 +22,8 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def _run(argv: Sequence[str] | None) -> None:
+def run(argv: Sequence[str] | None) -> None:
+    """Do what a command line asks; raises UserError."""
     args = build_parser().parse_args(argv)
     folder = Path(args.adapter_path).expanduser()
     # Only now: a mistyped flag need not wait for the Hub's client.
@@ -40,7 +41,7 @@ def _run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status."""
-    return exit_status(PROG, lambda: _run(argv))
+    return exit_status(PROG, lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def _run(argv: Sequence[str] | None) -> None:
+def run(argv: Sequence[str] | None) -> None:
+    """Do what a command line asks; raises UserError."""
     args = build_parser().parse_args(argv)
     folders = [Path(name) for name in args.folders]
     if args.output is None and len(folders) > 1:
@@ -44,7 +45,7 @@ def _run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status."""
-    return exit_status(PROG, lambda: _run(argv))
+    return exit_status(PROG, lambda: run(argv))
 
 
 if __name__ == "__main__":

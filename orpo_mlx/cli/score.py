@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orpo_mlx.cli.arguments import add_model_options, check_count, check_output_file
 from orpo_mlx.compare.intervals import wilson
 from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.data.pairs import Reading, load_pairs, parse_columns
-from orpo_mlx.errors import ConfigError, DataError
+from orpo_mlx.errors import DataError
 from orpo_mlx.files import write_text
-from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES
+from orpo_mlx.models.names import DEFAULT_MODEL
 from orpo_mlx.text import printable
 from orpo_mlx.types import TokenizedPair
 
@@ -47,23 +48,19 @@ def build_parser() -> OneLineParser:
     parser.add_argument("--output", required=True, metavar="FILE", help="JSONL file to write")
     parser.add_argument("--per-token", action="store_true", help="add the log-prob of every completion token")
     parser.add_argument("--batch-size", type=int, default=8, help="pairs per forward (default: %(default)s)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the checkpoint's, float32 on a CPU")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with the checkpoint"
-    )
+    add_model_options(parser)
     return parser
 
 
-def _run(argv: Sequence[str] | None) -> None:
+def run(argv: Sequence[str] | None) -> None:
+    """Do what a command line asks; raises UserError."""
     args = build_parser().parse_args(argv)
-    if args.batch_size < 1:
-        raise ConfigError(f"--batch-size: found {args.batch_size}, expected a whole number above 0.")
+    check_count("--batch-size", args.batch_size)
     data = Path(args.data)
     output = Path(args.output)
     if data.is_dir():
         raise DataError(f"--data {data}: is a folder; score takes one file, such as {data / 'test.jsonl'}.")
-    if not output.parent.is_dir() or output.is_dir():
-        raise ConfigError(f"--output {output}: cannot be written there; give a file in a folder that exists.")
+    check_output_file("--output", output)
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from orpo_mlx.data.tokenization import PairTokenizer
     from orpo_mlx.engine.pair_scorer import PairScorer
@@ -77,26 +74,25 @@ def _run(argv: Sequence[str] | None) -> None:
     loaded = load(info, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     if loaded.note:
         print(printable(loaded.note))
+    # mlx looks up an id beyond the embedding without complaint, and rows beyond the window without applying it.
     for pair in pairs:
         check_vocabulary(loaded, max(itertools.chain(*pair[:3])), pair.location)
-    _check_lengths(loaded, pairs)
+    check_lengths(loaded, pairs)
     if args.adapter_path is not None:
         add_trained_adapters(loaded.model, Path(args.adapter_path))
     rows = score_pairs(PairScorer(loaded.model), pairs, batch_size=args.batch_size, per_token=args.per_token)
-    text = "".join(_lines(rows))
-    write_text(output, text)
+    write_text(output, "".join(json.dumps(row) + "\n" for row in rows))
     print(summary(rows))
 
 
-def _lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    return (json.dumps(row) + "\n" for row in rows)
-
-
-def _check_lengths(loaded: LoadedModel, pairs: Sequence[TokenizedPair]) -> None:
+def check_lengths(loaded: LoadedModel, pairs: Sequence[TokenizedPair]) -> None:
+    """Refuse rows that are longer than what mlx-lm runs exactly; raises DataError."""
     limit = loaded.exact_tokens
-    for pair in pairs if limit is not None else ():
+    if limit is None:
+        return
+    for pair in pairs:
         longest = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
-        if limit is not None and longest > limit:
+        if longest > limit:
             raise DataError(
                 f"{pair.location}: {longest} tokens, but this model attends within a window of {limit} which mlx-lm "
                 "does not apply, so the log-probs would be wrong; leave out or shorten the row."
@@ -105,7 +101,7 @@ def _check_lengths(loaded: LoadedModel, pairs: Sequence[TokenizedPair]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status."""
-    return exit_status(PROG, lambda: _run(argv))
+    return exit_status(PROG, lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ PROG = "orpo-mlx train"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status."""
-    return exit_status(PROG, lambda: _run(argv))
+    return exit_status(PROG, lambda: run(argv))
 
 
-def _run(argv: Sequence[str] | None) -> None:
+def run(argv: Sequence[str] | None) -> None:
+    """Do what a command line asks; raises UserError."""
     given = given_settings(argv, PROG)
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from orpo_mlx.reporting.console import Reporter
@@ -31,7 +32,7 @@ def _run(argv: Sequence[str] | None) -> None:
 
     ranks = find_ranks(TrainingConfig.rank_timeout)
     config = settle(given, earlier_settings(given, ranks))
-    train(config, Reporter(words=with_flags), ranks)
+    train(config, Reporter(render=with_flags), ranks)
 
 
 def earlier_settings(given: GivenSettings, ranks: Ranks) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from orpo_mlx.config.flags import OneLineParser, exit_status
+from orpo_mlx.config.traits import PORT
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.folder_lock import LOCK
-from orpo_mlx.reporting.live.feed import Feed
-from orpo_mlx.reporting.live.server import LARGEST_PORT, serving
 from orpo_mlx.reporting.metrics_log import METRICS_FILE
 from orpo_mlx.text import printable
 
@@ -33,20 +32,27 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def _port(words: str) -> int:
-    if not re.fullmatch("[0-9]{1,5}", words) or int(words) > LARGEST_PORT:
-        raise ConfigError(f"--port {words}: expected a whole number from 0 to {LARGEST_PORT}")
-    return int(words)
+def parse_port(text: str) -> int:
+    """A port; raises ConfigError where it is none."""
+    if not re.fullmatch("[0-9]{1,5}", text) or not PORT.holds(int(text)):
+        raise ConfigError(f"--port {text}: expected a whole number {PORT.text}")
+    return int(text)
 
 
-def _run(argv: Sequence[str] | None) -> None:
+def run(argv: Sequence[str] | None) -> None:
+    """Do what a command line asks; raises UserError."""
     args = build_parser().parse_args(argv)
-    folder, port = Path(args.folder).expanduser(), _port(args.port)
+    folder = Path(args.folder).expanduser()
+    port = parse_port(args.port)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; {_REMEDY}")
     # A run that has only begun may have written nothing, or its lock.
     if not any((folder / name).exists() for name in (METRICS_FILE, LOCK)) and any(folder.iterdir()):
         raise ConfigError(f"{folder}: holds no run (no {METRICS_FILE}, no {LOCK}); {_REMEDY}")
+    # Only now: a mistyped flag need not wait for libraries.
+    from orpo_mlx.reporting.live.feed import Feed
+    from orpo_mlx.reporting.live.server import serving
+
     with serving(Feed(folder), port, "--port") as server, suppress(KeyboardInterrupt):
         if not (folder / METRICS_FILE).exists():
             print(printable(f"{folder} holds no {METRICS_FILE} yet: the page waits for it."))
@@ -56,7 +62,7 @@ def _run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status. Ctrl-C is how it ends."""
-    return exit_status(PROG, lambda: _run(argv))
+    return exit_status(PROG, lambda: run(argv))
 
 
 if __name__ == "__main__":

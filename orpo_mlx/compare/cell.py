@@ -30,7 +30,7 @@ from orpo_mlx.reporting.metrics_log import METRICS_FILE, MetricsFile
 from orpo_mlx.training.data_order import pairs_per_step
 from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.run import ADAPTER_CONFIG_FILE, Run, adapter_config, versions
-from orpo_mlx.training.samples import MAX_TOKENS, pick_prompts, sample_replies
+from orpo_mlx.training.samples import pick_prompts, sample_replies
 from orpo_mlx.training.step import optimiser_step
 from orpo_mlx.types import Pair
 
@@ -50,15 +50,13 @@ def run_cell(spec: dict[str, Any], report_share: ReportShare) -> None:
 
 
 def train_cell(spec: dict[str, Any], report_share: ReportShare) -> dict[str, Any]:
-    """Train one method under one seed, learning rate and β until the budget is spent; docs/results.md has the keys.
-
-    Reference log-probs of a step's pairs are computed right before the step, and timed apart.
-    """
+    """Train one method under one seed, learning rate and β until the budget is spent; docs/results.md has the keys."""
     configure_allocator()
     run = prepare(resolve(spec["argv"], PROG))
     splits = three_splits(run)
     valid = spread_out(splits["valid"], spec["valid_pairs"])
     facts = train_facts(run, splits, len(valid))
+    # Not within the first step, whose time is measured.
     run.optimizer.init(run.loaded.model.trainable_parameters())
     metrics = MetricsFile(run.folder / METRICS_FILE)
     clock = Clock()
@@ -141,7 +139,8 @@ class Clock:
         mx.reset_peak_memory()
         started = time.perf_counter()
         if run.reference is not None:
-            # In the micro-batches of the step, so that the reference's sums are the very same floating-point sums.
+            # Right before the step, to be timed apart; in its micro-batches, so that the reference's sums are the very
+            # same floating-point sums.
             run.reference.remember(micro_batches(step_batch, run.config.batch_size, run.config.micro_batch_tokens))
         begun = time.perf_counter()
         means = optimiser_step(run, step_batch, step).means()
@@ -193,7 +192,7 @@ def test_cell(spec: dict[str, Any], report_share: ReportShare) -> dict[str, Any]
     else:
         prompts = [pair.prompt_ids for pair in spread_out(test, KL_REPLIES)]
         divergence = sampled_kl(
-            run.loaded.model, prompts, stop_tokens(run), seed=run.config.seed, max_tokens=MAX_TOKENS
+            run.loaded.model, prompts, stop_tokens(run), seed=run.config.seed, max_tokens=run.config.sample_tokens
         )
         found["kl"] = divergence._asdict()
     report_share(0.8)
@@ -204,7 +203,7 @@ def greedy_replies(run: Run, test: Pairs) -> dict[str, Any]:
     """Replies to some of the test prompts, their mean length and how varied they are."""
     tokenizer = run.loaded.tokenizer
     prompts = pick_prompts(pairs_as_text(run, test), REPLIES) if tokenizer is not None else []
-    replies = sample_replies(run.loaded.model, tokenizer, prompts)
+    replies = sample_replies(run.loaded.model, tokenizer, prompts, run.config.sample_tokens)
     return {
         "replies": [reply._asdict() for reply in replies],
         "reply_tokens": statistics.fmean(reply.tokens for reply in replies) if replies else None,

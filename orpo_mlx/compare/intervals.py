@@ -58,14 +58,9 @@ def spread(values: Sequence[float]) -> Spread:
 def clustered_interval(wins: Sequence[Sequence[int]]) -> Interval:
     """95 % interval of an accuracy measured by several seeds on the same held-out pairs.
 
-    Every seed is judged by the same pairs, so seeds x pairs are not that many independent trials: a pair that is hard
-    for one seed is hard for the others. Pooling them in one Wilson interval would be too narrow by up to the square
-    root of the number of seeds; an interval over the seeds' accuracies alone would forget that other pairs could have
-    been held out, and three seeds make a poor standard deviation. So the variance of the mean is taken as the sum of
-    two parts: that of the pairs' win rates (each pair one cluster) over the number of pairs, and that of the seeds'
-    accuracies over the number of seeds. The chance of a single pair under a single seed is in both, which errs on the
-    wide side. Wilson's interval (1927) is then taken with the number of trials that would have that variance: it
-    stays sensible at 0 and 1, and for one seed it is Wilson's interval of its wins, exactly.
+    Wilson's interval (1927) with the number of trials that would have the variance of the mean, which is the sum of two
+    parts: that of the pairs' win rates over the number of pairs, and that of the seeds' accuracies over the number of
+    seeds. For one seed it is Wilson's interval of its wins, exactly.
 
     Args:
         wins: for each seed, 1 or 0 for each held-out pair, in the same order.
@@ -75,6 +70,11 @@ def clustered_interval(wins: Sequence[Sequence[int]]) -> Interval:
     """
     if not wins or not wins[0] or any(len(row) != len(wins[0]) for row in wins):
         raise ValueError("an interval needs the wins of the same pairs for every seed.")
+    # Every seed is judged by the same pairs, so seeds x pairs are not that many independent trials: a pair that is hard
+    # for one seed is hard for the others. Pooling them in one Wilson interval would be too narrow by up to the square
+    # root of the number of seeds; an interval over the seeds' accuracies alone would forget that other pairs could have
+    # been held out, and three seeds make a poor standard deviation. The chance of a single pair under a single seed is
+    # in both parts, which errs on the wide side.
     seeds = len(wins)
     pairs = len(wins[0])
     rates = [sum(column) / seeds for column in zip(*wins, strict=True)]

@@ -65,16 +65,14 @@ def spread_out(pairs: Pairs, most: int) -> Pairs:
 
 
 def relabel(step_batch: Pairs, labels: str, step: int, seed: int) -> list[TokenizedPair]:
-    """A step batch with its labels as they were given, all swapped, or half of them swapped at random.
-
-    Half of every batch, not a coin for every pair: at a small budget the coins alone would favour a side.
-    """
+    """A step batch with its labels as they were given, all swapped, or half of them swapped at random."""
     if labels == "given":
         return list(step_batch)
     if labels == "swapped":
         return [swapped(pair) for pair in step_batch]
+    # Half of every batch, not a coin for every pair: at a small budget the coins alone would favour a side. Of an odd
+    # number, one more half of the time.
     generator = np.random.default_rng((seed, step))
-    # Of an odd number, one more half of the time.
     half = (len(step_batch) + int(generator.integers(2))) // 2
     chosen = set(generator.permutation(len(step_batch))[:half].tolist())
     return [swapped(pair) if number in chosen else pair for number, pair in enumerate(step_batch)]

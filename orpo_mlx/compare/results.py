@@ -61,16 +61,15 @@ class Cells:
     def choose(self, arm: Arm, rates: Sequence[float]) -> None:
         """Choose an arm's learning rate: best accuracy on the valid split, then lowest NLL of the chosen side.
 
-        Small sweeps end in ties; of settings that rank the pairs alike, the one that still models the good answers
-        best is taken.
-
         Raises:
             TrainingError: training failed at every rate.
         """
+        # Small sweeps end in ties. Of settings that rank the pairs alike, the one that still models the good answers
+        # best is taken.
         finals = {rate: final(self.trained[TrainingKey(arm.name, 0, rate)]) for rate in rates}
         working = {rate: found for rate, found in finals.items() if found is not None}
         if not working:
-            raise TrainingError(f"{arm.name}: training failed at every learning rate; give lower --learning-rates")
+            raise TrainingError(f"{arm.name}: training failed at every learning rate; give lower `learning_rates`")
         self.rates[arm.name] = min(working, key=lambda rate: (-working[rate]["accuracy"], working[rate]["nll"]))
 
     def check(self) -> None:
@@ -86,7 +85,7 @@ class Cells:
             if other is not None:
                 raise TrainingError(
                     f"{which.arm}, seed {which.seed}: its {other} is not that of the other methods, so nothing can be "
-                    "compared; was the data changed in between? Give another --output"
+                    "compared; was the data changed in between? Give another `output`"
                 )
 
 
@@ -97,6 +96,7 @@ def final(cell: Mapping[str, Any]) -> Mapping[str, float] | None:
 
 def collect(plan: Plan, cells: Cells) -> dict[str, Any]:
     """What `results.json` holds besides date, command, machine and versions."""
+    # Any will do: `Cells.check` has seen that they are the same.
     example = next(iter(cells.trained.values()))
     return {
         "budget": {"kind": plan.budget.kind, "amount": plan.budget.amount, "words": str(plan.budget)},
@@ -141,11 +141,7 @@ def _method(plan: Plan, cells: Cells, arm: Arm) -> dict[str, Any]:
 def _grid(plan: Plan, cells: Cells, arm: Arm) -> list[dict[str, Any]]:
     """What each learning rate and β came to, under the seed that all of them were tried with."""
     return [
-        {
-            "learning_rate": key.rate,
-            "beta": None if arm.beta is None else arm.beta * key.beta_factor,
-            **_outcome(cell),
-        }
+        {"learning_rate": key.rate, "beta": None if arm.beta is None else arm.beta * key.beta_factor, **_outcome(cell)}
         for key, cell in sorted(cells.trained.items())
         if key.arm == arm.name and key.seed == 0 and key.labels == "given" and key.rate in plan.rates
     ]

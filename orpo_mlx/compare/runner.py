@@ -127,12 +127,11 @@ def known_result(job: Job) -> dict[str, Any] | None:
 def in_a_process(spec: dict[str, Any], title: str, report_share: Callable[[float], None]) -> None:
     """Run one cell in a process of its own, which writes its result.
 
-    A peak of memory is a process's: within one, a cell would inherit the peak of those before it.
-
     Raises:
         ConfigError: it ended with one sentence about settings, data or model.
         TrainingError: it died.
     """
+    # A peak of memory is a process's: within one, a cell would inherit the peak of those before it.
     process = subprocess.Popen(
         [sys.executable, "-m", "orpo_mlx.compare.cell", json.dumps(spec)],
         stdin=subprocess.DEVNULL,
@@ -268,18 +267,18 @@ def claim_folder(plan: Plan) -> None:
     try:
         plan.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--output {plan.output}: cannot be made ({error.strerror}).") from None
+        raise ConfigError(f"`output` {plan.output}: cannot be made ({error.strerror}).") from None
     if not file.is_file():
         save_json(file, identity)
         return
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        raise ConfigError(f"{file}: is not JSON; give another --output.") from None
+        raise ConfigError(f"{file}: is not JSON; give another `output`.") from None
     # Earlier versions also wrote down settings that a comparison has no use for.
     for key in sorted({*identity, *before} - {*settings_with(Trait.COMPARED)}):
         if identity.get(key) != before.get(key):
             raise ConfigError(
                 f"{file}: holds another comparison, whose {key} is {before.get(key)!r} and here {identity.get(key)!r}; "
-                "give another --output."
+                "give another `output`."
             )

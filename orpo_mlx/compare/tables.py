@@ -216,10 +216,7 @@ def replies(results: Results) -> Table:
     # A copied reference is the same maths, so it says the same.
     arms = [arm for arm in results["methods"] if not arm["copies_reference"]]
     rows = [
-        (
-            TableCell(said[0]["prompt"]),
-            *(TableCell(f"[{reply['tokens']} tokens] {reply['text']}") for reply in said),
-        )
+        (TableCell(said[0]["prompt"]), *(TableCell(f"[{reply['tokens']} tokens] {reply['text']}") for reply in said))
         for said in zip(results["base"]["replies"], *(arm["replies"] for arm in arms), strict=True)
     ]
     return Table(("prompt", "before", *(f"after {arm['name']}" for arm in arms)), tuple(rows), prose=True)

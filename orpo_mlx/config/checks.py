@@ -17,9 +17,10 @@ from orpo_mlx.config.settings import (
     recipe,
     settings_with,
 )
-from orpo_mlx.config.traits import NOT_NEGATIVE, POSITIVE, Range, Trait
+from orpo_mlx.config.traits import NOT_NEGATIVE, POSITIVE, Trait
 from orpo_mlx.engine.modes import MODES
 from orpo_mlx.errors import ConfigError, did_you_mean
+from orpo_mlx.losses.registry import Range
 from orpo_mlx.reporting.services import check_reporting
 
 _ALIASES = {alias: setting.name for setting in SETTINGS.values() for alias in setting.aliases}
@@ -35,6 +36,7 @@ def check_settings(table: Mapping[Any, Any], location: str, also: Sequence[str] 
     """
     values = {}
     for key, value in table.items():
+        # Refused rather than skipped: a misspelt setting would train something else than was asked for.
         if key not in SETTINGS:
             hint = did_you_mean(_ALIASES.get(key, key), [*SETTINGS, *also], f"; known keys are {', '.join(SETTINGS)}.")
             raise ConfigError(f"{location}: unknown key {key!r}{hint}")
@@ -52,6 +54,7 @@ def checked_config(config: TrainingConfig) -> TrainingConfig:
     if not isinstance(config, TrainingConfig):
         raise ConfigError(f"config: found {type(config).__name__}, expected a TrainingConfig.")
     for field in dataclasses.fields(config):
+        # check_settings leaves None out, as YAML's null; in Python it would quietly become the default.
         if getattr(config, field.name) is None and field.default is not None:
             raise ConfigError(f"TrainingConfig: {field.name}: found None; leave it out to have the default.")
     return make_config(check_settings(config.settings(), "TrainingConfig"))
@@ -64,19 +67,21 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
         ConfigError: settings that contradict each other, or nested tables with unknown keys.
     """
     config = TrainingConfig(**dict(values))
-    _check_together(config)
+    check_together(config)
     if config.reference == "copy":
-        _check_copied_reference(config)
+        check_copied_reference(config)
+    # For its errors alone: what it returns is made anew where rows are read.
     data_reading(config)
     return dataclasses.replace(
         config,
-        memory=_memory_mode(config),
-        lora_parameters=_lora_parameters(config),
-        optimizer_config=_optimizer_tables(config),
+        memory=memory_mode(config),
+        lora_parameters=complete_lora_parameters(config),
+        optimizer_config=complete_optimizer_config(config),
     )
 
 
-def _check_together(config: TrainingConfig) -> None:
+def check_together(config: TrainingConfig) -> None:
+    """Refuse settings that contradict each other, or would do nothing; raises ConfigError."""
     if config.iters is not None and config.epochs is not None:
         raise ConfigError("`iters` and `epochs` both say how long to train; give one of them.")
     if config.report_every is not None and not config.report:
@@ -87,7 +92,7 @@ def _check_together(config: TrainingConfig) -> None:
     if not recipe(config).needs_reference and config.precompute_reference:
         raise ConfigError(f"`precompute_reference`: method {config.method} compares with no reference; leave it out.")
     if config.max_skipped is not None and config.on_nonfinite != "skip":
-        raise ConfigError("`max_skipped` counts what `on_nonfinite=skip` skips; add that, or leave it out.")
+        raise ConfigError("`max_skipped` bounds what `on_nonfinite=skip` skips; add that, or leave it out.")
     if config.resume_with_changes and not config.resume:
         raise ConfigError("`resume_with_changes` says how `resume` goes on; add that.")
     if config.resume and config.overwrite:
@@ -97,7 +102,8 @@ def _check_together(config: TrainingConfig) -> None:
             raise ConfigError(f"`test` trains nothing and leaves the run as it is; leave out `{name}`.")
 
 
-def _check_copied_reference(config: TrainingConfig) -> None:
+def check_copied_reference(config: TrainingConfig) -> None:
+    """Refuse a second copy of the weights where nothing would be compared with it; raises ConfigError."""
     if not recipe(config).needs_reference:
         raise ConfigError(f"`reference=copy`: method {config.method} compares with no reference; leave it out.")
     if config.precompute_reference:
@@ -109,11 +115,12 @@ def _check_copied_reference(config: TrainingConfig) -> None:
         )
 
 
-def _lora_parameters(config: TrainingConfig) -> dict[str, Any]:
+def complete_lora_parameters(config: TrainingConfig) -> dict[str, Any]:
+    """The table with its defaults; raises ConfigError for a key or a value that mlx-lm would not take."""
     lora = {**DEFAULT_LORA, **config.lora_parameters}
-    _check_table("lora_parameters", lora, {"rank", "scale", "dropout", "keys"})
+    check_keys("lora_parameters", lora, {"rank", "scale", "dropout", "keys"})
     for key, allowed in (("rank", POSITIVE), ("scale", POSITIVE), ("dropout", NOT_NEGATIVE)):
-        _number(lora[key], int if key == "rank" else float, allowed, f"lora_parameters.{key}")
+        parse_number(lora[key], int if key == "rank" else float, allowed, f"lora_parameters.{key}")
     if lora["dropout"] >= 1:
         raise ConfigError(f"lora_parameters.dropout: found {lora['dropout']}, expected a number below 1.")
     keys = lora.get("keys")
@@ -124,8 +131,9 @@ def _lora_parameters(config: TrainingConfig) -> dict[str, Any]:
     return lora
 
 
-def _optimizer_tables(config: TrainingConfig) -> dict[str, Any]:
-    _check_table("optimizer_config", config.optimizer_config, set(OPTIMIZERS))
+def complete_optimizer_config(config: TrainingConfig) -> dict[str, Any]:
+    """Each optimiser's arguments with their defaults; raises ConfigError for an optimiser that is none."""
+    check_keys("optimizer_config", config.optimizer_config, set(OPTIMIZERS))
     optimizers = {}
     for key in OPTIMIZERS:
         table = config.optimizer_config.get(key) or {}
@@ -135,7 +143,7 @@ def _optimizer_tables(config: TrainingConfig) -> dict[str, Any]:
     return optimizers
 
 
-def _memory_mode(config: TrainingConfig) -> str:
+def memory_mode(config: TrainingConfig) -> str:
     """`config.memory` with `grad_checkpoint` taken into account.
 
     Raises:
@@ -166,9 +174,9 @@ def coerce(name: str, value: Any, location: str) -> Any:
     """
     setting = SETTINGS[name]
     if setting.is_size and isinstance(value, str):
-        value = _bytes(value, location)
+        value = parse_size(value, location)
     if setting.kind is int or setting.kind is float:
-        return _number(value, setting.kind, setting.range, location)
+        return parse_number(value, setting.kind, setting.range, location)
     if not isinstance(value, setting.kind):
         names = {dict: "a table", bool: "true or false", str: "text"}
         raise ConfigError(f"{location}: found {value!r}, expected {names[setting.kind]}.")
@@ -179,7 +187,7 @@ def coerce(name: str, value: Any, location: str) -> Any:
     return chosen
 
 
-def _bytes(value: str, location: str) -> int:
+def parse_size(value: str, location: str) -> int:
     """Bytes of a size as mlx-lm reads it: a number, alone or with M, MB, G or GB (powers of ten)."""
     # Only where a size is given: mlx-lm takes a second to import.
     from mlx_lm.utils import _parse_size
@@ -190,9 +198,11 @@ def _bytes(value: str, location: str) -> int:
         raise ConfigError(f"{location}: found {value!r}, expected bytes, or a size such as 500MB or 4GB.") from None
 
 
-def _number(value: Any, kind: type[int] | type[float], allowed: Range | None, location: str) -> int | float:
-    wanted = ("a whole number" if kind is int else "a number") + (f" {allowed.words}" if allowed else "")
+def parse_number(value: Any, kind: type[int] | type[float], allowed: Range | None, location: str) -> int | float:
+    """A number of a kind, also from text, within what is `allowed`; raises ConfigError."""
+    wanted = ("a whole number" if kind is int else "a number") + (f" {allowed.text}" if allowed else "")
     try:
+        # True is an int to Python, and `iters: true` a slip.
         if isinstance(value, bool):
             raise ValueError
         number: int | float = kind(value) if isinstance(value, str) or kind is float else value
@@ -203,7 +213,8 @@ def _number(value: Any, kind: type[int] | type[float], allowed: Range | None, lo
     return number
 
 
-def _check_table(name: str, table: Mapping[str, Any], known: set[str]) -> None:
+def check_keys(name: str, table: Mapping[str, Any], known: set[str]) -> None:
+    """Refuse keys of a table that are not known; raises ConfigError."""
     for key in map(str, table):
         if key not in known:
             hint = " (mlx-lm's 'scale' is alpha divided by rank)" if key == "alpha" else ""

@@ -46,6 +46,7 @@ def build_parser(prog: str = "orpo-mlx train") -> OneLineParser:
         prog=prog,
         description="Align a language model with preference pairs (ORPO, DPO and others).",
         epilog="What a config file switches on, --no-NAME switches off, and --NAME the other way round.",
+        # An abbreviation would change its meaning, or lose it, with the next flag.
         allow_abbrev=False,
     )
     groups = add_settings(parser, tuple(SETTINGS))
@@ -72,37 +73,40 @@ def add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> dict[
     groups = {key: parser.add_argument_group(group.title) for key, group in GROUPS.items() if key in used}
     for setting in settings:
         if setting.kind is bool:
-            _add_switch(groups[setting.group], setting)
+            add_switch(groups[setting.group], setting)
         elif setting.kind is not dict:  # Tables stand in a file.
-            _add_option(groups[setting.group], setting)
+            add_option(groups[setting.group], setting)
     return groups
 
 
-def _add_option(group: argparse._ArgumentGroup, setting: Setting) -> None:
+def add_option(group: argparse._ArgumentGroup, setting: Setting) -> None:
+    """The flag of a setting that takes a value, which is checked later, together with those of files."""
     metavar = "{" + ",".join(setting.choices) + "}" if setting.choices else _METAVARS[setting.kind]
     shown = "" if setting.default is None else f" (default: {setting.default})"
     group.add_argument(
         setting.flag,
         dest=setting.name,
         metavar="SIZE" if setting.is_size else metavar,
+        # What was not given is not there, and so leaves a file or a checkpoint its say.
         default=argparse.SUPPRESS,
-        help=_help(setting.help + shown),
+        help=escaped(setting.help + shown),
     )
 
 
-def _add_switch(group: argparse._ArgumentGroup, setting: Setting) -> None:
+def add_switch(group: argparse._ArgumentGroup, setting: Setting) -> None:
     """The flag that sets a switch, and the one that takes it back; `--help` has the latter where it says something."""
     by_default = " (default)" if setting.default else ""
     texts = {True: f"{setting.help}{by_default}", False: setting.off_help}
     for word, value in ((setting.flag, True), (f"--no-{setting.flag[2:]}", False)):
-        shown = _help(texts[value]) if texts[value] else argparse.SUPPRESS
+        shown = escaped(texts[value]) if texts[value] else argparse.SUPPRESS
         group.add_argument(
             word, dest=setting.name, action="store_const", const=value, default=argparse.SUPPRESS, help=shown
         )
 
 
-def _help(text: str) -> str:
-    return text.replace("%", "%%")  # argparse formats it.
+def escaped(text: str) -> str:
+    """A help text as argparse wants it, which takes % for a format."""
+    return text.replace("%", "%%")
 
 
 def parse_settings(
@@ -113,7 +117,7 @@ def parse_settings(
     Raises:
         ConfigError: a value that cannot be used; names the flag.
     """
-    args = parser.parse_args(_joined_numbers(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(join_negative_numbers(sys.argv[1:] if argv is None else argv))
     given = {name: value for name, value in vars(args).items() if name in SETTINGS}
     return {name: coerce(name, value, SETTINGS[name].flag) for name, value in given.items()}, args
 
@@ -125,7 +129,7 @@ def given_settings(argv: Sequence[str] | None = None, prog: str = "orpo-mlx trai
         ConfigError: an unknown key, or a value that cannot be used; names the flag or the file and key.
     """
     flags, args = parse_settings(build_parser(prog), argv)
-    file = {} if args.config is None else _left_of(read_config_file(Path(args.config), flags), flags)
+    file = {} if args.config is None else without_replaced(read_config_file(Path(args.config), flags), flags)
     return GivenSettings(flags, file, args.print_config)
 
 
@@ -138,7 +142,7 @@ def settle(given: GivenSettings, checkpoint: Mapping[str, Any]) -> TrainingConfi
     Raises:
         ConfigError: settings that contradict each other.
     """
-    found = _left_of(checkpoint, given.values)
+    found = without_replaced(checkpoint, given.values)
     config = make_config({**found, **given.values})
     if given.print_config:
         print(as_yaml(SourcedConfig(config, given.flags, given.file, found)), end="")
@@ -151,13 +155,13 @@ def resolve(argv: Sequence[str] | None = None, prog: str = "orpo-mlx train") -> 
     return settle(given_settings(argv, prog), {})
 
 
-def _left_of(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+def without_replaced(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of `lower` without those that `upper` replaces under another name."""
     gone = {name for given in upper for name in SETTINGS[given].replaces}
     return {name: value for name, value in lower.items() if name not in gone}
 
 
-def _joined_numbers(argv: Sequence[str]) -> list[str]:
+def join_negative_numbers(argv: Sequence[str]) -> list[str]:
     """`--flag -1e-4` as `--flag=-1e-4`: argparse would take the number for a flag and not say what is wrong."""
     joined: list[str] = []
     for word in argv:

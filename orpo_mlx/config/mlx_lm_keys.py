@@ -33,9 +33,9 @@ def without_mlx_lm_keys(table: Mapping[Any, Any], flags: Mapping[str, Any], loca
         if not isinstance(given.get(key, True), bool):
             raise ConfigError(f"{location}: {key}: found {given[key]!r}, expected true or false.")
     if "train" in given:
-        rest.update(_test(given["train"], settings, location))
+        rest.update(test_of(given["train"], settings, location))
     if "mask_prompt" in given:
-        _check_masking(given["mask_prompt"], settings, location)
+        check_masking(given["mask_prompt"], settings, location)
     if given.get("training_mode", "normal") not in ("normal", settings.get("method", TrainingConfig.method)):
         raise ConfigError(
             f"{location}: training_mode: found {given['training_mode']!r}; method says how to learn here, give it that "
@@ -48,7 +48,7 @@ def without_mlx_lm_keys(table: Mapping[Any, Any], flags: Mapping[str, Any], loca
     return rest
 
 
-def _test(train: bool, settings: Mapping[str, Any], location: str) -> dict[str, Any]:
+def test_of(train: bool, settings: Mapping[str, Any], location: str) -> dict[str, Any]:
     if train:
         return {"test": False}
     if settings.get("test") is not True:
@@ -56,7 +56,7 @@ def _test(train: bool, settings: Mapping[str, Any], location: str) -> dict[str, 
     return {}
 
 
-def _check_masking(masked: bool, settings: Mapping[str, Any], location: str) -> None:
+def check_masking(masked: bool, settings: Mapping[str, Any], location: str) -> None:
     nll = settings.get("nll") or TrainingConfig.nll
     if masked != (nll == "completion"):
         other = "sequence" if nll == "completion" else "completion"

@@ -43,32 +43,32 @@ def as_yaml(sourced: SourcedConfig) -> str:
             value = getattr(config, name)
             source, given = sourced.source(name)
             if value is None and name in PARAMETERS:
-                source += f": {_of_method(config, name)}"
+                source += f": {method_defaults(config, name)}"
             elif source == _DEFAULT and SETTINGS[name].default is None and value is not None:
                 source += f": {device_profile().name} profile"
-            lines += _lines(name, value, given, source)
-    return "\n".join([*lines, "", *_profile()]).lstrip("\n") + "\n"
+            lines += entry_lines(name, value, given, source)
+    return "\n".join([*lines, "", *profile_lines()]).lstrip("\n") + "\n"
 
 
-def _lines(name: str, value: Any, given: Any, source: str, indent: str = "") -> Iterator[str]:
+def entry_lines(name: str, value: Any, given: Any, source: str, indent: str = "") -> Iterator[str]:
     """A setting, or an entry of a table of which `given` was given and the rest has its default."""
     if not isinstance(value, dict) or not value:
-        yield f"{indent}{_scalar(name)}: {_scalar(value)}  # {source}"
+        yield f"{indent}{yaml_scalar(name)}: {yaml_scalar(value)}  # {source}"
         return
-    yield f"{indent}{_scalar(name)}:"
+    yield f"{indent}{yaml_scalar(name)}:"
     for key, inner in value.items():
         own = given.get(key) if isinstance(given, dict) else None
-        yield from _lines(key, inner, own, source if own is not None else _DEFAULT, indent + "  ")
+        yield from entry_lines(key, inner, own, source if own is not None else _DEFAULT, indent + "  ")
 
 
-def _of_method(config: TrainingConfig, name: str) -> str:
+def method_defaults(config: TrainingConfig, name: str) -> str:
     """What a parameter that nobody gave is in the run's method."""
     terms = recipe(config).parameters.items()
     found = [f"{parameters[name]:g} ({term})" for term, parameters in terms if name in parameters]
     return ", ".join(found) or f"{config.method} has none"
 
 
-def _profile() -> Iterator[str]:
+def profile_lines() -> Iterator[str]:
     """What the engine does on this device, as comments: these are no settings."""
     profile = device_profile()
     source = VARIABLE if os.environ.get(VARIABLE) is not None else "MLX's default device"
@@ -76,12 +76,12 @@ def _profile() -> Iterator[str]:
     for name, value in profile._asdict().items():
         if hasattr(value, "_asdict"):
             yield f"#   {name}:"
-            yield from (f"#     {key}: {_scalar(inner)}" for key, inner in value._asdict().items())
+            yield from (f"#     {key}: {yaml_scalar(inner)}" for key, inner in value._asdict().items())
         elif name != "name":
-            yield f"#   {name}: {_scalar(value)}"
+            yield f"#   {name}: {yaml_scalar(value)}"
 
 
-def _scalar(value: Any) -> str:
+def yaml_scalar(value: Any) -> str:
     """`value` on one line of YAML, read back as the same by mlx-lm's loader."""
     import yaml
 

@@ -285,6 +285,7 @@ class TrainingConfig:
         Trait.TRAINING_ONLY,
         range=POSITIVE,
     )
+    sample_tokens: int = _reports(64, "tokens of a sample reply, at most", range=POSITIVE)
     report_to: str | None = _reports(
         None, f"services to report to, separated by commas: {', '.join(SERVICES)}", Trait.TRAINING_ONLY
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, get_args, get_origin
+
+from orpo_mlx.losses.registry import Range
 
 
 class Trait(enum.Flag):
@@ -58,14 +59,6 @@ GROUPS = {
     "reports": Group("reports and saves", Trait.RESUMABLE | Trait.COMPARED),
     "resume": Group("going on with a run", Trait.RESUMABLE | Trait.THIS_COMMAND | Trait.COMPARED),
 }
-
-
-class Range(NamedTuple):
-    """The numbers a setting can have."""
-
-    words: str
-    """To follow "expected a number"."""
-    holds: Callable[[float], bool]
 
 
 POSITIVE = Range("greater than 0", lambda value: value > 0)

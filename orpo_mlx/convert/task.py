@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
-from orpo_mlx.convert.quantize import Quantisation, cast, quantise
+from orpo_mlx.convert.quantisation import Quantisation
+from orpo_mlx.convert.quantize import cast, quantise
 from orpo_mlx.convert.write_model import take_weights, write_json, write_weights
 from orpo_mlx.models.names import DTYPES
 

@@ -51,8 +51,8 @@ def plan_memory(run: Run, say: Callable[[str], None]) -> None:
         return
     sentence = f"a step is predicted to take {prediction.peak:.2f} GiB, this device recommends {limit:.2f} GiB at most"
     if prediction.peak > (1 + TOLERANCE) * limit:
-        remedy = "orpo-mlx fit with the same flags and --memory shows what would fit"
-        raise TrainingError(f"{sentence}; {remedy}, and --memory {mode} --no-memory-check tries it all the same")
+        remedy = "orpo-mlx fit with the same flags and `memory` shows what would fit"
+        raise TrainingError(f"{sentence}; {remedy}, and `memory={mode}` `memory_check=False` tries it all the same")
     say(f"Warning: {sentence}.")
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from orpo_mlx.errors import ConfigError, TrainingError, kind_and_reason
 
 METHODS = ("on_train_loss_report", "on_val_loss_report")
+# mlx-lm reports memory in GB.
 _GB_PER_GIB = 2**30 / 1e9
 # Figures of a training report that have a name in mlx-lm.
 _RENAMED = {"loss": "train_loss", "pair_tokens_per_s": "tokens_per_second", "learning_rate": "learning_rate"}

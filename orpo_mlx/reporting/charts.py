@@ -80,7 +80,8 @@ def png(panels: Sequence[Panel], theme: Theme, *, columns: int = 1, height: floa
 
 
 def legend(axes: Axes) -> None:
-    """Below the axes, so that it covers no line."""
+    """The legend of a chart with several lines."""
+    # Below the axes, so that it covers no line.
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
         columns = 1 if max(map(len, labels)) > 22 else min(len(labels), 3)

@@ -35,17 +35,17 @@ CLOSING_ROWS = {
 class Reporter:
     """Prints to the terminal: a bar where there is one, plain lines where there is not."""
 
-    def __init__(self, console: Console | None = None, words: Callable[[str], str] = str) -> None:
-        """`words` rewrites what the run says, for a command line that calls settings by their flags."""
+    def __init__(self, console: Console | None = None, render: Callable[[str], str] = str) -> None:
+        """`render` rewrites what the run says, for a command line that calls settings by their flags."""
         self.console = console or Console(highlight=False)
-        self.words = words
+        self.render = render
         self._progress: Progress | None = None
         self.said: deque[str] = deque(maxlen=_REMEMBERED_LINES)
         """The newest lines, without the figures."""
 
     def say(self, line: str) -> None:
         """Print plain text; what comes from data or file names is never read as markup or obeyed by the terminal."""
-        self._say_as_it_is(self.words(line))
+        self._say_as_it_is(self.render(line))
 
     def _say_as_it_is(self, line: str) -> None:
         self.said.append(line)

@@ -80,6 +80,7 @@ def push(folder: Path, repo_id: str, *, private: bool | None = None) -> str:
     try:
         api = HfApi()
         address = str(api.create_repo(repo_id, private=private, exist_ok=True))
+        # One commit: nobody ever finds half of it there.
         operations = [CommitOperationAdd(name, content) for name, content in sent.items()]
         api.create_commit(repo_id, operations, commit_message="Adapters trained with orpo_mlx")
     except KeyboardInterrupt:

@@ -71,16 +71,6 @@ class RunLog(NamedTuple):
         steps = self.reports.get(split, {})
         return [(step, steps[step][key]) for step in sorted(steps) if key in steps[step]]
 
-    def last(self, split: str, key: str) -> float | None:
-        """The metric's last value."""
-        points = self.points(split, key)
-        return points[-1][1] if points else None
-
-    def first(self, split: str, key: str) -> float | None:
-        """The metric's first value."""
-        points = self.points(split, key)
-        return points[0][1] if points else None
-
 
 class Report(NamedTuple):
     """One line of `metrics.jsonl`."""

@@ -26,6 +26,7 @@ from orpo_mlx.text import printable
 
 CARD_FILE = "README.md"
 
+# A card carries its own hash, which tells whether somebody has changed it since.
 _MARK = "<!-- Written by orpo_mlx. A card whose text no longer has this SHA-256 is never overwritten: {} -->\n"
 _MARKED = re.compile(re.escape(_MARK.strip()).replace(r"\{\}", "([0-9a-f]{64})"))
 _KINDS = {"lora": "LoRA adapters", "dora": "DoRA adapters", "full": "Fully fine-tuned weights"}
@@ -57,11 +58,7 @@ def write_card(folder: Path, before: EvalMetrics, after: EvalMetrics, listed: Pi
 
 
 def card_text(
-    record: Mapping[str, Any],
-    before: EvalMetrics,
-    after: EvalMetrics,
-    peak_gib: float | None,
-    listed: PickSettings,
+    record: Mapping[str, Any], before: EvalMetrics, after: EvalMetrics, peak_gib: float | None, listed: PickSettings
 ) -> str:
     """The card as Markdown below a YAML header.
 
@@ -126,7 +123,8 @@ def last_part(path: str) -> str:
 
 
 def shareable(value: Any) -> Any:
-    """A JSON value whose local paths are cut down to their last part: what they lie below is nobody's business."""
+    """A JSON value whose local paths are cut down to their last part."""
+    # What they lie below, a user's name for one, is nobody's business.
     if isinstance(value, Mapping):
         return {key: shareable(each) for key, each in value.items()}
     if isinstance(value, list):

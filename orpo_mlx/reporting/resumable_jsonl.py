@@ -26,8 +26,7 @@ class LineFile:
     """One JSON object a line, each call's lines appended in one piece.
 
     A run that goes on from a checkpoint cuts off what was appended after it (`since`), since those steps are run
-    again: every step is in the file once. Cutting a file is one operation of the file system; interrupted before or
-    after, it is done again, or found done, when the run is next resumed.
+    again: every step is in the file once.
 
     Raises:
         OSError: the file cannot be written.
@@ -41,6 +40,8 @@ class LineFile:
         if since is not None and path.exists():
             self._take_up(since)
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        # One operation of the file system: interrupted before or after, it is done again, or found done, when the run
+        # is next resumed.
         os.ftruncate(self._handle, self._size)
 
     def _take_up(self, since: FileMark) -> None:

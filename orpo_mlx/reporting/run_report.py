@@ -57,6 +57,7 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
         OSError: `output` cannot be written.
     """
     runs = with_different_names(folders, [read_run(folder) for folder in folders])
+    # A chart of nothing is left out: the cells of a comparison report fewer metrics.
     panels = {chart: metric_panel(runs, chart) for chart in _CHARTS if is_reported(runs, chart.keys[0])}
     page = render_page(
         "reporting/run_report.html.jinja",

@@ -33,7 +33,7 @@ class Ranks:
     """The processes of a run. Rank 0 writes and speaks; all take the same steps, each on its own rows.
 
     Every method that exchanges something must be called by all ranks in the same order. Where the others do not answer
-    within `timeout_s`, the process ends with a sentence and status 2: a transfer that hangs cannot be interrupted.
+    within `timeout_s`, the process ends with a sentence and status 2.
 
     Args:
         group: MLX's; None for a process that is alone.
@@ -47,6 +47,7 @@ class Ranks:
         self.timeout_s = timeout_s
         self._deadline: float | None = None
         if self.size > 1:
+            # A transfer that hangs cannot be interrupted: only another thread can end it, and the process with it.
             threading.Thread(target=self._watch, daemon=True).start()
 
     @property
@@ -176,11 +177,9 @@ def find_ranks(timeout_s: float) -> Ranks:
 
 @contextmanager
 def _ended_by_a_child(timeout_s: float) -> Iterator[None]:
-    """End the process with a sentence if the block takes longer.
-
-    MLX waits for the others' first word with Python's lock in hand: no thread of this process could say anything. A
-    child can. It ends when its pipe is closed, which the system does for a process that is gone.
-    """
+    """End the process with a sentence if the block takes longer."""
+    # MLX waits for the others' first word with Python's lock in hand: no thread of this process could say anything. A
+    # child can. It ends when its pipe is closed, which the system does for a process that is gone.
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -198,7 +197,8 @@ def _ended_by_a_child(timeout_s: float) -> Iterator[None]:
 
 
 def _is_empty(hosts: str | None) -> bool:
-    """Whether `mlx.launch` has started one process alone: its list of hosts is then an empty file."""
+    """Whether `mlx.launch` has started one process alone."""
+    # Its list of hosts is then an empty file.
     return hosts is not None and Path(hosts).is_file() and not Path(hosts).read_text(encoding="utf-8").strip()
 
 

@@ -33,11 +33,7 @@ class _Seen(NamedTuple):
 
 
 class DivergenceWatch:
-    """Looks at the last `SPAN` steps' mean rewards and accuracy, and has a sentence for each trouble, once.
-
-    Falling means: the mean over each quarter of the span is below the quarter before, and the fall from the first to
-    the last quarter is larger than one step's spread within them, on both sides.
-    """
+    """Looks at the last `SPAN` steps' mean rewards and accuracy, and has a sentence for each trouble, once."""
 
     def __init__(self) -> None:
         self._seen: deque[_Seen] = deque(maxlen=SPAN)
@@ -72,6 +68,8 @@ class DivergenceWatch:
 
 
 def _falls(values: list[float]) -> bool:
+    """Whether the mean over each quarter is below that before, and the whole fall larger than one step's spread."""
+    # Steps are noisy: quarters average the noise out, and a fall within it is none.
     size = len(values) // _BLOCKS
     blocks = [values[start : start + size] for start in range(0, len(values), size)]
     means = [math.fsum(block) / size for block in blocks]

@@ -27,6 +27,7 @@ from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.reference_pass import compute_reference
 from orpo_mlx.training.run import ADAPTER_CONFIG_FILE, Run
 
+# Not metrics.jsonl: the run that made the adapters stays as it is.
 TEST_METRICS_FILE = "test_metrics.jsonl"
 
 

@@ -26,10 +26,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Remembers the first SIGINT or SIGTERM of a `with` block; the second ends the process with status 128 + number.
-
-    In a thread other than the main one signals are left alone, as Python wants it.
-    """
+    """Remembers the first SIGINT or SIGTERM of a `with` block; the second ends the process with status 128 + number."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -37,6 +34,7 @@ class StopSignals:
         self._earlier: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
+        # Python refuses to set handlers in any other thread: signals are left alone there.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._earlier[number] = signal.signal(number, self._note)
@@ -56,6 +54,7 @@ class StopSignals:
         # os.write, not print: a handler may run in the middle of another print.
         if self.number is not None:
             os.write(2, _LEAVING.encode())
+            # At once: SystemExit would still run everything that saves and closes.
             os._exit(128 + number)
         self.number = number
         os.write(2, _NOTICE.encode())

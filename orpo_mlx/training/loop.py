@@ -17,12 +17,7 @@ from orpo_mlx.reporting.console import step_numbers, train_line
 from orpo_mlx.reporting.resumable_jsonl import FileMark, LineFile
 from orpo_mlx.reporting.run_report import refresh_report
 from orpo_mlx.training.checkpoints.progress import Best, EvalMetrics, Progress
-from orpo_mlx.training.checkpoints.random_numbers import (
-    RandomState,
-    random_numbers_kept,
-    random_state,
-    set_random_state,
-)
+from orpo_mlx.training.checkpoints.random_numbers import random_numbers_kept, random_state, set_random_state
 from orpo_mlx.training.checkpoints.save import mark_best, save
 from orpo_mlx.training.data_order import total_steps, training_order
 from orpo_mlx.training.evaluation import evaluate_splits
@@ -38,15 +33,6 @@ _GIB = 2**30
 _SHORTEST_S = 1e-9
 
 
-class Agreement(NamedTuple):
-    """What all ranks know of each other between two steps."""
-
-    signal: int | None
-    """Of the first rank that was asked to end, if one was."""
-    random_states: list[RandomState]
-    """Of each rank."""
-
-
 class Marks(NamedTuple):
     """How far the files of a run had come right after a step's report."""
 
@@ -56,9 +42,6 @@ class Marks(NamedTuple):
 
 class Loop:
     """A run in motion.
-
-    A checkpoint is written after a step's report and before its evaluation. What falls due after a step is therefore
-    done once more when a run is resumed from that step, and leaves the same lines.
 
     Args:
         run: what is trained.
@@ -80,7 +63,9 @@ class Loop:
         self._stop = stop
         self._saved_step = saved_step
         self._marks: Marks | None = None
-        self._agreed = Agreement(None, [random_state()])
+        # Of all ranks, as of their last agreement: the signal of the first that was asked to end, and random states.
+        self._signal: int | None = None
+        self._random_states = [random_state()]
         self._newest_replies: list[Reply] | None = None
 
     def record_baseline(self) -> None:
@@ -159,6 +144,8 @@ class Loop:
 
     def after_step(self) -> EvalMetrics:
         """Report, save, evaluate and sample, as the settings say for this step; the metrics of its evaluation."""
+        # A checkpoint is written after a step's report and before its evaluation. What falls due after a step is
+        # therefore done once more when a run is resumed from that step, and leaves the same lines.
         config = self.run.config
         step = self.progress.step
         last = step == self.total
@@ -210,7 +197,7 @@ class Loop:
         files = marks.files if marks is not None and marks.step == self.progress.step else self._mark_files()
         for file in self._files().values():
             file.sync()
-        self._saved_step = save(self.run, self.progress, files, self._agreed.random_states).step
+        self._saved_step = save(self.run, self.progress, files, self._random_states).step
 
     def evaluate(self, names: Sequence[str]) -> EvalMetrics:
         """Evaluate the held-out splits among `names`, at the present step."""
@@ -265,12 +252,12 @@ class Loop:
     def _agree(self) -> None:
         """Learn between steps how far the ranks' random numbers are, and whether one of them was asked to end."""
         answers = self.run.ranks.gather([self._stop.number, *random_state()])
-        signals = (number for number, _, _ in answers if number is not None)
-        self._agreed = Agreement(next(signals, None), [(high, low) for _, high, low in answers])
+        self._signal = next((number for number, _, _ in answers if number is not None), None)
+        self._random_states = [(high, low) for _, high, low in answers]
 
     def _end_if_asked(self) -> None:
-        if self._agreed.signal is not None:
-            raise Interrupted(self._agreed.signal)
+        if self._signal is not None:
+            raise Interrupted(self._signal)
 
     def _files(self) -> dict[str, LineFile]:
         """The files that a resumed run continues, by their name in `state.json`."""

@@ -43,6 +43,7 @@ def find_data(config: TrainingConfig, ranks: Ranks) -> dict[str, Source]:
     Raises:
         UserError: the first thing that is wrong.
     """
+    # Made and thrown away: what is wrong with either is said before anything is read.
     make_optimizer(config)
     data_reading(config)
     sources = find_splits(config.data, EVAL_SPLITS) if config.test else find_splits(config.data)
@@ -151,6 +152,7 @@ def make_optimizer(config: TrainingConfig) -> optim.Optimizer:
     if config.lr_schedule is not None:
         try:
             schedule = build_schedule(config.lr_schedule)
+            # Some wrong arguments show only when a schedule is asked for a rate.
             float(schedule(mx.array(1)))
         except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
             raise ConfigError(

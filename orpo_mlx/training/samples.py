@@ -12,25 +12,25 @@ from orpo_mlx.data.tokenization import PairTokenizer
 from orpo_mlx.reporting.resumable_jsonl import LineFile
 from orpo_mlx.types import Pair, Reply, Text
 
-MAX_TOKENS = 64
-
 
 def pick_prompts(pairs: Sequence[Pair], count: int) -> list[Pair]:
     """`count` pairs spread evenly over `pairs`."""
+    # The middles of `count` equal parts, so that neither end is favoured.
     count = min(count, len(pairs))
     return [pairs[(2 * number + 1) * len(pairs) // (2 * count)] for number in range(count)]
 
 
-def sample_replies(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair]) -> list[Reply]:
-    """Greedy replies of at most `MAX_TOKENS` tokens to the prompts of `pairs`."""
+def sample_replies(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], max_tokens: int) -> list[Reply]:
+    """Greedy replies of at most `max_tokens` tokens to the prompts of `pairs`."""
     to_ids = PairTokenizer(tokenizer)
+    # Dropout would draw random numbers and change what is said.
     was_training = model.training
     model.eval()
     replies = []
     try:
         for pair in pairs:
             ids = list(to_ids.prompt_ids(pair))
-            parts = list(stream_generate(model, tokenizer, ids, max_tokens=MAX_TOKENS))
+            parts = list(stream_generate(model, tokenizer, ids, max_tokens=max_tokens))
             text = "".join(part.text for part in parts)
             replies.append(Reply(_last_turn(pair.prompt), text.strip(), parts[-1].generation_tokens if parts else 0))
     finally:
@@ -45,18 +45,27 @@ class Sampler:
         model: in any mode, which it keeps.
         tokenizer: mlx-lm's.
         prompts: pairs whose prompts are answered; none where nothing is to be sampled.
+        max_tokens: of one reply.
         file: receives an object for each reply, with `step`, `prompt`, `text` and `tokens`; None: nothing is kept.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, prompts: Sequence[Pair], file: LineFile | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        prompts: Sequence[Pair],
+        max_tokens: int,
+        file: LineFile | None = None,
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
         self.prompts = prompts
         self.file = file
 
     def __call__(self, step: int) -> list[Reply]:
         """The replies after `step` optimiser steps."""
-        replies = sample_replies(self._model, self._tokenizer, self.prompts) if self.prompts else []
+        replies = sample_replies(self._model, self._tokenizer, self.prompts, self._max_tokens) if self.prompts else []
         if self.file is not None:
             self.file.append([{"step": step, **reply._asdict()} for reply in replies])
         return replies

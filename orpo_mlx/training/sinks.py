@@ -68,7 +68,8 @@ def open_sinks(run: Run, reporter: Reporter, callbacks: Callbacks, resumed: Resu
         else:
             # What an earlier run left there would be taken for this one's.
             (run.folder / SAMPLES_FILE).unlink(missing_ok=True)
-        yield Sinks(reporter, metrics, Sampler(run.loaded.model, run.loaded.tokenizer, prompts, file), callbacks)
+        sampler = Sampler(run.loaded.model, run.loaded.tokenizer, prompts, run.config.sample_tokens, file)
+        yield Sinks(reporter, metrics, sampler, callbacks)
 
 
 def sample_prompts(run: Run, reporter: Reporter) -> list[Pair]:

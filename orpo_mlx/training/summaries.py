@@ -39,6 +39,7 @@ def list_left_out(run: Run, reporter: Reporter) -> None:
     """Write `left_out.txt`, a line for each row that is not trained on, or remove an earlier run's."""
     lines = [line for split in run.splits.values() for line in split.report.left_out]
     listing = run.folder / "left_out.txt"
+    # An earlier run's would be taken for this one's.
     listing.unlink(missing_ok=True)
     if lines:
         write_text(listing, "\n".join(map(printable, lines)) + "\n")

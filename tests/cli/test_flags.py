@@ -21,13 +21,13 @@ SETTINGS = {field.name for field in dataclasses.fields(TrainingConfig)}
 _SCREEN = 40
 
 # Where a command's parser is, if not in its own module.
-PARSERS = {"train": "orpo_mlx.config.command_line", "compare": "orpo_mlx.compare.plan"}
+PARSERS = {"train": "orpo_mlx.config.command_line"}
 # Read by getattr over these names.
 BY_NAME = {*PARAMETERS, *BUDGETS}
 # Where settings are declared, checked and taken from a user, which is no use of them; and what these modules make of
 # them for the others to read: other settings, or a method's parameters.
 DECLARING = [PACKAGE / "config" / name for name in ("settings.py", "checks.py", "command_line.py", "print_config.py")]
-_TRANSLATED = ("_memory_mode", "data_reading", "recipe", "given_settings")
+_TRANSLATED = ("memory_mode", "data_reading", "recipe", "given_settings")
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from orpo_mlx.compare.plan import Budget, parse_plan
+from orpo_mlx.cli.compare import parse_plan
+from orpo_mlx.compare.plan import Budget
 from orpo_mlx.errors import ConfigError
 
 BASE = ["--output", "out", "--steps", "5"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.compare.plan import parse_plan
+from orpo_mlx.cli.compare import parse_plan
 from orpo_mlx.compare.results import Cells, JudgementKey, TrainingKey, collect
 from orpo_mlx.errors import TrainingError
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.cli.compare import main
+from orpo_mlx.cli.compare import main, parse_plan
 from orpo_mlx.compare import runner
-from orpo_mlx.compare.plan import PROG, parse_plan
+from orpo_mlx.compare.plan import PROG
 from orpo_mlx.errors import ConfigError, TrainingError
 from tests.conftest import write_rows
-from tests.helpers.small_comparison import here, quiet, short_replies, words, write_text_data
+from tests.helpers.small_comparison import here, quiet, words, write_text_data
 
 TIMED = (
     "training_s",
@@ -44,7 +44,6 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         here(spec, title, progress)
 
     monkeypatch.setattr(runner, "in_a_process", note)
-    short_replies(monkeypatch)
     return titles
 
 
@@ -100,7 +99,7 @@ def test_the_same_command_gives_the_same_and_runs_nothing_twice(
 def test_another_comparison_is_not_mixed_in(tmp_path: Path, model_folder: Path, data: Path, ran: list[str]) -> None:
     argv = words(tmp_path / "out", model_folder, data, *ONE, "--methods", "orpo")
     run(argv)
-    with pytest.raises(ConfigError, match="whose batch_size is 2 and here 3; give another --output"):
+    with pytest.raises(ConfigError, match="whose batch_size is 2 and here 3; give another `output`"):
         run([*argv, "--batch-size", "3"])
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
     write_rows(data / "train.jsonl", rows[::-1])
@@ -126,7 +125,7 @@ def test_what_a_comparison_holds(comparison: Path) -> None:
         assert arm["summary"]["kl_per_reply"]["mean"] > 0
 
 
-def test_a_rate_that_fails_is_passed_over_and_one_that_works_taken(
+def test_a_rate_that_fails_is_skipped_and_one_that_works_taken(
     tmp_path: Path, model_folder: Path, data: Path, ran: list[str]
 ) -> None:
     argv = words(tmp_path / "out", model_folder, data, "--methods", "orpo", "--seeds", "1")

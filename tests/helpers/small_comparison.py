@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orpo_mlx.compare import cell as compare_cell
+from orpo_mlx.cli.compare import parse_plan
 from orpo_mlx.compare import runner
 from orpo_mlx.compare.cell import run_cell
-from orpo_mlx.compare.plan import parse_plan
 from orpo_mlx.compare.report import write_comparison
 from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.training import samples
 from tests.conftest import write_rows
 
 ODD = (
@@ -49,13 +47,8 @@ def words(folder: Path, model: Path, data: Path, *more: str) -> list[str]:
 
 def here(spec: dict[str, Any], title: str, progress: Any) -> None:
     """What stands in for a process of its own."""
-    run_cell({**spec, "argv": [*spec["argv"]]}, progress)
-
-
-def short_replies(patch: pytest.MonkeyPatch) -> None:
-    """Tiny models babble to the limit."""
-    for module in (compare_cell, samples):
-        patch.setattr(module, "MAX_TOKENS", 6)
+    # Tiny models babble to the limit.
+    run_cell({**spec, "argv": [*spec["argv"], "--sample-tokens", "6"]}, progress)
 
 
 def quiet() -> Reporter:
@@ -68,7 +61,6 @@ def run_comparison(folder: Path, model: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ORPO_MLX_CACHE", "off")
         patch.setattr(runner, "in_a_process", here)
-        short_replies(patch)
         results = runner.run_comparison(parse_plan(argv), argv, quiet())
     write_comparison(results, folder / "out")
     return folder / "out"

@@ -66,7 +66,8 @@ def test_auto_is_the_fastest_that_is_predicted_to_fit(
 def test_where_none_fits_the_smallest_is_refused_by_name(
     settings: dict[str, Any], predicted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(TrainingError, match=r"take 1.00 GiB, this device recommends 0.50 .* --memory thrift --no-mem"):
+    expected = r"take 1.00 GiB, this device recommends 0.50 .* `memory=thrift` `memory_check=False` tries"
+    with pytest.raises(TrainingError, match=expected):
         planned(settings, monkeypatch, 0.5)
     assert predicted == ["fast", "balanced", "thrift"]
 

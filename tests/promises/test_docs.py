@@ -16,7 +16,7 @@ from mlx_lm.utils import load_tokenizer
 from orpo_mlx import errors
 from orpo_mlx.cli.convert import build_parser
 from orpo_mlx.config.flags import with_flags
-from orpo_mlx.convert.quantize import QUANTISATION_MODES
+from orpo_mlx.convert.quantisation import QUANTISATION_MODES
 from orpo_mlx.convert.verify import EXACT, MERGED, ROUNDED
 from orpo_mlx.data.formats import SHAPES
 from orpo_mlx.data.pairs import Reading

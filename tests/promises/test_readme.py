@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from orpo_mlx.cli.compare import parse_plan
 from orpo_mlx.cli.fit import fit_request
 from orpo_mlx.cli.main import COMMANDS
 from orpo_mlx.cli.memory import benchmark_request
-from orpo_mlx.compare.plan import parse_plan
 from orpo_mlx.config.command_line import resolve
 from tests.conftest import write_rows
 from tests.helpers.documented_commands import DOCUMENTS, LINES, ROOT, Line, lines_of

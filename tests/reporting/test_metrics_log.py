@@ -32,9 +32,9 @@ def test_what_is_a_report_is_read_and_the_rest_counted(tmp_path: Path) -> None:
     assert run.points("train", "loss") == [(1, 2.0), (3, 1.25)]
     assert run.points("train", "new key") == [(1, 7.0)]
     assert run.reports["train"][1] == {"loss": 2.0, "new key": 7.0}
-    assert (run.first("valid", "loss"), run.last("train", "loss")) == (2.5, 1.25)
+    assert (run.points("valid", "loss")[0][1], run.points("train", "loss")[-1][1]) == (2.5, 1.25)
     assert run.points("test", "loss") == []
-    assert run.last("test", "loss") is None
+    assert run.points("test", "loss") == []
 
 
 @pytest.mark.parametrize(

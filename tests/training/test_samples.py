@@ -15,7 +15,7 @@ from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.models.loading import load
 from orpo_mlx.train import train
-from orpo_mlx.training.samples import MAX_TOKENS, pick_prompts, sample_replies
+from orpo_mlx.training.samples import pick_prompts, sample_replies
 from orpo_mlx.types import Pair
 from tests.conftest import write_rows
 from tests.helpers.kill_and_resume import same
@@ -39,10 +39,12 @@ def test_replies_are_greedy_bounded_and_leave_the_mode_alone(model_folder: Path)
     loaded = load(str(model_folder))
     loaded.model.train()
     conversation = Pair(({"role": "system", "content": "s"}, {"role": "user", "content": "u"}), "A", "B", "f:1")
-    first, second = (sample_replies(loaded.model, loaded.tokenizer, [pairs(1)[0], conversation]) for _ in range(2))
+    first, second = (
+        sample_replies(loaded.model, loaded.tokenizer, [pairs(1)[0], conversation], _SHORT) for _ in range(2)
+    )
     assert first == second
     assert [reply.prompt for reply in first] == ["Q0", "u"]
-    assert all(1 <= reply.tokens <= MAX_TOKENS for reply in first)
+    assert all(1 <= reply.tokens <= _SHORT for reply in first)
     assert loaded.model.training
 
 
@@ -55,19 +57,18 @@ def test_a_reply_that_fails_leaves_the_mode_alone(model_folder: Path, monkeypatc
 
     monkeypatch.setattr("orpo_mlx.training.samples.stream_generate", fail)
     with pytest.raises(RuntimeError):
-        sample_replies(loaded.model, loaded.tokenizer, pairs(1))
+        sample_replies(loaded.model, loaded.tokenizer, pairs(1), _SHORT)
     assert loaded.model.training
 
 
 @pytest.fixture
-def texts(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def texts(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """Settings of a run of seven steps with dropout on rows of text, two of whose prompts are answered, shortly."""
-    monkeypatch.setattr("orpo_mlx.training.samples.MAX_TOKENS", _SHORT)
     for split in ("train", "valid"):
         rows = [{"prompt": f"{split} {n}?", "chosen": f"Yes, {n}.", "rejected": "No."} for n in range(6)]
         write_rows(tmp_path / "texts" / f"{split}.jsonl", rows)
     more: dict[str, Any] = {"iters": 7, "save_every": 2, "steps_per_eval": 3, "lora_parameters": {"dropout": 0.1}}
-    return {**settings, **more, "data": str(tmp_path / "texts"), "samples": 2}
+    return {**settings, **more, "data": str(tmp_path / "texts"), "samples": 2, "sample_tokens": _SHORT}
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -86,7 +87,7 @@ def test_samples_along_the_way_change_no_number(
     assert [(row["step"], row["prompt"]) for row in found] == [
         (step, f"valid {n}?") for step in (0, 3, 6, 7) for n in (1, 4)
     ]
-    assert all(row.keys() == {"step", "prompt", "text", "tokens"} and row["tokens"] > 0 for row in found)
+    assert all(row.keys() == {"step", "prompt", "text", "tokens"} and 0 < row["tokens"] <= _SHORT for row in found)
     out = capsys.readouterr().out
     assert out.count("reply   [") == 4
     for row in found:

@@ -17,6 +17,7 @@ from orpo_mlx.text import printable
 
 PIECE = 1 << 20
 """Bytes of `metrics.jsonl` in one answer, at most."""
+# Bytes before a mark that its digest covers: the last reports, which differ from run to run.
 _CHECKED = 1024
 _MARK = re.compile(r"([0-9]{1,15})-([0-9a-f]{16})")
 START = "0-" + hashlib.sha256().hexdigest()[:16]

@@ -20,9 +20,9 @@ from orpo_mlx.reporting.live.feed import ENDED, PREPARING, Feed, Lines
 from orpo_mlx.reporting.live.page import live_page
 
 ADDRESS = "127.0.0.1"
-LARGEST_PORT = 65535
 _HOST = re.compile(r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?", re.IGNORECASE)
 _PAGE = re.compile(r"[0-9a-f]{1,32}")
+# Requests answered at one time; more are refused, so that no page can take the run's memory.
 _MOST_THREADS = 32
 # Between two looks whether the server is to end.
 _POLL_S = 0.2
@@ -32,6 +32,7 @@ _PACE_S = 0.5
 _HOLD_S = 20.0
 # The longest a run that has ended waits for its pages to hear of it.
 _LINGER_S = 2.0
+# Pages of other origins may neither read nor frame this one, and no browser keeps it.
 _HEADERS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -255,5 +256,5 @@ def watched(folder: Path, port: int | None, reporter: Reporter) -> Iterator[Feed
             yield feed
         except (UserError, KeyboardInterrupt) as error:
             # So that the page shows why the run ended; the terminal has it from who catches this.
-            reporter.said.append(reporter.words(str(error)))
+            reporter.said.append(reporter.render(str(error)))
             raise

@@ -77,7 +77,8 @@ def prune(parent: Path, keep: int, also: Collection[int] = ()) -> None:
 
 
 def remove_all(parent: Path) -> None:
-    """Remove every checkpoint of `parent`, newest last, so that an older one is never taken for the newest."""
+    """Remove every checkpoint of `parent`."""
+    # Newest last: interrupted, an older one must never be taken for the newest.
     for _, folder in reversed(_candidates(parent)):
         _discard(folder)
     shutil.rmtree(parent, ignore_errors=True)
@@ -129,7 +130,8 @@ def _file_defect(folder: Path, name: str, size: Any, sha256: Any) -> str | None:
 
 
 def _candidates(parent: Path) -> list[tuple[int, Path]]:
-    """Folders that bear a checkpoint's name, newest step first. Names count, not dates: clocks go wrong."""
+    """Folders that bear a checkpoint's name, newest step first."""
+    # By name, not by date: clocks go wrong.
     if not parent.is_dir():
         return []
     matches = [(_NAME.fullmatch(path.name), path) for path in parent.iterdir()]
@@ -137,8 +139,9 @@ def _candidates(parent: Path) -> list[tuple[int, Path]]:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a folder; half removed, it no longer bears a checkpoint's name."""
+    """Remove a checkpoint's folder."""
     if folder.exists():
+        # Renamed first: half removed, it no longer bears a checkpoint's name.
         gone = folder.with_name(f"{_TEMPORARY}removed-{folder.name}")
         shutil.rmtree(gone, ignore_errors=True)
         folder.rename(gone)

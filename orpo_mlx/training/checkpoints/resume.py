@@ -15,12 +15,7 @@ from orpo_mlx.config.settings import TrainingConfig, settings_with
 from orpo_mlx.config.traits import Trait
 from orpo_mlx.errors import ConfigError, TrainingError, reason_of
 from orpo_mlx.models.adapters import adapter_weights, load_adapter_file
-from orpo_mlx.training.checkpoints.folders import (
-    CheckpointFolder,
-    checkpoint_name,
-    clear_unfinished,
-    whole_checkpoints,
-)
+from orpo_mlx.training.checkpoints.folders import CheckpointFolder, checkpoint_name, clear_unfinished, whole_checkpoints
 from orpo_mlx.training.checkpoints.random_numbers import random_state_of, set_random_state
 from orpo_mlx.training.checkpoints.save import (
     ADAPTERS_FILE,
@@ -124,6 +119,7 @@ def copied_to_all(run: Run, checkpoint: CheckpointFolder | None) -> CheckpointFo
     ranks = run.ranks
     if ranks.size == 1:
         return checkpoint
+    # Through the ranks' own connection: they need not share a disk.
     names = sorted(path.name for path in checkpoint.path.iterdir()) if checkpoint else []
     step, names = json.loads(ranks.from_first(json.dumps([checkpoint and checkpoint.step, names]).encode()))
     if step is None:

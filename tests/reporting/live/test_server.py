@@ -247,9 +247,9 @@ def test_too_many_at_once_are_turned_away(server: LiveServer) -> None:
 def test_a_port_that_is_taken_is_one_sentence(server: LiveServer, folder: Path) -> None:
     port = server.server_address[1]
     with pytest.raises(
-        ConfigError, match=rf"^--watch {port}: cannot be served on 127.0.0.1 \(Address already in use\)"
+        ConfigError, match=rf"^`watch` {port}: cannot be served on 127.0.0.1 \(Address already in use\)"
     ):
-        LiveServer(Feed(folder), int(port), "--watch")
+        LiveServer(Feed(folder), int(port), "`watch`")
 
 
 def test_a_mark_of_nothing_waits_as_well(server: LiveServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
