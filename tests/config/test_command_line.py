@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.config.command_line import given_settings, read_config_file, resolve, merge_settings
+from orpo_mlx.config.command_line import given_settings, merge_settings, read_config_file, resolve
 from orpo_mlx.config.settings import SETTINGS, TrainingConfig, recipe
 from orpo_mlx.device_profile import VARIABLE, DeviceProfile, RowLayout, device_profile
 from orpo_mlx.errors import ConfigError
