@@ -60,5 +60,6 @@ def reason_of(error: BaseException, most: int | None = _MOST_REASON, *, first_li
 
 def kind_and_reason(error: BaseException) -> str:
     """`reason_of` after the exception's type, for those that say little without it."""
-    kind, words = type(error).__name__, reason_of(error)
-    return kind if words == kind else f"{kind}: {words}"
+    kind = type(error).__name__
+    reason = reason_of(error)
+    return kind if reason == kind else f"{kind}: {reason}"

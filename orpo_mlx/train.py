@@ -91,7 +91,7 @@ def train(
         feed = stack.enter_context(watched(folder, config.watch if ranks.first else None, reporter))
         run = stack.enter_context(prepared(config, ranks))
         resumed = find_start(run, reporter)
-        result = take_steps(run, resumed, reporter, named, feed)
+        result = train_and_evaluate(run, resumed, reporter, named, feed)
         finish(run, result, reporter)
     # All ranks name the folder that was asked for, which rank 0 has written.
     return dataclasses.replace(result, adapter_path=folder)
@@ -133,10 +133,10 @@ def find_start(run: Run, reporter: Reporter) -> Resumed | None:
     return resumed
 
 
-def take_steps(
+def train_and_evaluate(
     run: Run, resumed: Resumed | None, reporter: Reporter, callbacks: Sequence[NamedCallback], feed: Feed
 ) -> TrainingResult:
-    """Evaluate, train, evaluate, and compare: everything between the first and the last line of `metrics.jsonl`."""
+    """Evaluate, train, evaluate, compare: everything between the first and the last line of `metrics.jsonl`."""
     with ExitStack() as stack:
         # However the run ends, the reference log-probs it has computed serve the next one.
         stack.callback(save_reference, run, reporter)

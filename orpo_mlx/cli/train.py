@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from orpo_mlx.config.command_line import GivenSettings, given_settings, settle
+from orpo_mlx.config.command_line import GivenSettings, given_settings, merge_settings
 from orpo_mlx.config.flags import exit_status, with_flags
 from orpo_mlx.config.settings import TrainingConfig
 
@@ -31,7 +31,7 @@ def run(argv: Sequence[str] | None) -> None:
     from orpo_mlx.training.distributed import find_ranks
 
     ranks = find_ranks(TrainingConfig.rank_timeout)
-    config = settle(given, earlier_settings(given, ranks))
+    config = merge_settings(given, earlier_settings(given, ranks))
     train(config, Reporter(render=with_flags), ranks)
 
 

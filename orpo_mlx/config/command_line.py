@@ -134,7 +134,7 @@ def given_settings(argv: Sequence[str] | None = None, prog: str = "orpo-mlx trai
 
 
 @naming_flags()
-def settle(given: GivenSettings, checkpoint: Mapping[str, Any]) -> TrainingConfig:
+def merge_settings(given: GivenSettings, checkpoint: Mapping[str, Any]) -> TrainingConfig:
     """The settings of a run: those given over those of a `checkpoint`, or of adapters, over the defaults.
 
     With `--print-config` they are printed, and the program leaves with status 0.
@@ -151,8 +151,8 @@ def settle(given: GivenSettings, checkpoint: Mapping[str, Any]) -> TrainingConfi
 
 
 def resolve(argv: Sequence[str] | None = None, prog: str = "orpo-mlx train") -> TrainingConfig:
-    """Settings from a command line alone; see `given_settings` and `settle`."""
-    return settle(given_settings(argv, prog), {})
+    """Settings from a command line alone; see `given_settings` and `merge_settings`."""
+    return merge_settings(given_settings(argv, prog), {})
 
 
 def without_replaced(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:

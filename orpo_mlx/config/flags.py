@@ -28,9 +28,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 def flag_of(name: str, value: str | None = None) -> str:
     """What a command line has for a setting, or an argument of a library, and its value."""
-    words = name.replace("_", "-")
-    switches = {None: f"--{words}", "True": f"--{words}", "False": f"--no-{words}"}
-    return switches.get(value, f"--{words} {value}")
+    dashed = name.replace("_", "-")
+    switches = {None: f"--{dashed}", "True": f"--{dashed}", "False": f"--no-{dashed}"}
+    return switches.get(value, f"--{dashed} {value}")
 
 
 def with_flags(text: str, own: Collection[str] = ()) -> str:

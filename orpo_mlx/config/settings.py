@@ -343,7 +343,8 @@ def settings_with(traits: Trait) -> tuple[str, ...]:
 
 def settings_for_card(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a run's settings that its model card lists: not the defaults, except where they always matter."""
-    always, never = settings_with(Trait.ON_CARD), settings_with(Trait.NOT_ON_CARD)
+    always = settings_with(Trait.ON_CARD)
+    never = settings_with(Trait.NOT_ON_CARD)
     defaults = TrainingConfig().settings()
     return {
         name: value

@@ -1,4 +1,4 @@
-"""What can be known of a setting: the words that `settings.py` declares each of them with."""
+"""What can be known of a setting, and how `settings.py` declares it."""
 
 from __future__ import annotations
 

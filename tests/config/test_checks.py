@@ -88,11 +88,15 @@ def test_an_optimiser_in_capitals_is_the_same_as_in_mlx_lm() -> None:
 @pytest.mark.parametrize(
     ("key", "near"),
     [
-        ("lora_layers", "num_layers"), ("train_mode", "method"), ("use_dora", "fine_tune_type"), ("iter", "iters"),
-        ("learning_rte", "learning_rate"), ("max_length", "max_seq_length"),
+        ("lora_layers", "num_layers"),
+        ("train_mode", "method"),
+        ("use_dora", "fine_tune_type"),
+        ("iter", "iters"),
+        ("learning_rte", "learning_rate"),
+        ("max_length", "max_seq_length"),
         ("gradient_accumulation_steps", "grad_accumulation_steps"),
     ],
-)  # fmt: skip
+)
 def test_an_unknown_key_is_refused_with_the_nearest_name(key: str, near: str) -> None:
     with pytest.raises(ConfigError, match=rf"^file: unknown key '{key}'; did you mean {near}\?$"):
         check_settings({key: 1}, "file")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.config.command_line import given_settings, read_config_file, resolve, settle
+from orpo_mlx.config.command_line import given_settings, merge_settings, read_config_file, resolve
 from orpo_mlx.config.settings import SETTINGS, TrainingConfig, recipe
 from orpo_mlx.device_profile import VARIABLE, DeviceProfile, RowLayout, device_profile
 from orpo_mlx.errors import ConfigError
@@ -55,7 +55,7 @@ def test_an_earlier_run_comes_between_the_file_and_the_defaults(tmp_path: Path) 
     file = write(tmp_path, "batch_size: 2\nresume: true\nepochs: 2\n")
     given = given_settings(["-c", file, "--keep", "5"])
     assert given.values == {"batch_size": 2, "resume": True, "epochs": 2.0, "keep": 5}
-    config = settle(given, {"batch_size": 16, "seed": 16, "keep": 16, "iters": 16})
+    config = merge_settings(given, {"batch_size": 16, "seed": 16, "keep": 16, "iters": 16})
     assert (config.batch_size, config.keep, config.seed, config.save_every) == (2, 5, 16, TrainingConfig().save_every)
     assert (config.iters, config.epochs) == (None, 2.0)
 
@@ -131,7 +131,7 @@ def test_every_loss_parameter_has_its_flag(parameter: str) -> None:
 def printed(argv: list[str], capsys: pytest.CaptureFixture[str], checkpoint: Mapping[str, Any] = EMPTY) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
-        settle(given_settings([*argv, "--print-config"]), checkpoint)
+        merge_settings(given_settings([*argv, "--print-config"]), checkpoint)
     assert caught.value.code == 0
     return capsys.readouterr().out
 
@@ -141,10 +141,18 @@ def test_the_printed_settings_name_their_source(tmp_path: Path, capsys: pytest.C
     argv = ["-c", file, "--seed", "4", "--grad-checkpoint"]
     lines = printed(argv, capsys, {"keep": 7, "seed": 9}).splitlines()
     for line in (
-        "seed: 4  # flag", "learning_rate: 1.0e-05  # file", "keep: 7  # checkpoint", "batch_size: 4  # default",
-        "memory: thrift  # flag", "grad_checkpoint: true  # flag", "  rank: 4  # file", "  scale: 20.0  # default",
-        "iters: null  # default", "beta: null  # default: 0.1 (orpo)", "gamma: null  # default: orpo has none",
-    ):  # fmt: skip
+        "seed: 4  # flag",
+        "learning_rate: 1.0e-05  # file",
+        "keep: 7  # checkpoint",
+        "batch_size: 4  # default",
+        "memory: thrift  # flag",
+        "grad_checkpoint: true  # flag",
+        "  rank: 4  # file",
+        "  scale: 20.0  # default",
+        "iters: null  # default",
+        "beta: null  # default: 0.1 (orpo)",
+        "gamma: null  # default: orpo has none",
+    ):
         assert line in lines, line
     names = [line.split(":")[0] for line in lines if line and line[0] not in "# "]
     assert sorted(names) == sorted(SETTINGS)

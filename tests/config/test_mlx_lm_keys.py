@@ -85,8 +85,11 @@ def test_mlx_lms_example_trains(example: Path) -> None:
     assert written["lora_parameters"] == yaml.safe_load(EXAMPLE)["lora_parameters"]
     record = json.loads((example / "adapters" / "run.json").read_text())["settings"]
     assert record["optimizer_config"]["adamw"] == {
-        "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.05, "bias_correction": True,
-    }  # fmt: skip
+        "betas": [0.9, 0.98],
+        "eps": 1e-6,
+        "weight_decay": 0.05,
+        "bias_correction": True,
+    }
     rates = [
         row["learning_rate"] for row in lines_of(example / "adapters" / "metrics.jsonl") if row["split"] == "train"
     ]

@@ -32,26 +32,26 @@ sys.modules[spec.name] = module
 spec.loader.exec_module(module)
 
 from orpo_mlx.config.checks import check_settings
-from orpo_mlx.config.command_line import build_parser, given_settings, settle
+from orpo_mlx.config.command_line import build_parser, given_settings, merge_settings
 from orpo_mlx.config.flags import with_flags
 from orpo_mlx.config.traits import Trait
 from orpo_mlx.errors import ConfigError
 
 assert "--extra-steps N" in (text := build_parser().format_help()) and "more of them (default: 7)" in text
-assert settle(given_settings(["--extra-steps", "3"]), {}).extra_steps == 3
+assert merge_settings(given_settings(["--extra-steps", "3"]), {}).extra_steps == 3
 for table in ({"extra_steps": 0}, {"bonus_steps": 1}):
     try:
         check_settings(table, "file")
     except ConfigError as error:
         print(error)
-config = settle(given_settings(["--extra-steps", "3"]), {})
+config = merge_settings(given_settings(["--extra-steps", "3"]), {})
 assert module.settings_for_card(config.settings())["extra_steps"] == 3
 assert "extra_steps" not in module.settings_for_card(module.TrainingConfig().settings())
 assert "extra_steps" not in config.settings(without=Trait.RESUMABLE)
 assert "extra_steps" in config.settings(without=Trait.COMPARED)
 print(with_flags("give `extra_steps=5`"))
 try:
-    settle(given_settings(["--extra-steps", "3", "--print-config"]), {})
+    merge_settings(given_settings(["--extra-steps", "3", "--print-config"]), {})
 except SystemExit:
     pass
 """

@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import UndefinedError
 
-from orpo_mlx.reporting.html_page import Picture, Table, TableCell, html_templates, markdown_text, render_page
+from orpo_mlx.reporting.html_page import (
+    Picture,
+    Table,
+    TableCell,
+    html_templates,
+    markdown_templates,
+    markdown_text,
+    render_page,
+)
 
 TABLE = Table(
     ("name <i>", "value"), ((TableCell("a|b\n*c*"), TableCell("1.5 s", 1.5)), (TableCell("\x1b[2J"), TableCell("–")))
@@ -71,6 +79,15 @@ def test_markdown_is_one_line_without_markup(words: str) -> None:
     assert "\n" not in found
     assert not re.search(r"(?<!\\)(\\\\)*[`*_\[\]|#~]", found)
     assert "<" not in found
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_markdown_templates_show_text_as_text(words: str) -> None:
+    templates = markdown_templates()
+    assert templates.from_string("{{ words }}").render(words=words) == markdown_text(words)
+    code = templates.from_string("{{ words | code }}").render(words=words)
+    # A backtick would end the code early, a bar the cell of a table.
+    assert code == markdown_text(words) if set(words) & set("`|") else (code[0], code[-1]) == ("`", "`")
 
 
 def test_a_table_in_markdown() -> None:
