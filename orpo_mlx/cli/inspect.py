@@ -59,6 +59,8 @@ def run(argv: Sequence[str] | None) -> None:
         micro_batch_tokens=config.micro_batch_tokens,
         seed=config.seed,
     )
+    for split in figures["splits"].values():
+        split["left_out"] = [with_flags(line) for line in split["left_out"]]
     table = json_text(figures)
     if info.note:
         print(printable(info.note), file=sys.stderr)

@@ -20,6 +20,9 @@ REASONS = {
 }
 """Why a row can be left out, by its key in JSON."""
 
+# What token stores have for the setting that limits a row; messages mention it as they mention every setting.
+MAX_SEQ_LENGTH = "--max-seq-length"
+
 # Locations kept of each reason and note, for a report's line.
 _MOST_LOCATIONS = 10
 # Lines of `left_out.txt`. A data set of which every row is bad would fill memory and disk with them.
@@ -61,7 +64,9 @@ class RowReport:
 
     def text_of(self, reason: str) -> str:
         """A reason as text, with the length where it is about one."""
-        return f"{REASONS[reason]} {self.limit}" if reason == "too_long" else REASONS[reason]
+        if reason != "too_long":
+            return REASONS[reason]
+        return f"{REASONS[reason]} {self.limit.replace(MAX_SEQ_LENGTH, '`max_seq_length`')}"
 
     def summary(self) -> str:
         """What was left out and noted, for one line of a report; empty where there is nothing to say."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orpo_mlx.data.pairs import PairsOfRow, Reading, read_pairs, with_remedy
-from orpo_mlx.data.row_counts import RowReport
+from orpo_mlx.data.row_counts import MAX_SEQ_LENGTH, RowReport
 from orpo_mlx.data.sources import Source
 from orpo_mlx.data.token_store import StoreWriter, TokenStore
 from orpo_mlx.data.tokenization import Outcome, PairTokenizer
@@ -34,7 +34,7 @@ class Lengths(NamedTuple):
     max_seq_length: int
     truncate: str = "drop"
     """One of `truncation.TRUNCATIONS`."""
-    limit: str = "`max_seq_length`"
+    limit: str = MAX_SEQ_LENGTH
     """Where the length comes from, as text."""
 
 

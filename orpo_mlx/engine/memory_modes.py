@@ -57,7 +57,7 @@ def spend_memory(
         "This model cannot share a prompt: each prompt is run once per completion.": (
             mode.share_prompt and share_prompt and not scorer.shares_prompt
         ),
-        f"This model's layers cannot be run in segments ({why_not}): instead of --memory {name} it takes fast.": (
+        f"This model's layers cannot be run in segments ({why_not}): instead of `memory={name}` it takes fast.": (
             why_not != ""
         ),
     }

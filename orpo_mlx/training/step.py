@@ -77,7 +77,7 @@ def require_finite(run: Run, step_batch: Sequence[TokenizedPair], step: int, fou
     raise NonFiniteError(
         f"step {step}: the loss is {metrics['loss']} and the gradient's norm {found.norm} on {places}"
         f"{_more(rows or step_batch, _SHOWN)}{what}, so the step was not applied: "
-        "lower --learning-rate, look at those rows, or pass such steps over with --on-nonfinite skip"
+        "lower `learning_rate`, look at those rows, or skip such steps with `on_nonfinite=skip`"
     )
 
 

@@ -37,7 +37,7 @@ def announce(run: Run, reporter: Reporter, resumed: Resumed | None) -> None:
 
 def list_left_out(run: Run, reporter: Reporter) -> None:
     """Write `left_out.txt`, a line for each row that is not trained on, or remove an earlier run's."""
-    lines = [line for split in run.splits.values() for line in split.report.left_out]
+    lines = [reporter.render(line) for split in run.splits.values() for line in split.report.left_out]
     listing = run.folder / "left_out.txt"
     # An earlier run's would be taken for this one's.
     listing.unlink(missing_ok=True)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
+from orpo_mlx.config import flags
 from orpo_mlx.config.flags import flag_of, naming_flags, with_flags
 from orpo_mlx.config.settings import SETTINGS
 from orpo_mlx.errors import DataError
+
+PACKAGE = Path(flags.__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -38,3 +46,23 @@ def test_an_error_keeps_its_kind_and_cause() -> None:
     with pytest.raises(DataError, match=r"^give --seed 3$") as caught, naming_flags():
         raise DataError("give `seed=3`") from KeyError("x")
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def raised_texts(path: Path) -> Iterator[tuple[int, str]]:
+    """Every text in the `raise` statements of a file."""
+    for statement in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(statement, ast.Raise):
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.lineno, node.value
+
+
+def test_libraries_raise_without_flags() -> None:
+    found = [
+        f"{path}:{line}: {text}"
+        for path in PACKAGE.rglob("*.py")
+        if path.parent.name not in ("cli", "config")
+        for line, text in raised_texts(path)
+        if re.search(r"(^|[\s(;])--[a-z]", text)
+    ]
+    assert found == []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-from orpo_mlx.data.row_counts import RowReport
+from orpo_mlx.data.row_counts import MAX_SEQ_LENGTH, RowReport
 from orpo_mlx.errors import DataError
 
 
 def test_counts_first_places_and_words() -> None:
-    report = RowReport(limit="`max_seq_length` 8")
+    report = RowReport(limit=f"{MAX_SEQ_LENGTH} 8")
     for line in range(15):
         report.drop("too_long", f"f:{line}")
     report.drop("bad_row", "f:20", DataError("f:20: nonsense."))
