@@ -56,6 +56,7 @@ class Conversation:
         """Forget everything said."""
         self._history: list[dict[str, str]] = []
         self._cache: list[Any] = []
+        # Ids whose keys and values are in the cache, or are about to be.
         self._cached: list[int] = []
 
     def answer(self, prompt: str) -> Iterator[str]:

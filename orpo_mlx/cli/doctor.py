@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from orpo_mlx.cli.arguments import check_output_file
 from orpo_mlx.config.flags import OneLineParser, exit_status
-from orpo_mlx.errors import ConfigError
 from orpo_mlx.files import write_text
 from orpo_mlx.text import printable
 
@@ -48,8 +48,8 @@ def _run(argv: Sequence[str] | None) -> bool:
     """Whether all is well."""
     args = build_parser().parse_args(argv)
     file = args.json
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        raise ConfigError(f"--json {file}: cannot be written there; give a file in a folder that exists.")
+    if file is not None:
+        check_output_file("--json", file)
     from orpo_mlx.doctor.examine import LEVELS, Process, examine, record_of, record_text
 
     level = LEVELS[args.quick]

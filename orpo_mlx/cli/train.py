@@ -45,6 +45,7 @@ def earlier_settings(given: GivenSettings, ranks: Ranks) -> dict[str, Any]:
         return settings_of_adapters(values)
     if not values.get("resume"):
         return {}
+    # Rank 0 alone has checkpoints; the others take what it found.
     settings = settings_of_newest(values.get("adapter_path", TrainingConfig.adapter_path)) if ranks.first else {}
     taken: dict[str, Any] = json.loads(ranks.from_first(json.dumps(settings).encode()))
     return taken

@@ -121,6 +121,7 @@ def complete_lora_parameters(config: TrainingConfig) -> dict[str, Any]:
     check_keys("lora_parameters", lora, {"rank", "scale", "dropout", "keys"})
     for key, allowed in (("rank", POSITIVE), ("scale", POSITIVE), ("dropout", NOT_NEGATIVE)):
         parse_number(lora[key], int if key == "rank" else float, allowed, f"lora_parameters.{key}")
+    # mlx's Dropout divides by what is left.
     if lora["dropout"] >= 1:
         raise ConfigError(f"lora_parameters.dropout: found {lora['dropout']}, expected a number below 1.")
     keys = lora.get("keys")
@@ -156,11 +157,13 @@ def memory_mode(config: TrainingConfig) -> str:
                 f"`grad_checkpoint` means `memory=thrift`, and `memory={mode}` is given; give one of them."
             )
         mode = "thrift"
+    # "auto" is in no table: whether it runs segments is known once a step's memory is predicted.
     in_segments = mode in MODES and MODES[mode].kept_layers < 1
     if config.segment_layers is not None and not in_segments:
         raise ConfigError(f"`segment_layers`: `memory={mode}` runs no segments; add `memory=thrift` or balanced.")
     if config.plain_head and in_segments:
         raise ConfigError(f"`plain_head`: `memory={mode}` needs the head apart from the layers; use `memory=fast`.")
+    # Plain is what the others are compared with, so it must be one thing.
     if mode == "plain" and (config.plain_head or not config.share_prompt):
         raise ConfigError("`memory=plain` sets `share_prompt=False` and `plain_head` itself; leave them out.")
     return mode
@@ -189,7 +192,7 @@ def coerce(name: str, value: Any, location: str) -> Any:
 
 def parse_size(value: str, location: str) -> int:
     """Bytes of a size as mlx-lm reads it: a number, alone or with M, MB, G or GB (powers of ten)."""
-    # Only where a size is given: mlx-lm takes a second to import.
+    # mlx-lm's own, though private, so that a size means the same in both; it takes a second to import.
     from mlx_lm.utils import _parse_size
 
     try:

@@ -129,6 +129,7 @@ def given_settings(argv: Sequence[str] | None = None, prog: str = "orpo-mlx trai
         ConfigError: an unknown key, or a value that cannot be used; names the flag or the file and key.
     """
     flags, args = parse_settings(build_parser(prog), argv)
+    # A flag must win over the file under another name too: --epochs over `iters`.
     file = {} if args.config is None else without_replaced(read_config_file(Path(args.config), flags), flags)
     return GivenSettings(flags, file, args.print_config)
 

@@ -37,6 +37,7 @@ def with_flags(text: str, own: Collection[str] = ()) -> str:
     """A library's message with the settings it mentions as flags; `own` are a command's besides those of `train`."""
 
     def flag(mention: re.Match[str]) -> str:
+        # Data may stand in backticks as well, and is left alone.
         known = mention["name"] in SETTINGS or mention["name"] in own
         return flag_of(mention["name"], mention["value"]) if known else mention[0]
 
@@ -49,6 +50,7 @@ def naming_flags(own: Collection[str] = ()) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        # Changed in place: a new exception would lose the kind, the cause and the traceback.
         error.args = (with_flags(str(error), own),)
         raise
 

@@ -33,7 +33,7 @@ def without_mlx_lm_keys(table: Mapping[Any, Any], flags: Mapping[str, Any], loca
         if not isinstance(given.get(key, True), bool):
             raise ConfigError(f"{location}: {key}: found {given[key]!r}, expected true or false.")
     if "train" in given:
-        rest.update(test_of(given["train"], settings, location))
+        rest.update(meaning_of_train(given["train"], settings, location))
     if "mask_prompt" in given:
         check_masking(given["mask_prompt"], settings, location)
     if given.get("training_mode", "normal") not in ("normal", settings.get("method", TrainingConfig.method)):
@@ -48,7 +48,9 @@ def without_mlx_lm_keys(table: Mapping[Any, Any], flags: Mapping[str, Any], loca
     return rest
 
 
-def test_of(train: bool, settings: Mapping[str, Any], location: str) -> dict[str, Any]:
+def meaning_of_train(train: bool, settings: Mapping[str, Any], location: str) -> dict[str, Any]:
+    """What mlx-lm's switch for training says of `test`; raises ConfigError where it leaves nothing to do."""
+    # mlx-lm trains, then tests, where both are true; the held-out splits are evaluated here in any case.
     if train:
         return {"test": False}
     if settings.get("test") is not True:
@@ -57,6 +59,7 @@ def test_of(train: bool, settings: Mapping[str, Any], location: str) -> dict[str
 
 
 def check_masking(masked: bool, settings: Mapping[str, Any], location: str) -> None:
+    """Refuse a mask that contradicts `nll`; raises ConfigError."""
     nll = settings.get("nll") or TrainingConfig.nll
     if masked != (nll == "completion"):
         other = "sequence" if nll == "completion" else "completion"

@@ -47,6 +47,7 @@ def as_yaml(sourced: SourcedConfig) -> str:
             elif source == _DEFAULT and SETTINGS[name].default is None and value is not None:
                 source += f": {device_profile().name} profile"
             lines += entry_lines(name, value, given, source)
+    # Comments, so that the file is one that --config takes back on any device.
     return "\n".join([*lines, "", *profile_lines()]).lstrip("\n") + "\n"
 
 

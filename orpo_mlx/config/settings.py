@@ -34,6 +34,7 @@ from orpo_mlx.reporting.services import SERVICES
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 DEFAULT_MAX_SKIPPED = 10
 
+# As in mlx_lm.lora, like the defaults below that it has: its config files mean the same here.
 DEFAULT_LORA = {"rank": 8, "dropout": 0.0, "scale": 20.0}
 DEFAULT_OPTIMIZER_CONFIG: dict[str, dict[str, Any]] = {
     "adam": {"bias_correction": True},

@@ -88,7 +88,7 @@ class Setting:
     """Keys of older mlx-lm, mlx-lm-lora and TRL for the same, where the name alone does not lead here."""
     replaces: tuple[str, ...] = ()
     """Settings of a lower level (file, checkpoint) that do not hold where this one is given."""
-    # From the field itself.
+    # From the field itself, so that it stands there once.
     name: str = ""
     kind: type = str
     default: Any = None
