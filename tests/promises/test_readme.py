@@ -22,7 +22,8 @@ from tests.conftest import write_rows
 from tests.helpers.documented_commands import DOCUMENTS, LINES, ROOT, Line, lines_of
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-_SCREENS = 150
+# Three screens, and the tree of the repository.
+_SCREENS = 170
 
 
 def without_files(words: Sequence[str]) -> list[str]:
