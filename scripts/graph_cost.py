@@ -21,7 +21,7 @@ import orpo_mlx  # noqa: F401  (loads a BLAS before mlx)
 # isort: split
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.engine.modes import MODES
-from orpo_mlx.errors import UserError
+from orpo_mlx.errors import UserError, reason_of
 from scripts.graph.steps import MODELS, WORKLOADS, Workload, empty_model, sample_pairs, training_step
 from scripts.graph.table import Record, as_table, record
 
@@ -54,7 +54,7 @@ def others(path: Path, titles: list[str]) -> list[Record]:
         records = json.loads(path.read_text())["records"]
         return [one for one in records if one["workload"] in titles and one["trainer"] != TRAINER]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--against {path}: found no records of this script ({error!r}).") from None
+        raise UserError(f"--against {path}: found no records of this script ({reason_of(error)}).") from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -50,8 +50,11 @@ def _run(argv: Sequence[str] | None) -> bool:
     file = args.json
     if file is not None:
         check_output_file("--json", file)
+    from orpo_mlx.device_profile import device_profile
     from orpo_mlx.doctor.examine import LEVELS, Process, examine, record_of, record_text
 
+    # A profile that there is not is a wrong flag, not something that the machine is found to lack.
+    device_profile()
     level = LEVELS[args.quick]
     started = time.monotonic()
     words = [sys.executable, "-m", "orpo_mlx.doctor.examine", level, "bench" if args.bench else "alone"]

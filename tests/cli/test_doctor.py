@@ -115,3 +115,11 @@ def test_flags_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--fast"])
     assert caught.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_profile_that_there_is_not_ends_the_examination(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ORPO_MLX_PROFILE", "tpu")
+    assert main(["--quick"]) == 2
+    assert "ORPO_MLX_PROFILE: found 'tpu', expected one of cpu, gpu" in capsys.readouterr().err
