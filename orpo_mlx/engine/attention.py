@@ -166,18 +166,18 @@ def backward_by_blocks(
     for number, block in enumerate(work.blocks):
         parts = [block.rows(each) for each in (q, cotangent, outputs[0])]
         parts = mx.depends(parts, [grad_q[-1], grad_k, grad_v]) if grad_q else parts
-        rows, slope, output = map(_float32, parts)
+        rows, own_cotangent, output = map(_float32, parts)
         queries, keys = rows * work.scale, block.keys(k)
         if work.keep:
             weights, total = map(_float32, outputs[1 + 2 * number : 3 + 2 * number])
         else:
             weights, total = unnormalised_weights(queries, keys, work, block, offset)
         # Weights are not normalised; dividing the gradients of few columns by the row sums is cheaper.
-        grads = _grouped(slope, k) / total
+        grads = _grouped(own_cotangent, k) / total
         inner = (grads * _grouped(output, k)).sum(axis=-1, keepdims=True)
-        slopes = weights * (grads @ block.keys(v).swapaxes(-1, -2) - inner)
-        grad_q.append(((slopes @ keys) * work.scale).reshape(rows.shape).astype(q.dtype))
-        grad_k = grad_k + block.among_all(slopes.swapaxes(-1, -2) @ _grouped(queries, k), k.shape[2])
+        score_grads = weights * (grads @ block.keys(v).swapaxes(-1, -2) - inner)
+        grad_q.append(((score_grads @ keys) * work.scale).reshape(rows.shape).astype(q.dtype))
+        grad_k = grad_k + block.among_all(score_grads.swapaxes(-1, -2) @ _grouped(queries, k), k.shape[2])
         grad_v = grad_v + block.among_all(weights.swapaxes(-1, -2) @ grads, k.shape[2])
     return mx.concatenate(grad_q, axis=2), grad_k.astype(primals[1].dtype), grad_v.astype(primals[2].dtype)
 

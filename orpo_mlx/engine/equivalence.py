@@ -153,8 +153,8 @@ def value_and_gradients(
 ) -> list[mx.array]:
     """The function's outputs and its gradients towards `primals`; cotangents are given in its outputs' dtypes."""
     outputs = function(*primals)
-    slopes = [slope.astype(output.dtype) for slope, output in zip(cotangents, outputs, strict=True)]
-    return [*outputs, *mx.vjp(function, list(primals), slopes)[1]]
+    given = [cotangent.astype(output.dtype) for cotangent, output in zip(cotangents, outputs, strict=True)]
+    return [*outputs, *mx.vjp(function, list(primals), given)[1]]
 
 
 def random_like(arrays: Sequence[mx.array]) -> list[mx.array]:

@@ -155,18 +155,18 @@ def trained_head_logps(head: ModelHead, hidden: mx.array, targets: mx.array, *, 
     @function.vjp  # type: ignore[untyped-decorator]
     def backward(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
         hidden, *parameters = primals
-        slopes: list[mx.array] = []
+        grads: list[mx.array] = []
         sums = [mx.zeros_like(parameter) for parameter in parameters]
         for start in starts:
-            part = mx.depends([hidden[start : start + rows]], [*slopes[-1:], *sums])[0]
+            part = mx.depends([hidden[start : start + rows]], [*grads[-1:], *sums])[0]
             _, pulled = mx.vjp(
                 lambda part, *parameters, start=start: chunk(start, part, parameters),
                 [part, *parameters],
                 [cotangent[start : start + rows]],
             )
-            slopes.append(pulled[0])
+            grads.append(pulled[0])
             sums = [total + share for total, share in zip(sums, pulled[1:], strict=True)]
-        return mx.concatenate(slopes), *sums
+        return mx.concatenate(grads), *sums
 
     logps: mx.array = function(hidden, *values.values())
     return logps
@@ -182,7 +182,7 @@ class TileSums(NamedTuple):
 
     peak: mx.array
     total: mx.array
-    slope: mx.array | None
+    grad: mx.array | None
 
 
 def tiled_logps(
@@ -199,9 +199,9 @@ def tiled_logps(
         sums = add_tile(with_pull_back(partial(head, rows=tokens), part), sums, profile, gradient)
     assert sums is not None
     logps = ((picked - sums.peak) - mx.log(sums.total)).squeeze(-1)
-    if sums.slope is None:
+    if sums.grad is None:
         return [logps]
-    return [logps, at_target(mx.eye(targets.size, dtype=chosen.dtype)) - sums.slope / sums.total]
+    return [logps, at_target(mx.eye(targets.size, dtype=chosen.dtype)) - sums.grad / sums.total]
 
 
 def add_tile(run: tuple[mx.array, Head], sums: TileSums | None, profile: DeviceProfile, gradient: bool) -> TileSums:
@@ -212,13 +212,13 @@ def add_tile(run: tuple[mx.array, Head], sums: TileSums | None, profile: DeviceP
         peak = mx.maximum(peak, sums.peak)
     exps = exp(logits - peak, polynomial=profile.polynomial_exp)
     total = sum_in_blocks(exps)[:, None]
-    slope = pull_back(exps.astype(tile.dtype)).astype(mx.float32) if gradient else None
+    grad = pull_back(exps.astype(tile.dtype)).astype(mx.float32) if gradient else None
     if sums is None:
-        return TileSums(peak, total, slope)
+        return TileSums(peak, total, grad)
     shrink = exp(sums.peak - peak, polynomial=profile.polynomial_exp)
-    if slope is not None and sums.slope is not None:
-        slope = sums.slope * shrink + slope
-    return TileSums(peak, sums.total * shrink + total, slope)
+    if grad is not None and sums.grad is not None:
+        grad = sums.grad * shrink + grad
+    return TileSums(peak, sums.total * shrink + total, grad)
 
 
 def whole_logps(

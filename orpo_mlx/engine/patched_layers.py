@@ -51,8 +51,8 @@ def swiglu(gate: mx.array, up: mx.array, *, polynomial_exp: bool) -> mx.array:
     def backward(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, mx.array]:
         gate, up = primals
         share = sigmoid(gate, polynomial=polynomial_exp)
-        slope = cotangent * share
-        return slope * up * (1 + gate * (1 - share)), slope * gate
+        gated = cotangent * share
+        return gated * up * (1 + gate * (1 - share)), gated * gate
 
     result: mx.array = function(gate, up)
     return result
@@ -79,10 +79,10 @@ def lora_linear(layer: LoRALinear, x: mx.array) -> mx.array:
         x, *masters = primals
         a, b = (each.astype(x.dtype) for each in masters)
         cotangent, narrow = cotangents[0], outputs[1]
-        slope = cotangent @ b.T
+        grad_narrow = cotangent @ b.T
         (through_linear,) = mx.vjp(linear, [x], [cotangent])[1]
-        grad_x = mx.addmm(through_linear, slope, a.T, alpha=scale)
-        grad_a = summed_product(x, slope).astype(masters[0].dtype)
+        grad_x = mx.addmm(through_linear, grad_narrow, a.T, alpha=scale)
+        grad_a = summed_product(x, grad_narrow).astype(masters[0].dtype)
         grad_b = summed_product(narrow, cotangent).astype(masters[1].dtype)
         return grad_x, scale * grad_a, scale * grad_b
 

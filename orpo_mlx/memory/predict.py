@@ -90,13 +90,13 @@ def predict(config: TrainingConfig, blueprint: Blueprint, window: Sequence[Token
     if trained <= deep or trained > total:
         # More than there are is for the probe to refuse, as the run would.
         depth = min(max(trained, shallow), total)
-        found, slope = _probe(config, blueprint, depth, trained, window), Probe(0, 0, 0, 0)
+        found, per_layer = _probe(config, blueprint, depth, trained, window), Probe(0, 0, 0, 0)
     else:
         small, large = (_probe(config, blueprint, depth, depth, window) for depth in (shallow, deep))
-        slope = Probe(*((b - a) // (deep - shallow) for a, b in zip(small, large, strict=True)))
-        found = Probe(*(b + (trained - deep) * step for b, step in zip(large, slope, strict=True)))
+        per_layer = Probe(*((b - a) // (deep - shallow) for a, b in zip(small, large, strict=True)))
+        found = Probe(*(b + (trained - deep) * step for b, step in zip(large, per_layer, strict=True)))
     mx.clear_cache()
-    activations = max(0, min(trained * slope.work, found.work))
+    activations = max(0, min(trained * per_layer.work, found.work))
     parts = (found.adapters, found.optimiser, activations, found.work - activations, max(found.reference, 0))
     return Prediction(weight_bytes(build(blueprint, total)) / _GIB, *(part / _GIB for part in parts))
 
