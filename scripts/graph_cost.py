@@ -13,8 +13,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # A script's own folder comes first in sys.path; its modules are those of the repository's root, as tests have them.
 sys.path.insert(0, str(ROOT))
-# The graph of a GPU is to be counted, whatever the device is.
-os.environ.setdefault("ORPO_MLX_PROFILE", "gpu")
 
 import orpo_mlx  # noqa: F401  (loads a BLAS before mlx)
 
@@ -59,6 +57,8 @@ def others(path: Path, titles: list[str]) -> list[Record]:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    # The graph of a GPU is to be counted, whatever the device is.
+    os.environ.setdefault("ORPO_MLX_PROFILE", "gpu")
     workloads = [one for one in WORKLOADS if arguments.only in one.title]
     try:
         records = others(arguments.against, [one.title for one in workloads]) if arguments.against else []

@@ -103,6 +103,8 @@ def test_pairs_are_as_long_as_they_should_be() -> None:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    # What the script sets for its own process must not stay in this one, or later tests take a GPU's branches.
+    monkeypatch.setenv("ORPO_MLX_PROFILE", "gpu")
     path = Path(__file__).resolve().parents[3] / "scripts" / "graph_cost.py"
     spec = importlib.util.spec_from_file_location("graph_cost_script", path)
     assert spec is not None
