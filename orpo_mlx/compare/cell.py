@@ -35,6 +35,7 @@ from orpo_mlx.training.step import optimiser_step
 from orpo_mlx.types import Pair
 
 _GIB = 2**30
+# Few enough that a batch's states stay small beside the model, on any machine.
 _PAIRS_SCORED_TOGETHER = 8
 REPLIES = 10
 KL_REPLIES = 10
@@ -136,6 +137,7 @@ class Clock:
     def step(self, run: Run, step_batch: Pairs, step: int) -> dict[str, float]:
         """One step; what `metrics.jsonl` has to say of it."""
         run.loaded.model.train()
+        # The peak of this step alone: evaluation between steps is no part of what training takes.
         mx.reset_peak_memory()
         started = time.perf_counter()
         if run.reference is not None:
@@ -180,6 +182,7 @@ def test_cell(spec: dict[str, Any], report_share: ReportShare) -> dict[str, Any]
     splits = three_splits(run)
     test = spread_out(splits["test"], spec["test_pairs"])
     rows = score(run, test)
+    # Roughly how a judgement's time is spent: log-probs, sampled replies, greedy replies.
     report_share(0.6)
     found: dict[str, Any] = {
         **means_of(rows),

@@ -1,7 +1,8 @@
 """Every setting of a training run, declared once, with all that any module wants to know of it.
 
 Adding a setting is a field here: flag, help, checks, `--print-config`, resuming, comparisons and the model card follow
-from it. `traits.py` says what can be declared.
+from it. `traits.py` says what can be declared. A run reads it as `config.NAME`; what contradicts another setting is
+said in `checks.py`; a loss's parameter (`_parameter`) is also a keyword argument of the losses that have it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,11 @@ from orpo_mlx.losses.registry import Range
 
 
 class Trait(enum.Flag):
-    """What other modules ask of a setting; `settings.settings_with` answers."""
+    """What other modules ask of a setting; `settings.settings_with` answers.
+
+    A setting without any may not change at `--resume`, is not taken over by `--test`, must agree between ranks, stands
+    on the model card where it is not the default, and may be given to `compare`.
+    """
 
     NONE = 0
     RESUMABLE = enum.auto()

@@ -1,4 +1,4 @@
-"""Pairs that are too long: left out, or cut."""
+"""Pairs that are too long, or whose sides are (or become) equal: cut, or left out and counted."""
 
 from __future__ import annotations
 

@@ -34,9 +34,11 @@ from orpo_mlx.process_memory import configure_allocator
 
 SCHEMA = 1
 LEVELS = ("full", "quick")
+# A person who sees nothing for three seconds thinks that it hangs.
 _HEARTBEAT_S = 2.5
 _LONGEST_S = 900.0
 """After which a check is taken to hang."""
+# A device that fails everywhere would have every check start a process of its own, for minutes.
 _MOST_DEATHS = 5
 _LLAMA = "Llama-3.2-3B, 4 of 28 layers"
 
@@ -99,6 +101,7 @@ def events(units: Sequence[Unit], first: int = 0) -> Iterator[Event]:
         yield {"unit": number, "of": len(units), "group": unit.group, "name": unit.name}
         for finding in guarded(unit.group, unit.name, unit.check):
             yield {"finding": {**finding._asdict(), "figures": dict(finding.figures)}}
+        # Buffers of the check before would count in the next one's peak.
         mx.clear_cache()
     yield {"done": True}
 
@@ -234,6 +237,7 @@ def record_text(record: Mapping[str, Any]) -> str:
 
 def main(level: str, bench: str, first: str) -> None:
     """The process that examines. What libraries print goes to stderr."""
+    # Libraries print to stdout, MLX's own C++ among them: the channel keeps the descriptor, and theirs becomes stderr.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     configure_allocator()

@@ -41,7 +41,10 @@ _KEPT = (
 """Keys of `mx.device_info`, whichever the backend has; none of them is a serial number or a name a user gave."""
 _VARIABLES = ("MLX_ENABLE_TF32", "MLX_SDPA_VJP_FALLBACK", "MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER", VARIABLE)
 """Environment variables that change what is measured."""
+# Of dependent additions. Their difference leaves out what one evaluation costs by itself; 1,000 launches of some
+# microseconds are long beside a clock's grain.
 _SHORT_CHAIN, _LONG_CHAIN = 200, 1200
+# The cost of one is some tens of microseconds: the mean of fewer would be noise.
 _EVALS = 200
 
 

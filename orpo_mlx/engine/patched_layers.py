@@ -21,6 +21,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from orpo_mlx.device_profile import DeviceProfile
 from orpo_mlx.engine.attention import KEPT_BYTES, attention, fits, guarded_attention, is_fused
+from orpo_mlx.engine.dropout import has_dropout
 from orpo_mlx.engine.fast_exp import sigmoid
 from orpo_mlx.engine.gated_delta import gated_delta_update, model_gated_delta_update
 
@@ -107,7 +108,7 @@ def joins_lora(layer: LoRALinear, x: mx.array, profile: DeviceProfile) -> bool:
     dtypes = {layer.lora_a.dtype, layer.lora_b.dtype}
     wide = x.dtype == mx.float32 or profile.half_products
     same = dtypes == {x.dtype} or (wide and dtypes <= {mx.float32, x.dtype})
-    return same and layer.dropout(x) is x and not layer.linear.trainable_parameters()
+    return same and not has_dropout(layer.dropout) and not layer.linear.trainable_parameters()
 
 
 def exchanges(profile: DeviceProfile, kept_bytes: int = KEPT_BYTES) -> dict[str, Exchange]:

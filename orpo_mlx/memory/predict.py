@@ -82,20 +82,24 @@ def predict(config: TrainingConfig, blueprint: Blueprint, window: Sequence[Token
     total = blueprint.layers
     trained = total if config.num_layers == -1 else config.num_layers
     # Depths at which the pattern of layers, the segments and the share of kept layers come out even.
+    # Shares of layers are written as decimals with one digit: 0.4 is 2/5, not the binary fraction that is stored.
     kept_share = Fraction(MODES[config.memory].kept_layers).limit_denominator(10)
     even = lcm(blueprint.period, config.segment_layers or 1, kept_share.denominator)
     fewest = _FEWEST_LAYERS if blueprint.period == 1 else _FEWEST_OF_SEVERAL_KINDS
     shallow = even * -(-fewest // even)
+    # The same pattern twice: whatever repeats in the shallow one repeats in the deep one.
     deep = 2 * shallow
     if trained <= deep or trained > total:
         # More than there are is for the probe to refuse, as the run would.
         depth = min(max(trained, shallow), total)
+        # Few layers learn: the real number is small enough to be run itself.
         found, per_layer = _probe(config, blueprint, depth, trained, window), Probe(0, 0, 0, 0)
     else:
         small, large = (_probe(config, blueprint, depth, depth, window) for depth in (shallow, deep))
         per_layer = Probe(*((b - a) // (deep - shallow) for a, b in zip(small, large, strict=True)))
         found = Probe(*(b + (trained - deep) * step for b, step in zip(large, per_layer, strict=True)))
     mx.clear_cache()
+    # Buffers that MLX reuses make small differences negative: a part is never below nothing.
     activations = max(0, min(trained * per_layer.work, found.work))
     parts = (found.adapters, found.optimiser, activations, found.work - activations, max(found.reference, 0))
     return Prediction(weight_bytes(build(blueprint, total)) / _GIB, *(part / _GIB for part in parts))
@@ -103,6 +107,7 @@ def predict(config: TrainingConfig, blueprint: Blueprint, window: Sequence[Token
 
 def heaviest_window(config: TrainingConfig, pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
     """The longest pairs of a split, as many as an optimiser step takes."""
+    # Stable, so that equal lengths give the same pairs on every machine.
     longest = np.argsort(side_lengths(pairs).sum(axis=1), kind="stable")[::-1][
         : config.batch_size * config.grad_accumulation_steps
     ]
@@ -111,6 +116,7 @@ def heaviest_window(config: TrainingConfig, pairs: Sequence[TokenizedPair]) -> l
 
 def made_window(config: TrainingConfig, prompt_tokens: int, vocabulary: int) -> list[TokenizedPair]:
     """A step's pairs, each side `config.max_seq_length` tokens long, of which `prompt_tokens` are the prompt."""
+    # Ids are random because equal ones would be one row of a gathered embedding, and experts would all be the same.
     rng = np.random.default_rng(0)
     completion_tokens = config.max_seq_length - prompt_tokens
 
@@ -154,9 +160,11 @@ def _measured_step(
     mx.clear_cache()
     before = mx.get_active_memory()
     model = build(blueprint, depth)
+    # Weights are made now: made within the step they would count as its work.
     mx.eval(model.parameters())
     loaded = LoadedModel(model, None, blueprint.config, Path(), None, None)
     run = assemble(dataclasses.replace(config, num_layers=trained, resume_adapter_file=None), Path(), {}, loaded)
+    # Its moments would otherwise be made in the step, and be counted twice.
     run.optimizer.init(model.trainable_parameters())
     mx.eval(model.parameters(), run.optimizer.state)
     model.train()

@@ -79,6 +79,8 @@ def build(blueprint: Blueprint, layers: int) -> nn.Module:
     """
     config = with_layers(blueprint.config, blueprint.layers, layers)
     try:
+        # Private in mlx-lm, and the only way from a config to its classes without reading weights; the release test
+        # tries it with the oldest and the newest mlx-lm.
         model_class, args_class = _get_classes(config)
         model: nn.Module = model_class(args_class.from_dict(config))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -93,6 +95,7 @@ def build(blueprint: Blueprint, layers: int) -> nn.Module:
 
         given = {key: table[key] for key in ("group_size", "bits", "mode") if key in table}
         nn.quantize(model, class_predicate=choose, **given)
+    # After quantisation, as in a loaded model: scales are of that dtype too, packed weights are integers and stay.
     model.set_dtype(blueprint.dtype)
     model.freeze()
     model.eval()
@@ -144,6 +147,7 @@ def _read_headers(path: Path) -> Stored:
 
 def _layer_count(path: Path, config: Mapping[str, Any]) -> int:
     """How many layers a config says there are."""
+    # Multimodal configs have it in the inner table.
     for table in (config, config.get("text_config") or {}):
         for key in _LAYER_KEYS:
             if isinstance(table.get(key), int):
@@ -162,6 +166,8 @@ def layer_period(config: Mapping[str, Any], layers: int) -> int:
             periods.append(value)
         elif key == "text_config":
             periods.append(layer_period(value, layers))
+        # A list with an entry for each layer (kinds of attention, sizes): whatever it is called, it has the layers'
+        # pattern.
         elif isinstance(value, list) and len(value) == layers:
             periods.append(next(size for size in range(1, layers + 1) if value[size:] == value[: layers - size]))
     return min(lcm(*periods) * (2 if config.get(_SHARING_KEY) else 1), layers)

@@ -22,8 +22,11 @@ from orpo_mlx.types import PairLogProbs
 
 # One of these is set in a process that was started by mlx.launch or mpirun.
 _STARTED_BY = ("MLX_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# The status of bad input as well: whoever started this has to do something.
 _LOST = 2
+# A transfer of tens of MiB is as fast per byte as a larger one, and what is in flight stays small beside a model.
 _FEW_BYTES = 32 << 20
+# Far below any timeout, and too seldom to be seen in a profile.
 _LOOK_EVERY_S = 0.2
 
 Thing = TypeVar("Thing")
@@ -57,6 +60,7 @@ class Ranks:
 
     def share(self, things: Sequence[Thing], rank: int | None = None) -> list[Thing]:
         """What a rank (this one, if none is given) has of `things`: disjoint, and all of it together."""
+        # Every size-th: neighbours in a sorted list are of like length, so that ranks have like work.
         return list(things[self.rank if rank is None else rank :: self.size])
 
     def gather(self, value: Any) -> list[Any]:
@@ -68,6 +72,7 @@ class Ranks:
         if self.size == 1:
             return [content]
         with self._limited():
+            # MLX gathers arrays of one shape alone: lengths first, then all contents padded to the longest.
             sizes = self._all_gather(np.array([len(content)], np.uint32)).tolist()
             padded = np.zeros(max(1, *sizes), np.uint8)
             padded[: len(content)] = np.frombuffer(content, np.uint8)
@@ -84,11 +89,13 @@ class Ranks:
             piece = np.zeros(min(_FEW_BYTES, size - start), np.uint8)
             if self.first:
                 piece[:] = np.frombuffer(content[start : start + _FEW_BYTES], np.uint8)
+            # MLX has no broadcast. A sum in which all others give zeros is one.
             received += np.array(self.sum({"piece": mx.array(piece)})["piece"]).tobytes()
         return bytes(received)
 
     def gather_logps(self, parts: Sequence[PairLogProbs]) -> PairLogProbs:
         """The log-probs of all ranks' batches as those of one batch, those of rank 0 first; without gradient."""
+        # Python floats hold every float32 exactly, and JSON writes them so that they are read back as they were.
         own = [[None if column is None else column.tolist() for column in part] for part in parts]
         everyone = [part for parts_of_rank in self.gather(own) for part in parts_of_rank]
         columns = [
@@ -107,6 +114,7 @@ class Ranks:
                 flat = mx.concatenate([arrays[name].reshape(-1) for name in names])
                 total = mx.distributed.all_sum(flat, group=self._group)
                 mx.eval(total)
+                # One transfer for many small arrays: LoRA has two of each layer, and latency would rule.
                 bounds = np.cumsum([arrays[name].size for name in names])[:-1].tolist()
                 for name, part in zip(names, mx.split(total, bounds), strict=True):
                     summed[name] = part.reshape(arrays[name].shape)
@@ -206,6 +214,7 @@ def _leave(sentence: str) -> None:
     """End the process, whatever its main thread is waiting for."""
     # No command gets to see this, so its flags are named here.
     os.write(2, f"{with_flags(sentence)}.\n".encode())
+    # sys.exit would end this thread alone, and run handlers that wait for the main one.
     os._exit(_LOST)
 
 
@@ -213,6 +222,7 @@ def _batches(arrays: Mapping[str, mx.array]) -> Iterator[list[str]]:
     """Names in order, in groups of one dtype that are worth a transfer."""
     group: list[str] = []
     size = 0
+    # Sorted: ranks may have built their tables in another order, and must send the same thing at the same time.
     for name in sorted(arrays):
         array = arrays[name]
         if group and (arrays[group[0]].dtype != array.dtype or size + array.nbytes > _FEW_BYTES):

@@ -8,8 +8,11 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+# Long enough that chance does not do it: with an accuracy of 0.9 a batch of one, forty times right has a probability of
+# 1.5 %.
 SPAN = 40
 """Steps that are looked at together."""
+# Four means in a row that fall: a steady fall, and no single jump.
 _BLOCKS = 4
 
 FALLING = (

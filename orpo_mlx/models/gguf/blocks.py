@@ -114,25 +114,30 @@ def fifth_bits(data: Bytes) -> Bytes:
 # their numbers are signed, and the offset moves the middle of the range to 0.
 def q4_0(blocks: Bytes) -> Groups:
     scale = half(blocks, 0)
+    # Layout in bytes: scale 2, numbers 16.
     return Groups(nibbles(blocks[:, 2:]), scale, -8 * scale, 4)
 
 
 def q4_1(blocks: Bytes) -> Groups:
+    # Scale 2, minimum 2, numbers 16.
     return Groups(nibbles(blocks[:, 4:]), half(blocks, 0), half(blocks, 2), 4)
 
 
 def q5_0(blocks: Bytes) -> Groups:
     scale = half(blocks, 0)
+    # Scale 2, fifth bits 4, low nibbles 16.
     return Groups(nibbles(blocks[:, 6:]) | fifth_bits(blocks[:, 2:6]), scale, -16 * scale, 5)
 
 
 def q5_1(blocks: Bytes) -> Groups:
+    # Scale 2, minimum 2, fifth bits 4, low nibbles 16.
     quants = nibbles(blocks[:, 8:]) | fifth_bits(blocks[:, 4:8])
     return Groups(quants, half(blocks, 0), half(blocks, 2), 5)
 
 
 def q8_0(blocks: Bytes) -> Groups:
     scale = half(blocks, 0)
+    # Scale 2, signed numbers 32. MLX packs whole numbers from 0: they are moved by 128, and the offset moves them back.
     quants = (blocks[:, 2:].view(np.int8).astype(np.int16) + 128).astype(np.uint8)[:, None, :]
     return Groups(quants, scale, -128 * scale, 8)
 
@@ -155,17 +160,21 @@ def k_halves(data: Bytes) -> Bytes:
 
 def q4_k(blocks: Bytes) -> Groups:
     scales, minima = six_bit_pairs(blocks[:, 4:16])
+    # A block of 256: scale 2 and minimum 2 for all, 12 bytes of scales and minima of 8 groups in 6 bits, nibbles 128.
     return Groups(k_halves(blocks[:, 16:]), half(blocks, 0) * scales, -half(blocks, 2) * minima, 4)
 
 
 def q5_k(blocks: Bytes) -> Groups:
     scales, minima = six_bit_pairs(blocks[:, 4:16])
+    # As q4_k, with 32 bytes of fifth bits before the nibbles: bit i of byte j belongs to number j of group i.
     bits = (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
     quants = k_halves(blocks[:, 48:]) | (bits << 4)
     return Groups(quants, half(blocks, 0) * scales, -half(blocks, 2) * minima, 5)
 
 
 def q6_k(blocks: Bytes) -> Groups:
+    # A block of 256: low nibbles 128, two high bits of each 64, 16 signed scales, then a scale 2 for all. Two halves of
+    # 128 numbers, in four rows of 32.
     low = blocks[:, :128].reshape(-1, 2, 1, 64)
     low = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, 32)
     high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]
