@@ -32,6 +32,8 @@ class Pair(NamedTuple):
     """The row's own arguments for the chat template."""
     margin: float | None = None
     """Score of chosen minus score of rejected, where the row has scores."""
+    weight: float = 1.0
+    """What the pair's loss is multiplied by."""
 
 
 class TokenizedPair(NamedTuple):
@@ -41,6 +43,9 @@ class TokenizedPair(NamedTuple):
     chosen_ids: tuple[int, ...]
     rejected_ids: tuple[int, ...]
     location: str = ""
+    margin: float | None = None
+    """See `Pair`; so is the next."""
+    weight: float = 1.0
 
     @property
     def pair_tokens(self) -> int:
@@ -86,6 +91,34 @@ class PairLogProbs(NamedTuple):
     """`chosen` under the reference model, where the method needs one."""
     reference_rejected: mx.array | None = None
     """`rejected` under the reference model."""
+    weight: mx.array | None = None
+    """What a pair's loss is multiplied by; None for 1 everywhere."""
+    margin: mx.array | None = None
+    """By how much a pair's two sides are to differ, from their scores; None for 0 everywhere."""
+    chosen_tail: mx.array | None = None
+    """The part of `chosen` that lies behind as many tokens as the shorter completion has, where the method needs it;
+    0 on the shorter side."""
+    rejected_tail: mx.array | None = None
+    reference_chosen_tail: mx.array | None = None
+    """`chosen_tail` under the reference model."""
+    reference_rejected_tail: mx.array | None = None
+    chosen_alignment: mx.array | None = None
+    """Mean over the chosen completion's tokens of log p(y_t) - log Σ_v p(v)², without gradient, where the method needs
+    it: how close the completion is to what the policy would sample (Zhou et al. 2024, eq. 2)."""
+    rejected_alignment: mx.array | None = None
+
+
+class Wanted(NamedTuple):
+    """What a loss looks at besides the summed log-probs of completions."""
+
+    tails: bool = False
+    """`PairLogProbs.chosen_tail` and the three like it."""
+    alignment: bool = False
+    """`PairLogProbs.chosen_alignment` and `rejected_alignment`."""
+
+
+SUMS_ALONE = Wanted()
+"""What most losses look at."""
 
 
 class LossOutput(NamedTuple):

@@ -220,7 +220,12 @@ def parameters_table() -> str:
     return "\n".join(rows)
 
 
-FROM_CODE = {"methods": methods_table, "parameters": parameters_table}
+def methods_with_margins() -> str:
+    """The methods that heed `--margin-scale`."""
+    return ", ".join(f"`{name}`" for name, method in METHODS.items() if method.takes_margin) + "."
+
+
+FROM_CODE = {"margins": methods_with_margins, "methods": methods_table, "parameters": parameters_table}
 
 
 def add_results(source: Path, root: Path, name: str, *, replies: bool) -> Path:

@@ -157,7 +157,8 @@ def test_what_is_not_finite_is_never_applied(settings: dict[str, Any], where: st
         output = good(logps)
         return output._replace(losses=output.losses + term)
 
-    run.functions = StepFunctions(run.scorer, run.memory, spoiled, run.optimizer)
+    method = run.method._replace(loss=spoiled)
+    run.functions = StepFunctions(run.scorer, run.memory, method, run.optimizer)
     with pytest.raises(
         TrainingError, match=r"step 7: the loss is .* and the gradient's norm (nan|inf) on .*train.jsonl:1"
     ):

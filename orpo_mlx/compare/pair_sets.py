@@ -80,4 +80,5 @@ def relabel(step_batch: Pairs, labels: str, step: int, seed: int) -> list[Tokeni
 
 def swapped(pair: TokenizedPair) -> TokenizedPair:
     """The pair with its sides exchanged."""
-    return pair._replace(chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids)
+    margin = None if pair.margin is None else -pair.margin
+    return pair._replace(chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids, margin=margin)

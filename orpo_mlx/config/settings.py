@@ -118,9 +118,16 @@ class TrainingConfig:
     beta: float | None = _parameter("β of the method; default: the method's own, as for those below")
     label_smoothing: float | None = _parameter("ε: share of pairs taken to be labelled wrongly")
     gamma: float | None = _parameter("γ: target margin of simpo")
-    alpha: float | None = _parameter("α: weight of the likelihood term of cpo, rrhf, slic")
+    alpha: float | None = _parameter("α: weight of the likelihood term of cpo, rrhf, slic; power of alphapo, dpo_alpha")
+    ld_alpha: float | None = _parameter("λ of ld_dpo: weight of tokens beyond the shorter completion's length")
     delta: float | None = _parameter("δ: margin of slic, shift of bco_pair, penalty of dpop")
     tau: float | None = _parameter("τ: temperature of discopop's blend")
+    margin_scale: float = _loss(
+        0.0,
+        "loss margin for each point of score that chosen has above rejected, where a method takes one",
+        Trait.OF_METHOD | Trait.COMPARED,
+        range=NOT_NEGATIVE,
+    )
     nll: str = _loss(
         "completion",
         "tokens of the NLL term: the chosen completion's, or prompt and chosen as in TRL",
@@ -361,7 +368,7 @@ def recipe(config: TrainingConfig) -> Recipe:
     Raises:
         ConfigError: see `losses.recipe.make_recipe`.
     """
-    return make_recipe(config.method, {name: getattr(config, name) for name in PARAMETERS})
+    return make_recipe(config.method, {name: getattr(config, name) for name in PARAMETERS}, config.margin_scale)
 
 
 def data_reading(config: TrainingConfig) -> Reading:

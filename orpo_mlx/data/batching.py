@@ -202,6 +202,18 @@ def side_lengths(pairs: Sequence[TokenizedPair]) -> npt.NDArray[np.int64]:
     return np.array([[len(side) for side in pair[:3]] for pair in pairs], np.int64).reshape(-1, 3)
 
 
+def row_weights(pairs: Sequence[TokenizedPair]) -> npt.NDArray[np.float64]:
+    """(N,): what the loss of each pair is multiplied by."""
+    return pairs.weights if isinstance(pairs, TokenStore) else np.array([pair.weight for pair in pairs], np.float64)
+
+
+def row_margins(pairs: Sequence[TokenizedPair]) -> npt.NDArray[np.float64]:
+    """(N,): score of chosen minus score of rejected; NaN where a row has no scores."""
+    if isinstance(pairs, TokenStore):
+        return pairs.margins
+    return np.array([np.nan if pair.margin is None else pair.margin for pair in pairs], np.float64)
+
+
 def _pair_tokens(pairs: Sequence[TokenizedPair]) -> npt.NDArray[Any]:
     """2·prompt + chosen + rejected of each pair."""
     return np.asarray(side_lengths(pairs) @ np.array([2, 1, 1]))

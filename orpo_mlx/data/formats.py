@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 from orpo_mlx.data.dialogues import Sides, dialogue_prompt, dialogue_turns, is_dialogue, split_turns, split_words
 from orpo_mlx.data.messages import as_turns, kind, text_of, text_or_turns, texts
-from orpo_mlx.data.ratings import COMPLETION_LISTS, margin_of, ranked_pairs
+from orpo_mlx.data.ratings import COMPLETION_LISTS, margin_of, ranked_pairs, weight_of
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Pair, Text, TokenizedPair
 
 COLUMNS = (
     *("prompt", "chosen", "rejected", "system", "question", "instruction", "input", "history", "conversations"),
     *("messages", "tools", "chat_template_kwargs", "completions", "scores", "score_chosen", "score_rejected"),
-    *("prompt_ids", "chosen_ids", "rejected_ids"),
+    *("weight", "prompt_ids", "chosen_ids", "rejected_ids"),
 )
 """Names that a data set's own columns can be given."""
 
@@ -103,7 +103,8 @@ def token_ids(row: Columns, location: str, _: str | None) -> Found:
             f"{location}: the row has no {' and no '.join(map(repr, missing))}; expected {', '.join(columns)}."
         )
     prompt, chosen, rejected = (_ids(row[name], name, location) for name in columns)
-    return Found([TokenizedPair(prompt, chosen, rejected, location)])
+    scored = (margin_of(row, location), weight_of(row, location))
+    return Found([TokenizedPair(prompt, chosen, rejected, location, *scored)])
 
 
 def rated_completions(row: Columns, location: str, pair_ratings: str | None) -> Found:
@@ -122,10 +123,11 @@ def rated_completions(row: Columns, location: str, pair_ratings: str | None) -> 
         prompt = dialogue_turns(prompt)[:-1]
     ranked = ranked_pairs(row, location, pair_ratings)
     extras = _extras(row, location)
+    weight = weight_of(row, location)
     pairs: list[Pair | TokenizedPair] = []
     for better, worse in ranked:
         sides = _completed(prompt, {**row, "chosen": better.completion, "rejected": worse.completion}, location)
-        pairs.append(Pair(*sides, location, *extras, better.score - worse.score))
+        pairs.append(Pair(*sides, location, *extras, better.score - worse.score, weight))
     return Found(pairs)
 
 
@@ -216,7 +218,8 @@ def pair_shape(
                 f"{location}: the prompt ends with a turn of the assistant, so the answer may be in it already; "
                 "expected the user's turn last."
             )
-        pair = Pair(*sides, location, *_extras(row, location), margin_of(row, location))
+        scored = (margin_of(row, location), weight_of(row, location))
+        pair = Pair(*sides, location, *_extras(row, location), *scored)
         return Found([pair], note(row, sides.prompt, location))
 
     return Shape(name, lambda row: has_sides(row) and fits(row), read_pair)

@@ -15,6 +15,7 @@ from orpo_mlx.data.sources import FileSource, Source
 from orpo_mlx.errors import ConfigError, DataError, did_you_mean
 from orpo_mlx.types import Pair, TokenizedPair
 
+WEIGHTED = "whose loss is multiplied by their weight column"
 SCORED_WRONGLY = "whose scores put the rejected side first"
 
 
@@ -62,8 +63,10 @@ def read_pairs(source: Source, reading: Reading, report: RowReport) -> Iterator[
         report.pairs_left_out += len(read.pairs) - len(pairs)
         if read.note is not None:
             report.note(read.note, row.location)
-        if any(isinstance(pair, Pair) and (pair.margin or 0) < 0 for pair in pairs):
+        if any((pair.margin or 0) < 0 for pair in pairs):
             report.note(SCORED_WRONGLY, row.location)
+        if any(pair.weight != 1 for pair in pairs):
+            report.note(WEIGHTED, row.location)
         yield PairsOfRow(row.location, pairs)
     if not report.rows_read:
         raise_no_rows(source.name)
@@ -140,7 +143,7 @@ def usable_pairs(pairs: list[Pair | TokenizedPair], min_margin: float | None) ->
 def _reason_unusable(pair: Pair | TokenizedPair, min_margin: float | None) -> str | None:
     """Why a pair is left out, a key of `row_counts.REASONS`; None where it is not."""
     if min_margin is not None:
-        margin = pair.margin if isinstance(pair, Pair) else None
+        margin = pair.margin
         if margin is None:
             raise DataError(
                 f"{pair.location}: `min_margin={min_margin:g}` needs scores such as score_chosen and score_rejected; "

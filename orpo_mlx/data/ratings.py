@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -44,6 +45,20 @@ def margin_of(row: Mapping[str, Any], location: str) -> float | None:
             chosen, rejected = (_number(row[name], name, location) for name in names)
             return chosen - rejected
     return None
+
+
+def weight_of(row: Mapping[str, Any], location: str) -> float:
+    """What the row's loss is multiplied by: its `weight`, 1 where it has none.
+
+    Raises:
+        DataError: it is not a number of 0 or more.
+    """
+    if row.get("weight") is None:
+        return 1.0
+    weight = _number(row["weight"], "weight", location)
+    if not 0 <= weight < math.inf:
+        raise DataError(f"{location}: 'weight' is {weight:g}, expected a number of 0 or more.")
+    return weight
 
 
 def ranked_pairs(row: Mapping[str, Any], location: str, pairing: str) -> Iterator[tuple[Rated, Rated]]:

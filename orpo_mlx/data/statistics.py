@@ -85,6 +85,7 @@ def split_figures(
         "note_places": {note: report.places[note] for note in report.notes},
         "pairs": len(store),
         "pairs_left_out": report.pairs_left_out,
+        "mean_weight": float(store.weights.mean()),
         "lengths": {side: quantiles(store.lengths[:, number]) for number, side in enumerate(SIDES)},
         "prompt_token_share": float(totals[0] / totals.sum()),
         "padding_share": padding.micro_batches,
@@ -180,6 +181,8 @@ def _split_lines(table: Mapping[str, Any], batch_size: int) -> list[str]:
         lines += [f"  {printable(line)}" for line in table["left_out"]]
     for note, count in table["notes"].items():
         lines.append(f"taken: {count} {note} ({_places(table['note_places'][note], count)})")
+    if table["mean_weight"] != 1:
+        lines.append(f"weights: {table['mean_weight']:g} on average")
     lines.append(f"{'tokens':10}" + "".join(f"{name:>9}" for name in (*QUANTILES, "mean")))
     for side, values in table["lengths"].items():
         lines.append(f"{side:10}" + "".join(f"{value:9.0f}" for value in values.values()))

@@ -6,6 +6,7 @@ import bisect
 import errno
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -23,8 +24,9 @@ from orpo_mlx.types import TokenizedPair
 _TOKENS = "tokens.i32"
 _INDEX = "index.npy"
 _HEADER = "store.json"
-# Columns of the index: first token; tokens of prompt, chosen and rejected; line; hash of the prompt.
-_COLUMNS = 6
+# Columns of the index: first token; tokens of prompt, chosen and rejected; line; hash of the prompt; and as the bits of
+# a float64 each margin (NaN where there is none) and weight.
+_COLUMNS = 8
 
 
 class Largest(NamedTuple):
@@ -61,6 +63,10 @@ class TokenStore(Sequence[TokenizedPair]):
         """(N, 3): tokens of prompt, chosen and rejected."""
         self.prompt_hashes: npt.NDArray[np.int64] = index[:, 5]
         """(N,): equal where prompts are."""
+        self.margins: npt.NDArray[np.float64] = index[:, 6].copy().view(np.float64)
+        """(N,): score of chosen minus score of rejected; NaN where the row has no scores."""
+        self.weights: npt.NDArray[np.float64] = index[:, 7].copy().view(np.float64)
+        """(N,): what a pair's loss is multiplied by."""
         self._starts = index[:, 0]
         self._lines = index[:, 4]
         self._first = header["first_pair_of_file"]
@@ -90,6 +96,8 @@ class TokenStore(Sequence[TokenizedPair]):
             tuple(ids[prompt : prompt + chosen]),
             tuple(ids[prompt + chosen :]),
             self.location(number),
+            None if math.isnan(self.margins[number]) else float(self.margins[number]),
+            float(self.weights[number]),
         )
 
     def location(self, number: int) -> str:
@@ -137,7 +145,9 @@ class StoreWriter:
             if len(ids) and ids.max() > self._largest.token:
                 self._largest = Largest(int(ids.max()), pair.location)
             lengths = (len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
-            rows.append((self._position, *lengths, int(line), int.from_bytes(prompt, "little", signed=True)))
+            scored = np.array([math.nan if pair.margin is None else pair.margin, pair.weight], np.float64)
+            hashed = int.from_bytes(prompt, "little", signed=True)
+            rows.append((self._position, *lengths, int(line), hashed, *scored.view(np.int64).tolist()))
             self._position += len(ids)
             self._count += 1
         if rows:

@@ -124,14 +124,15 @@ class PairTokenizer:
             raise DataError(
                 f"{pair.location}: the prompt has no tokens, so the first completion token has nothing to follow."
             )
-        sides = zip((texts.with_chosen, texts.with_rejected), ids[1:], strict=True)
-        chosen, rejected = (self._completion(prompt, texts.prompt, text, whole) for text, whole in sides)
+        rows = zip((texts.with_chosen, texts.with_rejected), ids[1:], strict=True)
+        chosen, rejected = (self._completion(prompt, texts.prompt, text, whole) for text, whole in rows)
         if chosen is None or rejected is None:
             raise DataError(
                 f"{pair.location}: the chat template renders the prompt differently once the answer follows, so the "
                 "boundary between them is unknown; use a template that does not rewrite earlier turns, or token ids."
             )
-        return TokenizedPair(prompt, self._codec.closed(chosen), self._codec.closed(rejected), pair.location)
+        sides = (self._codec.closed(chosen), self._codec.closed(rejected))
+        return TokenizedPair(prompt, *sides, pair.location, pair.margin, pair.weight)
 
     def _completion(self, prompt: Ids, prompt_text: str, text: str, ids: Ids) -> Ids | None:
         """The ids of `text` after the prompt's; None where the boundary cannot be found."""

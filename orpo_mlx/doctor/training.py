@@ -159,9 +159,7 @@ def write_inputs(folder: Path) -> None:
     mx.save_safetensors(str(folder / "adapters.safetensors"), adapter_values(model))
     lengths = [(3 + 5 * number % 17, 2 + 7 * number % 13, 4 + 3 * number % 11) for number in range(24)]
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    lines = [
-        json.dumps({name: list(ids) for name, ids in zip(names, pair, strict=False)}) for pair in made_pairs(lengths)
-    ]
+    lines = [json.dumps({name: list(getattr(pair, name)) for name in names}) for pair in made_pairs(lengths)]
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -113,6 +113,53 @@ def head_logps(
     return logps
 
 
+def head_log_collisions(head: ModelHead, hidden: mx.array, *, profile: DeviceProfile) -> mx.array:
+    """log Σ_v p(v)² of the distribution that each state predicts, without gradient: (N, H) -> (N,) float32, nats.
+
+    That is the log-prob that two tokens drawn from it are the same (Zhou et al. 2024, eq. 2). The head is run in tiles
+    as in `head_logps`, once more: what only one loss wants costs the others nothing.
+    """
+    width = profile.head_tile_tokens if head.tiles else head.vocabulary
+    rows = profile.head_tile_rows if head.tiles else chunk_rows(head, profile)
+    done: list[mx.array] = []
+    for start in range(0, hidden.shape[0], rows):
+        part = hidden[start : start + rows]
+        sums: CollisionSums | None = None
+        for low in range(0, head.vocabulary, width):
+            tokens = slice(low, min(low + width, head.vocabulary)) if head.tiles else None
+            before = done[-1:] if sums is None else list(sums)
+            logits = head(mx.depends([part], before)[0] if before else part, rows=tokens)
+            sums = add_collisions(logits.astype(mx.float32), sums)
+        assert sums is not None
+        done.append(sums.log_collisions())
+    return mx.stop_gradient(mx.concatenate(done))
+
+
+class CollisionSums(NamedTuple):
+    """Of logits so far: the largest m (n,), Σ e^(logit - m) and Σ e^2(logit - m)."""
+
+    peak: mx.array
+    total: mx.array
+    squares: mx.array
+
+    def log_collisions(self) -> mx.array:
+        """log Σ p² = log Σ e^2(logit - m) - 2 log Σ e^(logit - m)."""
+        return mx.log(self.squares) - 2 * mx.log(self.total)
+
+
+def add_collisions(logits: mx.array, sums: CollisionSums | None = None) -> CollisionSums:
+    """The sums with (n, V) float32 logits of further tokens."""
+    peak = logits.max(axis=-1)
+    if sums is not None:
+        peak = mx.maximum(peak, sums.peak)
+    exps = mx.exp(logits - peak[:, None])
+    total, squares = sum_in_blocks(exps), sum_in_blocks(exps.square())
+    if sums is None:
+        return CollisionSums(peak, total, squares)
+    shrink = mx.exp(sums.peak - peak)
+    return CollisionSums(peak, sums.total * shrink + total, sums.squares * shrink.square() + squares)
+
+
 def trained_head_logps(head: ModelHead, hidden: mx.array, targets: mx.array, *, profile: DeviceProfile) -> mx.array:
     """Log-prob of each target under a head that is trained: (N, H), (N,) -> (N,) float32.
 

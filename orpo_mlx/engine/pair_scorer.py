@@ -16,12 +16,18 @@ import mlx.nn as nn
 from orpo_mlx.data.batching import collate
 from orpo_mlx.device_profile import DeviceProfile, device_profile
 from orpo_mlx.engine.equivalence import probe_pairs, same_states, without_dropout
-from orpo_mlx.engine.head_logps import head_logps, token_logps, trained_head_logps
+from orpo_mlx.engine.head_logps import (
+    add_collisions,
+    head_log_collisions,
+    head_logps,
+    token_logps,
+    trained_head_logps,
+)
 from orpo_mlx.engine.lm_head import find_head
 from orpo_mlx.engine.patched_layers import patched_layers
 from orpo_mlx.engine.proofs import HEAD, Proofs, prove_functions
 from orpo_mlx.engine.shared_prompt import PrefixCaches
-from orpo_mlx.types import Batch, PairLogProbs, TokenizedPair
+from orpo_mlx.types import SUMS_ALONE, Batch, PairLogProbs, TokenizedPair, Wanted
 
 Caches = list[Any] | None
 Run = Callable[[mx.array, Caches], mx.array]
@@ -108,6 +114,13 @@ class PairScorer:
             return trained_head_logps(self.head, states, batch.targets, profile=self.profile)
         return head_logps(self.head, states, batch.targets, profile=self.profile, gradient=gradient)
 
+    def log_collisions(self, states: mx.array) -> mx.array:
+        """log Σ_v p(v)² of what each of a batch's states predicts, nats, (N,) float32, without gradient."""
+        states = mx.stop_gradient(states)
+        if self.head is None:
+            return mx.stop_gradient(add_collisions(states.astype(mx.float32)).log_collisions())
+        return head_log_collisions(self.head, states, profile=self.profile)
+
     def states(self, batch: Batch) -> mx.array:
         """(N, H): what the head is given for each target; logits themselves where the head could not be told apart."""
         with self.layers():
@@ -167,6 +180,7 @@ def pair_logps(
     nll_tokens_per_pair: float | mx.array | None = None,
     gradient: bool = True,
     states: mx.array | None = None,
+    wanted: Wanted = SUMS_ALONE,
 ) -> PairLogProbs:
     """Summed log-probabilities of both completions of each pair, and the NLL of the chosen side.
 
@@ -179,10 +193,12 @@ def pair_logps(
             mean over prompt and chosen completion together, however the step is cut into micro-batches.
         gradient: False where no gradient will be taken.
         states: what `scorer.states(batch)` gave, where that is at hand.
+        wanted: what the loss looks at besides.
 
     Raises:
         ValueError: the NLL of prompts is asked for, and the batch was collated without them.
     """
+    states = scorer.states(batch) if states is None else states
     logps = scorer(batch, gradient=gradient, states=states)
     chosen, rejected = _sums(logps, batch.chosen), _sums(logps, batch.rejected)
     chosen_tokens = batch.chosen.sum(axis=1).astype(mx.float32)
@@ -193,12 +209,29 @@ def pair_logps(
         raise ValueError("the NLL of whole sequences needs a batch that was collated with its prompts.")
     else:
         nll = -(_sums(logps, batch.prompt) + chosen) / nll_tokens_per_pair
-    return PairLogProbs(chosen, rejected, chosen_tokens, rejected_tokens, nll)
+    found = PairLogProbs(chosen, rejected, chosen_tokens, rejected_tokens, nll)
+    if wanted.tails:
+        shared = mx.minimum(chosen_tokens, rejected_tokens)
+        tails = (_sums(logps, _behind(members, shared)) for members in (batch.chosen, batch.rejected))
+        found = found._replace(**dict(zip(("chosen_tail", "rejected_tail"), tails, strict=True)))
+    if wanted.alignment:
+        likeness = mx.stop_gradient(logps) - scorer.log_collisions(states)
+        found = found._replace(
+            chosen_alignment=_sums(likeness, batch.chosen) / chosen_tokens,
+            rejected_alignment=_sums(likeness, batch.rejected) / rejected_tokens,
+        )
+    return found
 
 
 def _sums(logps: mx.array, members: mx.array) -> mx.array:
     """(B,) sums of (N,) log-probs over each row of `members`, (B, N)."""
     return mx.where(members, logps, 0.0).sum(axis=1)
+
+
+def _behind(members: mx.array, length: mx.array) -> mx.array:
+    """(B, N) those of each row's members that come after its first `length`, (B,)."""
+    # Targets of one completion lie in its order.
+    return members & (members.astype(mx.int32).cumsum(axis=1) > length[:, None])
 
 
 def join_logps(parts: Sequence[PairLogProbs]) -> PairLogProbs:

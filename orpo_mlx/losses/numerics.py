@@ -10,6 +10,7 @@ _LN_2 = math.log(2.0)
 
 # A float32 mean log-prob can round to exactly 0, where the odds are infinite: the largest that is not taken for it.
 _LARGEST_LOGP = -1e-20
+_LARGEST_EXPONENT = 80.0
 
 
 def log1mexp(x: mx.array) -> mx.array:
@@ -49,3 +50,14 @@ def positive_part(x: mx.array) -> mx.array:
     DPO-Positive starts at 0 on every pair, so the choice is made here and not left to `mx.maximum`.
     """
     return mx.where(x > 0, x, 0.0)
+
+
+def power_gain(logs: mx.array, power: float) -> mx.array:
+    """(1 - u^-power) / power of u = exp(logs), and `logs`, its limit, at power 0.
+
+    Where u^-power is above e⁸⁰ it is taken for that, as in TRL: float32 ends at e⁸⁸, and a loss that is infinite says
+    less than one that is merely absurd. There is no gradient beyond.
+    """
+    if power == 0:
+        return logs
+    return -mx.expm1(mx.minimum(-power * logs, _LARGEST_EXPONENT)) / power

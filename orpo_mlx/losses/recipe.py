@@ -8,14 +8,15 @@ from typing import NamedTuple
 
 from orpo_mlx.errors import ConfigError, did_you_mean
 from orpo_mlx.losses.registry import METHODS, BoundLoss, Range
-from orpo_mlx.types import LossOutput, PairLogProbs
+from orpo_mlx.types import LossOutput, PairLogProbs, Wanted
 
 # TRL's name.
 ALIASES = {"sigmoid": "dpo"}
 
 NOTATION = (
     "_w: chosen, _l: rejected. s: log π summed over completion tokens; m = s/|y|; h = log π - log π_ref; "
-    "OR: odds ratio of exp(m). ε: --label-smoothing, β: --beta, γ: --gamma, δ: --delta, α: --alpha, τ: --tau."
+    "OR: odds ratio of exp(m). ε: --label-smoothing, β: --beta, γ: --gamma, δ: --delta, α: --alpha, λ: --ld-alpha, "
+    "τ: --tau."
 )
 
 PARAMETERS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.parameters))
@@ -42,6 +43,12 @@ class Recipe(NamedTuple):
     """Parameters of each term, by its name."""
     needs_reference: bool
     couples_pairs: bool
+    wanted: Wanted
+    """What its terms read besides summed log-probs."""
+    takes_weights: bool
+    """Whether each of its losses is one pair's, which a weight can multiply."""
+    margin_scale: float
+    """Loss margin per point of score."""
 
 
 def parse_terms(expression: str) -> list[Term]:
@@ -75,17 +82,20 @@ def parse_terms(expression: str) -> list[Term]:
     return terms
 
 
-def make_recipe(expression: str, given: Mapping[str, float | None]) -> Recipe:
+def make_recipe(expression: str, given: Mapping[str, float | None], margin_scale: float = 0.0) -> Recipe:
     """The loss or sum with its parameters: each term's defaults, overridden in every term that has a given one.
 
     The rewards and log-probs of a sum, which are only logged, are its first term's.
 
     Raises:
-        ConfigError: an unknown method, a parameter no term has, or one out of its range.
+        ConfigError: an unknown method, a parameter no term has, or one out of its range; a margin for none of them.
     """
     terms = parse_terms(expression)
     chosen = {name: value for name, value in given.items() if value is not None}
     methods = [METHODS[term.name] for term in terms]
+    if margin_scale > 0 and not any(method.takes_margin for method in methods):
+        having = ", ".join(name for name, method in METHODS.items() if method.takes_margin)
+        raise ConfigError(f"`margin_scale`: method {expression} has no margin; leave it out, or take one of {having}.")
     _check_parameters(expression, terms, chosen)
     parameters = {
         term.name: {**method.defaults, **{key: chosen[key] for key in method.parameters if key in chosen}}
@@ -97,7 +107,8 @@ def make_recipe(expression: str, given: Mapping[str, float | None]) -> Recipe:
         total = terms[0].weight * outputs[0].losses
         for term, output in zip(terms[1:], outputs[1:], strict=True):
             total = total + term.weight * output.losses
-        return outputs[0]._replace(losses=total)
+        # A weight belongs to a row, whatever is made of it: here once, and in no loss.
+        return outputs[0]._replace(losses=total if logps.weight is None else logps.weight * total)
 
     return Recipe(
         expression,
@@ -105,6 +116,9 @@ def make_recipe(expression: str, given: Mapping[str, float | None]) -> Recipe:
         parameters,
         any(method.needs_reference for method in methods),
         any(method.couples_pairs for method in methods),
+        Wanted(*(any(wishes) for wishes in zip(*(method.wanted for method in methods), strict=True))),
+        all(method.takes_weights for method in methods),
+        margin_scale,
     )
 
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from orpo_mlx.losses.numerics import log_sigmoid, positive_part
-from orpo_mlx.losses.registry import NonNegative, Positive, preference_loss
-from orpo_mlx.losses.terms import Sides, log_odds_ratio, mean_logps, output
+from orpo_mlx.losses.numerics import log_sigmoid, positive_part, power_gain
+from orpo_mlx.losses.registry import AnyNumber, NonNegative, Positive, preference_loss
+from orpo_mlx.losses.terms import Sides, less_margin, log_odds_ratio, loss_margin, mean_logps, output
 from orpo_mlx.types import LossOutput, PairLogProbs
 
 
-@preference_loss(equation="NLL_w - β log σ(log OR)", source="Hong et al. 2024, arXiv:2403.07691")
+@preference_loss(equation="NLL_w - β log σ(log OR)", source="Hong et al. 2024, arXiv:2403.07691", takes_margin=True)
 def orpo(logps: PairLogProbs, *, beta: Positive = 0.1) -> LossOutput:
     """ORPO (eqs. 6 and 7 of the paper; β is its λ). P is length-normalised, exp(m(y)). The reward logged is β m(y)."""
     means = mean_logps(logps)
-    losses = logps.nll - beta * log_sigmoid(log_odds_ratio(logps))
+    losses = logps.nll - beta * log_sigmoid(less_margin(logps, log_odds_ratio(logps)))
     return output(losses, means.times(beta), means)
 
 
@@ -35,19 +35,41 @@ def orpo_style(logps: PairLogProbs, *, beta: Positive = 0.5) -> LossOutput:
     return output(losses, means.times(beta), means)
 
 
-@preference_loss(equation="-log σ(β(m_w - m_l) - γ)", source="Meng et al. 2024, arXiv:2405.14734")
+@preference_loss(equation="-log σ(β(m_w - m_l) - γ)", source="Meng et al. 2024, arXiv:2405.14734", takes_margin=True)
 def simpo(logps: PairLogProbs, *, beta: Positive = 2.0, gamma: NonNegative = 1.0) -> LossOutput:
     """SimPO (eq. 6)."""
     means = mean_logps(logps)
-    losses = -log_sigmoid(beta * (means.chosen - means.rejected) - gamma)
-    return output(losses, means.times(beta), means)
+    z = less_margin(logps, beta * (means.chosen - means.rejected) - gamma)
+    return output(-log_sigmoid(z), means.times(beta), means)
 
 
-@preference_loss(equation="-log σ(β(s_w - s_l)) + α NLL_w", source="Xu et al. 2024, arXiv:2401.08417")
+@preference_loss(
+    equation="-log σ(β(r_w - r_l) - γ), r = (1 - exp(-α m))/α",
+    source="Gupta et al. 2025, arXiv:2501.03884",
+    takes_margin=True,
+)
+def alphapo(
+    logps: PairLogProbs,
+    *,
+    beta: Positive = 2.0,
+    gamma: NonNegative = 1.0,
+    alpha: AnyNumber = 0.25,
+) -> LossOutput:
+    """AlphaPO: SimPO with another shape of reward, which is SimPO's at α = 0. Reward logged: β r."""
+    means = mean_logps(logps)
+    rewards = Sides(*(power_gain(side, alpha) for side in means)).times(beta)
+    z = less_margin(logps, rewards.chosen - rewards.rejected - gamma)
+    return output(-log_sigmoid(z), rewards, means)
+
+
+@preference_loss(
+    equation="-log σ(β(s_w - s_l)) + α NLL_w", source="Xu et al. 2024, arXiv:2401.08417", takes_margin=True
+)
 def cpo(logps: PairLogProbs, *, beta: Positive = 0.1, alpha: NonNegative = 1.0) -> LossOutput:
     """CPO (eqs. 4 and 5). Sums in the preference term; the NLL is per token, as in the authors' code."""
     sums = Sides(logps.chosen, logps.rejected)
-    losses = -log_sigmoid(beta * (logps.chosen - logps.rejected)) + alpha * logps.nll
+    z = less_margin(logps, beta * (logps.chosen - logps.rejected))
+    losses = -log_sigmoid(z) + alpha * logps.nll
     return output(losses, sums.times(beta), sums)
 
 
@@ -59,11 +81,14 @@ def rrhf(logps: PairLogProbs, *, alpha: NonNegative = 1.0) -> LossOutput:
     return output(losses, means, means)
 
 
-@preference_loss(equation="max(0, δ - s_w + s_l) - α s_w", source="Zhao et al. 2023, arXiv:2305.10425")
+@preference_loss(
+    equation="max(0, δ - s_w + s_l) - α s_w", source="Zhao et al. 2023, arXiv:2305.10425", takes_margin=True
+)
 def slic(logps: PairLogProbs, *, delta: NonNegative = 1.0, alpha: NonNegative = 1.0) -> LossOutput:
     """SLiC-HF (eq. 1), the chosen side as target."""
     sums = Sides(logps.chosen, logps.rejected)
-    losses = positive_part(delta - logps.chosen + logps.rejected) - alpha * logps.chosen
+    wanted = delta + loss_margin(logps)
+    losses = positive_part(wanted - logps.chosen + logps.rejected) - alpha * logps.chosen
     return output(losses, sums, sums)
 
 

@@ -7,11 +7,12 @@ Adding a loss is one decorated function in `reference_free.py` or `with_referenc
 from __future__ import annotations
 
 import inspect
+import math
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from orpo_mlx.types import LossOutput, PairLogProbs
+from orpo_mlx.types import SUMS_ALONE, LossOutput, PairLogProbs, Wanted
 
 Loss = Callable[..., LossOutput]
 BoundLoss = Callable[[PairLogProbs], LossOutput]
@@ -29,6 +30,8 @@ class Range(NamedTuple):
 Positive = Annotated[float, Range("above 0", lambda value: value > 0)]
 NonNegative = Annotated[float, Range("0 or more", lambda value: value >= 0)]
 UnitInterval = Annotated[float, Range("above 0 and below 1", lambda value: 0 < value < 1)]
+Share = Annotated[float, Range("from 0 to 1", lambda value: 0 <= value <= 1)]
+AnyNumber = Annotated[float, Range("of any size", math.isfinite)]
 NoiseRate = Annotated[float, Range("0 or more and below 0.5", lambda value: 0 <= value < 0.5)]
 
 
@@ -50,6 +53,12 @@ class Method(NamedTuple):
     needs_reference: bool
     couples_pairs: bool
     """Whether a pair's loss depends on the other pairs of its batch."""
+    wanted: Wanted
+    """What it reads besides summed log-probs."""
+    takes_weights: bool
+    """Whether each of its losses is one pair's, which a weight can multiply."""
+    takes_margin: bool
+    """Whether it heeds `PairLogProbs.margin`."""
     parameters: dict[str, Parameter]
 
     @property
@@ -65,7 +74,14 @@ LossFunction = TypeVar("LossFunction", bound=Loss)
 
 
 def preference_loss(
-    *, equation: str, source: str, needs_reference: bool = False, couples_pairs: bool = False
+    *,
+    equation: str,
+    source: str,
+    needs_reference: bool = False,
+    couples_pairs: bool = False,
+    wanted: Wanted = SUMS_ALONE,
+    takes_weights: bool = True,
+    takes_margin: bool = False,
 ) -> Callable[[LossFunction], LossFunction]:
     """Register a loss under its function's name; its docstring gets equation and source as well.
 
@@ -75,6 +91,10 @@ def preference_loss(
         needs_reference: whether the loss reads `reference_chosen` and `reference_rejected`.
         couples_pairs: whether a pair's loss depends on the other pairs of its batch. Such a loss is given all pairs of
             a step at once, however the step is divided into micro-batches.
+        wanted: what it reads of `PairLogProbs` that is not there for every loss.
+        takes_weights: whether each of its losses is one pair's. False where losses are of ranks in the batch: rows with
+            weights are then refused.
+        takes_margin: whether it heeds `PairLogProbs.margin` (`terms.loss_margin`).
 
     Raises:
         ValueError: the name is taken, or a keyword-only parameter has no range in its annotation.
@@ -84,7 +104,17 @@ def preference_loss(
         name = loss.__name__
         if name in METHODS:
             raise ValueError(f"there is a loss {name} already.")
-        METHODS[name] = Method(loss, equation, source, needs_reference, couples_pairs, _parameters(loss))
+        METHODS[name] = Method(
+            loss,
+            equation,
+            source,
+            needs_reference,
+            couples_pairs,
+            wanted,
+            takes_weights,
+            takes_margin,
+            _parameters(loss),
+        )
         loss.__doc__ = f"{inspect.getdoc(loss)}\n\nL = {equation}. Source: {source}."
         return loss
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from orpo_mlx.losses.numerics import log_odds
+from orpo_mlx.losses.numerics import log_odds, log_sigmoid
 from orpo_mlx.types import LossOutput, PairLogProbs
 
 
@@ -61,6 +61,41 @@ def margin(logps: PairLogProbs) -> mx.array:
     """h(y_w) - h(y_l)."""
     chosen, rejected = log_ratios(logps)
     return chosen - rejected
+
+
+def loss_margin(logps: PairLogProbs) -> mx.array | float:
+    """What z must exceed before a pair counts as learned, 0 where none is given (Amini et al. 2024, arXiv:2402.10571,
+    eq. 7 with the identity for f)."""
+    return 0.0 if logps.margin is None else logps.margin
+
+
+def less_margin(logps: PairLogProbs, z: mx.array) -> mx.array:
+    """`z` less the loss margin."""
+    # Not `z - 0.0` where there is none: that would be one more operation in every step's graph.
+    return z if logps.margin is None else z - logps.margin
+
+
+def log_ratios_of_shared_length(logps: PairLogProbs, tail_weight: float) -> Sides:
+    """h(y_w), h(y_l) with the tokens beyond the shorter completion's length multiplied by `tail_weight`.
+
+    Raises:
+        ValueError: there are no log-probs of those tokens, or no reference.
+    """
+    chosen, rejected = log_ratios(logps)
+    tails = (logps.chosen_tail, logps.rejected_tail, logps.reference_chosen_tail, logps.reference_rejected_tail)
+    if any(tail is None for tail in tails):
+        raise ValueError("this loss weighs the tokens beyond the shorter completion: their log-probs are needed.")
+    chosen_tail, rejected_tail, reference_chosen_tail, reference_rejected_tail = tails
+    cut = 1.0 - tail_weight
+    return Sides(
+        chosen - cut * (chosen_tail - reference_chosen_tail),  # type: ignore[operator]
+        rejected - cut * (rejected_tail - reference_rejected_tail),  # type: ignore[operator]
+    )
+
+
+def noisy_preference(z: mx.array, label_smoothing: float) -> mx.array:
+    """Cross-entropy of σ(z) and a label that is wrong with probability ε."""
+    return -(1 - label_smoothing) * log_sigmoid(z) - label_smoothing * log_sigmoid(-z)
 
 
 def output(losses: mx.array, rewards: Sides, compared: Sides) -> LossOutput:

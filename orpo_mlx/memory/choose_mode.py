@@ -80,6 +80,6 @@ def memory_line(prediction: Prediction) -> str:
 def change_memory(run: Run, mode: str) -> None:
     """Let the run spend memory as another of `MODES` does."""
     run.scorer, run.memory = spend_memory_as(dataclasses.replace(run.config, memory=mode), run.loaded.model)
-    run.functions = StepFunctions(run.scorer, run.memory, run.method.loss, run.optimizer)
+    run.functions = StepFunctions(run.scorer, run.memory, run.method, run.optimizer)
     if run.reference is not None:
         run.reference.scorer = run.scorer

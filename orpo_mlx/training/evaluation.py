@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
-from orpo_mlx.data.batching import length_order, sequence_tokens
+from orpo_mlx.data.batching import length_order, row_weights, sequence_tokens
 from orpo_mlx.engine.pair_scorer import PairScorer, join_logps, pair_logps
 from orpo_mlx.losses.metrics import MetricMeans, pair_metrics
-from orpo_mlx.losses.registry import BoundLoss
+from orpo_mlx.losses.recipe import Recipe
 from orpo_mlx.process_memory import clear_cache_above
 from orpo_mlx.reporting.console import Reporter, eval_line
 from orpo_mlx.reporting.metrics_log import MetricsFile
@@ -19,7 +19,8 @@ from orpo_mlx.training.checkpoints.progress import EvalMetrics
 from orpo_mlx.training.data_order import evaluation_pairs
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.interrupts import StopSignals
-from orpo_mlx.training.reference import ReferenceLogProbs, with_reference
+from orpo_mlx.training.reference import ReferenceLogProbs, as_policy, with_reference
+from orpo_mlx.training.row_values import row_values, with_row_values
 from orpo_mlx.training.run import Run
 from orpo_mlx.types import TokenizedPair
 
@@ -30,7 +31,7 @@ Validated = Callable[[int, Mapping[str, float], float], object]
 def evaluate(
     scorer: PairScorer,
     pairs: Sequence[TokenizedPair],
-    loss: BoundLoss,
+    method: Recipe,
     *,
     batch_size: int,
     nll: str,
@@ -52,27 +53,28 @@ def evaluate(
     was_training = model.training
     model.eval()
     tokens_per_pair = sequence_tokens(pairs) / len(pairs) if nll == "sequence" else None
+    weighted = bool((row_weights(pairs) != 1).any())
     parts, done = [], 0
     ranks = ranks or Ranks()
     groups = [[pairs[index] for index in indices] for indices in length_order(pairs, batch_size)]
     for group in ranks.share(groups):
         batch = scorer.collate(group, with_prompt=tokens_per_pair is not None)
-        logps = pair_logps(scorer, batch, nll_tokens_per_pair=tokens_per_pair, gradient=False)
+        logps = pair_logps(scorer, batch, nll_tokens_per_pair=tokens_per_pair, gradient=False, wanted=method.wanted)
         if reference and untrained:
             reference.adopt(group, logps)
-        parts.append(with_reference(logps, reference(group, batch) if reference else None))
+        logps = with_reference(logps, reference(group, batch) if reference else None)
+        parts.append(with_row_values(logps, row_values(group, method, weighted=weighted)))
         mx.eval(parts[-1])
         done += len(group)
         progress(done)
     model.train(was_training)
     order = [pair for rank in range(ranks.size) for group in ranks.share(groups, rank) for pair in group]
     together = join_logps(parts) if ranks.size == 1 else ranks.gather_logps(parts)
-    if reference and together.reference_chosen is not None and together.reference_rejected is not None:
+    if reference:
         # Every rank knows what the others have computed.
-        references = together._replace(chosen=together.reference_chosen, rejected=together.reference_rejected)
-        reference.adopt(order, references)
+        reference.adopt(order, as_policy(together))
     means = MetricMeans()
-    metrics = pair_metrics(together, loss(together))
+    metrics = pair_metrics(together, method.loss(together))
     finite = np.all([np.isfinite(np.array(values)) for values in metrics.values()], axis=0)
     if not finite.all():
         suspects([pair for pair, good in zip(order, finite, strict=True) if not good])
@@ -118,7 +120,7 @@ def evaluate_splits(
                     stop.check()
 
             held[name] = evaluate(
-                run.scorer, pairs, run.method.loss, batch_size=run.config.batch_size, nll=run.config.nll,
+                run.scorer, pairs, run.method, batch_size=run.config.batch_size, nll=run.config.nll,
                 reference=run.reference, untrained=untrained, progress=progress, suspects=suspects.extend,
                 ranks=run.ranks,
             )  # fmt: skip

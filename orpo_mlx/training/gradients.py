@@ -16,8 +16,9 @@ from orpo_mlx.engine.segmented_backward import Gradients
 from orpo_mlx.losses.metrics import METRICS, MetricMeans, pair_metrics
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.training.reference import with_reference
+from orpo_mlx.training.row_values import row_values, with_row_values
 from orpo_mlx.training.run import Run
-from orpo_mlx.training.step_functions import LossGradient, MicroBatch
+from orpo_mlx.training.step_functions import LossGradient, MicroBatch, differentiated
 from orpo_mlx.types import TokenizedPair
 
 
@@ -77,6 +78,7 @@ def micro_batch_inputs(
     return MicroBatch(
         batch,
         reference,
+        row_values(pairs, run.method, weighted=run.weighted),
         mx.array(float(len(step_batch))),
         None if tokens is None else mx.array(tokens),
         loss_gradient,
@@ -114,20 +116,22 @@ def _loss_gradients(
     for pairs in parts:
         inputs = micro_batch_inputs(run, step_batch, pairs)
         tokens = inputs.nll_tokens_per_pair
-        policy = pair_logps(run.scorer, inputs.batch, nll_tokens_per_pair=tokens, gradient=False)
-        logps.append(with_reference(policy, inputs.reference))
+        wanted = run.method.wanted
+        policy = pair_logps(run.scorer, inputs.batch, nll_tokens_per_pair=tokens, gradient=False, wanted=wanted)
+        logps.append(with_row_values(with_reference(policy, inputs.reference), inputs.rows))
         mx.eval(logps[-1])
     together = join_logps(logps) if run.ranks.size == 1 else run.ranks.gather_logps(logps)
 
-    def loss(chosen: mx.array, rejected: mx.array, nll: mx.array) -> mx.array:
-        return run.method.loss(together._replace(chosen=chosen, rejected=rejected, nll=nll)).losses.mean()
+    def loss(values: dict[str, mx.array]) -> mx.array:
+        return run.method.loss(together._replace(**values)).losses.mean()
 
-    chosen, rejected, nll = mx.grad(loss, argnums=(0, 1, 2))(together.chosen, together.rejected, together.nll)
+    towards = mx.grad(loss)(differentiated(together))
     means = MetricMeans()
     means.add(pair_metrics(together, run.method.loss(together)))
     before = sum(len(run.ranks.share(step_batch, rank)) for rank in range(run.ranks.rank))
     bounds = np.cumsum([before, *map(len, parts)]).tolist()
-    return [LossGradient(chosen[a:b], rejected[a:b], nll[a:b]) for a, b in itertools.pairwise(bounds)], means
+    parts_of = [{name: value[a:b] for name, value in towards.items()} for a, b in itertools.pairwise(bounds)]
+    return [LossGradient(**part) for part in parts_of], means
 
 
 def _nll_tokens_per_pair(run: Run, step_batch: Sequence[TokenizedPair]) -> float | None:

@@ -23,6 +23,7 @@ from orpo_mlx.models.loading import LoadedModel, check_vocabulary, find, load
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.reference import CopiedReference, ReferenceLogProbs, copy_of
 from orpo_mlx.training.reference_store import weights_fingerprint
+from orpo_mlx.training.row_values import find_weighted
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step_functions import StepFunctions
 
@@ -84,6 +85,7 @@ def load_run(config: TrainingConfig, sources: Mapping[str, Source], folder: Path
     info = find(config.model, trust_remote_code=config.trust_remote_code)
     lengths = data_lengths(config, info.exact_tokens)
     splits = {name: tokenized_split(source, reading, info.tokenizer, lengths) for name, source in sources.items()}
+    weighted = find_weighted(splits, recipe(config))
     mx.random.seed(config.seed)
     loaded = load(info, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     for split in splits.values():
@@ -92,6 +94,7 @@ def load_run(config: TrainingConfig, sources: Mapping[str, Source], folder: Path
     digest = weights_fingerprint(loaded.model)
     run = assemble(config, folder, splits, loaded)
     run.model_digest = digest
+    run.weighted = weighted
     run.ranks = ranks
     _share_reference_table(run)
     return run
@@ -127,11 +130,11 @@ def assemble(config: TrainingConfig, folder: Path, splits: dict[str, Split], loa
     with_prompt = config.nll == "sequence"
     if config.reference == "copy":
         twin, _ = spend_memory_as(config, copy_of(loaded.model, base=fresh))
-        reference = CopiedReference(twin, with_prompt=with_prompt)
+        reference = CopiedReference(twin, with_prompt=with_prompt, wanted=method.wanted)
     elif method.needs_reference:
-        reference = ReferenceLogProbs(scorer, adapters_are_new=fresh, with_prompt=with_prompt)
+        reference = ReferenceLogProbs(scorer, adapters_are_new=fresh, with_prompt=with_prompt, wanted=method.wanted)
     optimizer = make_optimizer(config)
-    functions = StepFunctions(scorer, memory, method.loss, optimizer)
+    functions = StepFunctions(scorer, memory, method, optimizer)
     return Run(config, folder, splits, loaded, scorer, method, reference, optimizer, memory, functions)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,15 +19,29 @@ from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.models.adapters import adapters_off
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.reference_store import ReferenceTable, identity_digest, weights_fingerprint
-from orpo_mlx.types import Batch, PairLogProbs, TokenizedPair
+from orpo_mlx.types import SUMS_ALONE, Batch, PairLogProbs, TokenizedPair, Wanted
 
 _MATHS = 1
 """Raised when this package computes other log-probs from the same weights and tokens, beyond rounding."""
 
 
-def pair_key(pair: TokenizedPair) -> bytes:
-    """A digest of a pair's token ids."""
-    digest = hashlib.blake2b(digest_size=16)
+class ReferenceValues(NamedTuple):
+    """Log-probs under the reference of B pairs, nats, float32, (B,) each; see `PairLogProbs`."""
+
+    chosen: mx.array
+    rejected: mx.array
+    chosen_tail: mx.array | None = None
+    """Where the method looks at tails; so is the next."""
+    rejected_tail: mx.array | None = None
+
+
+TAILS = b"tails"
+"""A row of the table for both tails of a pair stands under another key than that of its whole completions."""
+
+
+def pair_key(pair: TokenizedPair, what: bytes = b"") -> bytes:
+    """A digest of a pair's token ids, and of what about them."""
+    digest = hashlib.blake2b(what, digest_size=16)
     for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
         digest.update(len(ids).to_bytes(8, "little"))
         digest.update(np.array(ids, np.int32).tobytes())
@@ -47,10 +61,20 @@ class ReferenceLogProbs:
         with_prompt: whether the policy's prompt tokens go through the head as well (`nll="sequence"`). The reference's
             then do too, so that policy and reference are the same sums, bit for bit, where they are the same model:
             dpop's gradient jumps there.
+        wanted: what the method looks at besides sums of completions.
     """
 
-    def __init__(self, scorer: PairScorer, *, adapters_are_new: bool, with_prompt: bool = False) -> None:
+    def __init__(
+        self,
+        scorer: PairScorer,
+        *,
+        adapters_are_new: bool,
+        with_prompt: bool = False,
+        wanted: Wanted = SUMS_ALONE,
+    ) -> None:
         self.scorer = scorer
+        # Alignment is the policy's alone.
+        self._wanted = wanted._replace(alignment=False)
         self._live = adapters_are_new
         self._nll_tokens_per_pair = 1.0 if with_prompt else None
         self.table = ReferenceTable()
@@ -80,21 +104,24 @@ class ReferenceLogProbs:
         """Whether every pair must be remembered before the first step."""
         return not self._live
 
-    def __call__(self, pairs: Sequence[TokenizedPair], batch: Batch) -> tuple[mx.array, mx.array]:
-        """Reference log-probs (nats, float32, shape (B,) each) of the chosen and rejected sides of `batch`.
+    def __call__(self, pairs: Sequence[TokenizedPair], batch: Batch) -> ReferenceValues:
+        """Reference log-probs of the chosen and rejected sides of `batch`.
 
         Raises:
             KeyError: a pair that was not remembered, where the reference can no longer be computed.
         """
-        keys = [pair_key(pair) for pair in pairs]
-        missing = [place for place, key in enumerate(keys) if self.table.get(key) is None]
+        missing = [place for place, pair in enumerate(pairs) if not self.knows(pair)]
         if missing and not self._live:
             raise KeyError("a pair has no reference log-probs and the weights that define them have changed.")
         if missing:
             some = [pairs[place] for place in missing]
             self._compute(some, batch if len(some) == len(pairs) else self._collate(some))
-        found = np.array([self.table.get(key) for key in keys], np.float32)
-        return mx.array(found[:, 0]), mx.array(found[:, 1])
+        found = np.array([[self.table.get(key) for key in self._keys(pair)] for pair in pairs], np.float32)
+        return ReferenceValues(*(mx.array(column) for column in found.reshape(len(pairs), -1).T))
+
+    def knows(self, pair: TokenizedPair) -> bool:
+        """Whether everything about a pair is remembered."""
+        return all(self.table.get(key) is not None for key in self._keys(pair))
 
     def adopt(self, pairs: Sequence[TokenizedPair], logps: PairLogProbs) -> None:
         """Keep log-probs of the policy as the reference's: they are the same numbers until the first optimiser step."""
@@ -113,7 +140,7 @@ class ReferenceLogProbs:
         self.scorer.model.eval()
         done = 0
         for group in groups:
-            missing = [pair for pair in group if self.table.get(pair_key(pair)) is None]
+            missing = [pair for pair in group if not self.knows(pair)]
             if missing:
                 self._compute(missing, self._collate(missing))
             done += len(group)
@@ -128,19 +155,23 @@ class ReferenceLogProbs:
     ) -> None:
         """`remember`, each of `ranks` computing its share of the groups; all of them then know all pairs."""
         unknown = [
-            [pair for group in ranks.share(groups, rank) for pair in group if self.table.get(pair_key(pair)) is None]
+            [pair for group in ranks.share(groups, rank) for pair in group if not self.knows(pair)]
             for rank in range(ranks.size)
         ]
         self.remember(ranks.share(groups), progress)
         if ranks.size > 1 and any(unknown):
-            found = ranks.gather([self.table.get(pair_key(pair)) for pair in unknown[ranks.rank]])
-            for pairs, rows in zip(unknown, found, strict=True):
-                for pair, (chosen, rejected) in zip(pairs, rows, strict=True):
-                    self.table.add(pair_key(pair), chosen, rejected)
+            keys = [[key for pair in pairs for key in self._keys(pair)] for pairs in unknown]
+            found = ranks.gather([self.table.get(key) for key in keys[ranks.rank]])
+            for keys_of_rank, rows in zip(keys, found, strict=True):
+                for key, (chosen, rejected) in zip(keys_of_rank, rows, strict=True):
+                    self.table.add(key, chosen, rejected)
 
     def unknown(self, groups: Iterable[Sequence[TokenizedPair]]) -> int:
         """How many pairs of `groups` are not remembered."""
-        return sum(self.table.get(pair_key(pair)) is None for group in groups for pair in group)
+        return sum(not self.knows(pair) for group in groups for pair in group)
+
+    def _keys(self, pair: TokenizedPair) -> list[bytes]:
+        return [pair_key(pair), pair_key(pair, TAILS)] if self._wanted.tails else [pair_key(pair)]
 
     def _collate(self, pairs: Sequence[TokenizedPair]) -> Batch:
         return self.scorer.collate(pairs, with_prompt=self._nll_tokens_per_pair is not None)
@@ -148,22 +179,31 @@ class ReferenceLogProbs:
     def _compute(self, pairs: Sequence[TokenizedPair], batch: Batch) -> None:
         with self._reference_weights():
             tokens = self._nll_tokens_per_pair
-            self._keep(pairs, pair_logps(self.scorer, batch, nll_tokens_per_pair=tokens, gradient=False))
+            logps = pair_logps(self.scorer, batch, nll_tokens_per_pair=tokens, gradient=False, wanted=self._wanted)
+            self._keep(pairs, logps)
 
     def _reference_weights(self) -> AbstractContextManager[None]:
         return adapters_off(self.scorer.model) if self._live else nullcontext()
 
     def _keep(self, pairs: Sequence[TokenizedPair], logps: PairLogProbs) -> None:
-        chosen, rejected = np.array(logps.chosen).tolist(), np.array(logps.rejected).tolist()
-        for pair, first, second in zip(pairs, chosen, rejected, strict=True):
-            self.table.add(pair_key(pair), first, second)
+        sides = [(logps.chosen, logps.rejected), (logps.chosen_tail, logps.rejected_tail)]
+        for number, (chosen, rejected) in enumerate(sides[: 1 + self._wanted.tails]):
+            rows = np.stack([np.array(chosen), np.array(rejected)], axis=1).tolist()
+            for pair, row in zip(pairs, rows, strict=True):
+                self.table.add(self._keys(pair)[number], *row)
 
 
-def with_reference(logps: PairLogProbs, reference: tuple[mx.array, mx.array] | None) -> PairLogProbs:
+def with_reference(logps: PairLogProbs, reference: ReferenceValues | None) -> PairLogProbs:
     """`logps` with the reference's log-probs beside them."""
     if reference is None:
         return logps
-    return logps._replace(reference_chosen=reference[0], reference_rejected=reference[1])
+    return logps._replace(**{f"reference_{name}": value for name, value in reference._asdict().items()})
+
+
+def as_policy(logps: PairLogProbs) -> PairLogProbs:
+    """The reference's log-probs in the place of the policy's."""
+    theirs = {name: getattr(logps, f"reference_{name}") for name in ReferenceValues._fields}
+    return logps._replace(**theirs)
 
 
 def copy_of(model: nn.Module, *, base: bool) -> nn.Module:
@@ -191,11 +231,17 @@ class CopiedReference(ReferenceLogProbs):
 
     Args:
         scorer: of the copy.
-        with_prompt: as in `ReferenceLogProbs`.
+        with_prompt: as in `ReferenceLogProbs`; so is `wanted`.
     """
 
-    def __init__(self, scorer: PairScorer, *, with_prompt: bool = False) -> None:
-        super().__init__(scorer, adapters_are_new=True, with_prompt=with_prompt)
+    def __init__(
+        self,
+        scorer: PairScorer,
+        *,
+        with_prompt: bool = False,
+        wanted: Wanted = SUMS_ALONE,
+    ) -> None:
+        super().__init__(scorer, adapters_are_new=True, with_prompt=with_prompt, wanted=wanted)
         # `scorer` follows the policy's when a run changes how it spends memory; the copy stays what it is.
         self._twin = scorer
 
@@ -205,12 +251,12 @@ class CopiedReference(ReferenceLogProbs):
     def adopt(self, pairs: Sequence[TokenizedPair], logps: PairLogProbs) -> None:
         """Nothing is kept."""
 
-    def __call__(self, pairs: Sequence[TokenizedPair], batch: Batch) -> tuple[mx.array, mx.array]:
-        """Log-probs (nats, float32, shape (B,) each) of both sides under the copy."""
+    def __call__(self, pairs: Sequence[TokenizedPair], batch: Batch) -> ReferenceValues:
+        """Log-probs of both sides under the copy."""
         tokens = self._nll_tokens_per_pair
-        logps = pair_logps(self._twin, batch, nll_tokens_per_pair=tokens, gradient=False)
-        mx.eval(logps.chosen, logps.rejected)
-        return logps.chosen, logps.rejected
+        logps = pair_logps(self._twin, batch, nll_tokens_per_pair=tokens, gradient=False, wanted=self._wanted)
+        mx.eval(logps)
+        return ReferenceValues(logps.chosen, logps.rejected, logps.chosen_tail, logps.rejected_tail)
 
     def remember(
         self, groups: Iterable[Sequence[TokenizedPair]], progress: Callable[[int], None] = lambda done: None

@@ -45,6 +45,8 @@ class Run:
     """Steps that the adapters it goes on from have taken in its own order of the data."""
     ranks: Ranks = dataclasses.field(default_factory=Ranks)
     """The processes that train as one."""
+    weighted: bool = False
+    """Whether any pair has a weight other than 1."""
     model_digest: str = ""
     """Of all weights as they were loaded, before adapters."""
 

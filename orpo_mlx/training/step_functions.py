@@ -16,8 +16,9 @@ from orpo_mlx.engine.memory_modes import Memory
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.engine.segmented_backward import Gradients, Share
 from orpo_mlx.losses.metrics import pair_metrics
-from orpo_mlx.losses.registry import BoundLoss
-from orpo_mlx.training.reference import with_reference
+from orpo_mlx.losses.recipe import Recipe
+from orpo_mlx.training.reference import ReferenceValues, with_reference
+from orpo_mlx.training.row_values import RowValues, with_row_values
 from orpo_mlx.types import Batch, PairLogProbs
 
 
@@ -27,18 +28,30 @@ class LossGradient(NamedTuple):
     chosen: mx.array
     rejected: mx.array
     nll: mx.array
+    chosen_tail: mx.array | None = None
+    """Where the loss looks at tails; so is the next."""
+    rejected_tail: mx.array | None = None
 
     def times(self, logps: PairLogProbs) -> mx.array:
         """A scalar whose gradient is the step loss's, by the chain rule through the log-probs."""
-        return (self.chosen * logps.chosen + self.rejected * logps.rejected + self.nll * logps.nll).sum()
+        values = differentiated(logps)
+        products = [each * values[name] for name, each in self._asdict().items() if each is not None]
+        return mx.stack(products).sum(axis=0).sum()
+
+
+def differentiated(logps: PairLogProbs) -> dict[str, mx.array]:
+    """What of `logps` a loss has a gradient towards, by `LossGradient`'s names."""
+    values = {name: getattr(logps, name) for name in LossGradient._fields}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class MicroBatch(NamedTuple):
     """All that a micro-batch's gradient depends on beside the model: a tree of arrays, which `mx.compile` takes."""
 
     batch: Batch
-    reference: tuple[mx.array, mx.array] | None
-    """Reference log-probs of both sides, (B,) each, where the method needs them."""
+    reference: ReferenceValues | None
+    """Where the method needs them."""
+    rows: RowValues
     step_pairs: mx.array
     """Pairs of the step batch, float32: losses are divided by it."""
     nll_tokens_per_pair: mx.array | None
@@ -53,15 +66,15 @@ class StepFunctions:
     Args:
         scorer: the policy.
         memory: how its gradient is taken.
-        loss: the method's.
+        method: its loss, and what that looks at.
         optimizer: updates the policy's trained parameters.
     """
 
-    def __init__(self, scorer: PairScorer, memory: Memory, loss: BoundLoss, optimizer: optim.Optimizer) -> None:
+    def __init__(self, scorer: PairScorer, memory: Memory, method: Recipe, optimizer: optim.Optimizer) -> None:
         self._model, self._optimizer = scorer.model, optimizer
         most = scorer.profile.most_traces
         # None of these refers to this object: a circle would keep a model's memory until Python looks for circles.
-        share = partial(_share, scorer, loss)
+        share = partial(_share, scorer, method)
         self.micro_batch = partial(_micro_batch, memory, share)
         """A `MicroBatch` to its share of the step loss, its metrics (metrics, B), and the share's gradients by name."""
         self.add_micro_batch = CompiledByShape(
@@ -90,12 +103,13 @@ def _micro_batch(memory: Memory, share: Share, inputs: MicroBatch) -> tuple[mx.a
 
 
 def _share(
-    scorer: PairScorer, loss: BoundLoss, states: mx.array, batch: Batch, inputs: MicroBatch
+    scorer: PairScorer, method: Recipe, states: mx.array, batch: Batch, inputs: MicroBatch
 ) -> tuple[mx.array, mx.array]:
     """A micro-batch's share of the step loss, and its metrics, from the states its targets are predicted from."""
-    policy = pair_logps(scorer, batch, nll_tokens_per_pair=inputs.nll_tokens_per_pair, states=states)
-    logps = with_reference(policy, inputs.reference)
-    output = loss(logps)
+    tokens = inputs.nll_tokens_per_pair
+    policy = pair_logps(scorer, batch, nll_tokens_per_pair=tokens, states=states, wanted=method.wanted)
+    logps = with_row_values(with_reference(policy, inputs.reference), inputs.rows)
+    output = method.loss(logps)
     given = inputs.loss_gradient
     total = output.losses.sum() / inputs.step_pairs if given is None else given.times(logps)
     # One array: MLX 0.32.4 cannot compile several outputs that are one number behind `stop_gradient` ("map::at").

@@ -153,7 +153,9 @@ def test_micro_batches_keep_every_pair_within_both_limits(most_pairs: int, most_
     batches = micro_batches(window, most_pairs, most_tokens)
     assert sorted(itertools.chain(*batches)) == sorted(window)
     for batch in batches:
-        padded = len(batch) * sum(max(len(pair[side]) for pair in batch) for side in range(3))
+        padded = len(batch) * sum(
+            max(len(ids) for ids in side) for side in zip(*(pair[:3] for pair in batch), strict=True)
+        )
         assert len(batch) <= most_pairs
         assert padded <= most_tokens or len(batch) == 1
 

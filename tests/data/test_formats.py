@@ -143,14 +143,14 @@ def as_conversation(pair: Pair | TokenizedPair) -> tuple[Any, ...]:
 def test_every_shape_gives_the_same_pairs(name: str, make: Callable[..., Row], which: dict[str, Any]) -> None:
     for question, chosen, rejected in SINGLE:
         # Through JSON, since that is how rows arrive.
-        row = json.loads(json.dumps(make(question, chosen, rejected)))
+        row = json.loads(json.dumps({**make(question, chosen, rejected), "weight": 0.5}))
         read = read_row(row, "f:1", pair_ratings="best_worst")
         assert read.shape == name
         assert read.note is None
         (pair,) = read.pairs
         expected = (turns(question, **which), [said("assistant", chosen)], [said("assistant", rejected)])
         assert as_conversation(pair) == tuple(map(tuple, expected))
-        assert pair.location == "f:1"
+        assert (pair.location, pair.weight) == ("f:1", 0.5)
 
 
 def test_the_table_above_has_every_shape() -> None:
@@ -226,6 +226,9 @@ def test_token_ids(names: tuple[str, str, str]) -> None:
         read = read_row(dict(zip(names, sides, strict=True)), "f:1")
         assert read.shape == "token ids"
         assert read.pairs == [TokenizedPair(tuple(sides[0]), tuple(sides[1]), tuple(sides[2]), "f:1")]
+        scored = {"weight": "2", "score_chosen": 3, "score_rejected": 2.5}
+        (pair,) = read_row({**dict(zip(names, sides, strict=True)), **scored}, "f:1").pairs
+        assert (pair.margin, pair.weight) == (0.5, 2.0)
 
 
 def test_tools_and_template_arguments_travel_along() -> None:
@@ -317,6 +320,9 @@ def test_a_side_that_stops_early_is_empty() -> None:
         ({**strings("Q", "A", "B"), "score_chosen": "x", "score_rejected": 1}, "'score_chosen' must be a number"),
         ({**strings("Q", "A", "B"), "score_chosen": True, "score_rejected": 1}, "'score_chosen' must be a number"),
         ({**strings("Q", "A", "B"), "score_chosen": float("nan"), "score_rejected": 1}, "is not a number (NaN)"),
+        ({**strings("Q", "A", "B"), "weight": -1}, "'weight' is -1, expected a number of 0 or more"),
+        ({**strings("Q", "A", "B"), "weight": float("inf")}, "'weight' is inf, expected a number of 0 or more"),
+        ({**strings("Q", "A", "B"), "weight": [1]}, "'weight' must be a number"),
         ({"instruction": "Q", "history": ["x"], "chosen": "A", "rejected": "B"}, "'history' must be a list of"),
         ({"conversations": [{"from": "human"}], "chosen": "A", "rejected": "B"}, "must have 'from' and 'value'"),
         (

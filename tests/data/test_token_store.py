@@ -17,7 +17,14 @@ from tests.conftest import make_pairs
 
 def placed(pairs: list[TokenizedPair]) -> list[TokenizedPair]:
     """Pairs of three files, several of one line among them."""
-    return [pair._replace(location=f"f{number // 40}:x:{number // 2 + 1}") for number, pair in enumerate(pairs)]
+    return [
+        pair._replace(
+            location=f"f{number // 40}:x:{number // 2 + 1}",
+            margin=None if number % 3 == 0 else number / 7 - 3,
+            weight=1.0 if number % 2 == 0 else number / 9,
+        )
+        for number, pair in enumerate(pairs)
+    ]
 
 
 def write(folder: Path, pairs: list[TokenizedPair]) -> TokenStore:

@@ -21,7 +21,7 @@ from orpo_mlx.engine.equivalence import same_states
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.models.adapters import add_adapters
 from orpo_mlx.models.loading import load
-from orpo_mlx.types import PairLogProbs, TokenizedPair
+from orpo_mlx.types import PairLogProbs, TokenizedPair, Wanted
 from tests.conftest import CONFIGS, PROVABLE, VOCABULARY, make_model, make_pairs
 from tests.helpers import float64_losses as oracle
 
@@ -79,6 +79,26 @@ def test_every_token_of_every_pair_matches_the_oracle(
             if len(pair.prompt_ids) > 1:
                 expected = oracle_logps(model, pair.prompt_ids[:1], pair.prompt_ids[1:])
                 np.testing.assert_allclose(values, expected, rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize(("profile", "switches"), [PATHS[0], PATHS[-3], PATHS[-2]], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "mamba"])
+def test_tails_and_alignment_match_the_oracle(kind: str, switches: dict[str, bool], profile: DeviceProfile) -> None:
+    model = make_model(kind)
+    scorer = PairScorer(model, profile=profile._replace(head_tile_tokens=100, head_tile_rows=5), **switches)
+    wanted = Wanted(tails=True, alignment=True)
+    found = pair_logps(scorer, scorer.collate(LONG, with_prompt=True), nll_tokens_per_pair=3.0, wanted=wanted)
+    for number, pair in enumerate(LONG):
+        shared = min(len(pair.chosen_ids), len(pair.rejected_ids))
+        for side in ("chosen", "rejected"):
+            ids = getattr(pair, f"{side}_ids")
+            logps = oracle_logps(model, pair.prompt_ids, ids)
+            logits = np.array(model(mx.array([[*pair.prompt_ids, *ids]])), np.float64)[0, len(pair.prompt_ids) - 1 : -1]
+            p = np.exp(logits - logits.max(axis=1, keepdims=True))
+            collisions = np.log(np.square(p / p.sum(axis=1, keepdims=True)).sum(axis=1))
+            tail, alignment = (np.array(getattr(found, f"{side}_{what}"))[number] for what in ("tail", "alignment"))
+            np.testing.assert_allclose(tail, logps[shared:].sum(), rtol=1e-5, atol=5e-5)
+            np.testing.assert_allclose(alignment, np.mean(logps - collisions), rtol=1e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("kind", [*PROVABLE, "mamba"])

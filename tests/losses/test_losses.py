@@ -36,24 +36,49 @@ def grid() -> dict[str, oracle.Array]:
     ]
     # The inputs the code sees are float32; the oracle must see the same numbers.
     columns = np.array(rows, np.float32).astype(np.float64).T
-    return dict(zip(("c", "r", "nc", "nr", "rc", "rr"), columns, strict=True))
+    x = with_the_rest(dict(zip(("c", "r", "nc", "nr", "rc", "rr"), columns, strict=True)))
+    return {**x, "d": 0 * x["d"]}
 
 
-def as_logps(x: dict[str, oracle.Array]) -> PairLogProbs:
-    arrays = {name: mx.array(values.astype(np.float32)) for name, values in x.items()}
-    nll = -arrays["c"] / arrays["nc"]
-    return PairLogProbs(arrays["c"], arrays["r"], arrays["nc"], arrays["nr"], nll, arrays["rc"], arrays["rr"])
+def with_the_rest(x: dict[str, oracle.Array]) -> dict[str, oracle.Array]:
+    """The same with loss margins, tails and alignments: the last third of the longer completion is its tail."""
+    rng = np.random.default_rng(1)
+    count = len(x["c"])
+    chosen_longer = x["nc"] > x["nr"]
+    more = {
+        "d": np.where(rng.random(count) < 0.1, -2.0, rng.uniform(0, 9, count)),
+        "tc": np.where(chosen_longer, x["c"] / 3, 0.0),
+        "tr": np.where(chosen_longer, 0.0, x["r"] / 3),
+        "rtc": np.where(chosen_longer, x["rc"] / 3, 0.0),
+        "rtr": np.where(chosen_longer, 0.0, x["rr"] / 3),
+        "ac": rng.normal(-0.5, 1, count),
+        "ar": rng.normal(-0.5, 1, count),
+    }
+    return {**{name: values.astype(np.float32).astype(np.float64) for name, values in more.items()}, **x}
+
+
+def as_logps(x: dict[str, oracle.Array], dtype: mx.Dtype = mx.float32) -> PairLogProbs:
+    y = {name: mx.array(values, dtype) for name, values in with_the_rest(x).items()}
+    return PairLogProbs(
+        y["c"], y["r"], y["nc"], y["nr"], -y["c"] / y["nc"], y["rc"], y["rr"], None, y["d"],
+        y["tc"], y["tr"], y["rtc"], y["rtr"], y["ac"], y["ar"],
+    )  # fmt: skip
 
 
 def inputs(name: str) -> dict[str, oracle.Array]:
     """The grid; for a loss that couples pairs a batch without ties, where its gradient is defined."""
-    if name not in COUPLED:
-        return grid()
-    rng = np.random.default_rng(0)
-    counts = rng.integers(1, 20, (2, 24))
-    sums = -np.exp(rng.uniform(-12, 9, (2, 24))) * counts
-    columns = np.array([*sums, *counts, *(sums + rng.normal(0, 3, (2, 24)))], np.float32).astype(np.float64)
-    return dict(zip(("c", "r", "nc", "nr", "rc", "rr"), columns, strict=True))
+    return random_pairs(24, seed=0) if name in COUPLED else grid()
+
+
+def random_pairs(count: int, seed: int) -> dict[str, oracle.Array]:
+    """Log-probs over nine decades, references near and, of every fourth pair, anywhere."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 20, (2, count))
+    sums = -np.exp(rng.uniform(-12, 9, (2, count))) * counts
+    anywhere = -np.exp(rng.uniform(-12, 9, (2, count))) * counts
+    reference = np.where(np.arange(count) % 4, sums + rng.normal(0, 3, (2, count)), anywhere)
+    columns = np.array([*sums, *counts, *reference], np.float32).astype(np.float64)
+    return with_the_rest(dict(zip(("c", "r", "nc", "nr", "rc", "rr"), columns, strict=True)))
 
 
 def oracle_gradient(name: str, parameters: dict[str, float], x: dict[str, oracle.Array], side: str) -> oracle.Array:
@@ -104,6 +129,42 @@ def test_gradient(name: str, parameters: dict[str, float]) -> None:
         np.testing.assert_allclose(np.array(gradient)[smooth], expected[smooth], rtol=1e-4, atol=1e-6, err_msg=side)
 
 
+@pytest.fixture
+def exact_exp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's exp and sigmoid are good to 7e-7 only, in float64 as well; its power is exact."""
+    monkeypatch.setattr(mx, "exp", lambda x: mx.power(mx.array(math.e, x.dtype), x))
+    monkeypatch.setattr(mx, "sigmoid", lambda x: mx.exp(log_sigmoid(x)))
+
+
+@pytest.mark.usefixtures("exact_exp")
+@pytest.mark.parametrize(("name", "parameters"), CASES)
+def test_in_float64(name: str, parameters: dict[str, float]) -> None:
+    """1,000 random pairs without float32's rounding: an equation that differs by little shows as well."""
+    x = random_pairs(24 if name in COUPLED else 1000, seed=2)
+    with mx.stream(mx.cpu):
+        logps = as_logps(x, mx.float64)
+        sides = {"c": "chosen", "r": "rejected", "tc": "chosen_tail", "tr": "rejected_tail"}
+
+        def losses(values: dict[str, mx.array]) -> mx.array:
+            moved = logps._replace(**values)
+            return METHODS[name].loss(moved._replace(nll=-moved.chosen / moved.chosen_tokens), **parameters).losses
+
+        values = {side: getattr(logps, side) for side in sides.values()}
+        found = np.array(losses(values))
+        gradients = mx.grad(lambda values: losses(values).sum())(values)
+    np.testing.assert_allclose(found, ORACLES[name].loss(x, **parameters), rtol=1e-6, atol=1e-12)
+    for column, side in sides.items():
+        expected = oracle_gradient(name, parameters, x, column)
+        np.testing.assert_allclose(np.array(gradients[side]), expected, rtol=1e-6, atol=1e-12, err_msg=side)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_margin_is_heeded_where_the_card_says_so(name: str) -> None:
+    logps = as_logps(random_pairs(24, seed=3))
+    with_margin, without = (METHODS[name].loss(each).losses for each in (logps, logps._replace(margin=None)))
+    assert mx.allclose(with_margin, without).item() != METHODS[name].takes_margin
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_defaults_are_among_what_is_tried(name: str) -> None:
     assert METHODS[name].defaults in ORACLES[name].tries
@@ -116,6 +177,9 @@ def test_what_is_logged(name: str, parameters: dict[str, float]) -> None:
     sums, means = (x["c"], x["r"]), oracle.m(x)
     logps = sums if METHODS[name].needs_reference or ORACLES[name].compares_sums else means
     compared = oracle.h(x) if METHODS[name].needs_reference else logps
+    reward = ORACLES[name].reward
+    if reward is not None:
+        compared = reward(x, **parameters)
     expected = [*(parameters.get("beta", 1.0) * side for side in compared), *logps]
     for found, side in zip(METHODS[name].loss(as_logps(x), **parameters)[1:], expected, strict=True):
         np.testing.assert_allclose(np.array(found), side, rtol=1e-5, atol=1e-7)
@@ -154,7 +218,7 @@ def test_dpo_is_ln_2_where_policy_and_reference_agree() -> None:
 
 def test_swapping_the_pair_mirrors_the_preference() -> None:
     x = grid()
-    swapped = {"c": x["r"], "r": x["c"], "nc": x["nr"], "nr": x["nc"], "rc": x["rr"], "rr": x["rc"]}
+    swapped = {"c": x["r"], "r": x["c"], "nc": x["nr"], "nr": x["nc"], "rc": x["rr"], "rr": x["rc"], "d": x["d"]}
     np.testing.assert_allclose(
         np.array(log_odds_ratio(as_logps(x))), -np.array(log_odds_ratio(as_logps(swapped))), rtol=1e-6
     )

@@ -24,14 +24,16 @@ def scorer_with_adapters() -> PairScorer:
 
 
 @pytest.mark.parametrize("nll", ["completion", "sequence"])
-@pytest.mark.parametrize("method", ["orpo", "dpo", "aot", "sft"])
+@pytest.mark.parametrize("method", ["orpo", "dpo", "aot", "sft", "wpo", "ld_dpo"])
 def test_batch_size_changes_no_metric(method: str, nll: str) -> None:
     pairs, recipe = make_pairs(9), make_recipe(method, {})
     results = []
     for size in (1, 4, 9):
         scorer = scorer_with_adapters()
-        reference = ReferenceLogProbs(scorer, adapters_are_new=True) if recipe.needs_reference else None
-        results.append(evaluate(scorer, pairs, recipe.loss, batch_size=size, nll=nll, reference=reference))
+        reference = (
+            ReferenceLogProbs(scorer, adapters_are_new=True, wanted=recipe.wanted) if recipe.needs_reference else None
+        )
+        results.append(evaluate(scorer, pairs, recipe, batch_size=size, nll=nll, reference=reference))
     for result in results[1:]:
         # Rewards of an untrained policy are rounding errors, and so is who wins by them.
         for key in set(result) - ({"rewards/accuracies"} if recipe.needs_reference else set()):
@@ -42,7 +44,7 @@ def test_means_are_the_oracles_and_dropout_is_off_for_the_length_of_it() -> None
     scorer, pairs = scorer_with_adapters(), make_pairs(7)
     seen: list[int] = []
     found = evaluate(
-        scorer, pairs, make_recipe("sft", {}).loss, batch_size=3, nll="completion", reference=None, progress=seen.append
+        scorer, pairs, make_recipe("sft", {}), batch_size=3, nll="completion", reference=None, progress=seen.append
     )
     base = make_model()
     chosen, rejected = (
@@ -70,10 +72,10 @@ def test_an_untrained_policy_is_its_own_reference_and_is_run_once(monkeypatch: p
         return original(*args, **kwargs)
 
     monkeypatch.setattr(PairScorer, "__call__", counted)
-    loss = make_recipe("dpo", {}).loss
-    first = evaluate(scorer, pairs, loss, batch_size=5, nll="completion", reference=reference, untrained=True)
+    recipe = make_recipe("dpo", {})
+    first = evaluate(scorer, pairs, recipe, batch_size=5, nll="completion", reference=reference, untrained=True)
     assert len(calls) == 1
-    again = evaluate(scorer, pairs, loss, batch_size=5, nll="completion", reference=reference)
+    again = evaluate(scorer, pairs, recipe, batch_size=5, nll="completion", reference=reference)
     assert len(calls) == 2
     assert first == again
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-7)

@@ -15,7 +15,7 @@ from tests.test_train import make_run
 
 
 @pytest.mark.parametrize("nll", ["completion", "sequence"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "aot + ld_dpo + wpo"])
 def test_an_accumulation_window_equals_the_big_batch(settings: dict[str, Any], method: str, nll: str) -> None:
     results = []
     for size, windows, tokens in ((6, 1, 2048), (2, 3, 2048), (1, 6, 2048), (6, 1, 60)):
@@ -29,8 +29,10 @@ def test_an_accumulation_window_equals_the_big_batch(settings: dict[str, Any], m
         assert total == pytest.approx(results[0][0], rel=1e-5)
         for name, value in gradients.items():
             expected = results[0][1][name]
+            # alphapo's reward is an exponential, here of mean log-probs of about -10: it magnifies their rounding.
+            tolerance = 1e-4 if method == "alphapo" else 1e-5
             np.testing.assert_allclose(
-                value, expected, rtol=0, atol=1e-5 * max(1e-3, np.abs(expected).max()), err_msg=name
+                value, expected, rtol=0, atol=tolerance * max(1e-3, np.abs(expected).max()), err_msg=name
             )
 
 

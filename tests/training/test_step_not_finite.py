@@ -57,7 +57,7 @@ def spoil_gradient(run: Run) -> None:
         return output, gradients
 
     run.memory = run.memory._replace(value_and_grad=spoiled)
-    run.functions = StepFunctions(run.scorer, run.memory, run.method.loss, run.optimizer)
+    run.functions = StepFunctions(run.scorer, run.memory, run.method, run.optimizer)
 
 
 @pytest.mark.parametrize("method", ["orpo", "dpo", "aot", "sft"])
