@@ -275,6 +275,14 @@ def _flat(model: nn.Module) -> list[tuple[str, mx.array]]:
     return [(str(name), value) for name, value in dict(tree_flatten(model.parameters())).items()]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what takes long to make run on one worker, so that it is made once."""
+    for item in items:
+        for fixture in ("comparison", "examined"):
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(fixture))
+
+
 @pytest.fixture(scope="session")
 def comparison(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished comparison of tiny trainings, on data whose texts would like to be markup; its output folder."""

@@ -89,8 +89,13 @@ def assert_same(model: nn.Module, scorer: PairScorer, segments: tuple[int, int])
             np.testing.assert_allclose(np.array(gradients[name]), array, rtol=0, atol=1e-4 * largest, err_msg=name)
 
 
-@pytest.mark.parametrize("segments", [(1, 0), (1, 1), (5, 0)])
-@pytest.mark.parametrize("kind", [kind for kind in PROVABLE if kind != "gemma4_shared"])
+@pytest.mark.parametrize(
+    ("kind", "segments"),
+    [
+        *((kind, (1, 0)) for kind in PROVABLE if kind != "gemma4_shared"),
+        *((kind, segments) for kind in ("llama", "gemma3", "qwen3_5") for segments in ((1, 1), (5, 0))),
+    ],
+)
 def test_segments_change_nothing(kind: str, segments: tuple[int, int], profile: DeviceProfile) -> None:
     model = trained_model(kind, "lora")
     before = dict(tree_flatten(model.trainable_parameters()))

@@ -79,20 +79,25 @@ def assert_predicted(folder: Path, settings: dict[str, Any], window: list[Tokeni
     assert peak == pytest.approx(expected, rel=TOLERANCE)
 
 
+SETTINGS: list[dict[str, Any]] = [
+    {"batch_size": 2, "max_seq_length": 96},
+    {"batch_size": 1, "max_seq_length": 192, "method": "dpo"},
+    {"batch_size": 4, "max_seq_length": 64, "micro_batch_tokens": 200, "method": "dpo"},
+    {"batch_size": 1, "max_seq_length": 128, "fine_tune_type": "full"},
+    {"batch_size": 1, "max_seq_length": 128, "num_layers": 5, "optimizer": "sgd"},
+    {"batch_size": 1, "max_seq_length": 128, "num_layers": 2},
+    {"batch_size": 2, "max_seq_length": 96, "memory": "plain"},
+    {"batch_size": 2, "max_seq_length": 128, "memory": "balanced", "method": "dpo"},
+    {"batch_size": 2, "max_seq_length": 128, "memory": "thrift"},
+    {"batch_size": 1, "max_seq_length": 128, "memory": "thrift", "segment_layers": 2},
+]
+
+
+# Layers of two kinds with the settings that run layers again, and once without.
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"batch_size": 2, "max_seq_length": 96},
-        {"batch_size": 1, "max_seq_length": 192, "method": "dpo"},
-        {"batch_size": 4, "max_seq_length": 64, "micro_batch_tokens": 200, "method": "dpo"},
-        {"batch_size": 1, "max_seq_length": 128, "fine_tune_type": "full"},
-        {"batch_size": 1, "max_seq_length": 128, "num_layers": 5, "optimizer": "sgd"},
-        {"batch_size": 1, "max_seq_length": 128, "num_layers": 2},
-        {"batch_size": 2, "max_seq_length": 96, "memory": "plain"},
-        {"batch_size": 2, "max_seq_length": 128, "memory": "balanced", "method": "dpo"},
-        {"batch_size": 2, "max_seq_length": 128, "memory": "thrift"},
-        {"batch_size": 1, "max_seq_length": 128, "memory": "thrift", "segment_layers": 2},
-    ],
+    ("deep_model", "settings"),
+    [*(("llama", each) for each in SETTINGS), *(("gemma2", SETTINGS[number]) for number in (1, 7, 9))],
+    indirect=["deep_model"],
 )
 def test_a_prediction_is_what_is_measured(deep_model: Path, settings: dict[str, Any]) -> None:
     blueprint = read_blueprint(str(deep_model))

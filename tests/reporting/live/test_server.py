@@ -145,7 +145,13 @@ def test_news_go_on_from_the_mark(server: LiveServer, folder: Path) -> None:
         False,
     )
     assert lines == report(1, 1.0)
-    threading.Timer(0.2, lambda: (folder / "metrics.jsonl").write_bytes(report(1, 1.0) + report(2, 2.0))).start()
+
+    def append() -> None:
+        # In one step, as a run appends: a file that is emptied first would be read as one that began anew.
+        with (folder / "metrics.jsonl").open("ab") as file:
+            file.write(report(2, 2.0))
+
+    threading.Timer(0.2, append).start()
     head, lines = news(server, head["mark"])
     assert lines == report(2, 2.0)
     (folder / "metrics.jsonl").write_bytes(report(1, 3.0))

@@ -88,10 +88,14 @@ def test_a_resumed_run_is_the_run_it_would_have_been(
     assert_same(*whole_and_resumed({**settings, **LONG, **changes}, tmp_path, [4, 7, 9], forget))
 
 
-@pytest.mark.parametrize("method", ["orpo", pytest.param("dpo", marks=pytest.mark.slow)])
-def test_killed_at_random_and_resumed_until_done(settings: dict[str, Any], tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "runs"), [("orpo", 2), *(pytest.param(each, 5, marks=pytest.mark.slow) for each in ("orpo", "dpo"))]
+)
+def test_killed_at_random_and_resumed_until_done(
+    settings: dict[str, Any], tmp_path: Path, method: str, runs: int
+) -> None:
     settings |= {**LONG, "method": method, "lora_parameters": {"dropout": 0.1}}
-    outcome = kill_and_resume(settings, tmp_path, runs=5, seed=7)
+    outcome = kill_and_resume(settings, tmp_path, runs=runs, seed=7)
     assert outcome.equal == outcome.runs
     assert outcome.kills >= outcome.runs
 
