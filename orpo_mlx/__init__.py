@@ -6,7 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from orpo_mlx._blas import load_blas
+from orpo_mlx.interrupts import end_early_in_one_sentence
 
+# Before anything that takes time: where this process is a command, a signal now is as good as one later.
+end_early_in_one_sentence()
 load_blas()
 
 if TYPE_CHECKING:

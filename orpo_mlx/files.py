@@ -108,6 +108,9 @@ def save_safetensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mappi
     try:
         mx.save_safetensors(str(path), dict(arrays), dict(metadata or {}))
     except RuntimeError as error:
+        # MLX says that it cannot write, and not why.
+        if shutil.disk_usage(path.parent).free < sum(array.nbytes for array in arrays.values()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise OSError(errno.EIO, str(error).rstrip(".")) from error
 
 

@@ -6,8 +6,17 @@ leaves the how to `training/` and `reporting/`.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: a mistyped flag or --help need not wait for them. The command line
+    # is a floor above: nothing but this program needs it here.
+    from orpo_mlx.cli.train import main
+
+    sys.exit(main())
+
+import dataclasses
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,8 +27,8 @@ from rich.console import Console
 
 from orpo_mlx.config.checks import checked_config
 from orpo_mlx.config.settings import TrainingConfig, settings_for_card
-from orpo_mlx.files import save_json
 from orpo_mlx.folder_lock import locked
+from orpo_mlx.interrupts import Interrupted
 from orpo_mlx.memory.choose_mode import plan_memory
 from orpo_mlx.process_memory import configure_allocator
 from orpo_mlx.reporting.callbacks import NamedCallback, TrainingCallback, named_callbacks
@@ -27,30 +36,33 @@ from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.hub import check_ready, push
 from orpo_mlx.reporting.live.feed import GOING_ON, Feed
 from orpo_mlx.reporting.live.server import watched
-from orpo_mlx.reporting.metrics_log import RUN_FILE
 from orpo_mlx.reporting.model_card import CARD_FILE, write_card
 from orpo_mlx.reporting.run_report import refresh_report
 from orpo_mlx.reporting.services import parse_services, require_installed
+from orpo_mlx.training.checkpoints.beginning import record_beginning
 from orpo_mlx.training.checkpoints.folders import remove_all
 from orpo_mlx.training.checkpoints.progress import Progress, TrainingResult
 from orpo_mlx.training.checkpoints.random_numbers import random_state, random_state_of, set_random_state
 from orpo_mlx.training.checkpoints.resume import (
     Resumed,
+    accept,
+    begin_again,
     facts,
     find_resumed,
     refuse_unfinished,
     restore,
     restore_reference,
 )
-from orpo_mlx.training.checkpoints.save import BEST, CHECKPOINTS
-from orpo_mlx.training.data_order import steps_of_adapter_file, total_steps
+from orpo_mlx.training.checkpoints.save import BEST, CHECKPOINTS, how_to_go_on
+from orpo_mlx.training.data_order import steps_of_adapter_file
 from orpo_mlx.training.distributed import Ranks, find_ranks
 from orpo_mlx.training.evaluate_only import evaluate_only
 from orpo_mlx.training.interrupts import StopSignals
+from orpo_mlx.training.keep_awake import kept_awake
 from orpo_mlx.training.loop import Loop
 from orpo_mlx.training.prepare import find_data, load_run, make_output_folder
 from orpo_mlx.training.reference_pass import precompute_reference, save_reference
-from orpo_mlx.training.run import ADAPTER_CONFIG_FILE, Run, adapter_config, run_record
+from orpo_mlx.training.run import Run
 from orpo_mlx.training.sinks import open_callbacks, open_sinks
 from orpo_mlx.training.summaries import announce, say_goodbye
 
@@ -88,11 +100,13 @@ def train(
     folder = Path(config.adapter_path).expanduser()
     with ExitStack() as stack:
         config, reporter = stack.enter_context(own_output(config, reporter, ranks))
+        stack.enter_context(kept_awake(config.keep_awake, reporter.say))
         feed = stack.enter_context(watched(folder, config.watch if ranks.first else None, reporter))
-        run = stack.enter_context(prepared(config, ranks))
+        run = stack.enter_context(prepared(config, ranks, reporter))
         resumed = find_start(run, reporter)
         result = train_and_evaluate(run, resumed, reporter, named, feed)
-        finish(run, result, reporter)
+        with saying_on_interrupt(f"the run was done, and is saved in {folder}"):
+            finish(run, result, reporter)
     # All ranks name the folder that was asked for, which rank 0 has written.
     return dataclasses.replace(result, adapter_path=folder)
 
@@ -108,7 +122,7 @@ def own_output(config: TrainingConfig, reporter: Reporter, ranks: Ranks) -> Iter
 
 
 @contextmanager
-def prepared(config: TrainingConfig, ranks: Ranks) -> Iterator[Run]:
+def prepared(config: TrainingConfig, ranks: Ranks, reporter: Reporter) -> Iterator[Run]:
     """Everything a run needs. While the block lasts, no other process trains into its folder."""
     sources = find_data(config, ranks)
     folder = make_output_folder(config.adapter_path)
@@ -116,7 +130,13 @@ def prepared(config: TrainingConfig, ranks: Ranks) -> Iterator[Run]:
     with locked(folder):
         if not (config.resume or config.overwrite):
             refuse_unfinished(folder)
-        yield load_run(config, sources, folder, ranks)
+        config, begun = begin_again(asked := config, folder, ranks)
+        if config.resume != asked.resume:
+            reporter.say(f"{folder}/ holds no checkpoint yet: the run starts from the beginning.")
+        run = load_run(config, sources, folder, ranks)
+        for change in () if begun is None else accept(run, begun, "was begun there and never saved"):
+            reporter.say(f"Changed since the run was begun: {change}.")
+        yield run
 
 
 def find_start(run: Run, reporter: Reporter) -> Resumed | None:
@@ -142,10 +162,12 @@ def train_and_evaluate(
         stack.callback(save_reference, run, reporter)
         # A service that cannot begin must say so before anything in the folder is replaced.
         all_callbacks = stack.enter_context(open_callbacks(run, reporter, callbacks, resumed))
-        progress = begin_in_folder(run, resumed)
-        sinks = stack.enter_context(open_sinks(run, reporter, all_callbacks, resumed))
-        feed.state = GOING_ON
+        stack.enter_context(saying_on_interrupt("" if resumed is None else how_to_go_on(run, resumed.checkpoint.step)))
+        # From here on a signal is remembered: what is replaced in the folder is replaced as a whole.
         with StopSignals() as stop:
+            progress = begin_in_folder(run, resumed)
+            sinks = stack.enter_context(open_sinks(run, reporter, all_callbacks, resumed))
+            feed.state = GOING_ON
             if resumed is not None:
                 restore_reference(run, resumed.checkpoint)
             # Under the weights as they were before training, so before `restore` puts the trained ones back.
@@ -173,18 +195,27 @@ def train_and_evaluate(
 
 def begin_in_folder(run: Run, resumed: Resumed | None) -> Progress:
     """How far the run has come, written down in its folder; a new run replaces what is there."""
+    progress = Progress() if resumed is None else resumed.state.progress
+    if resumed is not None:
+        progress.resumed_at.append(progress.step)
+    # Before the checkpoints of an earlier run go: killed in between, `--resume` finds those or this run, never nothing.
+    record_beginning(run, progress)
     if resumed is None:
-        progress = Progress()
         remove_all(run.folder / CHECKPOINTS)
         (run.folder / BEST).unlink(missing_ok=True)
-    else:
-        progress = resumed.state.progress
-        progress.resumed_at.append(progress.step)
-    # The live page counts with these two: how many steps there will be, and where the run was taken up again.
-    course = {"total_steps": total_steps(run.config, len(run.splits["train"].pairs)), "resumed_at": progress.resumed_at}
-    save_json(run.folder / RUN_FILE, {**run_record(run), **course})
-    save_json(run.folder / ADAPTER_CONFIG_FILE, adapter_config(run))
+    # adapter_config.json comes with the first checkpoint: until then an earlier run's adapters are whole with theirs.
     return progress
+
+
+@contextmanager
+def saying_on_interrupt(message: str) -> Iterator[None]:
+    """Let an interrupt of the block that has no message of its own say what is saved."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if str(interrupt) or not message:
+            raise
+        raise Interrupted(getattr(interrupt, "number", signal.SIGINT), message) from None
 
 
 def finish(run: Run, result: TrainingResult, reporter: Reporter) -> None:
@@ -200,10 +231,3 @@ def finish(run: Run, result: TrainingResult, reporter: Reporter) -> None:
         )
     if run.config.push_to_hub is not None:
         reporter.say(f"Pushed to {push(run.folder, run.config.push_to_hub)}")
-
-
-if __name__ == "__main__":
-    # The command line is a floor above: nothing but this program needs it here.
-    from orpo_mlx.cli.train import main
-
-    sys.exit(main())

@@ -9,7 +9,10 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
-GROUND = ("__init__", "types", "errors", "text", "files", "folder_lock", "device_profile", "process_memory", "_blas")
+GROUND = (
+    "__init__", "types", "errors", "text", "interrupts", "files", "folder_lock", "device_profile", "process_memory",
+    "_blas",
+)  # fmt: skip
 ROOMS = (
     "losses", "data", "reporting", "models", "engine", "config", "training", "convert", "memory", "chapter", "train",
     "compare", "doctor", "cli", "__main__",

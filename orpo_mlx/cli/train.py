@@ -37,7 +37,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 def earlier_settings(given: GivenSettings, ranks: Ranks) -> dict[str, Any]:
     """Settings of what the run goes on from: the adapters that `--test` evaluates, or the checkpoint of `--resume`."""
-    from orpo_mlx.training.checkpoints.resume import settings_of_newest
+    from orpo_mlx.training.checkpoints.resume import settings_to_resume
     from orpo_mlx.training.evaluate_only import settings_of_adapters
 
     values = given.values
@@ -46,7 +46,8 @@ def earlier_settings(given: GivenSettings, ranks: Ranks) -> dict[str, Any]:
     if not values.get("resume"):
         return {}
     # Rank 0 alone has checkpoints; the others take what it found.
-    settings = settings_of_newest(values.get("adapter_path", TrainingConfig.adapter_path)) if ranks.first else {}
+    adapter_path = values.get("adapter_path", TrainingConfig.adapter_path)
+    settings = settings_to_resume(adapter_path, values) if ranks.first else {}
     taken: dict[str, Any] = json.loads(ranks.from_first(json.dumps(settings).encode()))
     return taken
 

@@ -7,11 +7,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from orpo_mlx.config.settings import SETTINGS
 from orpo_mlx.errors import UserError
+from orpo_mlx.interrupts import Interrupted, finished, raising_interrupts
 from orpo_mlx.text import printable
 
 _MENTION = re.compile(r"`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>[^`]*))?`")
@@ -56,21 +57,43 @@ def naming_flags(own: Collection[str] = ()) -> Iterator[None]:
 
 
 def exit_status(prog: str, command: Callable[[], object]) -> int:
-    """Run a command: 0, 2 with one sentence on stderr for what a user can mend, 130 or 143 where it was interrupted."""
-    try:
-        with naming_flags():
-            command()
-    except UserError as error:
+    """Run a command: 0, 2 with one sentence on stderr for what a user can mend, or 128 + a signal's number."""
+    with raising_interrupts(prog) as signals:
+        try:
+            with naming_flags():
+                command()
+            status = 0
+        except KeyboardInterrupt as interrupt:
+            status = _tell_interrupt(prog, interrupt, signals.number)
+        except Exception as error:
+            # Libraries turn an interrupt in the middle of an import into errors of their own.
+            if signals.number is not None:
+                status = _tell_interrupt(prog, Interrupted(signals.number), signals.number)
+            elif isinstance(error, (UserError, OSError)):
+                _tell_error(prog, error)
+                status = 2
+            else:
+                raise
+        finished(status)
+    return status
+
+
+def _tell_error(prog: str, error: UserError | OSError) -> None:
+    if isinstance(error, UserError):
         message = printable(str(error)).rstrip(".")
-        print(f"{prog}: error: {message}{'' if message.endswith('?') else '.'}", file=sys.stderr)
-        return 2
-    except OSError as error:  # A full disk, or a folder that cannot be written, wherever a command meets it.
+        message += "" if message.endswith("?") else "."
+    else:  # A full disk, or a folder that cannot be written, wherever a command meets it.
         location = f"{error.filename}: " if error.filename else ""
-        print(
-            f"{prog}: error: {location}{error.strerror or error}; free space or choose another folder.", file=sys.stderr
-        )
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"{prog}: interrupted: {with_flags(str(interrupt)) or 'nothing was saved'}.", file=sys.stderr)
-        return 128 + getattr(interrupt, "number", signal.SIGINT)
-    return 0
+        message = printable(f"{location}{error.strerror or error}; free space or choose another folder.")
+    _print(f"{prog}: error: {message}")
+
+
+def _tell_interrupt(prog: str, interrupt: KeyboardInterrupt, number: int | None) -> int:
+    """Say what an interrupt says; the exit status."""
+    _print(f"{prog}: interrupted: {printable(with_flags(str(interrupt))) or 'nothing was saved'}.")
+    return 128 + getattr(interrupt, "number", number or signal.SIGINT)
+
+
+def _print(sentence: str) -> None:
+    with suppress(OSError):  # A terminal that is closed by now must not change the status.
+        print(sentence, file=sys.stderr)

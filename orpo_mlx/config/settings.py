@@ -283,7 +283,13 @@ class TrainingConfig:
     val_batches: int = _reports(25, "validation batches; -1: all, 0: no validation", Trait.EVALUATED, range=ALL_OR_SOME)
     test_batches: int = _reports(500, "test batches; -1: all, 0: no test", Trait.EVALUATED, range=ALL_OR_SOME)
     save_every: int = _reports(100, "steps between checkpoints", range=POSITIVE)
+    save_minutes: float = _reports(
+        10.0, "minutes after which one is saved whatever the step; 0: by steps alone", range=NOT_NEGATIVE
+    )
     keep: int = _reports(3, "checkpoints that are kept, the newest ones", range=POSITIVE)
+    keep_awake: bool = _reports(
+        True, "keep a Mac from going to sleep while the run lasts", off_help="let a Mac go to sleep in the middle of it"
+    )
     save_best: bool = _reports(
         False, "save and keep the checkpoint of the lowest validation loss as well; best/ leads to it"
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from orpo_mlx.data.bounded_templates import TemplateLimitError, bound_templates, bounded_time, check_length
 from orpo_mlx.data.messages import as_turns
-from orpo_mlx.errors import DataError, reason_of
+from orpo_mlx.errors import DataError, ModelError, reason_of
 from orpo_mlx.types import Message, Pair, Text
 
 # A text that no template writes by itself, to find in what one renders.
@@ -36,6 +37,8 @@ class PairRenderer:
     def __init__(self, tokenizer: Any | None, eos_texts: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._eos_texts = eos_texts
+        self._model = getattr(tokenizer, "name_or_path", None) or "the model"
+        bound_templates()
         self.has_template = tokenizer is not None and tokenizer.has_chat_template
         self.folds_system = self.has_template and self._lacks_system_role()
         """Whether a system text goes to the head of the next turn, since the template has no system role."""
@@ -77,6 +80,9 @@ class PairRenderer:
         extras = {"tools": [dict(tool) for tool in pair.tools] or None, **pair.template_kwargs}
         try:
             return self._apply(folded(turns) if self.folds_system else turns, add_generation_prompt, extras)
+        except TemplateLimitError as error:
+            # The model's fault and not the row's: to leave the row out would be to wait as long for the next one.
+            raise ModelError(f"{self._model}: its chat template cannot be used on {pair.location}: {error}.") from None
         except Exception as error:  # Templates raise whatever they like, jinja2's errors among others.
             roles = ", ".join(str(turn.get("role")) for turn in turns)
             reason = reason_of(error, first_line=True)
@@ -86,11 +92,13 @@ class PairRenderer:
         self, turns: Sequence[Message], add_generation_prompt: bool, extras: Mapping[str, Any] | None = None
     ) -> str:
         assert self._tokenizer is not None
-        return str(
-            self._tokenizer.apply_chat_template(
-                turns, add_generation_prompt=add_generation_prompt, tokenize=False, **(extras or {})
+        with bounded_time():
+            text = str(
+                self._tokenizer.apply_chat_template(
+                    turns, add_generation_prompt=add_generation_prompt, tokenize=False, **(extras or {})
+                )
             )
-        )
+        return check_length(text, turns, extras)
 
     def _without_eos(self, text: Text) -> Text:
         """A completion whose own text ends in EOS would get another from the template."""
@@ -102,23 +110,28 @@ class PairRenderer:
                 return text.rstrip().removesuffix(eos)
         return text
 
+    def _probe(self, turns: Sequence[Message], add_generation_prompt: bool) -> str | None:
+        """What the template makes of turns of our own, None where it refuses them; ModelError where it has no end."""
+        try:
+            return self._apply(turns, add_generation_prompt)
+        except TemplateLimitError as error:
+            raise ModelError(f"{self._model}: its chat template cannot be used: {error}.") from None
+        except Exception:  # Templates raise whatever they like.
+            return None
+
     def _lacks_system_role(self) -> bool:
         """Whether the template refuses a system turn, or leaves it out in silence."""
-        try:
-            self._apply([_QUESTION], True)
-        except Exception:  # A template that takes nothing is named with the first row.
+        if self._probe([_QUESTION], True) is None:  # A template that takes nothing is named with the first row.
             return False
-        try:
-            return _MARK not in self._apply([{"role": "system", "content": _MARK}, _QUESTION], True)
-        except Exception:
-            return True
+        text = self._probe([{"role": "system", "content": _MARK}, _QUESTION], True)
+        return text is None or _MARK not in text
 
     def _stray_header(self) -> str:
         """What the template writes after a finished answer beyond its EOS: the next turn's header, asked for or not."""
-        try:
-            after = self._apply([_QUESTION, {"role": "assistant", "content": _MARK}], False).rpartition(_MARK)[2]
-        except Exception:  # As above.
+        text = self._probe([_QUESTION, {"role": "assistant", "content": _MARK}], False)
+        if text is None:  # As above.
             return ""
+        after = text.rpartition(_MARK)[2]
         _, eos, rest = min(
             (after.partition(text) for text in self._eos_texts), key=lambda cut: len(cut[0]), default=("",) * 3
         )

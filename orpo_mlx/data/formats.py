@@ -305,6 +305,14 @@ def _completed(prompt: Text, row: Columns, location: str) -> Sides:
     return Sides(as_turns(prompt, "user"), as_turns(chosen, "assistant"), as_turns(rejected, "assistant"))
 
 
+_NOT_A_ROWS = (
+    "chat_template", "conversation", "messages", "tokenize", "return_dict", "return_tensors", "padding", "truncation",
+    "return_assistant_tokens_mask", "max_length", "tokenizer_kwargs", "add_generation_prompt", "continue_final_message",
+    "tools",
+)  # fmt: skip
+"""Arguments of transformers' `apply_chat_template` that are not for the template."""
+
+
 def _extras(row: Columns, location: str) -> Extras:
     """The row's `tools` and `chat_template_kwargs`."""
     tools = _from_json(row.get("tools"), "tools", location) or []
@@ -313,6 +321,13 @@ def _extras(row: Columns, location: str) -> Extras:
     arguments = _from_json(row.get("chat_template_kwargs"), "chat_template_kwargs", location) or {}
     if not isinstance(arguments, dict):
         raise DataError(f"{location}: 'chat_template_kwargs' must be an object.")
+    for name in arguments:
+        # What a template is told is the row's; which template, and what is asked of it, is not.
+        if name in _NOT_A_ROWS:
+            raise DataError(
+                f"{location}: 'chat_template_kwargs' holds {name!r}, which rows cannot set; leave it out (a chat "
+                "template is the model's: change it in its tokenizer_config.json)."
+            )
     return Extras(tuple(_without_nulls(tool) for tool in tools), _without_nulls(arguments))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -32,12 +34,43 @@ CLOSING_ROWS = {
 }
 
 
+class LastingOutput:
+    """`sys.stdout`, whichever that is at the moment, that never fails: what cannot be written goes nowhere.
+
+    A terminal that is closed, or a pipe whose reader has gone, must not end a night of training.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+    def write(self, text: str) -> int:
+        """As a file's."""
+        try:
+            return sys.stdout.write(text)
+        except OSError:
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        """As a file's."""
+        try:
+            sys.stdout.flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        # The descriptor itself: Python writes what is left in the buffer when it ends, and would fail then.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 class Reporter:
     """Prints to the terminal: a bar where there is one, plain lines where there is not."""
 
     def __init__(self, console: Console | None = None, render: Callable[[str], str] = str) -> None:
         """`render` rewrites what the run says, for a command line that calls settings by their flags."""
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, file=cast(TextIO, LastingOutput()))
         self.render = render
         self._progress: Progress | None = None
         self.said: deque[str] = deque(maxlen=_REMEMBERED_LINES)

@@ -12,16 +12,18 @@ import mlx.core as mx
 
 from orpo_mlx.config.settings import DEFAULT_MAX_SKIPPED
 from orpo_mlx.errors import HalfAppliedError, NonFiniteError, TrainingError, reason_of
+from orpo_mlx.interrupts import Interrupted
 from orpo_mlx.losses.metrics import MetricMeans
 from orpo_mlx.reporting.console import step_numbers, train_line
 from orpo_mlx.reporting.resumable_jsonl import FileMark, LineFile
 from orpo_mlx.reporting.run_report import refresh_report
+from orpo_mlx.training.checkpoints.beginning import record_beginning
 from orpo_mlx.training.checkpoints.progress import Best, EvalMetrics, Progress
 from orpo_mlx.training.checkpoints.random_numbers import random_numbers_kept, random_state, set_random_state
-from orpo_mlx.training.checkpoints.save import mark_best, save
+from orpo_mlx.training.checkpoints.save import CHECKPOINTS, how_to_go_on, is_gone, mark_best, save
 from orpo_mlx.training.data_order import total_steps, training_order
 from orpo_mlx.training.evaluation import evaluate_splits
-from orpo_mlx.training.interrupts import Interrupted, StopSignals
+from orpo_mlx.training.interrupts import StopSignals
 from orpo_mlx.training.reference_pass import save_reference
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.sinks import Sinks
@@ -62,6 +64,11 @@ class Loop:
         """MLX's peak since the first step."""
         self._stop = stop
         self._saved_step = saved_step
+        self._saved_at = time.monotonic()
+        self._save_is_due = False
+        """By the clock, as rank 0 has it; as of the last agreement."""
+        self._unsaved_step: int | None = None
+        """The last step that could not be saved."""
         self._marks: Marks | None = None
         # Of all ranks, as of their last agreement: the signal of the first that was asked to end, and random states.
         self._signal: int | None = None
@@ -105,6 +112,7 @@ class Loop:
                     advance(progress.step, step_numbers(means.means(), self.tokens_per_s, peak_gib()))
                 metrics = self.after_step()
             self.peak_memory_gib = peak_gib()
+            self._require_folder()
         return metrics
 
     def step(self, step_batch: Sequence[TokenizedPair]) -> MetricMeans | None:
@@ -157,7 +165,8 @@ class Loop:
         every = config.report_every
         if every is not None and step % every == 0 and not last and self.run.ranks.first:
             refresh_report(self.run.folder)
-        if (last or step % config.save_every == 0 or (config.save_best and evaluates)) and self._saved_step != step:
+        due = last or self._save_is_due or step % config.save_every == 0 or (config.save_best and evaluates)
+        if due and self._saved_step != step:
             self.save()
             save_reference(self.run, self.sinks.reporter, sparingly=True)
         self._end_if_asked()
@@ -197,7 +206,18 @@ class Loop:
         files = marks.files if marks is not None and marks.step == self.progress.step else self._mark_files()
         for file in self._files().values():
             file.sync()
+        self._unsaved_step = self.progress.step
+        gone = self._folder_is_gone()
+        if gone:
+            # Somebody has removed it, and a night's work with it unless it is made again.
+            self.run.folder.mkdir(parents=True)
+            record_beginning(self.run, self.progress)
         self._saved_step = save(self.run, self.progress, files, self._random_states).step
+        self._unsaved_step = None
+        self._saved_at = time.monotonic()
+        if gone:
+            # The run's metrics and its lock went with the folder.
+            raise TrainingError(f"{self.run.folder}: was removed while the run went on, and was made again")
 
     def evaluate(self, names: Sequence[str]) -> EvalMetrics:
         """Evaluate the held-out splits among `names`, at the present step."""
@@ -251,9 +271,12 @@ class Loop:
 
     def _agree(self) -> None:
         """Learn between steps how far the ranks' random numbers are, and whether one of them was asked to end."""
-        answers = self.run.ranks.gather([self._stop.number, *random_state()])
-        self._signal = next((number for number, _, _ in answers if number is not None), None)
-        self._random_states = [(high, low) for _, high, low in answers]
+        minutes = self.run.config.save_minutes
+        due = minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
+        answers = self.run.ranks.gather([self._stop.number, *random_state(), due])
+        self._signal = next((number for number, *_ in answers if number is not None), None)
+        self._random_states = [(high, low) for _, high, low, _ in answers]
+        self._save_is_due = answers[0][3]
 
     def _end_if_asked(self) -> None:
         if self._signal is not None:
@@ -295,18 +318,30 @@ class Loop:
         """Save, if there is something to save, and say what there is to go on from."""
         problem = ""
         step = self.progress.step
-        # A step that was applied by half is neither this one nor the next.
-        if step and self._saved_step != step and not isinstance(error, HalfAppliedError):
+        if self._saved_step is not None and is_gone(self.run, self._saved_step):
+            self._saved_step = None
+            problem = f"what was saved in {self.run.folder / CHECKPOINTS} is gone; "
+        # A step that was applied by half is neither this one nor the next. What could not be saved just now, on a disk
+        # that is full, is not tried twice, and not said twice.
+        tried = self._unsaved_step == step or self._saved_step == step
+        if step and not tried and not isinstance(error, HalfAppliedError):
             try:
                 self.save()
+                problem = ""
             except (TrainingError, OSError) as second:
-                problem = f"step {step} cannot be saved: {reason_of(second, None)}; "
+                problem += f"step {step} cannot be saved: {reason_of(second, None)}; "
         if self._saved_step is None:
-            return f"{problem}nothing was saved"
-        return (
-            f"{problem}step {self._saved_step} is saved, go on with "
-            f"orpo-mlx train --resume --adapter-path {self.run.config.adapter_path}"
-        )
+            return f"{problem}nothing {'is' if problem else 'was'} saved"
+        return problem + how_to_go_on(self.run, self._saved_step)
+
+    def _folder_is_gone(self) -> bool:
+        """Whether somebody has removed the folder of the run."""
+        return self.run.ranks.first and not self.run.folder.is_dir()
+
+    def _require_folder(self) -> None:
+        """Save once more, and raise TrainingError, where the folder is gone after the last save."""
+        if self._folder_is_gone():
+            self.save()
 
 
 def peak_gib() -> float:

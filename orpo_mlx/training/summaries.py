@@ -65,8 +65,6 @@ def announce_start(run: Run, reporter: Reporter, resumed: Resumed | None) -> Non
         reporter.say(f"Goes on in the data where {run.config.resume_adapter_file} ended, after step {run.first_step}.")
     if resumed is not None:
         reporter.say(f"Goes on from step {resumed.checkpoint.step}: {resumed.checkpoint.path}.")
-    elif run.config.resume:
-        reporter.say(f"{run.folder}/ holds no checkpoint yet: the run starts from the beginning.")
     elif (run.folder / "adapters.safetensors").exists():
         reporter.say(f"{run.folder}/ holds an earlier run, which this one overwrites.")
 

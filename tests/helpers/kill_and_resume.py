@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -114,6 +115,65 @@ def kill_and_resume(
     return Outcome(runs, equal, kills, starts)
 
 
+class Ends(NamedTuple):
+    """What became of processes that were signalled."""
+
+    runs: int
+    equal: int
+    """As of `Outcome`."""
+    statuses: dict[str, int]
+    """How many processes ended how, by signal and status."""
+    faults: list[str]
+    """Tracebacks, wrong statuses, more than a sentence."""
+
+
+def signal_and_resume(settings: dict[str, Any], folder: Path, *, runs: int, seed: int) -> Ends:
+    """Runs that meet a signal at a moment between their first millisecond and their last, and are then resumed."""
+    generator = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "ORPO_MLX_CACHE": str(folder / "cache"), **FEW_THREADS}
+
+    def start(name: str) -> subprocess.Popen[str]:
+        config = folder / f"{name}.yaml"
+        config.write_text(yaml.safe_dump({**settings, "adapter_path": str(folder / name)}))
+        # With nothing but the folder once the run has begun, as its own last sentence says.
+        begun = (folder / name / "run.json").is_file()
+        own = ["--adapter-path", str(folder / name)] if begun else ["-c", str(config)]
+        argv = [sys.executable, "-m", "orpo_mlx.train", "--resume", *own]
+        return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    began = time.perf_counter()
+    whole = start("whole")
+    _, err = whole.communicate()
+    life = time.perf_counter() - began
+    assert whole.returncode == 0, err
+    equal = 0
+    statuses: dict[str, int] = {}
+    faults: list[str] = []
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
+    for run in range(runs):
+        name = f"run {run}"
+        number = numbers[run % len(numbers)]
+        process = start(name)
+        # Squared: the first seconds are where most goes on that is not a step.
+        time.sleep(life * generator.random() ** 2)
+        process.send_signal(number)
+        _, err = process.communicate()
+        status = process.returncode
+        key = f"{number.name} {status}"
+        statuses[key] = statuses.get(key, 0) + 1
+        expected = {0, -number if number == signal.SIGKILL else 128 + number}
+        if status not in expected or "Traceback" in err or "Exception" in err:
+            faults.append(f"{name}, {key}: {err}")
+        rest = start(name)
+        _, err = rest.communicate()
+        if rest.returncode:
+            faults.append(f"{name} resumed: {err}")
+        else:
+            equal += same(folder / "whole", folder / name)
+    return Ends(runs, equal, statuses, faults)
+
+
 def main() -> None:
     """Kill runs on a tiny model and print what became of them."""
     from tests.conftest import SMALL, make_pairs, write_id_rows, write_model_folder
@@ -123,6 +183,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", default="orpo")
+    parser.add_argument("--signals", action="store_true", help="SIGINT, SIGTERM, SIGHUP as well, from the first moment")
     args = parser.parse_args()
     for split, seed in (("train", 0), ("valid", 1), ("test", 2)):
         write_id_rows(args.folder / "data" / f"{split}.jsonl", make_pairs(6, seed=seed))
@@ -131,6 +192,10 @@ def main() -> None:
         "method": args.method, "iters": 60, "save_every": 3, "steps_per_report": 4, "steps_per_eval": 5,
         "save_best": True, "lora_parameters": {"dropout": 0.1},
     }  # fmt: skip
+    if args.signals:
+        ends = signal_and_resume({**settings, "iters": 30}, args.folder, runs=args.runs, seed=args.seed)
+        print(ends)
+        sys.exit(ends.equal != ends.runs or bool(ends.faults))
     say = functools.partial(print, flush=True)
     outcome = kill_and_resume(settings, args.folder, runs=args.runs, seed=args.seed, say=say)
     print(f"{args.method}, seed {args.seed}: {outcome}")

@@ -27,7 +27,7 @@ from orpo_mlx.data.truncation import fit
 from orpo_mlx.errors import UserError
 from orpo_mlx.models.adapters import adapter_weights, add_trained_adapters, load_adapter_file
 from orpo_mlx.training.checkpoints.folders import CheckpointFolder, defect, whole_checkpoints, write_checkpoint
-from orpo_mlx.training.checkpoints.resume import settings_of_newest
+from orpo_mlx.training.checkpoints.resume import settings_to_resume
 from orpo_mlx.training.checkpoints.state import read_state
 from orpo_mlx.training.prepare import make_optimizer
 from orpo_mlx.types import TokenizedPair
@@ -180,8 +180,9 @@ def test_the_state_in_a_whole_checkpoint(settings: dict[str, Any], tmp_path: Pat
     def body(content: bytes) -> None:
         (made.path / "state.json").write_bytes(content)
         read_state(made)
-        make_config({**settings_of_newest(str(parent)), "resume": True})
-        taken = {name: value for name, value in read_state(made).settings.items() if name != "trust_remote_code"}
+        make_config({**settings_to_resume(str(parent)), "resume": True})
+        settings = read_state(made).recorded.settings
+        taken = {name: value for name, value in settings.items() if name != "trust_remote_code"}
         make_config(taken)
 
     fuzz(count, texts(changed(state) | VALUES), body)

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from orpo_mlx.cli.train import main
+from orpo_mlx.interrupts import Interrupted
 from orpo_mlx.training.checkpoints.resume import newest
-from orpo_mlx.training.interrupts import Interrupted, StopSignals
+from orpo_mlx.training.interrupts import StopSignals
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
 from tests.helpers.kill_and_resume import same

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from orpo_mlx.config.settings import TrainingConfig, settings_with
 from orpo_mlx.config.traits import Trait
 from orpo_mlx.errors import ConfigError, TrainingError, reason_of
 from orpo_mlx.models.adapters import adapter_weights, load_adapter_file
+from orpo_mlx.training.checkpoints.beginning import find_beginning
 from orpo_mlx.training.checkpoints.folders import CheckpointFolder, checkpoint_name, clear_unfinished, whole_checkpoints
 from orpo_mlx.training.checkpoints.random_numbers import random_state_of, set_random_state
 from orpo_mlx.training.checkpoints.save import (
@@ -24,8 +26,9 @@ from orpo_mlx.training.checkpoints.save import (
     REFERENCE_FILE,
     optimizer_arrays,
 )
-from orpo_mlx.training.checkpoints.state import State, read_state
+from orpo_mlx.training.checkpoints.state import Recorded, State, read_state
 from orpo_mlx.training.data_order import order_digest
+from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.run import Run, versions
 
 
@@ -49,8 +52,14 @@ def newest(folder: Path) -> tuple[CheckpointFolder | None, list[str]]:
 
 
 def refuse_unfinished(folder: Path) -> None:
-    """Raise TrainingError where the folder holds a run that has not come to its end: a new one would write over it."""
-    checkpoint, _ = newest(folder)
+    """Raise TrainingError where the folder holds a run that has not, or may not have, come to its end: a new one would
+    write over it."""
+    checkpoint, problems = newest(folder)
+    if checkpoint is None and problems:
+        raise TrainingError(
+            f"`adapter_path` {folder}: holds a run whose checkpoints are damaged ({problems[0].rstrip('.')}); put a "
+            "whole one back, or `overwrite` starts anew"
+        )
     if checkpoint is None:
         return
     state = read_state(checkpoint)
@@ -59,6 +68,24 @@ def refuse_unfinished(folder: Path) -> None:
             f"`adapter_path` {folder}: holds a run that ended at step {checkpoint.step} of {state.total}; "
             "`resume` goes on with it, `overwrite` starts anew, or give another folder"
         )
+
+
+def begin_again(config: TrainingConfig, folder: Path, ranks: Ranks) -> tuple[TrainingConfig, Recorded | None]:
+    """The settings a run is prepared with, and what is known of it where it ended before its first checkpoint.
+
+    Such a run begins again and is no resumed one: `resume` is then off, so that it loads the adapters it starts from.
+
+    Raises:
+        TrainingError: see `find_checkpoint` and `beginning.find_beginning`.
+    """
+    if not config.resume:
+        return config, None
+    # Rank 0 alone has the run's own folder.
+    nothing_saved = ranks.first and find_checkpoint(folder)[0] is None
+    recorded = find_beginning(folder) if nothing_saved else None
+    if json.loads(ranks.from_first(json.dumps(nothing_saved).encode())):
+        return dataclasses.replace(config, resume=False), recorded
+    return config, None
 
 
 def find_resumed(run: Run) -> Resumed | None:
@@ -73,29 +100,46 @@ def find_resumed(run: Run) -> Resumed | None:
     if checkpoint is None:
         return None
     state = read_state(checkpoint)
-    changes = [f"Changed since the checkpoint: {change}." for change in accept(run, state)]
-    return Resumed(checkpoint, state, [*problems, *changes])
+    changes = accept(run, state.recorded, f"was saved at step {state.progress.step}")
+    return Resumed(checkpoint, state, [*problems, *(f"Changed since the checkpoint: {change}." for change in changes)])
 
 
 def find_checkpoint(folder: Path) -> tuple[CheckpointFolder | None, list[str]]:
     """What `resume` goes on from, None where nothing was saved yet; TrainingError where no checkpoint is whole."""
     checkpoint, problems = newest(folder)
+    _require_whole(folder, checkpoint, problems)
+    clear_unfinished(folder / CHECKPOINTS)
+    return checkpoint, problems
+
+
+def _require_whole(folder: Path, checkpoint: CheckpointFolder | None, problems: Sequence[str]) -> None:
     if checkpoint is None and problems:
         raise TrainingError(
             f"`resume`: no checkpoint in {folder / CHECKPOINTS} is whole ({problems[0].rstrip('.')}); put a whole one "
             "back, or remove that folder to start from the beginning"
         )
-    clear_unfinished(folder / CHECKPOINTS)
-    return checkpoint, problems
 
 
-def settings_of_newest(adapter_path: str) -> dict[str, Any]:
-    """The settings that the newest whole checkpoint of an adapter path was made with; none where there is no such."""
-    checkpoint, _ = newest(Path(adapter_path).expanduser())
-    if checkpoint is None:
+def settings_to_resume(adapter_path: str, given: Collection[str] = ()) -> dict[str, Any]:
+    """The settings of the run in an adapter path: of its newest whole checkpoint or, before the first, of `run.json`.
+
+    None where nothing was begun there, if the settings `given` say what to train.
+
+    Raises:
+        TrainingError: there is nothing to go on with; see also `find_checkpoint` and `beginning.find_beginning`.
+    """
+    folder = Path(adapter_path).expanduser()
+    checkpoint, problems = newest(folder)
+    _require_whole(folder, checkpoint, problems)
+    recorded = read_state(checkpoint).recorded if checkpoint else find_beginning(folder)
+    if recorded is None:
+        if set(given) <= set(settings_with(Trait.THIS_COMMAND | Trait.RESUMABLE)):
+            raise TrainingError(
+                f"`resume`: {folder} holds no run to go on with; check `adapter_path`, or give the run's settings, too"
+            )
         return {}
-    settings = read_state(checkpoint).settings
-    return {name: value for name, value in settings.items() if name not in settings_with(Trait.THIS_COMMAND)}
+    mine = settings_with(Trait.THIS_COMMAND)
+    return {name: value for name, value in recorded.settings.items() if name not in mine}
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -133,38 +177,38 @@ def copied_to_all(run: Run, checkpoint: CheckpointFolder | None) -> CheckpointFo
     return CheckpointFolder(folder, step)
 
 
-def accept(run: Run, state: State) -> list[str]:
-    """The differences between a run and the checkpoint it goes on from, as text.
+def accept(run: Run, recorded: Recorded, when: str) -> list[str]:
+    """The differences between a run and what is recorded of the one it goes on with, as text; `when` is for errors.
 
     Raises:
         ConfigError: some change the maths, and `--resume-with-changes` is not given; lists them.
     """
-    changed = changed_settings(run, state)
+    changed = changed_settings(run, recorded)
     harmless = [name for name in changed if name in settings_with(Trait.RESUMABLE)]
-    serious = [_change(run, state, name) for name in changed if name not in harmless]
-    # Where settings have changed that the order depends on, to speak of other rows would mislead.
-    if state.order != order_digest(run) and not serious:
-        serious.append("`data`: other rows to train on")
-    for name, split in run.splits.items():
-        if split.sha256 != state.data.get(name, split.sha256):
-            serious.append(f"`data`: other rows in {name}")
-    if state.model != run.model_digest:
+    serious = [_change(run, recorded, name) for name in changed if name not in harmless]
+    others = [name for name, split in run.splits.items() if split.sha256 != recorded.data.get(name, split.sha256)]
+    if others:
+        serious.append(f"`data`: other rows in {', '.join(others)}")
+    # Where settings have changed that the order depends on, or the rows themselves, to speak of it would mislead.
+    elif recorded.order != order_digest(run) and not serious:
+        serious.append("`data`: other tokens to train on")
+    if recorded.model != run.model_digest:
         serious.append("`model`: other weights")
     if serious and not run.config.resume_with_changes:
         raise ConfigError(
-            f"`resume`: this is not the run that was saved at step {state.progress.step} ({'; '.join(serious)}); give "
-            "the same settings, or `resume_with_changes`"
+            f"`resume`: this is not the run that {when} ({'; '.join(serious)}); give the same settings, or "
+            "`resume_with_changes`"
         )
     now = versions()
-    others = [f"{name} {old} is now {now.get(name)}" for name, old in state.versions.items() if now.get(name) != old]
-    return [*serious, *(_change(run, state, name) for name in harmless), *others]
+    newer = [f"{name} {old} is now {now.get(name)}" for name, old in recorded.versions.items() if now.get(name) != old]
+    return [*serious, *(_change(run, recorded, name) for name in harmless), *newer]
 
 
-def changed_settings(run: Run, state: State) -> list[str]:
-    """Names of settings whose values are not the checkpoint's; one that it does not know had its default."""
+def changed_settings(run: Run, recorded: Recorded) -> list[str]:
+    """Names of settings whose values are not those recorded; one that is not there had its default."""
     defaults = TrainingConfig().settings()
     ours = run.config.settings(without=Trait.THIS_COMMAND | Trait.BY_CONTENT)
-    return [name for name, value in ours.items() if value != state.settings.get(name, defaults[name])]
+    return [name for name, value in ours.items() if value != recorded.settings.get(name, defaults[name])]
 
 
 def restore_reference(run: Run, checkpoint: CheckpointFolder) -> None:
@@ -209,8 +253,8 @@ def _restore_optimizer(run: Run, path: Path) -> list[str]:
     return []
 
 
-def _change(run: Run, state: State, name: str) -> str:
-    return f"`{name}` {state.settings.get(name)} is now {getattr(run.config, name)}"
+def _change(run: Run, recorded: Recorded, name: str) -> str:
+    return f"`{name}` {recorded.settings.get(name)} is now {getattr(run.config, name)}"
 
 
 def _kind(array: mx.array) -> tuple[Any, ...]:

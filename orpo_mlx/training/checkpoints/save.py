@@ -64,6 +64,16 @@ def save(
     return checkpoint
 
 
+def is_gone(run: Run, step: int) -> bool:
+    """Whether the checkpoint of a step, which this run wrote or came from, is not there any more."""
+    return run.ranks.first and not (run.folder / CHECKPOINTS / checkpoint_name(step)).is_dir()
+
+
+def how_to_go_on(run: Run, step: int) -> str:
+    """What a run that ends says of its newest checkpoint."""
+    return f"step {step} is saved, go on with orpo-mlx train --resume --adapter-path {run.config.adapter_path}"
+
+
 def mark_best(run: Run, step: int) -> None:
     """Let `best` lead to the checkpoint of a step."""
     link = run.folder / BEST

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from orpo_mlx.config.checks import check_settings
@@ -19,6 +20,19 @@ from orpo_mlx.training.run import Run, versions
 STATE_FILE = "state.json"
 
 
+class Recorded(NamedTuple):
+    """What makes a run the run it is, as a checkpoint or `run.json` says it."""
+
+    settings: Mapping[str, Any]
+    order: str
+    """`order_digest` of the run."""
+    data: Mapping[str, str]
+    """SHA-256 of each split's rows."""
+    model: str
+    """`model_digest` of the run."""
+    versions: Mapping[str, str]
+
+
 class State(NamedTuple):
     """What `state.json` says, checked."""
 
@@ -27,16 +41,9 @@ class State(NamedTuple):
     """Steps of the whole run."""
     first_step: int
     """Steps that the adapters it began with had taken in the run's own order of the data."""
-    settings: Mapping[str, Any]
+    recorded: Recorded
     random_states: list[RandomState]
     """Of each rank."""
-    order: str
-    """`order_digest` of the run."""
-    data: Mapping[str, str]
-    """SHA-256 of each split's rows."""
-    model: str
-    """`model_digest` of the run."""
-    versions: Mapping[str, str]
     metrics: FileMark
     samples: FileMark | None
     """None where no sample replies were kept."""
@@ -84,7 +91,23 @@ def read_state(checkpoint: CheckpointFolder) -> State:
     # A JSON text of any shape may stand there; each of these means that it is of another.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise TrainingError(f"{path}: not the state of a run ({kind_and_reason(error)})") from None
-    return state._replace(settings=check_settings(state.settings, str(path)))
+    return state._replace(recorded=checked(state.recorded, path))
+
+
+def checked(recorded: Recorded, path: Path) -> Recorded:
+    """The same with its settings checked; ConfigError where they are not settings of this version."""
+    return recorded._replace(settings=check_settings(recorded.settings, str(path)))
+
+
+def parse_recorded(value: Mapping[str, Any]) -> Recorded:
+    """What a table of a checkpoint says; KeyError, TypeError, ValueError or AttributeError where it does not."""
+    return Recorded(
+        settings=dict(value["settings"]),
+        order=str(value["order"]),
+        data=_texts(value["data"]),
+        model=str(value["model"]),
+        versions=_texts(value["versions"]),
+    )
 
 
 def _parse(value: Mapping[str, Any]) -> State:
@@ -93,12 +116,8 @@ def _parse(value: Mapping[str, Any]) -> State:
         progress=Progress.from_json(value["progress"]),
         total=int(value["total_steps"]),
         first_step=int(value["first_step"]),
-        settings=dict(value["settings"]),
+        recorded=parse_recorded(value),
         random_states=[(int(high), int(low)) for high, low in value["random_states"]],
-        order=str(value["order"]),
-        data=_texts(value["data"]),
-        model=str(value["model"]),
-        versions=_texts(value["versions"]),
         metrics=_mark(value["metrics"]),
         samples=_mark(value["samples"]) if "samples" in value else None,
     )

@@ -213,10 +213,10 @@ def test_an_unfinished_run_is_not_written_over_by_mistake(
 
 
 def test_a_checkpoint_never_lets_remote_code_run_or_opens_a_port(settings: dict[str, Any]) -> None:
-    from orpo_mlx.training.checkpoints.resume import settings_of_newest
+    from orpo_mlx.training.checkpoints.resume import settings_to_resume
 
     folder = interrupted({**settings, **LONG, "trust_remote_code": True, "watch": 0})
-    taken = settings_of_newest(str(folder))
+    taken = settings_to_resume(str(folder))
     assert taken["learning_rate"] == 1e-3
     assert not {"trust_remote_code", "resume", "adapter_path", "watch"} & set(taken)
 

@@ -1,0 +1,144 @@
+"""Chat templates that cannot hold a run up: rendering is bounded in time, in size, and in what one operation may make.
+
+A template is a program that comes with a model. transformers runs it in Jinja's sandbox, which keeps it from files and
+attributes, but lets it loop for ever, or ask for a string of gigabytes.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.utils import chat_template_utils
+
+MOST_SECONDS = 10.0
+"""For one conversation; templates take a millisecond."""
+MOST_OWN_CHARACTERS = 1_000_000
+"""That a template may add to a conversation; the longest system prompts of published templates have some 20,000."""
+_MOST_MADE = 10_000_000
+"""Characters or items that one operation may make, and the largest number that a function may be given."""
+_MOST_BITS = 100_000
+
+
+class TemplateLimitError(Exception):
+    """A template that takes too long or makes too much; says which."""
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which single operations are bounded as well: a timer cannot end what Python does in C."""
+
+    intercepted_binops = frozenset({"*", "%", "**"})
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.filters = {name: _bounded_filter(function) for name, function in self.filters.items()}
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """As Jinja's."""
+        if operator == "*":
+            _check_made(_size(left) * right if isinstance(right, int) else _size(right) * left)
+        elif operator == "%" and isinstance(left, str):
+            _check_format(left, right)
+        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+            _check_made(max(left.bit_length(), 1) * right, _MOST_BITS)
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, function: Any, *args: Any, **options: Any) -> Any:
+        """As Jinja's."""
+        _check_arguments(function, args, options)
+        return super().call(context, function, *args, **options)
+
+
+def bound_templates() -> None:
+    """Let transformers compile chat templates in a `BoundedEnvironment` from now on."""
+    # The class is looked up in the module each time a template is compiled; there is no parameter for it.
+    chat_template_utils.ImmutableSandboxedEnvironment = BoundedEnvironment
+
+
+@contextmanager
+def bounded_time(seconds: float = MOST_SECONDS) -> Iterator[None]:
+    """Raise TemplateLimitError in the block once it has taken so long.
+
+    A thread other than the main one cannot be interrupted, and is not bounded.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def too_long(number: int, frame: FrameType | None) -> NoReturn:
+        raise TemplateLimitError(f"it took longer than {seconds:g} seconds")
+
+    earlier = signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
+
+
+def check_length(text: str, *given: Any) -> str:
+    """`text` itself; TemplateLimitError where it is far longer than what was `given` accounts for."""
+    # Asked only of long texts: to look through all that was given costs more than most renderings.
+    if len(text) > MOST_OWN_CHARACTERS:
+        own = len(text) - 4 * len(repr(given))
+        if own > MOST_OWN_CHARACTERS:
+            raise TemplateLimitError(f"it made {len(text):,} characters of {len(repr(given)):,}")
+    return text
+
+
+def _bounded_filter(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that refuses what a function may not be given either."""
+    if hasattr(function, "jinja_pass_arg"):
+        # Those take Jinja's own objects first, and none of them makes text longer by a number.
+        return function
+
+    def bounded(*args: Any, **options: Any) -> Any:
+        _check_arguments(function, args, options)
+        return function(*args, **options)
+
+    return bounded
+
+
+def _check_arguments(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    for value in (*args, *options.values()):
+        if isinstance(value, int) and abs(value) > _MOST_MADE:
+            raise TemplateLimitError(f"it asked {_name(function)} for {_shown(value)}")
+    if _name(function) in ("replace", "join"):
+        own = getattr(function, "__self__", None)
+        sizes = [_size(value) for value in (own, *args) if not isinstance(value, int)]
+        _check_made(max(sizes, default=0) * max(sorted(sizes)[:-1], default=0))
+
+
+def _check_format(text: str, values: Any) -> None:
+    """Refuse a width or precision that no text needs, in the format or beside it."""
+    digits = "".join(character if character.isdigit() else " " for character in text).split()
+    beside = values if isinstance(values, tuple) else (values,)
+    widths = [int(word) for word in digits if len(word) < 30] + [_MOST_MADE + 1 for word in digits if len(word) >= 30]
+    if "*" in text:
+        widths += [abs(value) for value in beside if isinstance(value, int)]
+    _check_made(max(widths, default=0))
+
+
+def _check_made(size: Any, most: int = _MOST_MADE) -> None:
+    if isinstance(size, (int, float)) and size > most:
+        raise TemplateLimitError("one operation of it would make more than 10 million characters")
+
+
+def _size(value: Any) -> Any:
+    """Characters or items of what can be repeated, 0 of anything else."""
+    return len(value) if isinstance(value, (str, list, tuple)) else 0
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__name__", type(function).__name__)).removeprefix("do_")
+
+
+def _shown(value: int) -> str:
+    # An integer of more digits than Python writes down would raise instead.
+    return f"{value:,}" if abs(value) < 10**30 else "a number of more than 30 digits"
