@@ -21,6 +21,15 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
+def clipped(text: str, most: int) -> str:
+    """`text` in at most that many characters: what a message quotes may be of any length, what it says stands at its
+    ends."""
+    if len(text) <= most:
+        return text
+    tail = most // 3
+    return f"{text[: most - tail - 5]} ... {text[len(text) - tail :]}"
+
+
 def printable_lines(text: str) -> str:
     """`printable` for each line of `text`."""
     return "\n".join(map(printable, text.split("\n")))

@@ -58,6 +58,14 @@ def test_control_characters_in_a_message_are_spelled_out(capsys: pytest.CaptureF
     assert capsys.readouterr().err == "prog: error: f:1: found \\x1b[2Jkey\\n.\n"
 
 
+def test_what_a_message_quotes_does_not_make_it_long(capsys: pytest.CaptureFixture[str]) -> None:
+    assert raising(DataError(f"file:3: {'x' * 100_000}; leave it out.")) == 2
+    err = capsys.readouterr().err
+    assert len(err) <= 400
+    assert err.startswith("prog: error: file:3: xxx")
+    assert err.endswith("xxx; leave it out.\n")
+
+
 def test_a_question_needs_no_full_stop(capsys: pytest.CaptureFixture[str]) -> None:
     def command() -> None:
         raise DataError("did you mean this?")

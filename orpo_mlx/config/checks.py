@@ -17,7 +17,7 @@ from orpo_mlx.config.settings import (
     recipe,
     settings_with,
 )
-from orpo_mlx.config.traits import NOT_NEGATIVE, POSITIVE, Trait
+from orpo_mlx.config.traits import NOT_NEGATIVE, POSITIVE, SEED, Trait
 from orpo_mlx.engine.modes import MODES
 from orpo_mlx.errors import ConfigError, did_you_mean
 from orpo_mlx.losses.registry import Range
@@ -38,7 +38,7 @@ def check_settings(table: Mapping[Any, Any], location: str, also: Sequence[str] 
     for key, value in table.items():
         # Refused rather than skipped: a misspelt setting would train something else than was asked for.
         if key not in SETTINGS:
-            hint = did_you_mean(_ALIASES.get(key, key), [*SETTINGS, *also], f"; known keys are {', '.join(SETTINGS)}.")
+            hint = did_you_mean(_ALIASES.get(key, key), [*SETTINGS, *also], "; orpo-mlx train --help has them all.")
             raise ConfigError(f"{location}: unknown key {key!r}{hint}")
         if value is not None:
             values[key] = coerce(key, value, f"{location}: {key}")
@@ -180,6 +180,8 @@ def coerce(name: str, value: Any, location: str) -> Any:
         value = parse_size(value, location)
     if setting.kind is int or setting.kind is float:
         return parse_number(value, setting.kind, setting.range, location)
+    if value == "" and setting.kind is str:
+        raise ConfigError(f"{location}: is empty; give a value, or leave it out.")
     if not isinstance(value, setting.kind):
         names = {dict: "a table", bool: "true or false", str: "text"}
         raise ConfigError(f"{location}: found {value!r}, expected {names[setting.kind]}.")
@@ -210,6 +212,10 @@ def parse_number(value: Any, kind: type[int] | type[float], allowed: Range | Non
             raise ValueError
         number: int | float = kind(value) if isinstance(value, str) or kind is float else value
         if not isinstance(number, kind) or not math.isfinite(number) or (allowed and not allowed.holds(number)):
+            raise ValueError
+        # What MLX and NumPy hold; seeds say so themselves.
+        if allowed is not SEED and abs(number) >= 2**63 and kind is int:
+            wanted = "a whole number below 2^63"
             raise ValueError
     except (ValueError, TypeError, OverflowError):
         raise ConfigError(f"{location}: found {value!r}, expected {wanted}.") from None

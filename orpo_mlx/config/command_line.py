@@ -8,16 +8,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orpo_mlx.config.checks import check_settings, coerce, make_config
+from orpo_mlx.config.checks import check_settings, coerce, make_config, parse_number
 from orpo_mlx.config.flags import OneLineParser, naming_flags
 from orpo_mlx.config.mlx_lm_keys import KEYS, without_mlx_lm_keys
 from orpo_mlx.config.print_config import SourcedConfig, as_yaml
-from orpo_mlx.config.settings import SETTINGS, TrainingConfig
+from orpo_mlx.config.settings import DEFAULT_LORA, SETTINGS, TrainingConfig
 from orpo_mlx.config.traits import GROUPS, Setting
 from orpo_mlx.errors import ConfigError, reason_of
 from orpo_mlx.losses.recipe import describe_methods
 
 _METAVARS = {int: "N", float: "X", str: "NAME"}
+
+
+KNOWN_AS = {f"--{alias.replace('_', '-')}": setting.flag for setting in SETTINGS.values() for alias in setting.aliases}
+"""Flags of other programs, by which an unknown one is guessed."""
+
+
+class LoraFlag(NamedTuple):
+    """A flag for one entry of `lora_parameters`, which is a table in files."""
+
+    key: str
+    kind: type
+    help: str
+
+
+LORA_FLAGS = {
+    "lora_rank": LoraFlag("rank", int, f"rank of the adapters (default: {DEFAULT_LORA['rank']})"),
+    "lora_alpha": LoraFlag("alpha", float, f"scale times rank; default: a scale of {DEFAULT_LORA['scale']:g}"),
+    "lora_dropout": LoraFlag("dropout", float, f"dropout before the adapters (default: {DEFAULT_LORA['dropout']:g})"),
+    "lora_keys": LoraFlag("keys", str, "modules to adapt, separated by commas: self_attn.q_proj,self_attn.v_proj"),
+}
 
 
 class GivenSettings(NamedTuple):
@@ -44,12 +64,20 @@ def build_parser(prog: str = "orpo-mlx train") -> OneLineParser:
     """The command line of `train`, one flag per setting that is not a table."""
     parser = OneLineParser(
         prog=prog,
+        known_as=KNOWN_AS,
         description="Align a language model with preference pairs (ORPO, DPO and others).",
         epilog="What a config file switches on, --no-NAME switches off, and --NAME the other way round.",
         # An abbreviation would change its meaning, or lose it, with the next flag.
         allow_abbrev=False,
     )
     groups = add_settings(parser, tuple(SETTINGS))
+    for name, key in LORA_FLAGS.items():
+        groups["adapters"].add_argument(
+            f"--{name.replace('_', '-')}",
+            metavar="NAMES" if key.kind is str else _METAVARS[key.kind],
+            default=argparse.SUPPRESS,
+            help=key.help,
+        )
     groups["what"].add_argument(
         "-c",
         "--config",
@@ -85,6 +113,7 @@ def add_option(group: argparse._ArgumentGroup, setting: Setting) -> None:
     shown = "" if setting.default is None else f" (default: {setting.default})"
     group.add_argument(
         setting.flag,
+        *setting.also,
         dest=setting.name,
         metavar="SIZE" if setting.is_size else metavar,
         # What was not given is not there, and so leaves a file or a checkpoint its say.
@@ -129,9 +158,33 @@ def given_settings(argv: Sequence[str] | None = None, prog: str = "orpo-mlx trai
         ConfigError: an unknown key, or a value that cannot be used; names the flag or the file and key.
     """
     flags, args = parse_settings(build_parser(prog), argv)
+    if lora := given_lora(args):
+        flags["lora_parameters"] = lora
     # A flag must win over the file under another name too: --epochs over `iters`.
     file = {} if args.config is None else without_replaced(read_config_file(Path(args.config), flags), flags)
     return GivenSettings(flags, file, args.print_config)
+
+
+def given_lora(args: argparse.Namespace) -> dict[str, Any]:
+    """Entries of `lora_parameters` that flags give, `alpha` among them; ConfigError for a value that is no number."""
+    table: dict[str, Any] = {}
+    for name, (key, kind, _) in LORA_FLAGS.items():
+        if name in args:
+            text = getattr(args, name)
+            flag = f"--{name.replace('_', '-')}"
+            table[key] = text.split(",") if kind is str else parse_number(text, kind, None, flag)
+    return table
+
+
+def merged_lora(*tables: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`lora_parameters` of several sources, the later ones first; `alpha`, as flags have it, becomes mlx-lm's scale."""
+    merged: dict[str, Any] = {}
+    for table in tables:
+        merged |= table or {}
+    if "alpha" in merged:
+        rank = merged.get("rank", DEFAULT_LORA["rank"])
+        merged["scale"] = merged.pop("alpha") / max(rank, 1)  # A rank below 1 is refused with the others.
+    return merged
 
 
 @naming_flags()
@@ -144,6 +197,11 @@ def merge_settings(given: GivenSettings, checkpoint: Mapping[str, Any]) -> Train
         ConfigError: settings that contradict each other.
     """
     found = without_replaced(checkpoint, given.values)
+    if "lora_parameters" in given.flags:
+        # A flag gives one entry of the table: the rest is the file's or the checkpoint's.
+        tables = [source.get("lora_parameters") for source in (found, given.file, given.flags)]
+        own = merged_lora(*tables)
+        given = given._replace(flags={**given.flags, "lora_parameters": own})
     config = make_config({**found, **given.values})
     if given.print_config:
         print(as_yaml(SourcedConfig(config, given.flags, given.file, found)), end="")

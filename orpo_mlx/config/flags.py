@@ -3,28 +3,77 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from orpo_mlx.config.settings import SETTINGS
 from orpo_mlx.errors import UserError
 from orpo_mlx.interrupts import Interrupted, finished, raising_interrupts
-from orpo_mlx.text import printable
+from orpo_mlx.text import clipped, printable
 
 _MENTION = re.compile(r"`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>[^`]*))?`")
 """How libraries mention a setting: `seed`, or with a value `memory=fast`, `shuffle=False`."""
 
 
+_MOST = 399
+"""Characters of a sentence on stderr: what it quotes of a flag or a file may have millions."""
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one sentence on stderr and exit status 2."""
+    """argparse whose errors are one sentence on stderr and exit status 2, and name the flag that was meant."""
+
+    def __init__(self, *args: Any, known_as: Mapping[str, str] | None = None, **options: Any) -> None:
+        """argparse's arguments, and flags of other programs by which an unknown one is guessed."""
+        super().__init__(*args, **options)
+        self._known_as = dict(known_as or {})
 
     def error(self, message: str) -> NoReturn:
         """Print `message` without the usage text and leave with status 2."""
-        self.exit(2, f"{self.prog}: error: {printable(message).rstrip('.')}; see {self.prog} --help.\n")
+        end = f" See {self.prog} --help." if message.endswith("?") else f"; see {self.prog} --help."
+        self.exit(2, clipped(f"{self.prog}: error: {printable(message).rstrip('.')}", _MOST - len(end)) + f"{end}\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's; `--batch_size` is `--batch-size`, and empty values are refused: `--adapter-path=` would be the
+        folder one happens to be in."""
+        found, rest = super().parse_known_args(self._dashed(sys.argv[1:] if args is None else args), namespace)
+        for action in self._actions:
+            if getattr(found, action.dest, None) == "" and action.default != "":
+                long = [flag for flag in action.option_strings if flag.startswith("--")]
+                name = next(iter([*long, *action.option_strings]), action.metavar or action.dest)
+                self.error(f"{name}: is empty; give a value, or leave it out")
+        return found, rest
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's, with a guess at what an unknown flag was to be."""
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}{self._guess(rest)}")
+        return found
+
+    def _guess(self, words: Sequence[str]) -> str:
+        for word in words:
+            if word.startswith("--"):
+                flag = word.partition("=")[0].lower().replace("_", "-")
+                near = difflib.get_close_matches(
+                    flag, [*self._option_string_actions, *self._known_as], n=1, cutoff=0.75
+                )
+                if near:
+                    return f"; did you mean {self._known_as.get(near[0], near[0])}?"
+        return ""
+
+    def _dashed(self, words: Sequence[str]) -> list[str]:
+        """The words with flags as they are written here, where another spelling is one of them."""
+        dashed = []
+        for word in words:
+            flag, equals, value = word.partition("=")
+            own = flag.replace("_", "-")
+            dashed.append(own + equals + value if own in self._option_string_actions else word)
+        return dashed
 
 
 def flag_of(name: str, value: str | None = None) -> str:
@@ -85,7 +134,7 @@ def _tell_error(prog: str, error: UserError | OSError) -> None:
     else:  # A full disk, or a folder that cannot be written, wherever a command meets it.
         location = f"{error.filename}: " if error.filename else ""
         message = printable(f"{location}{error.strerror or error}; free space or choose another folder.")
-    _print(f"{prog}: error: {message}")
+    _print(clipped(f"{prog}: error: {message}", _MOST))
 
 
 def _tell_interrupt(prog: str, interrupt: KeyboardInterrupt, number: int | None) -> int:

@@ -18,6 +18,7 @@ from orpo_mlx.config.traits import (
     NOT_NEGATIVE,
     PORT,
     POSITIVE,
+    SEED,
     Setting,
     Trait,
     option,
@@ -68,6 +69,7 @@ class TrainingConfig:
         "orpo",
         "how to learn from the pairs, or a sum such as 'sigmoid + 0.2*sft'",
         Trait.EVALUATED | Trait.COMPARED | Trait.NOT_ON_CARD,
+        any_case=True,
         aliases=("train_mode",),
     )
     model: str = _what(
@@ -85,6 +87,7 @@ class TrainingConfig:
         "folder to write adapters, metrics and settings into",
         Trait.RESUMABLE | Trait.THIS_COMMAND | Trait.PER_RANK | Trait.COMPARED | Trait.NOT_ON_CARD,
         aliases=("output_dir",),
+        also=("--output-dir",),
     )
     test: bool = _what(
         False,
@@ -148,6 +151,7 @@ class TrainingConfig:
         Trait.RESUMABLE | Trait.COMPARED,
         range=POSITIVE,
         aliases=("num_train_epochs",),
+        also=("--epoch",),
         replaces=("iters",),
     )
     batch_size: int = _training(
@@ -169,7 +173,9 @@ class TrainingConfig:
         Trait.RESUMABLE | Trait.PER_RANK | Trait.PUBLISHED | Trait.INSPECTED,
         range=POSITIVE,
     )
-    learning_rate: float = _training(1e-4, "learning rate", Trait.COMPARED | Trait.ON_CARD, range=POSITIVE)
+    learning_rate: float = _training(
+        1e-4, "learning rate", Trait.COMPARED | Trait.ON_CARD, range=POSITIVE, also=("--lr",)
+    )
     lr_schedule: dict[str, Any] | None = _training(None, "mlx-lm's schedule: name, arguments, warmup", Trait.COMPARED)
     optimizer: str = _training("adamw", "optimiser", Trait.ON_CARD | Trait.PUBLISHED, choices=OPTIMIZERS, any_case=True)
     optimizer_config: dict[str, Any] = _training(
@@ -202,7 +208,7 @@ class TrainingConfig:
     )
     shuffle: bool = _training(True, "take the pairs in another order in every epoch", off_help="train in file order")
     seed: int = _training(
-        0, "seed of adapters, order and dropout", Trait.COMPARED | Trait.ON_CARD | Trait.INSPECTED, range=NOT_NEGATIVE
+        0, "seed of adapters, order and dropout", Trait.COMPARED | Trait.ON_CARD | Trait.INSPECTED, range=SEED
     )
 
     fine_tune_type: str = _adapters(

@@ -67,6 +67,7 @@ GROUPS = {
 
 POSITIVE = Range("greater than 0", lambda value: value > 0)
 NOT_NEGATIVE = Range("0 or more", lambda value: value >= 0)
+SEED = Range("from 0 to 2^64 - 1", lambda value: 0 <= value < 2**64)
 PORT = Range("from 0 to 65535", lambda value: 0 <= value <= 65535)
 ALL_OR_COUNT = Range("-1 (all) or greater than 0", lambda value: value == -1 or value > 0)
 ALL_OR_SOME = Range("-1 (all) or 0 or more", lambda value: value >= -1)
@@ -90,6 +91,8 @@ class Setting:
     """Whether 500MB is read as bytes."""
     aliases: tuple[str, ...] = ()
     """Keys of older mlx-lm, mlx-lm-lora and TRL for the same, where the name alone does not lead here."""
+    also: tuple[str, ...] = ()
+    """Flags that people bring from elsewhere and that are taken for this one."""
     replaces: tuple[str, ...] = ()
     """Settings of a lower level (file, checkpoint) that do not hold where this one is given."""
     # From the field itself, so that it stands there once.

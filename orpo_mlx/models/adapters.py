@@ -189,6 +189,18 @@ def add_trained_adapters(model: nn.Module, folder: Path) -> None:
     try:
         load_adapters(model, str(folder))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise ModelError(f"`adapter_path` {folder}: mlx-lm cannot load these adapters ({reason_of(error)}).") from None
+        raise ModelError(f"`adapter_path` {folder}: {_why_not_loaded(folder, error)}.") from None
     mx.eval(model.parameters())
     model.eval()
+
+
+def _why_not_loaded(folder: Path, error: Exception) -> str:
+    """What mlx-lm says of adapters it does not take; of the thousands of lines about another model's, the first."""
+    # One line a parameter, indented, after a line that says what they are.
+    _, *misfits = (line.strip() for line in str(error).strip().splitlines() or [""])
+    if not misfits:
+        return f"mlx-lm cannot load these adapters ({reason_of(error)})"
+    config = read_json_table(folder / "adapter_config.json", ModelError)
+    made_for = f"; they were made for {config['model']}" if isinstance(config.get("model"), str) else ""
+    more = f" and {len(misfits) - 1} more" if len(misfits) > 1 else ""
+    return f"these adapters are not of this model ({misfits[0]}{more}){made_for}; give the model they were made for"

@@ -13,6 +13,7 @@ import pytest
 from orpo_mlx.cli.main import COMMANDS, main
 from orpo_mlx.compare.plan import BUDGETS
 from orpo_mlx.config import settings as config_module
+from orpo_mlx.config.command_line import LORA_FLAGS
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.losses.recipe import PARAMETERS
 
@@ -23,7 +24,7 @@ _SCREEN = 40
 # Where a command's parser is, if not in its own module.
 PARSERS = {"train": "orpo_mlx.config.command_line"}
 # Read by getattr over these names.
-BY_NAME = {*PARAMETERS, *BUDGETS}
+BY_NAME = {*PARAMETERS, *BUDGETS, *LORA_FLAGS}
 # Where settings are declared, checked and taken from a user, which is no use of them; and what these modules make of
 # them for the others to read: other settings, or a method's parameters.
 DECLARING = [PACKAGE / "config" / name for name in ("settings.py", "checks.py", "command_line.py", "print_config.py")]

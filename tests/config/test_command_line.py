@@ -51,6 +51,62 @@ def test_a_flag_wins_over_what_the_file_says_under_another_name(
     assert {name: getattr(config, name) for name in expected} == expected
 
 
+def test_flags_that_people_bring_are_taken(tmp_path: Path) -> None:
+    words = "--output-dir out --epoch 2 --lr 1e-3 --batch_size 8 --skip_bad_rows --method ORPO"
+    config = resolve(words.split())
+    assert (config.adapter_path, config.epochs, config.learning_rate) == ("out", 2.0, 1e-3)
+    assert (config.batch_size, config.skip_bad_rows, config.method) == (8, True, "orpo")
+
+
+def test_entries_of_lora_parameters_have_flags_over_the_file_over_an_earlier_run(tmp_path: Path) -> None:
+    file = write(tmp_path, "lora_parameters: {rank: 16, scale: 2.0}\n")
+    given = given_settings(["-c", file, "--lora-alpha", "8", "--lora-keys", "self_attn.q_proj,self_attn.k_proj"])
+    lora = merge_settings(given, {"lora_parameters": {"rank": 4, "scale": 5.0, "dropout": 0.1}}).lora_parameters
+    assert lora == {"rank": 16, "scale": 0.5, "dropout": 0.1, "keys": ["self_attn.q_proj", "self_attn.k_proj"]}
+    assert resolve(["--lora-rank", "4"]).lora_parameters == {"rank": 4, "scale": 20.0, "dropout": 0.0}
+    for words, expected in {
+        "--lora-rank x": "--lora-rank: found 'x', expected a whole number.",
+        "--lora-rank 0": "lora_parameters.rank: found 0",
+        "--lora-alpha nan": "--lora-alpha: found 'nan', expected a number.",
+        "--lora-dropout 1": "lora_parameters.dropout: found 1.0, expected a number below 1.",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            resolve(words.split())
+        assert str(caught.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--learning_rat 1", "unrecognized arguments: --learning_rat 1; did you mean --learning-rate? See "),
+        ("--gradient-accumulation 3", "did you mean --grad-accumulation-steps? See "),
+        ("--num-train-epochs 3", "did you mean --epochs? See "),
+        ("--zzz", "unrecognized arguments: --zzz; see "),
+        ("--adapter-path=", "--adapter-path: is empty; give a value, or leave it out; see "),
+        (f"--{'x' * 100_000}", "unrecognized arguments: --xxx"),
+    ],
+)
+def test_a_flag_that_is_none_is_one_sentence_with_what_was_meant(
+    words: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        resolve(words.split())
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert expected in err
+    assert err.count("\n") == 1
+    assert len(err) <= 400
+
+
+def test_numbers_that_no_library_holds(tmp_path: Path) -> None:
+    for words in ("--seed 18446744073709551616", "--seed -1", f"--iters {10**30}", f"--seed {'9' * 5000}"):
+        with pytest.raises(ConfigError, match=r"expected a whole number (from 0 to|below) 2\^6"):
+            resolve(words.split())
+    assert resolve(["--seed", str(2**64 - 1)]).seed == 2**64 - 1
+    with pytest.raises(ConfigError, match="config.yaml: model: is empty"):
+        read_config_file(Path(write(tmp_path, "model: ''\n")))
+
+
 def test_an_earlier_run_comes_between_the_file_and_the_defaults(tmp_path: Path) -> None:
     file = write(tmp_path, "batch_size: 2\nresume: true\nepochs: 2\n")
     given = given_settings(["-c", file, "--keep", "5"])
@@ -106,7 +162,7 @@ def test_every_flag_sets_its_field() -> None:
             "--report-to 'wandb,tensorbord': found 'tensorbord', expected some of wandb, ",
         ),
         (["--report-to", "tensorbord"], "did you mean tensorboard?"),
-        (["--report-to", ""], "--report-to '': found an empty name, expected some of wandb, swanlab, tensorboard."),
+        (["--report-to", ","], "--report-to ',': found an empty name, expected some of wandb, swanlab, tensorboard."),
         (["--project-name", "p"], "--project-name: is a project of --report-to wandb or swanlab; add that"),
         (["--project-name", "p", "--report-to", "tensorboard"], "--project-name: is a project of"),
         (["--sample-every", "0"], "--sample-every: found '0', expected a whole number greater than 0"),
