@@ -59,9 +59,9 @@ class OneLineParser(argparse.ArgumentParser):
         for word in words:
             if word.startswith("--"):
                 flag = word.partition("=")[0].lower().replace("_", "-")
-                near = difflib.get_close_matches(
-                    flag, [*self._option_string_actions, *self._known_as], n=1, cutoff=0.75
-                )
+                known = [*self._option_string_actions, *self._known_as]
+                # Closer than words of other messages must be: all flags have something in common.
+                near = difflib.get_close_matches(flag, known, n=1, cutoff=0.75)
                 if near:
                     return f"; did you mean {self._known_as.get(near[0], near[0])}?"
         return ""

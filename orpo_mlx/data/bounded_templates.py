@@ -57,7 +57,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 def bound_templates() -> None:
     """Let transformers compile chat templates in a `BoundedEnvironment` from now on."""
     # The class is looked up in the module each time a template is compiled; there is no parameter for it.
-    chat_template_utils.ImmutableSandboxedEnvironment = BoundedEnvironment
+    vars(chat_template_utils)["ImmutableSandboxedEnvironment"] = BoundedEnvironment
 
 
 @contextmanager

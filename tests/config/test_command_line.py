@@ -103,7 +103,7 @@ def test_numbers_that_no_library_holds(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"expected a whole number (from 0 to|below) 2\^6"):
             resolve(words.split())
     assert resolve(["--seed", str(2**64 - 1)]).seed == 2**64 - 1
-    with pytest.raises(ConfigError, match="config.yaml: model: is empty"):
+    with pytest.raises(ConfigError, match=r"config\.yaml: model: is empty"):
         read_config_file(Path(write(tmp_path, "model: ''\n")))
 
 
