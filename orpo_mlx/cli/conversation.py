@@ -22,6 +22,7 @@ from orpo_mlx.errors import ConfigError, ModelError
 from orpo_mlx.files import read_json_table
 from orpo_mlx.models.adapters import adapters_off, add_trained_adapters
 from orpo_mlx.models.loading import find, load
+from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 from orpo_mlx.text import printable_lines
 
 
@@ -50,6 +51,7 @@ class Conversation:
         self._max_tokens = max_tokens
         self._sampler = sampler
         self._state = state
+        self._vocabulary = vocabulary_of(model)
         self.reset()
 
     def reset(self) -> None:
@@ -63,6 +65,8 @@ class Conversation:
         """The answer to `prompt`, piece by piece; the turn is remembered once the last piece is taken."""
         asked = [*self._history, {"role": "user", "content": prompt}]
         ids = self._ids(asked)
+        # A tokenizer may know tokens that the model has no rows for, and MLX would read beyond them.
+        check_ids(self._vocabulary, ids, "the prompt")
         pieces: list[str] = []
         with self._state():
             left = self._reuse(ids)

@@ -43,7 +43,8 @@ def run(argv: Sequence[str] | None) -> None:
     from orpo_mlx.data.sources import find_splits
     from orpo_mlx.data.splits import tokenized_split
     from orpo_mlx.data.statistics import as_text, draw_lengths, inspect_splits
-    from orpo_mlx.models.loading import find
+    from orpo_mlx.models.loading import find, vocabulary_unloaded
+    from orpo_mlx.models.vocabulary import check_ids
     from orpo_mlx.training.prepare import data_lengths
 
     sources = find_splits(config.data)
@@ -52,6 +53,11 @@ def run(argv: Sequence[str] | None) -> None:
     splits = {
         name: tokenized_split(source, data_reading(config), info.tokenizer, lengths) for name, source in sources.items()
     }
+    vocabulary = vocabulary_unloaded(info, trust_remote_code=config.trust_remote_code)
+    for split in splits.values():
+        token, location = split.pairs.largest
+        if vocabulary is not None:
+            check_ids(vocabulary, [max(token, 0)], location)
     figures = inspect_splits(
         splits,
         info.tokenizer,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -66,7 +65,8 @@ def run(argv: Sequence[str] | None) -> None:
     from orpo_mlx.engine.pair_scorer import PairScorer
     from orpo_mlx.engine.score import score_pairs
     from orpo_mlx.models.adapters import add_trained_adapters
-    from orpo_mlx.models.loading import check_vocabulary, find, load
+    from orpo_mlx.models.loading import find, load
+    from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 
     raw = load_pairs(data, Reading(parse_columns(args.columns)))
     info = find(args.model, trust_remote_code=args.trust_remote_code)
@@ -75,8 +75,9 @@ def run(argv: Sequence[str] | None) -> None:
     if loaded.note:
         print(printable(loaded.note))
     # mlx looks up an id beyond the embedding without complaint, and rows beyond the window without applying it.
+    vocabulary = vocabulary_of(loaded.model)
     for pair in pairs:
-        check_vocabulary(loaded, max(itertools.chain(*pair[:3])), pair.location)
+        check_ids(vocabulary, [*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids], pair.location)
     check_lengths(loaded, pairs)
     if args.adapter_path is not None:
         add_trained_adapters(loaded.model, Path(args.adapter_path))

@@ -16,6 +16,7 @@ from orpo_mlx.files import check_space, read_json_table, save_safetensors
 from orpo_mlx.models.hf_config import normalise_config
 from orpo_mlx.models.loading import ModelInfo, find, load_lazily, locate
 from orpo_mlx.models.safetensors_files import read_header, safetensors_shards, shard_names
+from orpo_mlx.models.tied_head import settle_tie
 
 # How pickled weights are called, by transformers, PyTorch and Meta.
 _PICKLED = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "consolidated*.pth")
@@ -57,7 +58,7 @@ def open_checkpoint(name: str, scratch: Path, *, source: str, trust_remote_code:
     if folder.is_file():
         raise ModelError(f"{folder}: is a GGUF file, expected a folder; use the gguf command for it.")
     raw = read_json_table(folder / "config.json", ModelError)
-    config = raw if "model_file" in raw else normalise_config(raw, str(folder / "config.json"))
+    config = raw if "model_file" in raw else settle_tie(normalise_config(raw, str(folder / "config.json")), folder)
     files = safetensors_shards(folder)
     info = find(str(folder), trust_remote_code=trust_remote_code, source=source)
     if not files:

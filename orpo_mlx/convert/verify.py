@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.loading import ModelInfo, load
+from orpo_mlx.models.vocabulary import vocabulary_of
 from orpo_mlx.types import TokenizedPair
 
 Logps = np.ndarray[Any, np.dtype[np.float64]]
@@ -67,10 +68,8 @@ class Difference(NamedTuple):
         return f"worst {self.worst:.2e}, mean {self.mean:.2e} nats per token over {self.tokens} tokens"
 
 
-def probe_pairs(tokenizer: Any | None, config: Mapping[str, Any]) -> list[TokenizedPair]:
+def probe_pairs(tokenizer: Any | None, vocabulary: int) -> list[TokenizedPair]:
     """`TEXTS` as token ids, or fixed ids of the vocabulary where there is no tokenizer."""
-    # Any 256 ids will do for a config that does not say how many there are.
-    vocabulary = int(config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 256)
     rng = np.random.default_rng(0)
     pairs = []
     for number, texts in enumerate(TEXTS):
@@ -174,8 +173,8 @@ def record_baseline(task: Task, info: ModelInfo, adapter: Path | None = None) ->
     """Log-probs of the model, with an adapter where one is given, before it is converted; None with --no-verify."""
     if not task.verify:
         return None
-    pairs = probe_pairs(info.tokenizer, info.config)
     model = load(info, trust_remote_code=task.trust_remote_code).model
+    pairs = probe_pairs(info.tokenizer, vocabulary_of(model))
     if adapter is not None:
         add_trained_adapters(model, adapter)
     return Baseline(pairs, model_logps(model, pairs))
@@ -230,8 +229,8 @@ def verify_adapter(task: Task, base: SourceModel, mlx_folder: Path, peft_folder:
     Raises:
         ModelError: they are not, or mlx-lm cannot run it.
     """
-    pairs = probe_pairs(base.info.tokenizer, base.info.config)
     loaded = load(base.info, trust_remote_code=task.trust_remote_code)
+    pairs = probe_pairs(base.info.tokenizer, vocabulary_of(loaded.model))
     add_trained_adapters(loaded.model, mlx_folder)
     ours = model_logps(loaded.model, pairs)
     # Of a number and itself the difference is 0, and not a number where it is none.

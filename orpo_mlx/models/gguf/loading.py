@@ -8,13 +8,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import _get_classes
 
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.models.gguf.architectures import architecture_of, hf_name, is_weight, read_config
 from orpo_mlx.models.gguf.blocks import can_pack, expand, pack
 from orpo_mlx.models.gguf.file import GgufFile, read_gguf, tensor_bytes
 from orpo_mlx.models.gguf.tokenizer import build_tokenizer
+from orpo_mlx.models.model_classes import model_classes
 
 _GROUP = 32
 # What weights are expanded to, by the type of the first feed-forward weight; others to float16, as mx.load has it.
@@ -29,7 +29,7 @@ def load_gguf(path: Path, dtype: mx.Dtype = mx.float16) -> tuple[nn.Module, dict
     """
     file = read_gguf(path)
     config = read_config(file)
-    model_class, args_class = _get_classes(config)
+    model_class, args_class = model_classes(config)
     try:
         model: nn.Module = model_class(args_class.from_dict(config))
         weights = read_weights(file, config, dtype=dtype)
