@@ -35,6 +35,37 @@ class Pair(NamedTuple):
     weight: float = 1.0
     """What the pair's loss is multiplied by."""
 
+    @property
+    def completions(self) -> tuple[Text, ...]:
+        """Both completions: a pair is a group of two."""
+        return self.chosen, self.rejected
+
+
+class Group(NamedTuple):
+    """One prompt and K >= 1 completions, with what is known of each."""
+
+    prompt: Text
+    completions: tuple[Text, ...]
+    scores: tuple[float, ...]
+    """Of each completion, the higher the better; of labelled ones 1 (good) or 0 (bad)."""
+    labelled: bool
+    """Whether `scores` are labels."""
+    pairs: tuple[tuple[int, int], ...]
+    """The pairs a method for pairs is given: (better, worse) by their places in `completions`."""
+    location: str
+    """Where it was read, `file:line`, for error messages."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """What the chat template shows as tools."""
+    template_kwargs: Mapping[str, Any] = {}
+    """The row's own arguments for the chat template."""
+    weight: float = 1.0
+    """What the row's loss is multiplied by."""
+
+    @property
+    def margin(self) -> float | None:
+        """Score of the best minus score of the worst."""
+        return None if self.labelled else max(self.scores) - min(self.scores)
+
 
 class TokenizedPair(NamedTuple):
     """A pair as token ids; the first completion token is predicted from the last prompt token."""
@@ -52,26 +83,96 @@ class TokenizedPair(NamedTuple):
         """2·prompt + chosen + rejected: the tokens of the two sequences a method compares."""
         return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
+    @property
+    def completions(self) -> tuple[tuple[int, ...], ...]:
+        """Both completions: a pair is a group of two."""
+        return self.chosen_ids, self.rejected_ids
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """One good, one bad."""
+        return 1.0, 0.0
+
+    @property
+    def labelled(self) -> bool:
+        """A method for single completions takes a pair as one good and one bad."""
+        return True
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """The pair it is."""
+        return ((0, 1),)
+
+    @property
+    def margins(self) -> tuple[float | None, ...]:
+        """The margin of each of its pairs."""
+        return (self.margin,)
+
+
+class TokenizedGroup(NamedTuple):
+    """A `Group` as token ids."""
+
+    prompt_ids: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+    scores: tuple[float, ...]
+    labelled: bool
+    pairs: tuple[tuple[int, int], ...]
+    location: str = ""
+    weight: float = 1.0
+
+    @property
+    def margin(self) -> float | None:
+        """Score of the best minus score of the worst."""
+        return None if self.labelled else max(self.scores) - min(self.scores)
+
+    @property
+    def margins(self) -> tuple[float | None, ...]:
+        """Of each of its pairs, score of the better minus score of the worse."""
+        return tuple(self.scores[better] - self.scores[worse] for better, worse in self.pairs)
+
+    @property
+    def pair_tokens(self) -> int:
+        """K·prompt + all completions: the tokens of the K sequences a method compares."""
+        return len(self.completions) * len(self.prompt_ids) + sum(map(len, self.completions))
+
+
+Example = TokenizedPair | TokenizedGroup
+"""What a step is made of: one prompt and its completions as token ids."""
+
+
+class GroupMembers(NamedTuple):
+    """Which targets of a batch belong to which completion, for methods that look at whole groups."""
+
+    completions: mx.array
+    """(B, K, N) bool: which are of each completion."""
+    scores: mx.array
+    """(B, K) float32, see `Group.scores`."""
+
 
 class Batch(NamedTuple):
-    """B pairs as rows of token ids, and what is to be predicted in them. Only the right end of a row is padding."""
+    """B prompts with K completions each (pairs: K = 2) as rows of token ids, and what is to be predicted in them. Only
+    the right end of a row is padding."""
 
     prefix_ids: mx.array | None
-    """(B, S) int32: the first S tokens of each prompt, which both of its completions share; None where S is 0."""
+    """(B, S) int32: the first S tokens of each prompt, which its completions share; None where S is 0."""
     row_ids: tuple[mx.array, ...]
-    """The rest of a prompt and a completion in each row, int32: (B, W) of chosen and (B, W') of rejected completions,
-    or both in one (2B, W), a pair's two rows side by side."""
+    """The rest of a prompt and a completion in each row, int32: K arrays, (B, W) of first completions, (B, W') of
+    second ones and so on, or all in one (K·B, W), a prompt's rows side by side. A pair's chosen completion is its
+    first."""
     places: mx.array
     """(N,) int32: where the state is from which each wanted token is predicted, in all rows' states laid end to end and
     then the prefixes'."""
     targets: mx.array
     """(N,) int32: the wanted tokens."""
     chosen: mx.array
-    """(B, N) bool: which of them are of a pair's chosen completion."""
+    """(P, N) bool: which of them are of a pair's chosen completion. A group of K may hold any number of pairs; one that
+    holds none is taken here as its best completion and its worst."""
     rejected: mx.array
-    """(B, N) bool: which are of its rejected one."""
+    """(P, N) bool: which are of its rejected one."""
     prompt: mx.array | None
-    """(B, N) bool: which are of its prompt, whose first token is never predicted; None where those are not wanted."""
+    """(P, N) bool: which are of its prompt, whose first token is never predicted; None where those are not wanted."""
+    groups: GroupMembers | None = None
+    """Given where the method looks at whole groups."""
 
 
 class PairLogProbs(NamedTuple):
@@ -119,6 +220,45 @@ class Wanted(NamedTuple):
 
 SUMS_ALONE = Wanted()
 """What most losses look at."""
+
+
+class GroupLogProbs(NamedTuple):
+    """What a loss of whole groups may look at: B groups of up to K completions, float32, shape (B, K) but where said.
+
+    Groups of fewer completions are filled up; `tokens` is 0 there, and nothing else there means anything.
+    """
+
+    logps: mx.array
+    """Σ_t log p(y_t | x, y_<t) over a completion's tokens, nats."""
+    tokens: mx.array
+    """Number of the completion's tokens."""
+    scores: mx.array
+    """See `Group.scores`."""
+    reference: mx.array | None = None
+    """`logps` under the reference model, where the method needs one."""
+    kl: mx.array | None = None
+    """(1,): the mean of log π - log π_ref over the step's mismatched prompts and completions, where the method asks."""
+    running: mx.array | None = None
+    """(2,): mean and number of all rewards of the steps before, where the method asks."""
+
+    @property
+    def present(self) -> mx.array:
+        """(B, K) bool: which completions there are."""
+        return self.tokens > 0
+
+
+class GroupLossOutput(NamedTuple):
+    """Results of a loss of whole groups, float32, (B, K) but where said; 0 where there is no completion."""
+
+    losses: mx.array
+    """(B, K) of a loss of single completions, (B,) of one of lists; a batch's loss is the mean over completions or
+    lists."""
+    rewards: mx.array
+    """The implicit reward r(x, y), without gradient."""
+    logps: mx.array
+    """The log-probability the method compares, as it is logged."""
+    zero: mx.array
+    """(1,): the reward above which the method takes a completion to be good."""
 
 
 class LossOutput(NamedTuple):

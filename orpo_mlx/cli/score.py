@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from orpo_mlx.cli.arguments import add_model_options, check_count, check_output_file
 from orpo_mlx.compare.intervals import wilson
 from orpo_mlx.config.flags import OneLineParser, exit_status
-from orpo_mlx.data.pairs import Reading, load_pairs, parse_columns
+from orpo_mlx.data.pairs import Reading, load_pairs, parse_columns, parse_labels
 from orpo_mlx.errors import DataError
 from orpo_mlx.files import write_text
 from orpo_mlx.models.names import DEFAULT_MODEL
 from orpo_mlx.text import printable
-from orpo_mlx.types import TokenizedPair
+from orpo_mlx.types import Example
 
 if TYPE_CHECKING:
     from orpo_mlx.models.loading import LoadedModel
@@ -26,11 +26,17 @@ PROG = "orpo-mlx score"
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """Accuracy with its interval, and mean margin, in one line."""
-    wins = sum(row["prefers_chosen"] for row in rows)
-    low, high = wilson(wins / len(rows), len(rows))
-    margin = sum(row["margin"] for row in rows) / len(rows)
+    pairs = [row for row in rows if row["margin"] is not None]
+    if not pairs:
+        means = [mean for row in rows for mean in row["mean_logps"]]
+        mean = sum(means) / len(means)
+        return f"{len(rows)} rows without a better and a worse completion: mean {mean:.4f} nats per token"
+    wins = sum(row["margin"] > 0 for row in pairs)
+    low, high = wilson(wins / len(pairs), len(pairs))
+    margin = sum(row["margin"] for row in pairs) / len(pairs)
+    what, side = ("pairs", "chosen") if len(pairs) == len(rows) and "prefers_chosen" in rows[0] else ("groups", "best")
     return (
-        f"{len(rows)} pairs: chosen preferred in {wins / len(rows):.1%} (95 % interval {low:.1%} to {high:.1%}) "
+        f"{len(pairs)} {what}: {side} preferred in {wins / len(pairs):.1%} (95 % interval {low:.1%} to {high:.1%}) "
         f"by mean log-prob, mean margin {margin:.4f} nats per token"
     )
 
@@ -44,6 +50,7 @@ def build_parser() -> OneLineParser:
     parser.add_argument("--adapter-path", help="folder of adapters to score with")
     parser.add_argument("--data", required=True, metavar="FILE", help="file of any kind that train takes, a pair a row")
     parser.add_argument("--columns", help="columns under other names: prompt=question,rejected=worse")
+    parser.add_argument("--labels", help="words of the label column for a good and for a bad completion: good,bad")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSONL file to write")
     parser.add_argument("--per-token", action="store_true", help="add the log-prob of every completion token")
     parser.add_argument("--batch-size", type=int, default=8, help="pairs per forward (default: %(default)s)")
@@ -68,7 +75,7 @@ def run(argv: Sequence[str] | None) -> None:
     from orpo_mlx.models.loading import find, load
     from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 
-    raw = load_pairs(data, Reading(parse_columns(args.columns)))
+    raw = load_pairs(data, Reading(parse_columns(args.columns), labels=parse_labels(args.labels)))
     info = find(args.model, trust_remote_code=args.trust_remote_code)
     pairs = list(PairTokenizer(info.tokenizer).each(raw))
     loaded = load(info, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
@@ -77,7 +84,7 @@ def run(argv: Sequence[str] | None) -> None:
     # mlx looks up an id beyond the embedding without complaint, and rows beyond the window without applying it.
     vocabulary = vocabulary_of(loaded.model)
     for pair in pairs:
-        check_ids(vocabulary, [*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids], pair.location)
+        check_ids(vocabulary, [*pair.prompt_ids, *itertools.chain(*pair.completions)], pair.location)
     check_lengths(loaded, pairs)
     if args.adapter_path is not None:
         add_trained_adapters(loaded.model, Path(args.adapter_path))
@@ -86,13 +93,13 @@ def run(argv: Sequence[str] | None) -> None:
     print(summary(rows))
 
 
-def check_lengths(loaded: LoadedModel, pairs: Sequence[TokenizedPair]) -> None:
+def check_lengths(loaded: LoadedModel, pairs: Sequence[Example]) -> None:
     """Refuse rows that are longer than what mlx-lm runs exactly; raises DataError."""
     limit = loaded.exact_tokens
     if limit is None:
         return
     for pair in pairs:
-        longest = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+        longest = len(pair.prompt_ids) + max(map(len, pair.completions))
         if longest > limit:
             raise DataError(
                 f"{pair.location}: {longest} tokens, but this model attends within a window of {limit} which mlx-lm "

@@ -32,7 +32,7 @@ from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.run import ADAPTER_CONFIG_FILE, Run, adapter_config, versions
 from orpo_mlx.training.samples import pick_prompts, sample_replies
 from orpo_mlx.training.step import optimiser_step
-from orpo_mlx.types import Pair
+from orpo_mlx.types import Group, Pair
 
 _GIB = 2**30
 # Few enough that a batch's states stay small beside the model, on any machine.
@@ -245,7 +245,7 @@ def stop_tokens(run: Run) -> set[int]:
     return set() if found is None else {found}
 
 
-def pairs_as_text(run: Run, test: Pairs) -> list[Pair]:
+def pairs_as_text(run: Run, test: Pairs) -> list[Pair | Group]:
     """The test pairs as text, where their rows are text."""
     locations = {pair.location for pair in test}
     split = run.splits["test" if "test" in run.splits else "train"]

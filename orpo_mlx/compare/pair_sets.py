@@ -9,14 +9,14 @@ import numpy as np
 
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.training.run import Run
-from orpo_mlx.types import TokenizedPair
+from orpo_mlx.types import Example, TokenizedPair
 
 _HELD_OUT_EVERY = 5
 
-Pairs = Sequence[TokenizedPair]
+Pairs = Sequence[Example]
 
 
-class PairSubset(Sequence[TokenizedPair]):
+class PairSubset(Sequence[Example]):
     """Some of a sequence's pairs, read when they are asked for."""
 
     def __init__(self, pairs: Pairs, indices: Sequence[int]) -> None:
@@ -27,10 +27,10 @@ class PairSubset(Sequence[TokenizedPair]):
         return len(self._indices)
 
     @overload
-    def __getitem__(self, index: int) -> TokenizedPair: ...
+    def __getitem__(self, index: int) -> Example: ...
     @overload
     def __getitem__(self, index: slice) -> Pairs: ...
-    def __getitem__(self, index: int | slice) -> TokenizedPair | Pairs:
+    def __getitem__(self, index: int | slice) -> Example | Pairs:
         if isinstance(index, slice):
             return PairSubset(self._pairs, self._indices[index])
         return self._pairs[self._indices[index]]
@@ -64,7 +64,7 @@ def spread_out(pairs: Pairs, most: int) -> Pairs:
     return PairSubset(pairs, [(2 * number + 1) * len(pairs) // (2 * most) for number in range(most)])
 
 
-def relabel(step_batch: Pairs, labels: str, step: int, seed: int) -> list[TokenizedPair]:
+def relabel(step_batch: Pairs, labels: str, step: int, seed: int) -> list[Example]:
     """A step batch with its labels as they were given, all swapped, or half of them swapped at random."""
     if labels == "given":
         return list(step_batch)
@@ -78,7 +78,10 @@ def relabel(step_batch: Pairs, labels: str, step: int, seed: int) -> list[Tokeni
     return [swapped(pair) if number in chosen else pair for number, pair in enumerate(step_batch)]
 
 
-def swapped(pair: TokenizedPair) -> TokenizedPair:
-    """The pair with its sides exchanged."""
-    margin = None if pair.margin is None else -pair.margin
-    return pair._replace(chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids, margin=margin)
+def swapped(example: Example) -> Example:
+    """A pair with its sides exchanged, a group with its scores and pairs the other way round."""
+    if isinstance(example, TokenizedPair):
+        margin = None if example.margin is None else -example.margin
+        return example._replace(chosen_ids=example.rejected_ids, rejected_ids=example.chosen_ids, margin=margin)
+    scores = tuple(1.0 - score if example.labelled else -score for score in example.scores)
+    return example._replace(scores=scores, pairs=tuple((worse, better) for better, worse in example.pairs))

@@ -24,7 +24,7 @@ from orpo_mlx.config.traits import (
     option,
     setting_of,
 )
-from orpo_mlx.data.pairs import Reading, parse_columns
+from orpo_mlx.data.pairs import Reading, parse_columns, parse_labels
 from orpo_mlx.data.ratings import PAIRINGS
 from orpo_mlx.data.truncation import TRUNCATIONS
 from orpo_mlx.device_profile import device_profile
@@ -101,7 +101,14 @@ class TrainingConfig:
         None, "least score of chosen above rejected; pairs below are left out", Trait.INSPECTED, range=NOT_NEGATIVE
     )
     pair_ratings: str | None = _data(
-        None, "make pairs of rows of rated completions: best and worst, or all", Trait.INSPECTED, choices=PAIRINGS
+        None,
+        "make pairs of rows of rated completions, each of them run once: best and worst, all, or neighbours in rank",
+        Trait.INSPECTED,
+        choices=PAIRINGS,
+        also=("--pairs",),
+    )
+    labels: str | None = _data(
+        None, "words of the label column for a good and for a bad completion: good,bad", Trait.INSPECTED
     )
     max_seq_length: int = _data(
         2048,
@@ -387,7 +394,8 @@ def data_reading(config: TrainingConfig) -> Reading:
     """How a run's rows are read.
 
     Raises:
-        ConfigError: see `data.pairs.parse_columns`.
+        ConfigError: see `data.pairs.parse_columns` and `parse_labels`.
     """
     columns = parse_columns(config.columns)
-    return Reading(columns, config.pair_ratings, config.min_margin, config.skip_bad_rows)
+    labels = parse_labels(config.labels)
+    return Reading(columns, config.pair_ratings, config.min_margin, labels, config.skip_bad_rows)

@@ -1,9 +1,9 @@
-"""Order, grouping and padding of pairs. NumPy only; a function of the seed and the epoch, so it can be replayed."""
+"""Order, grouping and padding of examples. NumPy only; a function of the seed and the epoch, so it can be replayed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -11,74 +11,80 @@ import numpy.typing as npt
 
 from orpo_mlx.data.token_store import TokenStore
 from orpo_mlx.device_profile import RowLayout, device_profile
-from orpo_mlx.types import Batch, TokenizedPair
+from orpo_mlx.types import Batch, Example, GroupMembers
 
 _BUCKET_BATCHES = 16
 # Padded tokens that cost less than running one more batch does.
 _PADDING_WORTH_A_BATCH = 128
 _STEPS_PER_OCTAVE = 16
 
+AnyExample = TypeVar("AnyExample", bound=Example)
 Ids = Sequence[int]
 Places = npt.NDArray[np.int64]
 
 
-class CompletionValues(NamedTuple):
-    """Values for each token of a pair's two completions."""
-
-    chosen: npt.NDArray[Any]
-    rejected: npt.NDArray[Any]
-
-
-def collate(pairs: Sequence[TokenizedPair], layout: RowLayout | None = None, *, with_prompt: bool = False) -> Batch:
-    """B pairs as one `Batch`: what their prompts share with the completions once, the rest before each completion.
+def collate(
+    examples: Sequence[Example],
+    layout: RowLayout | None = None,
+    *,
+    with_prompt: bool = False,
+    whole_groups: bool = False,
+) -> Batch:
+    """B examples as one `Batch`: what their prompts share with the completions once, the rest before each completion.
 
     All prompts give the same number of tokens to `prefix_ids`, so that only the right end of a row is ever padded:
     every row is causal from its first token on, and no layer needs a mask. The last token of a completion is not run,
     since nothing is predicted from it.
 
     Args:
-        pairs: B pairs.
+        examples: B examples, all of as many completions.
         layout: how rows are made; the device profile's by default.
         with_prompt: whether the log-probs of prompt tokens are wanted as well.
+        whole_groups: whether the method looks at whole groups and not at pairs.
 
     Raises:
-        ValueError: no pairs.
+        ValueError: no examples, or some have more completions than others.
     """
-    if not pairs:
+    if not examples:
         raise ValueError("collate needs at least one pair, got none.")
+    if len({len(example.completions) for example in examples}) > 1:
+        raise ValueError("collate needs examples that all have as many completions.")
     layout = layout or device_profile().layout
-    shared = shared_tokens(pairs, layout)
-    row_ids = [_padded(rows, layout) for rows in _row_groups(pairs, shared, layout)]
+    shared = shared_tokens(examples, layout)
+    row_ids = [_padded(rows, layout) for rows in _row_groups(examples, shared, layout)]
     widths = [ids.shape[1] for ids in row_ids]
-    places = _completion_places(pairs, shared, widths, layout)
-    targets = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+    places = _completion_places(examples, shared, widths, layout)
+    targets = [ids for completions in _by_place(examples) for ids in completions]
     if with_prompt:
-        places += _prompt_places(pairs, shared, widths, layout)
-        targets += [pair.prompt_ids[1:] for pair in pairs]
+        places += _prompt_places(examples, shared, widths, layout)
+        targets += [example.prompt_ids[1:] for example in examples]
     lengths = [len(ids) for ids in targets]
     size = bucket(sum(lengths), layout.token_multiple, layout)
     owner = np.repeat(np.arange(len(lengths)), lengths)
     members = np.zeros((len(lengths), size), np.bool_)
     members[owner, np.arange(owner.size)] = True
-    count = len(pairs)
-    prefix = np.array([pair.prompt_ids[:shared] for pair in pairs], np.int32)
+    count, rows = len(examples), len(examples) * len(examples[0].completions)
+    numbers, better, worse = _pair_places(examples)
+    prefix = np.array([example.prompt_ids[:shared] for example in examples], np.int32)
     return Batch(
         mx.array(prefix) if shared else None,
         tuple(map(mx.array, row_ids)),
         mx.array(_flat(places, size)),
         mx.array(_flat(targets, size)),
-        mx.array(members[:count]),
-        mx.array(members[count : 2 * count]),
-        mx.array(members[2 * count :]) if with_prompt else None,
+        mx.array(members[better * count + numbers]),
+        mx.array(members[worse * count + numbers]),
+        mx.array(members[rows + numbers]) if with_prompt else None,
+        _group_members(examples, members[:rows]) if whole_groups else None,
     )
 
 
-def shared_tokens(pairs: Sequence[TokenizedPair], layout: RowLayout) -> int:
-    """Tokens of each prompt that are run once for both completions: as many in all prompts, and never a last token,
+def shared_tokens(examples: Sequence[Example], layout: RowLayout) -> int:
+    """Tokens of each prompt that are run once for all its completions: as many in all prompts, and never a last token,
     since a completion's first token is predicted from it."""
-    if not layout.share_prompt:
+    # A single completion has nobody to share its prompt with.
+    if not layout.share_prompt or len(examples[0].completions) == 1:
         return 0
-    return bucket(min(len(pair.prompt_ids) for pair in pairs) - 1, layout.multiple, layout, up=False)
+    return bucket(min(len(example.prompt_ids) for example in examples) - 1, layout.multiple, layout, up=False)
 
 
 def bucket(length: int, multiple: int, layout: RowLayout, *, up: bool = True) -> int:
@@ -93,32 +99,42 @@ def bucket(length: int, multiple: int, layout: RowLayout, *, up: bool = True) ->
     return (-(-length // step) if up else length // step) * step
 
 
-def split_by_completion(pairs: Sequence[TokenizedPair], values: npt.NDArray[Any]) -> list[CompletionValues]:
-    """Of values for a batch's predicted tokens, those of each pair's chosen and rejected completion."""
-    ends = np.cumsum([len(pair.chosen_ids) for pair in pairs] + [len(pair.rejected_ids) for pair in pairs]).tolist()
+def split_by_completion(examples: Sequence[Example], values: npt.NDArray[Any]) -> list[list[npt.NDArray[Any]]]:
+    """Of values for a batch's predicted tokens, those of each completion of each example."""
+    lengths = [len(ids) for completions in _by_place(examples) for ids in completions]
+    ends = np.cumsum(lengths).tolist()
     parts = [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    return [CompletionValues(*both) for both in zip(parts[: len(pairs)], parts[len(pairs) :], strict=True)]
+    return [parts[number :: len(examples)] for number in range(len(examples))]
 
 
-def sequence_tokens(pairs: Sequence[TokenizedPair]) -> int:
+def count_pairs(examples: Sequence[Example]) -> int:
+    """Pairs that some examples hold together."""
+    return sum(len(example.pairs) for example in examples)
+
+
+def sequence_tokens(examples: Sequence[Example]) -> int:
     """Predicted tokens of prompt + chosen over all pairs: the normaliser of the NLL with `nll="sequence"`."""
-    return sum(len(pair.prompt_ids) + len(pair.chosen_ids) - 1 for pair in pairs)
+    return sum(
+        len(example.prompt_ids) + len(example.completions[better]) - 1
+        for example in examples
+        for better, _ in example.pairs
+    )
 
 
 def epoch_order(
-    pairs: Sequence[TokenizedPair], batch_size: int, *, seed: int, epoch: int, shuffle: bool = True
+    examples: Sequence[Example], batch_size: int, *, seed: int, epoch: int, shuffle: bool = True
 ) -> list[list[int]]:
-    """Indices of each batch of one epoch; every pair once, the last batch perhaps smaller.
+    """Indices of each batch of one epoch; every example once, the last batch perhaps smaller.
 
     Shuffled, then sorted by length within runs of 16 batches, then the batches shuffled: neighbours are of like
     length, and the order depends on `seed` and `epoch` only. Without `shuffle`, in the order given.
     """
-    indices = np.arange(len(pairs))
+    indices = np.arange(len(examples))
     if not shuffle:
         return _chunks(indices, batch_size)
     generator = np.random.default_rng((seed, epoch))
     generator.shuffle(indices)
-    lengths = _pair_tokens(pairs)
+    lengths = _tokens_of_each(examples)
     batches: list[list[int]] = []
     for run in _chunks(indices, batch_size * _BUCKET_BATCHES):
         by_length = np.array(run)[np.argsort(lengths[run], kind="stable")]
@@ -130,9 +146,11 @@ def epoch_order(
     return full + rest
 
 
-def length_order(pairs: Sequence[TokenizedPair], batch_size: int) -> list[list[int]]:
-    """Batches of like length for evaluation, where order does not matter."""
-    return _chunks(np.argsort(_pair_tokens(pairs), kind="stable"), batch_size)
+def length_order(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+    """Batches of like length, and of as many completions, for evaluation, where order does not matter."""
+    order = np.argsort(_tokens_of_each(examples), kind="stable")
+    counts = completion_counts(examples)[order]
+    return [batch for count in np.unique(counts) for batch in _chunks(order[counts == count], batch_size)]
 
 
 def steps_per_epoch(num_pairs: int, batch_size: int) -> int:
@@ -143,9 +161,7 @@ def steps_per_epoch(num_pairs: int, batch_size: int) -> int:
 class TrainingOrder:
     """Endless batches of indices; `step` alone is its state, so that a resumed run continues where it stopped."""
 
-    def __init__(
-        self, pairs: Sequence[TokenizedPair], batch_size: int, *, seed: int, shuffle: bool, step: int = 0
-    ) -> None:
+    def __init__(self, pairs: Sequence[Example], batch_size: int, *, seed: int, shuffle: bool, step: int = 0) -> None:
         self._pairs, self._batch_size, self._seed, self._shuffle = pairs, batch_size, seed, shuffle
         self.step = step
 
@@ -160,85 +176,108 @@ class TrainingOrder:
 
 
 def micro_batches(
-    step_batch: Sequence[TokenizedPair], most_pairs: int, most_tokens: int, layout: RowLayout | None = None
-) -> list[list[TokenizedPair]]:
-    """The pairs of a step in batches of at most `most_pairs` pairs and `most_tokens` tokens, padding included.
+    step_batch: Sequence[AnyExample], most_pairs: int, most_tokens: int, layout: RowLayout | None = None
+) -> list[list[AnyExample]]:
+    """The examples of a step in batches of at most `most_pairs` of them and `most_tokens` tokens, padding included.
 
-    Each pair, by length, joins the batch it pads least, unless that costs more tokens than a batch of its own is worth;
-    a pair that is longer than `most_tokens` is always alone. Tokens are those that are run, as `collate` lays them out.
+    Each one, by length, joins the batch of as many completions that it pads least, unless that costs more tokens than a
+    batch of its own is worth; one that is longer than `most_tokens` is always alone. Tokens are those that are run, as
+    `collate` lays them out.
     """
     layout = layout or device_profile().layout
-    batches: list[list[TokenizedPair]] = []
-    for pair in sorted(step_batch, key=lambda pair: pair.pair_tokens):
-        alone = padded_tokens([pair], layout)
+    batches: list[list[AnyExample]] = []
+    for example in sorted(step_batch, key=lambda example: example.pair_tokens):
+        alone = padded_tokens([example], layout)
         costs = []
         for number, batch in enumerate(batches):
-            together = padded_tokens([*batch, pair], layout)
+            if len(batch) >= most_pairs or len(batch[0].completions) != len(example.completions):
+                continue
+            together = padded_tokens([*batch, example], layout)
             cost = together - padded_tokens(batch, layout) - alone
-            if len(batch) < most_pairs and together <= most_tokens and cost <= _PADDING_WORTH_A_BATCH:
+            if together <= most_tokens and cost <= _PADDING_WORTH_A_BATCH:
                 costs.append((cost, number))
         if costs:
-            batches[min(costs)[1]].append(pair)
+            batches[min(costs)[1]].append(example)
         else:
-            batches.append([pair])
+            batches.append([example])
     return batches
 
 
-def padded_tokens(pairs: Sequence[TokenizedPair], layout: RowLayout | None = None) -> int:
-    """Tokens that are run for a batch of these pairs, padding included."""
+def padded_tokens(examples: Sequence[Example], layout: RowLayout | None = None) -> int:
+    """Tokens that are run for a batch of these examples, padding included."""
     layout = layout or device_profile().layout
-    shared = shared_tokens(pairs, layout)
+    shared = shared_tokens(examples, layout)
+    rests = [len(example.prompt_ids) - shared - 1 for example in examples]
     widths = [
-        bucket(max(len(pair.prompt_ids) - shared + len(ids) - 1 for pair, ids in rows), layout.row_multiple, layout)
-        for rows in zip(*([(pair, pair.chosen_ids), (pair, pair.rejected_ids)] for pair in pairs), strict=True)
+        bucket(max(rest + len(ids) for rest, ids in zip(rests, completions, strict=True)), layout.row_multiple, layout)
+        for completions in _by_place(examples)
     ]
-    return len(pairs) * (shared + (2 * max(widths) if layout.joined else sum(widths)))
+    return len(examples) * (shared + (len(widths) * max(widths) if layout.joined else sum(widths)))
 
 
-def side_lengths(pairs: Sequence[TokenizedPair]) -> npt.NDArray[np.int64]:
-    """(N, 3): tokens of prompt, chosen and rejected of each pair."""
-    if isinstance(pairs, TokenStore):
-        return pairs.lengths
-    return np.array([[len(side) for side in pair[:3]] for pair in pairs], np.int64).reshape(-1, 3)
+def real_tokens(examples: Sequence[Example], layout: RowLayout | None = None) -> int:
+    """Tokens that are run for a batch of these examples, without padding."""
+    shared = shared_tokens(examples, layout or device_profile().layout)
+    rows = sum(len(example.prompt_ids) - shared - 1 + len(ids) for example in examples for ids in example.completions)
+    return len(examples) * shared + rows
 
 
-def row_weights(pairs: Sequence[TokenizedPair]) -> npt.NDArray[np.float64]:
-    """(N,): what the loss of each pair is multiplied by."""
-    return pairs.weights if isinstance(pairs, TokenStore) else np.array([pair.weight for pair in pairs], np.float64)
+def row_weights(examples: Sequence[Example]) -> npt.NDArray[np.float64]:
+    """What the loss of each row is multiplied by: (N,) of a store's rows, (P,) of the pairs of some examples."""
+    if isinstance(examples, TokenStore):
+        return examples.weights
+    return np.array([example.weight for example in examples for _ in example.pairs], np.float64)
 
 
-def row_margins(pairs: Sequence[TokenizedPair]) -> npt.NDArray[np.float64]:
-    """(N,): score of chosen minus score of rejected; NaN where a row has no scores."""
-    if isinstance(pairs, TokenStore):
-        return pairs.margins
-    return np.array([np.nan if pair.margin is None else pair.margin for pair in pairs], np.float64)
+def row_margins(examples: Sequence[Example]) -> npt.NDArray[np.float64]:
+    """Score of chosen minus score of rejected, NaN where a row has no scores: (N,) of a store's rows (of a group its
+    best and its worst), (P,) of the pairs of some examples."""
+    if isinstance(examples, TokenStore):
+        return examples.margins
+    margins = [margin for example in examples for margin in example.margins]
+    return np.array([np.nan if margin is None else margin for margin in margins], np.float64)
 
 
-def _pair_tokens(pairs: Sequence[TokenizedPair]) -> npt.NDArray[Any]:
-    """2·prompt + chosen + rejected of each pair."""
-    return np.asarray(side_lengths(pairs) @ np.array([2, 1, 1]))
+def side_lengths(examples: Sequence[Example]) -> npt.NDArray[np.int64]:
+    """(N, 3): tokens of prompt, first completion and all others: of a pair's prompt, chosen and rejected."""
+    if isinstance(examples, TokenStore):
+        return examples.lengths
+    rows = [
+        (len(example.prompt_ids), len(example.completions[0]), sum(map(len, example.completions[1:])))
+        for example in examples
+    ]
+    return np.array(rows, np.int64).reshape(-1, 3)
+
+
+def completion_counts(examples: Sequence[Example]) -> npt.NDArray[np.int64]:
+    """(N,): completions of each example."""
+    if isinstance(examples, TokenStore):
+        return examples.counts
+    return np.array([len(example.completions) for example in examples], np.int64)
+
+
+def _tokens_of_each(examples: Sequence[Example]) -> npt.NDArray[Any]:
+    """`pair_tokens` of each example."""
+    prompts, first, others = side_lengths(examples).T
+    return np.asarray(completion_counts(examples) * prompts + first + others)
 
 
 def _chunks(indices: npt.NDArray[Any], size: int) -> list[list[int]]:
     return [[int(index) for index in indices[start : start + size]] for start in range(0, len(indices), size)]
 
 
-def real_tokens(pairs: Sequence[TokenizedPair], layout: RowLayout | None = None) -> int:
-    """Tokens that are run for a batch of these pairs, without padding."""
-    shared = shared_tokens(pairs, layout or device_profile().layout)
-    rows = sum(
-        2 * (len(pair.prompt_ids) - shared - 1) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs
-    )
-    return len(pairs) * shared + rows
+def _by_place(examples: Sequence[Example]) -> list[tuple[Ids, ...]]:
+    """The first completion of each example, the second of each, and so on."""
+    return list(zip(*(example.completions for example in examples), strict=True))
 
 
-def _row_groups(pairs: Sequence[TokenizedPair], shared: int, layout: RowLayout) -> list[list[Ids]]:
-    """The rows of each array: of chosen and of rejected completions, or both, a pair's rows side by side."""
+def _row_groups(examples: Sequence[Example], shared: int, layout: RowLayout) -> list[list[Ids]]:
+    """The rows of each array: of first completions, of second ones and so on, or all, a prompt's rows side by side."""
     sides: list[list[Ids]] = [
-        [(*pair.prompt_ids[shared:], *ids[:-1]) for pair, ids in zip(pairs, completions, strict=True)]
-        for completions in ([pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs])
+        [(*example.prompt_ids[shared:], *ids[:-1]) for example, ids in zip(examples, completions, strict=True)]
+        for completions in _by_place(examples)
     ]
-    return [[row for both in zip(*sides, strict=True) for row in both]] if layout.joined else sides
+    return [[row for group in zip(*sides, strict=True) for row in group]] if layout.joined else sides
 
 
 def _padded(rows: Sequence[Ids], layout: RowLayout) -> npt.NDArray[np.int32]:
@@ -249,39 +288,61 @@ def _padded(rows: Sequence[Ids], layout: RowLayout) -> npt.NDArray[np.int32]:
     return ids
 
 
-def _row_starts(count: int, widths: Ids, layout: RowLayout) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Where each pair's chosen and rejected row begins, in all rows laid end to end."""
-    number = np.arange(count)
+def _row_starts(examples: Sequence[Example], widths: Ids, layout: RowLayout) -> list[npt.NDArray[np.int64]]:
+    """Where the rows of first completions begin, of second ones and so on, in all rows laid end to end."""
+    number, places = np.arange(len(examples)), range(len(examples[0].completions))
     if layout.joined:
-        return 2 * number * widths[0], (2 * number + 1) * widths[0]
-    return number * widths[0], count * widths[0] + number * widths[1]
+        return [(len(places) * number + place) * widths[0] for place in places]
+    return [len(examples) * sum(widths[:place]) + number * widths[place] for place in places]
 
 
-def _completion_places(pairs: Sequence[TokenizedPair], shared: int, widths: Ids, layout: RowLayout) -> list[Places]:
-    """For each chosen and then each rejected completion, where the states are that its tokens are predicted from."""
-    chosen, rejected = _row_starts(len(pairs), widths, layout)
-    sides = ((chosen, [pair.chosen_ids for pair in pairs]), (rejected, [pair.rejected_ids for pair in pairs]))
+def _completion_places(examples: Sequence[Example], shared: int, widths: Ids, layout: RowLayout) -> list[Places]:
+    """For each first completion, each second one and so on, where the states are that its tokens are predicted from."""
     return [
-        start + len(pair.prompt_ids) - shared - 1 + np.arange(len(ids))
-        for starts, completions in sides
-        for start, pair, ids in zip(starts, pairs, completions, strict=True)
+        start + len(example.prompt_ids) - shared - 1 + np.arange(len(ids))
+        for starts, completions in zip(_row_starts(examples, widths, layout), _by_place(examples), strict=True)
+        for start, example, ids in zip(starts, examples, completions, strict=True)
     ]
 
 
-def _prompt_places(pairs: Sequence[TokenizedPair], shared: int, widths: Ids, layout: RowLayout) -> list[Places]:
+def _prompt_places(examples: Sequence[Example], shared: int, widths: Ids, layout: RowLayout) -> list[Places]:
     """The same for prompt tokens from the second on: in the prefixes, which lie behind all rows, and then in the rest
-    of the prompt in the chosen row."""
-    chosen, _ = _row_starts(len(pairs), widths, layout)
-    behind = len(pairs) * (2 * widths[0] if layout.joined else sum(widths))
+    of the prompt in the first completion's row."""
+    first = _row_starts(examples, widths, layout)[0]
+    rows = len(examples[0].completions) if layout.joined else 1
+    behind = len(examples) * rows * sum(widths)
     return [
         np.concatenate(
             [
                 behind + number * shared + np.arange(shared),
-                chosen[number] + np.arange(len(pair.prompt_ids) - shared - 1),
+                first[number] + np.arange(len(example.prompt_ids) - shared - 1),
             ]
         )
-        for number, pair in enumerate(pairs)
+        for number, example in enumerate(examples)
     ]
+
+
+def _pair_places(examples: Sequence[Example]) -> tuple[Places, Places, Places]:
+    """Of each pair of a batch: its example's number, and the places of the better and the worse completion in it."""
+    found = [
+        (number, *pair)
+        for number, example in enumerate(examples)
+        for pair in example.pairs or [best_and_worst(example)]
+    ]
+    numbers, better, worse = np.array(found, np.int64).T
+    return numbers, better, worse
+
+
+def best_and_worst(example: Example) -> tuple[int, int]:
+    """The places of an example's completions with the highest and the lowest score."""
+    return int(np.argmax(example.scores)), int(np.argmin(example.scores))
+
+
+def _group_members(examples: Sequence[Example], members: npt.NDArray[np.bool_]) -> GroupMembers:
+    # Rows are by place first: (K, B, N).
+    completions = members.reshape(-1, len(examples), members.shape[1]).swapaxes(0, 1)
+    scores = np.array([example.scores for example in examples], np.float32)
+    return GroupMembers(mx.array(np.ascontiguousarray(completions)), mx.array(scores))
 
 
 def _flat(parts: Sequence[Any], size: int) -> npt.NDArray[np.int32]:

@@ -8,21 +8,20 @@ from typing import Any, NamedTuple
 from orpo_mlx.data.bounded_templates import TemplateLimitError, bound_templates, bounded_time, check_length
 from orpo_mlx.data.messages import as_turns
 from orpo_mlx.errors import DataError, ModelError, reason_of
-from orpo_mlx.types import Message, Pair, Text
+from orpo_mlx.types import Group, Message, Pair, Text
 
 # A text that no template writes by itself, to find in what one renders.
 _MARK = "Zq1"
 _QUESTION = {"role": "user", "content": "Hi"}
 
 
-class PairTexts(NamedTuple):
-    """A pair's texts as the model reads them."""
+class RenderedTexts(NamedTuple):
+    """A row's texts as the model reads them."""
 
     prompt: str
     """Up to where generation would start."""
-    with_chosen: str
-    """Prompt and chosen completion."""
-    with_rejected: str
+    whole: tuple[str, ...]
+    """Prompt and completion, of each completion."""
 
 
 class PairRenderer:
@@ -44,17 +43,17 @@ class PairRenderer:
         """Whether a system text goes to the head of the next turn, since the template has no system role."""
         self._stray = self._stray_header() if self.has_template else ""
 
-    def texts(self, pair: Pair) -> PairTexts:
-        """The texts of prompt, prompt + chosen and prompt + rejected.
+    def texts(self, row: Pair | Group) -> RenderedTexts:
+        """The texts of the prompt and of prompt + completion.
 
         Raises:
             DataError: no tokenizer, a conversation without a chat template, or a template that fails.
         """
-        prompt = self.prompt(pair)
-        return PairTexts(prompt, *(self._whole(pair, prompt, side) for side in (pair.chosen, pair.rejected)))
+        prompt = self.prompt(row)
+        return RenderedTexts(prompt, tuple(self._whole(row, prompt, completion) for completion in row.completions))
 
-    def prompt(self, pair: Pair) -> str:
-        """The text of a pair's prompt alone.
+    def prompt(self, pair: Pair | Group) -> str:
+        """The text of a row's prompt alone.
 
         Raises:
             DataError: see `texts`.
@@ -68,14 +67,14 @@ class PairRenderer:
             return _plain(pair.prompt, pair.location)
         return self._render(pair, as_turns(pair.prompt, "user"), add_generation_prompt=True)
 
-    def _whole(self, pair: Pair, prompt: str, side: Text) -> str:
+    def _whole(self, pair: Pair | Group, prompt: str, side: Text) -> str:
         side = self._without_eos(side)
         if not self.has_template:
             return prompt + _plain(side, pair.location)
         turns = (*as_turns(pair.prompt, "user"), *as_turns(side, "assistant"))
         return self._render(pair, turns, add_generation_prompt=False).removesuffix(self._stray)
 
-    def _render(self, pair: Pair, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def _render(self, pair: Pair | Group, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         turns = [dict(message) for message in messages]
         extras = {"tools": [dict(tool) for tool in pair.tools] or None, **pair.template_kwargs}
         try:

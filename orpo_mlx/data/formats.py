@@ -7,20 +7,21 @@ that fits reads the row.
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from orpo_mlx.data.dialogues import Sides, dialogue_prompt, dialogue_turns, is_dialogue, split_turns, split_words
+from orpo_mlx.data.group_shapes import group_token_ids, labelled_completion, rated_completions
 from orpo_mlx.data.messages import as_turns, kind, text_of, text_or_turns, texts
-from orpo_mlx.data.ratings import COMPLETION_LISTS, margin_of, ranked_pairs, weight_of
+from orpo_mlx.data.ratings import COMPLETION_LISTS, margin_of, weight_of
+from orpo_mlx.data.row_parts import Columns, Found, Options, RowData, completed, extras, ids_of
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Pair, Text, TokenizedPair
 
 COLUMNS = (
     *("prompt", "chosen", "rejected", "system", "question", "instruction", "input", "history", "conversations"),
     *("messages", "tools", "chat_template_kwargs", "completions", "scores", "score_chosen", "score_rejected"),
-    *("weight", "prompt_ids", "chosen_ids", "rejected_ids"),
+    *("weight", "completion", "label", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids"),
 )
 """Names that a data set's own columns can be given."""
 
@@ -31,35 +32,15 @@ _ID_COLUMNS = (
     ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"),
 )
 _SIDES = ("chosen", "rejected")
-# Where a row of rated completions has its prompt.
-_RATED_PROMPTS = ("prompt", "instruction", "question", "messages")
-
 _EXPECTED = "prompt, chosen and rejected (or prompt_ids, chosen_ids and rejected_ids)"
-
-Columns = Mapping[str, Any]
-"""A row: values by column."""
-
-
-class Found(NamedTuple):
-    """What a shape found in a row."""
-
-    pairs: list[Pair | TokenizedPair]
-    note: str | None = None
-    """Something to know about how the row was taken."""
-
-
-class Extras(NamedTuple):
-    """What a row gives its chat template besides turns."""
-
-    tools: tuple[Mapping[str, Any], ...]
-    template_kwargs: Mapping[str, Any]
 
 
 class ReadRow(NamedTuple):
     """What a row was taken for."""
 
     shape: str
-    pairs: list[Pair | TokenizedPair]
+    pairs: list[RowData]
+    """Pairs, or one group."""
     note: str | None
 
 
@@ -68,12 +49,12 @@ class Shape(NamedTuple):
 
     name: str
     fits: Callable[[Columns], bool]
-    read: Callable[[Columns, str, str | None], Found]
-    """`read(row, location, pair_ratings)`; raises `DataError` where the row does not hold what its columns say."""
+    read: Callable[[Columns, str, Options], Found]
+    """`read(row, location, options)`; raises `DataError` where the row does not hold what its columns say."""
 
 
-def read_row(row: Any, location: str, *, pair_ratings: str | None = None) -> ReadRow:
-    """The pairs in a row, whatever its shape; `pair_ratings` is one of `ratings.PAIRINGS`.
+def read_row(row: Any, location: str, *, pair_ratings: str | None = None, labels: tuple[str, ...] = ()) -> ReadRow:
+    """The pairs, or the group, in a row, whatever its shape; for `pair_ratings` and `labels` see `Options`.
 
     Raises:
         DataError: the row has no known shape, or does not hold what its shape says.
@@ -82,7 +63,7 @@ def read_row(row: Any, location: str, *, pair_ratings: str | None = None) -> Rea
         raise DataError(f"{location}: found a JSON {kind(row)}, expected an object with {_EXPECTED}.")
     for shape in SHAPES:
         if shape.fits(row):
-            return ReadRow(shape.name, *shape.read(row, location, pair_ratings))
+            return ReadRow(shape.name, *shape.read(row, location, Options(pair_ratings, labels)))
     missing = [name for name in _SIDES if name not in row]
     found = ", ".join(sorted(map(str, row))[:8]) or "no keys"
     raise DataError(
@@ -94,7 +75,7 @@ def read_row(row: Any, location: str, *, pair_ratings: str | None = None) -> Rea
 # What each shape's columns hold
 
 
-def token_ids(row: Columns, location: str, _: str | None) -> Found:
+def token_ids(row: Columns, location: str, _: Options) -> Found:
     """Token ids of prompt and sides, taken as they are."""
     columns = next(names for names in _ID_COLUMNS if any(name in row for name in names))
     missing = [name for name in columns if name not in row]
@@ -102,33 +83,9 @@ def token_ids(row: Columns, location: str, _: str | None) -> Found:
         raise DataError(
             f"{location}: the row has no {' and no '.join(map(repr, missing))}; expected {', '.join(columns)}."
         )
-    prompt, chosen, rejected = (_ids(row[name], name, location) for name in columns)
+    prompt, chosen, rejected = (ids_of(row[name], name, location) for name in columns)
     scored = (margin_of(row, location), weight_of(row, location))
     return Found([TokenizedPair(prompt, chosen, rejected, location, *scored)])
-
-
-def rated_completions(row: Columns, location: str, pair_ratings: str | None) -> Found:
-    """A list of rated completions of one prompt."""
-    if pair_ratings is None:
-        raise DataError(
-            f"{location}: the row holds a list of rated completions, expected chosen and rejected; "
-            "in train and inspect, `pair_ratings=best_worst` or `pair_ratings=all` makes pairs of them."
-        )
-    name = next((name for name in _RATED_PROMPTS if name in row), None)
-    if name is None:
-        raise DataError(f"{location}: the row has rated completions but no prompt.")
-    prompt = text_or_turns(row[name], name, location, "user")
-    # Up to "Assistant:", whose turn is what the completions fill.
-    if isinstance(prompt, str) and is_dialogue(prompt):
-        prompt = dialogue_turns(prompt)[:-1]
-    ranked = ranked_pairs(row, location, pair_ratings)
-    extras = _extras(row, location)
-    weight = weight_of(row, location)
-    pairs: list[Pair | TokenizedPair] = []
-    for better, worse in ranked:
-        sides = _completed(prompt, {**row, "chosen": better.completion, "rejected": worse.completion}, location)
-        pairs.append(Pair(*sides, location, *extras, better.score - worse.score, weight))
-    return Found(pairs)
 
 
 def prompt_elsewhere(row: Columns, prompt: Text, location: str) -> str | None:
@@ -211,7 +168,7 @@ def pair_shape(
         note: `note(row, prompt, location)`: what to know about how the row was taken.
     """
 
-    def read_pair(row: Columns, location: str, _: str | None) -> Found:
+    def read_pair(row: Columns, location: str, _: Options) -> Found:
         sides = read(row, location)
         if not isinstance(sides.prompt, str) and sides.prompt[-1]["role"] == "assistant":
             raise DataError(
@@ -219,7 +176,7 @@ def pair_shape(
                 "expected the user's turn last."
             )
         scored = (margin_of(row, location), weight_of(row, location))
-        pair = Pair(*sides, location, *_extras(row, location), *scored)
+        pair = Pair(*sides, location, *extras(row, location), *scored)
         return Found([pair], note(row, sides.prompt, location))
 
     return Shape(name, lambda row: has_sides(row) and fits(row), read_pair)
@@ -250,7 +207,13 @@ def _is_conversation(value: Any) -> bool:
 
 
 SHAPES = (
+    Shape("token ids of completions", lambda row: "completion_ids" in row, group_token_ids),
     Shape("token ids", has(*itertools.chain(*_ID_COLUMNS)), token_ids),
+    Shape(
+        "labelled completion",
+        lambda row: "label" in row and not has_sides(row) and not has(*COMPLETION_LISTS)(row),
+        labelled_completion,
+    ),
     Shape("rated completions", lambda row: not has_sides(row) and has(*COMPLETION_LISTS)(row), rated_completions),
     pair_shape(
         "dialogue prompt (hh-rlhf)",
@@ -289,66 +252,6 @@ SHAPES = (
 
 
 def _completed(prompt: Text, row: Columns, location: str) -> Sides:
-    """`prompt` with the row's system text and its two sides; where one is in turns, all are."""
-    system = row.get("system") or row.get("system_prompt")
-    if system:
-        prompt = ({"role": "system", "content": text_of(system, "system", location)}, *as_turns(prompt, "user"))
-    chosen, rejected = (text_or_turns(row[side], side, location, "assistant") for side in _SIDES)
-    for side, text in zip(_SIDES, (chosen, rejected), strict=True):
-        # Trained on as an answer, it would teach the model to ask the question.
-        if not isinstance(text, str) and text[0]["role"] in ("user", "system"):
-            raise DataError(
-                f"{location}: {side!r} begins with a turn of the {text[0]['role']}, expected the assistant's."
-            )
-    if all(isinstance(text, str) for text in (prompt, chosen, rejected)):
-        return Sides(prompt, chosen, rejected)
-    return Sides(as_turns(prompt, "user"), as_turns(chosen, "assistant"), as_turns(rejected, "assistant"))
-
-
-_NOT_A_ROWS = (
-    "chat_template", "conversation", "messages", "tokenize", "return_dict", "return_tensors", "padding", "truncation",
-    "return_assistant_tokens_mask", "max_length", "tokenizer_kwargs", "add_generation_prompt", "continue_final_message",
-    "tools",
-)  # fmt: skip
-"""Arguments of transformers' `apply_chat_template` that are not for the template."""
-
-
-def _extras(row: Columns, location: str) -> Extras:
-    """The row's `tools` and `chat_template_kwargs`."""
-    tools = _from_json(row.get("tools"), "tools", location) or []
-    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError(f"{location}: 'tools' must be a list of tool descriptions (objects).")
-    arguments = _from_json(row.get("chat_template_kwargs"), "chat_template_kwargs", location) or {}
-    if not isinstance(arguments, dict):
-        raise DataError(f"{location}: 'chat_template_kwargs' must be an object.")
-    for name in arguments:
-        # What a template is told is the row's; which template, and what is asked of it, is not.
-        if name in _NOT_A_ROWS:
-            raise DataError(
-                f"{location}: 'chat_template_kwargs' holds {name!r}, which rows cannot set; leave it out (a chat "
-                "template is the model's: change it in its tokenizer_config.json)."
-            )
-    return Extras(tuple(_without_nulls(tool) for tool in tools), _without_nulls(arguments))
-
-
-def _from_json(value: Any, name: str, location: str) -> Any:
-    if not isinstance(value, str) or not value.strip():
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise DataError(f"{location}: {name!r} is text but not JSON.") from None
-
-
-def _without_nulls(value: Any) -> Any:
-    """Arrow gives every object the keys of all of them, null where there was none."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _ids(value: Any, name: str, location: str) -> tuple[int, ...]:
-    # type() and not isinstance: true and false are whole numbers to the latter.
-    if not isinstance(value, list) or not all(type(item) is int and 0 <= item < 2**31 for item in value):
-        raise DataError(f"{location}: {name!r} must be a list of token ids (whole numbers from 0).")
-    return tuple(value)
+    """`prompt` and the row's two sides, see `completed`."""
+    prompt, sides = completed(prompt, [row[side] for side in _SIDES], _SIDES, row, location)
+    return Sides(prompt, *sides)

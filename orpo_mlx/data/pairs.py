@@ -1,4 +1,4 @@
-"""From a source of rows to `Pair`s. Every complaint carries `file:line`, and every row left out is counted."""
+"""From a source of rows to `Pair`s and `Group`s. Every complaint carries `file:line`; every row left out is counted."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from orpo_mlx.data.formats import COLUMNS, ReadRow, read_row
+from orpo_mlx.data.groups import COMPLETIONS_LEFT_OUT, pair_count, usable_group
 from orpo_mlx.data.messages import is_empty
 from orpo_mlx.data.readers import Row
 from orpo_mlx.data.row_counts import RowReport
+from orpo_mlx.data.row_parts import RowData
 from orpo_mlx.data.sources import FileSource, Source
 from orpo_mlx.errors import ConfigError, DataError, did_you_mean
-from orpo_mlx.types import Pair, TokenizedPair
+from orpo_mlx.types import Group, Pair, TokenizedGroup, TokenizedPair
 
 WEIGHTED = "whose loss is multiplied by their weight column"
 SCORED_WRONGLY = "whose scores put the rejected side first"
@@ -29,19 +31,21 @@ class Reading:
     """How a row of rated completions becomes pairs, one of `ratings.PAIRINGS`."""
     min_margin: float | None = None
     """Leave out pairs whose chosen side scores less than this above the rejected one."""
+    labels: tuple[str, ...] = ()
+    """A data set's words for a good and for a bad completion."""
     skip_bad_rows: bool = False
     """Leave out and count rows that cannot be used, instead of stopping at the first."""
 
 
 class PairsOfRow(NamedTuple):
-    """The pairs one row gave, at least one."""
+    """The pairs one row gave, at least one, or its group."""
 
     location: str
-    pairs: list[Pair | TokenizedPair]
+    pairs: list[RowData]
 
 
 def read_pairs(source: Source, reading: Reading, report: RowReport) -> Iterator[PairsOfRow]:
-    """The pairs of every row, in order; what is left out goes into `report`.
+    """The pairs, or the group, of every row, in order; what is left out goes into `report`.
 
     Raises:
         DataError: the file cannot be read, has no row, or (without `skip_bad_rows`) a row cannot be used.
@@ -60,7 +64,9 @@ def read_pairs(source: Source, reading: Reading, report: RowReport) -> Iterator[
         if not pairs:
             report.drop(reason, row.location)
             continue
-        report.pairs_left_out += len(read.pairs) - len(pairs)
+        report.pairs_left_out += sum(map(pair_count, read.pairs)) - sum(map(pair_count, pairs))
+        if len(pairs) == 1 and len(pairs[0].completions) < max(len(pair.completions) for pair in read.pairs):
+            report.note(COMPLETIONS_LEFT_OUT, row.location)
         if read.note is not None:
             report.note(read.note, row.location)
         if any((pair.margin or 0) < 0 for pair in pairs):
@@ -72,15 +78,15 @@ def read_pairs(source: Source, reading: Reading, report: RowReport) -> Iterator[
         raise_no_rows(source.name)
 
 
-def load_pairs(path: str | Path, reading: Reading | None = None) -> list[Pair | TokenizedPair]:
-    """All pairs of a file, in order; a row without one is an error.
+def load_pairs(path: str | Path, reading: Reading | None = None) -> list[RowData]:
+    """All pairs and groups of a file, in order; a row without one is an error.
 
     Raises:
         DataError: the file or a row cannot be used.
     """
     reading = reading or Reading()
     report = RowReport()
-    pairs: list[Pair | TokenizedPair] = []
+    pairs: list[RowData] = []
     for row in FileSource([Path(path)]).rows():
         reason, usable = usable_pairs(_read_pairs_of(row, reading).pairs, reading.min_margin)
         if not usable:
@@ -111,7 +117,9 @@ def _read_pairs_of(row: Row, reading: Reading) -> ReadRow:
     """What a row is taken for."""
     if isinstance(row.value, DataError):
         raise row.value
-    return read_row(renamed(row, reading.columns), row.location, pair_ratings=reading.pair_ratings)
+    return read_row(
+        renamed(row, reading.columns), row.location, pair_ratings=reading.pair_ratings, labels=reading.labels
+    )
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Any:
@@ -133,11 +141,32 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Any:
     return {**rest, **{name: row.value[column] for name, column in columns.items()}}
 
 
-def usable_pairs(pairs: list[Pair | TokenizedPair], min_margin: float | None) -> tuple[str, list[Pair | TokenizedPair]]:
-    """The pairs that can be used, and why the first that cannot be is left out."""
-    reasons = [_reason_unusable(pair, min_margin) for pair in pairs]
-    first = next(filter(None, reasons), "equal_ratings")
-    return first, [pair for pair, reason in zip(pairs, reasons, strict=True) if reason is None]
+def parse_labels(text: str | None) -> tuple[str, ...]:
+    """`good,bad` as a data set's two words; none where there is no text.
+
+    Raises:
+        ConfigError: it is not two words.
+    """
+    words = tuple(part.strip() for part in (text or "").split(",")) if text is not None else ()
+    if words and (len(words) != 2 or not all(words) or words[0].lower() == words[1].lower()):
+        raise ConfigError(f"`labels`: found {text!r}, expected the words for good and for bad, such as good,bad.")
+    return words
+
+
+def usable_pairs(pairs: list[RowData], min_margin: float | None) -> tuple[str, list[RowData]]:
+    """The pairs that can be used, or what can be of a group, and why the first that cannot be is left out."""
+    usable: list[RowData] = []
+    reasons = []
+    for pair in pairs:
+        found: RowData | None = pair
+        if isinstance(pair, Group | TokenizedGroup):
+            found, reason = usable_group(pair, min_margin)
+        else:
+            reason = _reason_unusable(pair, min_margin)
+            found = None if reason else pair
+        usable += [] if found is None else [found]
+        reasons.append(reason)
+    return next(filter(None, reasons), "equal_ratings"), usable
 
 
 def _reason_unusable(pair: Pair | TokenizedPair, min_margin: float | None) -> str | None:

@@ -1,17 +1,18 @@
-"""Scores in a row: of its two sides, or of each completion in a list."""
+"""Scores in a row: of its two sides, of each completion in a list, or a label of its only one."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from orpo_mlx.data.messages import kind
 from orpo_mlx.errors import DataError
 
-PAIRINGS = ("best_worst", "all")
-"""How a row of rated completions becomes pairs."""
+PAIRINGS = ("best_worst", "all", "adjacent")
+"""How a row of rated completions becomes pairs: the best and the worst, each with every worse one, or each with those
+of the next lower score."""
 
 COMPLETION_LISTS = ("completions", "responses", "answers", "generations")
 """Columns that hold a list of completions."""
@@ -24,6 +25,10 @@ _SIDE_SCORES = [
 _LIST_SCORES = ("scores", "ratings", "rewards", "ranks")
 _ENTRY_TEXT = ("response", "completion", "content", "text", "answer", "generation")
 _ENTRY_SCORE = ("score", "rating", "overall_score", "reward", "rank")
+
+# CSV files have words in place of booleans; 1.0 is what a table with gaps makes of 1.
+_GOOD = ("true", "1", "1.0", "👍", "thumbs_up", "thumbs up", "up")
+_BAD = ("false", "0", "0.0", "👎", "thumbs_down", "thumbs down", "down")
 
 
 class Rated(NamedTuple):
@@ -61,18 +66,24 @@ def weight_of(row: Mapping[str, Any], location: str) -> float:
     return weight
 
 
-def ranked_pairs(row: Mapping[str, Any], location: str, pairing: str) -> Iterator[tuple[Rated, Rated]]:
-    """Better and worse of the row's rated completions, as `pairing`, one of `PAIRINGS`, says; ties make no pair.
+def pairs_of_scores(scores: Sequence[float], pairing: str) -> list[tuple[int, int]]:
+    """The places of better and worse, the best first, as `pairing`, one of `PAIRINGS`, says; ties make no pair."""
+    ranked = sorted(range(len(scores)), key=lambda place: -scores[place])
+    pairs = [(ranked[0], ranked[-1])] if pairing == "best_worst" else itertools.combinations(ranked, 2)
+    worse = {high: low for low, high in itertools.pairwise(sorted(set(scores)))}
+    return [
+        (first, second)
+        for first, second in pairs
+        if scores[first] > scores[second] and (pairing != "adjacent" or worse[scores[first]] == scores[second])
+    ]
+
+
+def rated_completions_of(row: Mapping[str, Any], location: str) -> list[Rated]:
+    """The row's rated completions, as they stand.
 
     Raises:
         DataError: the row's list is not one of completions with scores.
     """
-    ranked = sorted(_rated_completions(row, location), key=lambda each: -each.score)
-    pairs = [(ranked[0], ranked[-1])] if pairing == "best_worst" else itertools.combinations(ranked, 2)
-    return (pair for pair in pairs if pair[0].score > pair[1].score)
-
-
-def _rated_completions(row: Mapping[str, Any], location: str) -> list[Rated]:
     name = next(name for name in COMPLETION_LISTS if name in row)
     entries = row[name]
     if not isinstance(entries, list) or len(entries) < 2:
@@ -114,3 +125,25 @@ def _number(value: Any, name: str, location: str) -> float:
     if number != number:
         raise DataError(f"{location}: {name!r} is not a number (NaN).")
     return number
+
+
+def label_of(value: Any, location: str, labels: Sequence[str]) -> bool:
+    """Whether a row's label calls its completion good.
+
+    Args:
+        value: true or false, 1 or 0, a thumb up or down, these in words, or one of `labels`.
+        location: for the error.
+        labels: the data set's own words for good and bad, if it has any.
+
+    Raises:
+        DataError: it is none of these.
+    """
+    word = str(value).strip().lower()
+    goods, bads = ((labels[0].lower(),), (labels[1].lower(),)) if labels else (_GOOD, _BAD)
+    if word in goods or word in bads:
+        return word in goods
+    expected = " or ".join(labels) if labels else "true or false, 1 or 0, a thumb up or down"
+    raise DataError(
+        f"{location}: 'label': found {kind(value)} {str(value)[:40]!r}, expected {expected}; "
+        "`labels=GOOD,BAD` says which words a data set has for a good and for a bad completion."
+    )

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from orpo_mlx.data.groups import COMPLETIONS_LEFT_OUT, pair_count
 from orpo_mlx.data.pairs import PairsOfRow, Reading, read_pairs, with_remedy
 from orpo_mlx.data.row_counts import MAX_SEQ_LENGTH, RowReport
 from orpo_mlx.data.sources import Source
@@ -21,7 +22,7 @@ from orpo_mlx.data.tokenization import Outcome, PairTokenizer
 from orpo_mlx.data.truncation import Fitted, fit
 from orpo_mlx.errors import DataError
 from orpo_mlx.files import cache_folder
-from orpo_mlx.types import Pair, TokenizedPair
+from orpo_mlx.types import Example, Group, Pair
 
 PROMPT_CUT = "with the prompt cut"
 COMPLETION_CUT = "with a completion cut"
@@ -58,10 +59,10 @@ class Split:
         report = self.report
         return f"{name}: {len(self.pairs)} pairs from {self.source.name} ({report.shape}){report.summary()}"
 
-    def raw(self) -> Iterator[Pair]:
-        """Its pairs that are text, read again."""
+    def raw(self) -> Iterator[Pair | Group]:
+        """Its pairs and groups that are text, read again."""
         for row in read_pairs(self.source, self.reading, RowReport()):
-            yield from (pair for pair in row.pairs if isinstance(pair, Pair))
+            yield from (pair for pair in row.pairs if isinstance(pair, Pair | Group))
 
 
 def tokenized_split(source: Source, reading: Reading, tokenizer: Any | None, lengths: Lengths) -> Split:
@@ -147,8 +148,8 @@ def _store_writer(target: Path | None) -> StoreWriter:
 
 def kept_pairs(
     row: PairsOfRow, outcomes: list[Outcome], reading: Reading, lengths: Lengths, report: RowReport
-) -> list[TokenizedPair]:
-    """The pairs of a row that are trained on; counts what is not."""
+) -> list[Example]:
+    """The pairs or the group of a row that are trained on; counts what is not."""
     fitted: list[Fitted] = []
     bad = None
     for outcome in outcomes:
@@ -163,7 +164,10 @@ def kept_pairs(
         report.drop("bad_row" if bad else fitted[0].reason, row.location, bad)
         return []
     report.rows_kept += 1
-    report.pairs_left_out += len(outcomes) - len(kept)
+    # A row is either some pairs or one group.
+    report.pairs_left_out += sum(map(pair_count, row.pairs)) - sum(pair_count(each.pair) for each in kept if each.pair)
+    if any(each.pair and len(each.pair.completions) < len(row.pairs[0].completions) for each in kept):
+        report.note(COMPLETIONS_LEFT_OUT, row.location)
     if any(each.prompt_cut for each in kept):
         report.note(PROMPT_CUT, row.location)
     if any(each.completion_cut for each in kept):
@@ -172,7 +176,7 @@ def kept_pairs(
 
 
 def _has_system_turn(pair: Any) -> bool:
-    return isinstance(pair, Pair) and not isinstance(pair.prompt, str) and pair.prompt[0]["role"] == "system"
+    return isinstance(pair, Pair | Group) and not isinstance(pair.prompt, str) and pair.prompt[0]["role"] == "system"
 
 
 def _key(*parts: Any) -> str:

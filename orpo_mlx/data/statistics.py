@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from orpo_mlx.data.batching import epoch_order, micro_batches, padded_tokens, real_tokens
+from orpo_mlx.data.group_statistics import compared_lengths, completion_lengths, group_figures, group_lines
 from orpo_mlx.data.splits import Split
 from orpo_mlx.data.token_codec import show_tokens
 from orpo_mlx.data.token_store import TokenStore
 from orpo_mlx.text import printable
+from orpo_mlx.types import Example, TokenizedPair
 
 SIDES = ("prompt", "chosen", "rejected")
 QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
@@ -86,13 +89,14 @@ def split_figures(
         "pairs": len(store),
         "pairs_left_out": report.pairs_left_out,
         "mean_weight": float(store.weights.mean()),
-        "lengths": {side: quantiles(store.lengths[:, number]) for number, side in enumerate(SIDES)},
+        **group_figures(store),
+        "lengths": {side: quantiles(lengths) for side, lengths in lengths_by_side(store).items()},
         "prompt_token_share": float(totals[0] / totals.sum()),
         "padding_share": padding.micro_batches,
         "padding_share_one_block": padding.one_block,
         "distinct_prompts": distinct,
         "duplicated_prompts": len(store) - distinct,
-        "length_bias": length_bias(store.lengths),
+        "length_bias": length_bias(compared_lengths(store)),
         "examples": [_example(store, number, tokenizer) for number in spread_numbers(len(store))],
     }
 
@@ -113,13 +117,29 @@ def padding_share(store: TokenStore, batch_size: int, micro_batch_tokens: int, s
         parts = micro_batches(pairs, batch_size, micro_batch_tokens)
         real += sum(map(real_tokens, parts))
         run += sum(map(padded_tokens, parts))
-        real_block += real_tokens(pairs)
-        block += padded_tokens(pairs)
+        # One block for each number of completions that the batch has.
+        for _, same in itertools.groupby(sorted(pairs, key=_completions), key=_completions):
+            together = list(same)
+            real_block += real_tokens(together)
+            block += padded_tokens(together)
     return PaddingShare(1 - real / run, 1 - real_block / block)
 
 
+def _completions(example: Example) -> int:
+    return len(example.completions)
+
+
+def lengths_by_side(store: TokenStore) -> dict[str, npt.NDArray[np.int64]]:
+    """Tokens of prompts and of each side, or, where there are groups, of all completions."""
+    if store.groups is None:
+        return {side: store.lengths[:, number] for number, side in enumerate(SIDES)}
+    return {"prompt": store.lengths[:, 0], "completion": completion_lengths(store)}
+
+
 def length_bias(lengths: npt.NDArray[np.int64]) -> dict[str, float]:
-    """How far length alone tells the sides apart; ties count half in the accuracy."""
+    """How far length alone tells the sides apart; ties count half in the accuracy. Empty where nothing is compared."""
+    if not len(lengths):
+        return {}
     longer = (lengths[:, 1] > lengths[:, 2]).mean()
     shorter = (lengths[:, 1] < lengths[:, 2]).mean()
     return {
@@ -149,9 +169,12 @@ def spread_numbers(count: int) -> list[int]:
 
 
 def _example(store: TokenStore, number: int, tokenizer: Any | None) -> dict[str, Any]:
-    pair = store[number]
-    sides = dict(zip(SIDES, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids), strict=True))
-    return {"place": pair.location, **{side: show_tokens(ids, tokenizer) for side, ids in sides.items()}}
+    example = store[number]
+    shown = {"place": example.location, "prompt": show_tokens(example.prompt_ids, tokenizer)}
+    completions = [show_tokens(ids, tokenizer) for ids in example.completions]
+    if isinstance(example, TokenizedPair):
+        return {**shown, **dict(zip(SIDES[1:], completions, strict=True))}
+    return {**shown, "completions": completions, "scores": list(example.scores)}
 
 
 def as_text(figures: Mapping[str, Any]) -> str:
@@ -183,23 +206,30 @@ def _split_lines(table: Mapping[str, Any], batch_size: int) -> list[str]:
         lines.append(f"taken: {count} {note} ({_places(table['note_places'][note], count)})")
     if table["mean_weight"] != 1:
         lines.append(f"weights: {table['mean_weight']:g} on average")
+    lines += group_lines(table)
     lines.append(f"{'tokens':10}" + "".join(f"{name:>9}" for name in (*QUANTILES, "mean")))
     for side, values in table["lengths"].items():
         lines.append(f"{side:10}" + "".join(f"{value:9.0f}" for value in values.values()))
-    bias = table["length_bias"]
     lines += [
-        f"prompt tokens: {table['prompt_token_share']:.1%} of prompt + chosen + rejected",
+        f"prompt tokens: {table['prompt_token_share']:.1%} of {' + '.join(table['lengths'])}",
         f"padding at batch size {batch_size}: {table['padding_share']:.1%} as run in micro-batches, "
         f"{table['padding_share_one_block']:.1%} were each batch one block",
         f"prompts: {table['distinct_prompts']} distinct, {table['duplicated_prompts']} duplicates",
-        f"length: chosen is longer in {bias['chosen_longer']:.1%}, shorter in {bias['chosen_shorter']:.1%} of pairs, "
-        f"by {bias['mean_extra_tokens']:+.1f} tokens on average; picking the longer one is right in "
-        f"{bias['accuracy_of_picking_the_longer']:.1%}",
     ]
+    if bias := table["length_bias"]:
+        lines.append(
+            f"length: chosen is longer in {bias['chosen_longer']:.1%}, shorter in {bias['chosen_shorter']:.1%} of "
+            f"pairs, by {bias['mean_extra_tokens']:+.1f} tokens on average; picking the longer one is right in "
+            f"{bias['accuracy_of_picking_the_longer']:.1%}"
+        )
     for example in table["examples"]:
         lines += ["", f"example {example['place']} (trained tokens between ⟦ and ⟧, ↵ is a line's end)"]
         lines.append(f"prompt    {example['prompt']}")
-        lines += [f"{side:9} ⟦{example[side]}⟧" for side in SIDES[1:]]
+        if "completions" in example:
+            scored = zip(example["scores"], example["completions"], strict=True)
+            lines += [f"{score:<9g} ⟦{text}⟧" for score, text in scored]
+        else:
+            lines += [f"{side:9} ⟦{example[side]}⟧" for side in SIDES[1:]]
     return lines
 
 
@@ -215,13 +245,15 @@ def draw_lengths(splits: Mapping[str, Split], max_seq_length: int, path: Path) -
 
     figure = Figure(figsize=(11, 0.6 + 2.6 * len(splits)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(splits), len(SIDES), squeeze=False, sharex=True, sharey="row")
-    longest = max(int(split.pairs.lengths.max()) for split in splits.values())
+    lengths_of = {name: lengths_by_side(split.pairs) for name, split in splits.items()}
+    columns = max(map(len, lengths_of.values()))
+    panels = figure.subplots(len(splits), columns, squeeze=False, sharex=True, sharey="row")
+    longest = max(int(lengths.max()) for sides in lengths_of.values() for lengths in sides.values())
     # Logarithmic, since lengths spread over three orders of magnitude; whole numbers, so that no bar stays empty.
     edges = np.unique(np.geomspace(1, max(longest, 2) + 1, 41).round())
-    for row, (name, split) in zip(panels, splits.items(), strict=True):
-        for number, (panel, side) in enumerate(zip(row, SIDES, strict=True)):
-            lengths = split.pairs.lengths[:, number]
+    for row, (name, sides) in zip(panels, lengths_of.items(), strict=True):
+        # A split of groups has a panel less than one of pairs.
+        for number, (panel, (side, lengths)) in enumerate(zip(row, sides.items(), strict=False)):
             panel.hist(lengths, bins=edges, color=_COLOURS[number])
             panel.axvline(float(np.median(lengths)), color="black", linewidth=1, linestyle="--")
             panel.set_title(f"{name}: {side}, median {np.median(lengths):.0f}", fontsize=10)

@@ -10,32 +10,33 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
-from orpo_mlx.data.chat_template import PairRenderer, PairTexts
+from orpo_mlx.data.chat_template import PairRenderer, RenderedTexts
 from orpo_mlx.data.token_codec import Ids, TokenCodec
 from orpo_mlx.errors import DataError
-from orpo_mlx.types import Pair, TokenizedPair
+from orpo_mlx.types import Example, Group, Pair, TokenizedGroup, TokenizedPair
 
 # Pairs that are rendered while the texts of as many others are encoded: large enough for the encoder's threads, small
 # enough that memory does not grow with the data.
 _CHUNK = 256
 
-Outcome = TokenizedPair | DataError
+Row = Pair | Group | Example
+Outcome = Example | DataError
 
 
 class _Chunk(NamedTuple):
-    """Some pairs on their way to token ids."""
+    """Some rows on their way to token ids."""
 
-    pairs: list[Pair | TokenizedPair]
-    texts: list[PairTexts | DataError | None]
+    rows: list[Row]
+    texts: list[RenderedTexts | DataError | None]
     """None where the row is token ids, an error where it cannot be rendered."""
     ids: Future[list[Ids]]
     """Of every text, one after another."""
 
 
 class PairTokenizer:
-    """Turns `Pair`s into `TokenizedPair`s with one tokenizer, or passes on pairs that are token ids already.
+    """Turns `Pair`s and `Group`s into token ids with one tokenizer, or passes on what is token ids already.
 
     Args:
         tokenizer: mlx-lm's `TokenizerWrapper`, or None for a model folder without a tokenizer.
@@ -46,34 +47,40 @@ class PairTokenizer:
         self._renderer = PairRenderer(tokenizer, self._codec.eos_texts)
         self.folds_system = self._renderer.folds_system
 
-    def __call__(self, pair: Pair | TokenizedPair) -> TokenizedPair:
-        """Token ids of one pair.
+    @overload
+    def __call__(self, row: Pair | TokenizedPair) -> TokenizedPair: ...
+    @overload
+    def __call__(self, row: Group | TokenizedGroup) -> TokenizedGroup: ...
+    def __call__(self, row: Row) -> Example:
+        """Token ids of one pair or group.
 
         Raises:
             DataError: text without a tokenizer, a conversation without a chat template, a template that fails or
                 renders the prompt differently once the answer follows, or an empty prompt.
         """
-        return next(self.each([pair]))
+        return next(self.each([row]))
 
-    def each(self, pairs: Iterable[Pair | TokenizedPair]) -> Iterator[TokenizedPair]:
-        """Token ids of each pair.
+    def each(self, rows: Iterable[Row]) -> Iterator[Example]:
+        """Token ids of each pair or group.
 
         Raises:
-            DataError: the first pair that has none, see `__call__`.
+            DataError: the first one that has none, see `__call__`.
         """
-        for outcome in self.outcomes(pairs):
+        for outcome in self.outcomes(rows):
             if isinstance(outcome, DataError):
                 raise outcome
             yield outcome
 
-    def outcomes(self, pairs: Iterable[Pair | TokenizedPair]) -> Iterator[Outcome]:
-        """Token ids of each pair, or why it has none; texts are rendered while others are encoded."""
-        iterator = iter(pairs)
+    def outcomes(self, rows: Iterable[Row]) -> Iterator[Outcome]:
+        """Token ids of each pair or group, or why it has none; texts are rendered while others are encoded."""
+        iterator = iter(rows)
         with ThreadPoolExecutor(1) as pool:
             encoding: _Chunk | None = None
             while chunk := list(itertools.islice(iterator, _CHUNK)):
-                rendered = [self._rendered(pair) for pair in chunk]
-                texts = [text for item in rendered if isinstance(item, PairTexts) for text in item]
+                rendered = [self._rendered(row) for row in chunk]
+                texts = [
+                    text for item in rendered if isinstance(item, RenderedTexts) for text in (item.prompt, *item.whole)
+                ]
                 future = pool.submit(self._codec.encode, texts)
                 if encoding is not None:
                     yield from self._finished(encoding)
@@ -81,58 +88,64 @@ class PairTokenizer:
             if encoding is not None:
                 yield from self._finished(encoding)
 
-    def prompt_ids(self, pair: Pair) -> Ids:
-        """Token ids of a pair's prompt as generation would start from it.
+    def prompt_ids(self, pair: Pair | Group) -> Ids:
+        """Token ids of a row's prompt as generation would start from it.
 
         Raises:
             DataError: see `__call__`.
         """
         return self._codec.open_prompt(self._codec.encode([self._renderer.prompt(pair)])[0])
 
-    def _rendered(self, pair: Pair | TokenizedPair) -> PairTexts | DataError | None:
-        if isinstance(pair, TokenizedPair):
+    def _rendered(self, row: Row) -> RenderedTexts | DataError | None:
+        if isinstance(row, Example):
             return None
         try:
-            texts = self._renderer.texts(pair)
-            "".join(texts).encode("utf-8")
+            texts = self._renderer.texts(row)
+            "".join((texts.prompt, *texts.whole)).encode("utf-8")
         except DataError as error:
             return error
         except UnicodeEncodeError as error:  # In a role, a tool or another part that only the template looks at.
             code = ascii(error.object[error.start])
-            return DataError(f"{pair.location}: the row holds half of a surrogate pair ({code}), which is not text.")
+            return DataError(f"{row.location}: the row holds half of a surrogate pair ({code}), which is not text.")
         return texts
 
     def _finished(self, chunk: _Chunk) -> Iterator[Outcome]:
         ids = iter(chunk.ids.result())
-        for pair, texts in zip(chunk.pairs, chunk.texts, strict=True):
-            if isinstance(pair, TokenizedPair):
-                yield pair
+        for row, texts in zip(chunk.rows, chunk.texts, strict=True):
+            if isinstance(row, Example):
+                yield row
             elif isinstance(texts, DataError):
                 yield texts
             else:
                 assert texts is not None
-                whole = [next(ids) for _ in texts]
+                prompt, *whole = (next(ids) for _ in range(1 + len(texts.whole)))
                 try:
-                    yield self._divided(pair, texts, whole)
+                    yield self._divided(row, texts, prompt, whole)
                 except DataError as error:
                     yield error
 
-    def _divided(self, pair: Pair, texts: PairTexts, ids: Sequence[Ids]) -> TokenizedPair:
+    def _divided(self, row: Pair | Group, texts: RenderedTexts, prompt: Ids, whole: Sequence[Ids]) -> Example:
         """Prompt and completions apart, from the ids of `texts`."""
-        prompt = self._codec.open_prompt(ids[0])
+        prompt = self._codec.open_prompt(prompt)
         if not prompt:
             raise DataError(
-                f"{pair.location}: the prompt has no tokens, so the first completion token has nothing to follow."
+                f"{row.location}: the prompt has no tokens, so the first completion token has nothing to follow."
             )
-        rows = zip((texts.with_chosen, texts.with_rejected), ids[1:], strict=True)
-        chosen, rejected = (self._completion(prompt, texts.prompt, text, whole) for text, whole in rows)
-        if chosen is None or rejected is None:
-            raise DataError(
-                f"{pair.location}: the chat template renders the prompt differently once the answer follows, so the "
-                "boundary between them is unknown; use a template that does not rewrite earlier turns, or token ids."
-            )
-        sides = (self._codec.closed(chosen), self._codec.closed(rejected))
-        return TokenizedPair(prompt, *sides, pair.location, pair.margin, pair.weight)
+        completions = []
+        for text, ids in zip(texts.whole, whole, strict=True):
+            completion = self._completion(prompt, texts.prompt, text, ids)
+            if completion is None:
+                raise DataError(
+                    f"{row.location}: the chat template renders the prompt differently once the answer follows, so the "
+                    "boundary between them is unknown; use a template that does not rewrite earlier turns, or token "
+                    "ids."
+                )
+            completions.append(self._codec.closed(completion))
+        if isinstance(row, Pair):
+            chosen, rejected = completions
+            return TokenizedPair(prompt, chosen, rejected, row.location, row.margin, row.weight)
+        scored = (row.scores, row.labelled, row.pairs)
+        return TokenizedGroup(prompt, tuple(completions), *scored, row.location, row.weight)
 
     def _completion(self, prompt: Ids, prompt_text: str, text: str, ids: Ids) -> Ids | None:
         """The ids of `text` after the prompt's; None where the boundary cannot be found."""

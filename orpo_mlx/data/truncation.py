@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from orpo_mlx.types import TokenizedPair
+from orpo_mlx.data.groups import narrowed
+from orpo_mlx.types import Example, TokenizedGroup, TokenizedPair
 
 TRUNCATIONS = ("drop", "keep_start", "keep_end")
 """What becomes of a pair that is too long: left out, or its prompt cut at the end or at the start."""
 
 
 class Fitted(NamedTuple):
-    """A pair fitted to a length."""
+    """A pair or group fitted to a length."""
 
-    pair: TokenizedPair | None
+    pair: Example | None
     """None where it is left out."""
     reason: str = ""
     """Why it is left out, a key of `row_counts.REASONS`."""
@@ -21,24 +23,56 @@ class Fitted(NamedTuple):
     completion_cut: bool = False
 
 
-def fit(pair: TokenizedPair, max_seq_length: int, truncate: str = "drop") -> Fitted:
-    """Fit prompt + completion, on both sides, into `max_seq_length` tokens; `truncate` is one of `TRUNCATIONS`.
+def fit(example: Example, max_seq_length: int, truncate: str = "drop") -> Fitted:
+    """Fit prompt and every completion into `max_seq_length` tokens; `truncate` is one of `TRUNCATIONS`.
 
-    The prompt is cut first, and down to one token if need be; only then do completions lose their ends. Both sides see
-    the same prompt.
+    The prompt is cut first, and down to one token if need be; only then do completions lose their ends. All completions
+    see the same prompt. Of a group, too long completions are left out alone, and so are pairs that are the same tokens.
     """
-    prompt, chosen, rejected = pair[:3]
-    longest = max(len(chosen), len(rejected))
-    too_long = len(prompt) + longest > max_seq_length
-    if too_long and truncate == "drop":
-        return Fitted(None, "too_long")
-    if too_long:
+    if isinstance(example, TokenizedGroup):
+        return _fit_group(example, max_seq_length, truncate)
+    return _fit_pair(example, max_seq_length, truncate)
+
+
+def _fit_group(group: TokenizedGroup, max_seq_length: int, truncate: str) -> Fitted:
+    keep = list(range(len(group.completions)))
+    prompt, completions = group.prompt_ids, group.completions
+    if truncate == "drop":
+        keep = [place for place in keep if len(prompt) + len(completions[place]) <= max_seq_length]
+        reason = "too_long"
+    else:
+        prompt, completions = _cut(prompt, completions, max_seq_length, truncate)
+        keep = [place for place in keep if completions[place]]
+        reason = "no_completion_left"
+    pairs = [pair for pair in group.pairs if completions[pair[0]] != completions[pair[1]]]
+    if len(keep) == len(completions) and len(pairs) < len(group.pairs):
+        reason = "equal_sides"
+    return Fitted(
+        narrowed(group._replace(prompt_ids=prompt, completions=completions), keep, pairs),
+        reason,
+        prompt_cut=len(prompt) < len(group.prompt_ids),
+        completion_cut=completions != group.completions,
+    )
+
+
+def _cut(
+    prompt: tuple[int, ...], completions: Sequence[tuple[int, ...]], max_seq_length: int, truncate: str
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    longest = max(map(len, completions))
+    if len(prompt) + longest > max_seq_length:
         # One token of the prompt must stay: the first completion token is predicted from it.
         room = min(len(prompt), max(1, max_seq_length - longest))
         prompt = prompt[:room] if truncate == "keep_start" else prompt[-room:]
-        most = max_seq_length - len(prompt)
-        chosen = chosen[:most]
-        rejected = rejected[:most]
+    return prompt, tuple(ids[: max_seq_length - len(prompt)] for ids in completions)
+
+
+def _fit_pair(pair: TokenizedPair, max_seq_length: int, truncate: str) -> Fitted:
+    prompt, chosen, rejected = pair.prompt_ids, pair.chosen_ids, pair.rejected_ids
+    longest = max(len(chosen), len(rejected))
+    if len(prompt) + longest > max_seq_length:
+        if truncate == "drop":
+            return Fitted(None, "too_long")
+        prompt, (chosen, rejected) = _cut(prompt, (chosen, rejected), max_seq_length, truncate)
         if not chosen:
             return Fitted(None, "no_completion_left")
     # After the cut: two long answers that differ at their ends only have become one.

@@ -27,7 +27,7 @@ from orpo_mlx.engine.lm_head import find_head
 from orpo_mlx.engine.patched_layers import patched_layers
 from orpo_mlx.engine.proofs import HEAD, Proofs, prove_functions
 from orpo_mlx.engine.shared_prompt import PrefixCaches
-from orpo_mlx.types import SUMS_ALONE, Batch, PairLogProbs, TokenizedPair, Wanted
+from orpo_mlx.types import SUMS_ALONE, Batch, Example, PairLogProbs, Wanted
 
 Caches = list[Any] | None
 Run = Callable[[mx.array, Caches], mx.array]
@@ -95,7 +95,7 @@ class PairScorer:
         """What maps ids to states: the whole model where its head could not be told apart."""
         return self.model if self.head is None else self.head.backbone
 
-    def collate(self, pairs: Sequence[TokenizedPair], *, with_prompt: bool = False) -> Batch:
+    def collate(self, pairs: Sequence[Example], *, with_prompt: bool = False) -> Batch:
         """The pairs in the layout that model and device take."""
         return collate(pairs, self.layout, with_prompt=with_prompt)
 

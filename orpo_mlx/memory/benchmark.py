@@ -32,7 +32,7 @@ from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.reference_store import ReferenceTable
 from orpo_mlx.training.run import Run, versions
 from orpo_mlx.training.step import optimiser_step
-from orpo_mlx.types import TokenizedPair
+from orpo_mlx.types import Example
 
 PROG = "orpo-mlx memory"
 _GIB = 2**30
@@ -40,7 +40,7 @@ _DEFAULTS = ("--iters", "3")
 # The same pairs for every method, and no prediction, which would run steps of its own before the peak is taken.
 _FIXED = ("--no-shuffle", "--no-memory-check")
 
-StepBatches = Sequence[Sequence[TokenizedPair]]
+StepBatches = Sequence[Sequence[Example]]
 
 
 class Timing(NamedTuple):
@@ -94,10 +94,10 @@ def timed_reference(run: Run, batches: StepBatches) -> Timing:
     if reference is None:
         return Timing([0.0], 0.0)
 
-    def remember(batch: Sequence[TokenizedPair]) -> None:
+    def remember(batch: Sequence[Example]) -> None:
         reference.remember(micro_batches(batch, run.config.batch_size, run.config.micro_batch_tokens))
 
-    def compute(batch: Sequence[TokenizedPair]) -> None:
+    def compute(batch: Sequence[Example]) -> None:
         # With an empty table, so that nothing is remembered already.
         known = reference.table
         reference.table = ReferenceTable()
@@ -109,7 +109,7 @@ def timed_reference(run: Run, batches: StepBatches) -> Timing:
     return timed(compute, batches)
 
 
-def timed(work: Callable[[Sequence[TokenizedPair]], object], batches: StepBatches) -> Timing:
+def timed(work: Callable[[Sequence[Example]], object], batches: StepBatches) -> Timing:
     """`work` on each step batch."""
     mx.reset_peak_memory()
     seconds = []

@@ -30,7 +30,7 @@ from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.process_memory import working_set_bytes
 from orpo_mlx.training.prepare import assemble
 from orpo_mlx.training.step import optimiser_step
-from orpo_mlx.types import TokenizedPair
+from orpo_mlx.types import Example, TokenizedPair
 
 _GIB = 2**30
 _FEWEST_LAYERS, _FEWEST_OF_SEVERAL_KINDS = 2, 3
@@ -69,7 +69,7 @@ class Probe(NamedTuple):
     reference: int
 
 
-def predict(config: TrainingConfig, blueprint: Blueprint, window: Sequence[TokenizedPair]) -> Prediction:
+def predict(config: TrainingConfig, blueprint: Blueprint, window: Sequence[Example]) -> Prediction:
     """The peak of MLX's memory in a step on the heaviest micro-batches of `window`. Draws random numbers.
 
     `config.memory` "auto" is taken as "fast".
@@ -105,7 +105,7 @@ def predict(config: TrainingConfig, blueprint: Blueprint, window: Sequence[Token
     return Prediction(weight_bytes(build(blueprint, total)) / _GIB, *(part / _GIB for part in parts))
 
 
-def heaviest_window(config: TrainingConfig, pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+def heaviest_window(config: TrainingConfig, pairs: Sequence[Example]) -> list[Example]:
     """The longest pairs of a split, as many as an optimiser step takes."""
     # Stable, so that equal lengths give the same pairs on every machine.
     longest = np.argsort(side_lengths(pairs).sum(axis=1), kind="stable")[::-1][
@@ -114,7 +114,7 @@ def heaviest_window(config: TrainingConfig, pairs: Sequence[TokenizedPair]) -> l
     return [pairs[index] for index in longest.tolist()]
 
 
-def made_window(config: TrainingConfig, prompt_tokens: int, vocabulary: int) -> list[TokenizedPair]:
+def made_window(config: TrainingConfig, prompt_tokens: int, vocabulary: int) -> list[Example]:
     """A step's pairs, each side `config.max_seq_length` tokens long, of which `prompt_tokens` are the prompt."""
     # Ids are random because equal ones would be one row of a gathered embedding, and experts would all be the same.
     rng = np.random.default_rng(0)
@@ -142,9 +142,7 @@ def device_working_set() -> float | None:
     return None if size is None else size / _GIB
 
 
-def _probe(
-    config: TrainingConfig, blueprint: Blueprint, depth: int, trained: int, window: Sequence[TokenizedPair]
-) -> Probe:
+def _probe(config: TrainingConfig, blueprint: Blueprint, depth: int, trained: int, window: Sequence[Example]) -> Probe:
     """One step on a model of `depth` layers, of which the last `trained` learn."""
     try:
         return _measured_step(config, blueprint, depth, trained, window)
@@ -153,7 +151,7 @@ def _probe(
 
 
 def _measured_step(
-    config: TrainingConfig, blueprint: Blueprint, depth: int, trained: int, window: Sequence[TokenizedPair]
+    config: TrainingConfig, blueprint: Blueprint, depth: int, trained: int, window: Sequence[Example]
 ) -> Probe:
     # Compiled functions and what they belong to refer to each other: a model that was dropped may still be there.
     gc.collect()

@@ -12,7 +12,7 @@ from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.batching import TrainingOrder, length_order, micro_batches, side_lengths, steps_per_epoch
 from orpo_mlx.models.adapters import adapter_metadata
 from orpo_mlx.training.run import Run
-from orpo_mlx.types import TokenizedPair
+from orpo_mlx.types import Example
 
 _ORDER_KEY = "orpo_mlx_order"
 _STEP_KEY = "orpo_mlx_step"
@@ -72,7 +72,7 @@ def steps_taken(adapters: str | Path) -> int:
     return int(step) if step.isdecimal() else 0
 
 
-def evaluation_pairs(run: Run) -> dict[str, Sequence[TokenizedPair]]:
+def evaluation_pairs(run: Run) -> dict[str, Sequence[Example]]:
     """The pairs of each held-out split that are evaluated."""
     limits = {"valid": run.config.val_batches, "test": run.config.test_batches}
     return {
@@ -82,7 +82,7 @@ def evaluation_pairs(run: Run) -> dict[str, Sequence[TokenizedPair]]:
     }
 
 
-def evaluation_groups(run: Run) -> list[list[TokenizedPair]]:
+def evaluation_groups(run: Run) -> list[list[Example]]:
     """The pairs of the held-out splits, grouped as the evaluations group them."""
     return [
         [pairs[index] for index in indices]
@@ -91,7 +91,7 @@ def evaluation_groups(run: Run) -> list[list[TokenizedPair]]:
     ]
 
 
-def groups_to_come(run: Run) -> list[list[TokenizedPair]]:
+def groups_to_come(run: Run) -> list[list[Example]]:
     """Every pair this run meets, grouped as the first epoch and the evaluations group them."""
     config = run.config
     pairs = run.splits["train"].pairs
@@ -99,7 +99,7 @@ def groups_to_come(run: Run) -> list[list[TokenizedPair]]:
     per_epoch = steps_per_epoch(len(pairs), pairs_per_step(config))
     # From the middle of an epoch, its rest and one whole epoch meet every pair.
     most = min(total_steps(config, len(pairs)), per_epoch + -order.step % per_epoch)
-    groups: list[list[TokenizedPair]] = []
+    groups: list[list[Example]] = []
     for indices in itertools.islice(order, most):
         groups += micro_batches([pairs[index] for index in indices], config.batch_size, config.micro_batch_tokens)
     return groups + evaluation_groups(run)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
-from orpo_mlx.data.batching import length_order, row_weights, sequence_tokens
+from orpo_mlx.data.batching import count_pairs, length_order, row_weights, sequence_tokens
 from orpo_mlx.engine.pair_scorer import PairScorer, join_logps, pair_logps
 from orpo_mlx.losses.metrics import MetricMeans, pair_metrics
 from orpo_mlx.losses.recipe import Recipe
@@ -22,7 +22,7 @@ from orpo_mlx.training.interrupts import StopSignals
 from orpo_mlx.training.reference import ReferenceLogProbs, as_policy, with_reference
 from orpo_mlx.training.row_values import row_values, with_row_values
 from orpo_mlx.training.run import Run
-from orpo_mlx.types import TokenizedPair
+from orpo_mlx.types import Example
 
 Validated = Callable[[int, Mapping[str, float], float], object]
 """Told of the step, the metrics and the seconds of a validation."""
@@ -30,7 +30,7 @@ Validated = Callable[[int, Mapping[str, float], float], object]
 
 def evaluate(
     scorer: PairScorer,
-    pairs: Sequence[TokenizedPair],
+    pairs: Sequence[Example],
     method: Recipe,
     *,
     batch_size: int,
@@ -39,7 +39,7 @@ def evaluate(
     untrained: bool = False,
     progress: Callable[[int], None] = lambda done: None,
     ranks: Ranks | None = None,
-    suspects: Callable[[list[TokenizedPair]], None] = lambda pairs: None,
+    suspects: Callable[[list[Example]], None] = lambda pairs: None,
 ) -> dict[str, float]:
     """Mean over all `pairs` of each of `metrics.pair_metrics`, without dropout and without gradient.
 
@@ -52,7 +52,7 @@ def evaluate(
     model = scorer.model
     was_training = model.training
     model.eval()
-    tokens_per_pair = sequence_tokens(pairs) / len(pairs) if nll == "sequence" else None
+    tokens_per_pair = sequence_tokens(pairs) / count_pairs(pairs) if nll == "sequence" else None
     weighted = bool((row_weights(pairs) != 1).any())
     parts, done = [], 0
     ranks = ranks or Ranks()
@@ -77,7 +77,8 @@ def evaluate(
     metrics = pair_metrics(together, method.loss(together))
     finite = np.all([np.isfinite(np.array(values)) for values in metrics.values()], axis=0)
     if not finite.all():
-        suspects([pair for pair, good in zip(order, finite, strict=True) if not good])
+        of_each_pair = [example for example in order for _ in example.pairs]
+        suspects(list(dict.fromkeys(pair for pair, good in zip(of_each_pair, finite, strict=True) if not good)))
     means.add(metrics)
     return means.means()
 
@@ -109,7 +110,7 @@ def evaluate_splits(
     for name, pairs in evaluation_pairs(run).items():
         if name not in names:
             continue
-        suspects: list[TokenizedPair] = []
+        suspects: list[Example] = []
         started = time.perf_counter()
         with reporter.bar(f"evaluating {name}", len(pairs), "pairs") as advance:
 

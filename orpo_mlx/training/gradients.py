@@ -10,7 +10,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from orpo_mlx.data.batching import micro_batches, sequence_tokens
+from orpo_mlx.data.batching import count_pairs, micro_batches, sequence_tokens
 from orpo_mlx.engine.pair_scorer import join_logps, pair_logps
 from orpo_mlx.engine.segmented_backward import Gradients
 from orpo_mlx.losses.metrics import METRICS, MetricMeans, pair_metrics
@@ -19,7 +19,7 @@ from orpo_mlx.training.reference import with_reference
 from orpo_mlx.training.row_values import row_values, with_row_values
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step_functions import LossGradient, MicroBatch, differentiated
-from orpo_mlx.types import TokenizedPair
+from orpo_mlx.types import Example
 
 
 class StepGradient(NamedTuple):
@@ -32,7 +32,7 @@ class StepGradient(NamedTuple):
     means: MetricMeans
 
 
-def step_gradient(run: Run, step_batch: Sequence[TokenizedPair]) -> StepGradient:
+def step_gradient(run: Run, step_batch: Sequence[Example]) -> StepGradient:
     """The gradient of the mean loss over a step's pairs, whatever the micro-batches they are run in.
 
     Normalisers are known before the first backward, so that accumulating equals one big batch.
@@ -67,8 +67,8 @@ def step_gradient(run: Run, step_batch: Sequence[TokenizedPair]) -> StepGradient
 
 def micro_batch_inputs(
     run: Run,
-    step_batch: Sequence[TokenizedPair],
-    pairs: Sequence[TokenizedPair],
+    step_batch: Sequence[Example],
+    pairs: Sequence[Example],
     loss_gradient: LossGradient | None = None,
 ) -> MicroBatch:
     """What the gradient of some of a step's pairs depends on."""
@@ -79,13 +79,13 @@ def micro_batch_inputs(
         batch,
         reference,
         row_values(pairs, run.method, weighted=run.weighted),
-        mx.array(float(len(step_batch))),
+        mx.array(float(count_pairs(step_batch))),
         None if tokens is None else mx.array(tokens),
         loss_gradient,
     )
 
 
-def _micro_batches(run: Run, pairs: Sequence[TokenizedPair]) -> list[list[TokenizedPair]]:
+def _micro_batches(run: Run, pairs: Sequence[Example]) -> list[list[Example]]:
     return micro_batches(pairs, run.config.batch_size, run.config.micro_batch_tokens, run.scorer.layout)
 
 
@@ -106,7 +106,7 @@ def _means_of_all_ranks(run: Run, means: MetricMeans) -> MetricMeans:
 
 
 def _loss_gradients(
-    run: Run, step_batch: Sequence[TokenizedPair], parts: Sequence[Sequence[TokenizedPair]]
+    run: Run, step_batch: Sequence[Example], parts: Sequence[Sequence[Example]]
 ) -> tuple[list[LossGradient | None], MetricMeans]:
     """Log-probs of the whole step first, then its loss's gradient towards them, by micro-batch; the step's metrics.
 
@@ -128,11 +128,11 @@ def _loss_gradients(
     towards = mx.grad(loss)(differentiated(together))
     means = MetricMeans()
     means.add(pair_metrics(together, run.method.loss(together)))
-    before = sum(len(run.ranks.share(step_batch, rank)) for rank in range(run.ranks.rank))
-    bounds = np.cumsum([before, *map(len, parts)]).tolist()
+    before = sum(count_pairs(run.ranks.share(step_batch, rank)) for rank in range(run.ranks.rank))
+    bounds = np.cumsum([before, *map(count_pairs, parts)]).tolist()
     parts_of = [{name: value[a:b] for name, value in towards.items()} for a, b in itertools.pairwise(bounds)]
     return [LossGradient(**part) for part in parts_of], means
 
 
-def _nll_tokens_per_pair(run: Run, step_batch: Sequence[TokenizedPair]) -> float | None:
-    return sequence_tokens(step_batch) / len(step_batch) if run.config.nll == "sequence" else None
+def _nll_tokens_per_pair(run: Run, step_batch: Sequence[Example]) -> float | None:
+    return sequence_tokens(step_batch) / count_pairs(step_batch) if run.config.nll == "sequence" else None

@@ -28,7 +28,7 @@ from orpo_mlx.training.reference_pass import save_reference
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.sinks import Sinks
 from orpo_mlx.training.step import optimiser_step
-from orpo_mlx.types import Reply, TokenizedPair
+from orpo_mlx.types import Example, Reply
 
 _GIB = 2**30
 # Keeps a rate finite where the clock did not move.
@@ -115,7 +115,7 @@ class Loop:
             self._require_folder()
         return metrics
 
-    def step(self, step_batch: Sequence[TokenizedPair]) -> MetricMeans | None:
+    def step(self, step_batch: Sequence[Example]) -> MetricMeans | None:
         """One step and its part of the report; None where it was skipped."""
         progress = self.progress
         before = random_state()

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx_lm.tuner.utils import build_schedule
 
 from orpo_mlx.config.settings import TrainingConfig, data_reading, recipe
@@ -16,7 +17,7 @@ from orpo_mlx.data.sources import Source, find_splits
 from orpo_mlx.data.splits import Lengths, Split, tokenized_split
 from orpo_mlx.engine.memory_modes import Memory, spend_memory
 from orpo_mlx.engine.pair_scorer import PairScorer
-from orpo_mlx.errors import ConfigError, reason_of
+from orpo_mlx.errors import ConfigError, DataError, reason_of
 from orpo_mlx.files import cache_folder
 from orpo_mlx.models.adapters import add_adapters, load_adapter_file
 from orpo_mlx.models.loading import LoadedModel, find, load
@@ -86,6 +87,8 @@ def load_run(config: TrainingConfig, sources: Mapping[str, Source], folder: Path
     info = find(config.model, trust_remote_code=config.trust_remote_code)
     lengths = data_lengths(config, info.exact_tokens)
     splits = {name: tokenized_split(source, reading, info.tokenizer, lengths) for name, source in sources.items()}
+    for split in splits.values():
+        require_pairs(split, config.method)
     weighted = find_weighted(splits, recipe(config))
     mx.random.seed(config.seed)
     loaded = load(info, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
@@ -101,6 +104,21 @@ def load_run(config: TrainingConfig, sources: Mapping[str, Source], folder: Path
     run.ranks = ranks
     _share_reference_table(run)
     return run
+
+
+def require_pairs(split: Split, method: str) -> None:
+    """Refuse rows that hold no pair; raises DataError, which names the first."""
+    groups = split.pairs.groups
+    alone = None if groups is None else np.flatnonzero(groups.pair_counts == 0)
+    if groups is None or alone is None or not alone.size:
+        return
+    first = int(alone[0])
+    what = (
+        "one completion with a label"
+        if groups.counts[first] == 1
+        else "a list of rated completions; `pair_ratings=best_worst`, all or adjacent makes pairs of them"
+    )
+    raise DataError(f"{split.pairs.location(first)}: method {method} learns from pairs, and the row holds {what}.")
 
 
 def prepare(config: TrainingConfig, ranks: Ranks | None = None) -> Run:

@@ -19,14 +19,14 @@ from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.models.adapters import adapters_off
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.reference_store import ReferenceTable, identity_digest, weights_fingerprint
-from orpo_mlx.types import SUMS_ALONE, Batch, PairLogProbs, TokenizedPair, Wanted
+from orpo_mlx.types import SUMS_ALONE, Batch, Example, PairLogProbs, Wanted
 
 _MATHS = 1
 """Raised when this package computes other log-probs from the same weights and tokens, beyond rounding."""
 
 
 class ReferenceValues(NamedTuple):
-    """Log-probs under the reference of B pairs, nats, float32, (B,) each; see `PairLogProbs`."""
+    """Log-probs under the reference of P pairs, nats, float32, (P,) each; see `PairLogProbs`."""
 
     chosen: mx.array
     rejected: mx.array
@@ -39,10 +39,22 @@ TAILS = b"tails"
 """A row of the table for both tails of a pair stands under another key than that of its whole completions."""
 
 
-def pair_key(pair: TokenizedPair, what: bytes = b"") -> bytes:
-    """A digest of a pair's token ids, and of what about them."""
+def keys_of(example: Example) -> tuple[bytes, ...]:
+    """Digests of an example's token ids: of the prompt with its first and second completion, with the third and fourth,
+    and so on. A pair has one, a group one for every two completions."""
+    completions = [*example.completions, *([()] if len(example.completions) % 2 else [])]
+    return tuple(_digest(example.prompt_ids, *two) for two in zip(completions[::2], completions[1::2], strict=True))
+
+
+def tail_keys_of(example: Example) -> tuple[bytes, ...]:
+    """The same of an example's pairs: where a tail begins depends on both sides."""
+    own = example.completions
+    return tuple(_digest(example.prompt_ids, own[better], own[worse], what=TAILS) for better, worse in example.pairs)
+
+
+def _digest(*sides: Sequence[int], what: bytes = b"") -> bytes:
     digest = hashlib.blake2b(what, digest_size=16)
-    for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
+    for ids in sides:
         digest.update(len(ids).to_bytes(8, "little"))
         digest.update(np.array(ids, np.int32).tobytes())
     return digest.digest()
@@ -104,7 +116,7 @@ class ReferenceLogProbs:
         """Whether every pair must be remembered before the first step."""
         return not self._live
 
-    def __call__(self, pairs: Sequence[TokenizedPair], batch: Batch) -> ReferenceValues:
+    def __call__(self, pairs: Sequence[Example], batch: Batch) -> ReferenceValues:
         """Reference log-probs of the chosen and rejected sides of `batch`.
 
         Raises:
@@ -116,19 +128,26 @@ class ReferenceLogProbs:
         if missing:
             some = [pairs[place] for place in missing]
             self._compute(some, batch if len(some) == len(pairs) else self._collate(some))
-        found = np.array([[self.table.get(key) for key in self._keys(pair)] for pair in pairs], np.float32)
-        return ReferenceValues(*(mx.array(column) for column in found.reshape(len(pairs), -1).T))
+        of_pairs = [
+            (values[better], values[worse])
+            for pair, values in zip(pairs, map(self._known, pairs), strict=True)
+            for better, worse in pair.pairs
+        ]
+        columns = [of_pairs]
+        if self._wanted.tails:
+            columns.append([self.table.get(key) for pair in pairs for key in tail_keys_of(pair)])  # type: ignore[misc]
+        return ReferenceValues(*(mx.array(side) for two in columns for side in np.array(two, np.float32).T))
 
-    def knows(self, pair: TokenizedPair) -> bool:
+    def knows(self, pair: Example) -> bool:
         """Whether everything about a pair is remembered."""
         return all(self.table.get(key) is not None for key in self._keys(pair))
 
-    def adopt(self, pairs: Sequence[TokenizedPair], logps: PairLogProbs) -> None:
+    def adopt(self, pairs: Sequence[Example], logps: PairLogProbs) -> None:
         """Keep log-probs of the policy as the reference's: they are the same numbers until the first optimiser step."""
         self._keep(pairs, logps)
 
     def remember(
-        self, groups: Iterable[Sequence[TokenizedPair]], progress: Callable[[int], None] = lambda done: None
+        self, groups: Iterable[Sequence[Example]], progress: Callable[[int], None] = lambda done: None
     ) -> None:
         """Compute and keep the reference log-probs of all pairs, group by group, with the weights as they are now.
 
@@ -150,7 +169,7 @@ class ReferenceLogProbs:
     def remember_among(
         self,
         ranks: Ranks,
-        groups: Sequence[Sequence[TokenizedPair]],
+        groups: Sequence[Sequence[Example]],
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
         """`remember`, each of `ranks` computing its share of the groups; all of them then know all pairs."""
@@ -166,17 +185,17 @@ class ReferenceLogProbs:
                 for key, (chosen, rejected) in zip(keys_of_rank, rows, strict=True):
                     self.table.add(key, chosen, rejected)
 
-    def unknown(self, groups: Iterable[Sequence[TokenizedPair]]) -> int:
+    def unknown(self, groups: Iterable[Sequence[Example]]) -> int:
         """How many pairs of `groups` are not remembered."""
         return sum(not self.knows(pair) for group in groups for pair in group)
 
-    def _keys(self, pair: TokenizedPair) -> list[bytes]:
-        return [pair_key(pair), pair_key(pair, TAILS)] if self._wanted.tails else [pair_key(pair)]
+    def _keys(self, example: Example) -> list[bytes]:
+        return [*keys_of(example), *(tail_keys_of(example) if self._wanted.tails else ())]
 
-    def _collate(self, pairs: Sequence[TokenizedPair]) -> Batch:
+    def _collate(self, pairs: Sequence[Example]) -> Batch:
         return self.scorer.collate(pairs, with_prompt=self._nll_tokens_per_pair is not None)
 
-    def _compute(self, pairs: Sequence[TokenizedPair], batch: Batch) -> None:
+    def _compute(self, pairs: Sequence[Example], batch: Batch) -> None:
         with self._reference_weights():
             tokens = self._nll_tokens_per_pair
             logps = pair_logps(self.scorer, batch, nll_tokens_per_pair=tokens, gradient=False, wanted=self._wanted)
@@ -185,12 +204,25 @@ class ReferenceLogProbs:
     def _reference_weights(self) -> AbstractContextManager[None]:
         return adapters_off(self.scorer.model) if self._live else nullcontext()
 
-    def _keep(self, pairs: Sequence[TokenizedPair], logps: PairLogProbs) -> None:
-        sides = [(logps.chosen, logps.rejected), (logps.chosen_tail, logps.rejected_tail)]
-        for number, (chosen, rejected) in enumerate(sides[: 1 + self._wanted.tails]):
-            rows = np.stack([np.array(chosen), np.array(rejected)], axis=1).tolist()
-            for pair, row in zip(pairs, rows, strict=True):
-                self.table.add(self._keys(pair)[number], *row)
+    def _keep(self, pairs: Sequence[Example], logps: PairLogProbs) -> None:
+        sides = zip(np.array(logps.chosen).tolist(), np.array(logps.rejected).tolist(), strict=True)
+        for example in pairs:
+            values = [0.0] * (len(example.completions) + 1)
+            # Every completion of a group is in some pair of it. `zip` asks for a pair first, and takes no side in vain.
+            for (better, worse), (chosen, rejected) in zip(example.pairs, sides, strict=False):
+                values[better] = chosen
+                values[worse] = rejected
+            for number, key in enumerate(keys_of(example)):
+                self.table.add(key, values[2 * number], values[2 * number + 1])
+        if self._wanted.tails:
+            tails = zip(np.array(logps.chosen_tail).tolist(), np.array(logps.rejected_tail).tolist(), strict=True)
+            for key, row in zip((key for example in pairs for key in tail_keys_of(example)), tails, strict=True):
+                self.table.add(key, *row)
+
+    def _known(self, example: Example) -> list[float]:
+        """The log-prob of each completion of an example that is known."""
+        found = [self.table.get(key) for key in keys_of(example)]
+        return [value for two in found if two is not None for value in two][: len(example.completions)]
 
 
 def with_reference(logps: PairLogProbs, reference: ReferenceValues | None) -> PairLogProbs:
@@ -248,10 +280,10 @@ class CopiedReference(ReferenceLogProbs):
     def keep_in(self, folder: Path, model_config: Mapping[str, Any]) -> None:
         """Nothing is kept."""
 
-    def adopt(self, pairs: Sequence[TokenizedPair], logps: PairLogProbs) -> None:
+    def adopt(self, pairs: Sequence[Example], logps: PairLogProbs) -> None:
         """Nothing is kept."""
 
-    def __call__(self, pairs: Sequence[TokenizedPair], batch: Batch) -> ReferenceValues:
+    def __call__(self, pairs: Sequence[Example], batch: Batch) -> ReferenceValues:
         """Log-probs of both sides under the copy."""
         tokens = self._nll_tokens_per_pair
         logps = pair_logps(self._twin, batch, nll_tokens_per_pair=tokens, gradient=False, wanted=self._wanted)
@@ -259,6 +291,6 @@ class CopiedReference(ReferenceLogProbs):
         return ReferenceValues(logps.chosen, logps.rejected, logps.chosen_tail, logps.rejected_tail)
 
     def remember(
-        self, groups: Iterable[Sequence[TokenizedPair]], progress: Callable[[int], None] = lambda done: None
+        self, groups: Iterable[Sequence[Example]], progress: Callable[[int], None] = lambda done: None
     ) -> None:
         """Nothing is kept: each step computes its own."""

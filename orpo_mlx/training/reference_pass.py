@@ -11,7 +11,7 @@ from orpo_mlx.training.interrupts import StopSignals
 from orpo_mlx.training.reference import ReferenceLogProbs
 from orpo_mlx.training.reference_store import ReferenceTable
 from orpo_mlx.training.run import Run
-from orpo_mlx.types import TokenizedPair
+from orpo_mlx.types import Example
 
 
 def precompute_reference(run: Run, reporter: Reporter, stop: StopSignals) -> None:
@@ -40,7 +40,7 @@ def precompute_reference(run: Run, reporter: Reporter, stop: StopSignals) -> Non
 def compute_reference(
     run: Run,
     reference: ReferenceLogProbs,
-    groups: Sequence[Sequence[TokenizedPair]],
+    groups: Sequence[Sequence[Example]],
     reporter: Reporter,
     stop: StopSignals,
 ) -> None:

@@ -13,7 +13,7 @@ from orpo_mlx.data.batching import row_margins, row_weights
 from orpo_mlx.data.splits import Split
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.losses.recipe import Recipe
-from orpo_mlx.types import PairLogProbs, TokenizedPair
+from orpo_mlx.types import Example, PairLogProbs
 
 
 class RowValues(NamedTuple):
@@ -24,7 +24,7 @@ class RowValues(NamedTuple):
     """Loss margins: differences of scores, scaled."""
 
 
-def row_values(pairs: Sequence[TokenizedPair], method: Recipe, *, weighted: bool) -> RowValues:
+def row_values(pairs: Sequence[Example], method: Recipe, *, weighted: bool) -> RowValues:
     """The values of some pairs; `weighted`: whether any pair of the run has a weight other than 1."""
     # Weights of 1 are left out of all batches or of none: each way is a graph of its own where steps are compiled.
     weight = mx.array(row_weights(pairs).astype(np.float32)) if weighted else None

@@ -10,17 +10,17 @@ from mlx_lm import stream_generate
 
 from orpo_mlx.data.tokenization import PairTokenizer
 from orpo_mlx.reporting.resumable_jsonl import LineFile
-from orpo_mlx.types import Pair, Reply, Text
+from orpo_mlx.types import Group, Pair, Reply, Text
 
 
-def pick_prompts(pairs: Sequence[Pair], count: int) -> list[Pair]:
+def pick_prompts(pairs: Sequence[Pair | Group], count: int) -> list[Pair | Group]:
     """`count` pairs spread evenly over `pairs`."""
     # The middles of `count` equal parts, so that neither end is favoured.
     count = min(count, len(pairs))
     return [pairs[(2 * number + 1) * len(pairs) // (2 * count)] for number in range(count)]
 
 
-def sample_replies(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], max_tokens: int) -> list[Reply]:
+def sample_replies(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair | Group], max_tokens: int) -> list[Reply]:
     """Greedy replies of at most `max_tokens` tokens to the prompts of `pairs`."""
     to_ids = PairTokenizer(tokenizer)
     # Dropout would draw random numbers and change what is said.
@@ -53,7 +53,7 @@ class Sampler:
         self,
         model: nn.Module,
         tokenizer: Any,
-        prompts: Sequence[Pair],
+        prompts: Sequence[Pair | Group],
         max_tokens: int,
         file: LineFile | None = None,
     ) -> None:

@@ -17,7 +17,7 @@ from orpo_mlx.training.checkpoints.random_numbers import random_numbers_kept
 from orpo_mlx.training.checkpoints.resume import Resumed
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.samples import Sampler, pick_prompts
-from orpo_mlx.types import Pair
+from orpo_mlx.types import Group, Pair
 
 # Sample prompts are spread over this many pairs of a split, so that a large one need not be read to its end.
 _PAIRS_TO_SAMPLE = 1000
@@ -72,7 +72,7 @@ def open_sinks(run: Run, reporter: Reporter, callbacks: Callbacks, resumed: Resu
         yield Sinks(reporter, metrics, sampler, callbacks)
 
 
-def sample_prompts(run: Run, reporter: Reporter) -> list[Pair]:
+def sample_prompts(run: Run, reporter: Reporter) -> list[Pair | Group]:
     """Pairs whose prompts are answered before and after training: of the first of test, valid, train that is text."""
     if run.config.samples == 0 or not run.ranks.first:
         return []

@@ -15,14 +15,14 @@ from orpo_mlx.process_memory import clear_cache_above
 from orpo_mlx.training.gradients import StepGradient, micro_batch_inputs, step_gradient
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step_functions import gradient_norm
-from orpo_mlx.types import TokenizedPair
+from orpo_mlx.types import Example
 
 _SHOWN = 4
 
 _NORM_FLOOR = 1e-6
 
 
-def optimiser_step(run: Run, step_batch: Sequence[TokenizedPair], step: int) -> MetricMeans:
+def optimiser_step(run: Run, step_batch: Sequence[Example], step: int) -> MetricMeans:
     """One optimiser step on a step batch, run in micro-batches; returns the step's metrics, and `grad_norm`, the
     gradient's norm before `--max-grad-norm`.
 
@@ -50,7 +50,7 @@ def clip_factor(norm: float, most: float) -> float:
     return min(1.0, most / (norm + _NORM_FLOOR))
 
 
-def require_finite(run: Run, step_batch: Sequence[TokenizedPair], step: int, found: StepGradient) -> None:
+def require_finite(run: Run, step_batch: Sequence[Example], step: int, found: StepGradient) -> None:
     """Make sure that a step's metrics and gradient are finite.
 
     Raises:
@@ -81,7 +81,7 @@ def require_finite(run: Run, step_batch: Sequence[TokenizedPair], step: int, fou
     )
 
 
-def _finite_alone(run: Run, step_batch: Sequence[TokenizedPair], pair: TokenizedPair) -> bool:
+def _finite_alone(run: Run, step_batch: Sequence[Example], pair: Example) -> bool:
     """Whether a pair's own share of the step's loss, its metrics and its gradient are finite."""
     loss, metrics, gradients = run.functions.micro_batch(micro_batch_inputs(run, step_batch, [pair]))
     return all(mx.isfinite(value).all().item() for value in (loss, gradient_norm(gradients), metrics))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from orpo_mlx.data.formats import PROMPT_ELSEWHERE, SHAPES, read_row
 from orpo_mlx.data.messages import as_turns
 from orpo_mlx.errors import DataError
-from orpo_mlx.types import Message, Pair, TokenizedPair
+from orpo_mlx.types import Group, Message, Pair, TokenizedGroup, TokenizedPair
 
 Row = dict[str, Any]
 
@@ -134,7 +135,7 @@ CASES: list[tuple[str, Callable[[str, str, str], Row], dict[str, Any]]] = [
 ]
 
 
-def as_conversation(pair: Pair | TokenizedPair) -> tuple[Any, ...]:
+def as_conversation(pair: Any) -> tuple[Any, ...]:
     assert isinstance(pair, Pair)
     return as_turns(pair.prompt, "user"), as_turns(pair.chosen, "assistant"), as_turns(pair.rejected, "assistant")
 
@@ -154,7 +155,8 @@ def test_every_shape_gives_the_same_pairs(name: str, make: Callable[..., Row], w
 
 
 def test_the_table_above_has_every_shape() -> None:
-    assert {shape.name for shape in SHAPES} - {case[0] for case in CASES} == {"strings, implicit prompt", "token ids"}
+    others = {"strings, implicit prompt", "token ids", "token ids of completions", "labelled completion"}
+    assert {shape.name for shape in SHAPES} - {case[0] for case in CASES} == others
 
 
 @pytest.mark.parametrize(
@@ -206,15 +208,41 @@ def test_rated_completions_become_pairs_on_request(row: Row) -> None:
     best_worst = read_row(row, "f:1", pair_ratings="best_worst")
     assert best_worst.shape == "rated completions"
     assert best_worst.pairs == [Pair("Q", "a", "c", "f:1", margin=2.0)]
-    every = read_row(row, "f:1", pair_ratings="all").pairs
-    assert [(pair[1], pair[2]) for pair in every] == [("a", "b"), ("a", "c"), ("b", "c")]
-    with pytest.raises(DataError, match=r"f:1: the row holds a list of rated completions.*`pair_ratings=best_worst`"):
-        read_row(row, "f:1")
+    for pairing, expected in {
+        "all": [("a", "b"), ("a", "c"), ("b", "c")], "adjacent": [("a", "b"), ("b", "c")], None: []
+    }.items():  # fmt: skip
+        (group,) = read_row(row, "f:1", pair_ratings=pairing).pairs
+        assert isinstance(group, Group)
+        assert [(group.completions[better], group.completions[worse]) for better, worse in group.pairs] == expected
+        assert [text for _, text in sorted(zip(group.scores, group.completions, strict=True))] == ["c", "b", "a"]
 
 
 def test_equal_ratings_give_no_pair() -> None:
     row = {"prompt": "Q", "completions": ["a", "b"], "scores": [1, 1]}
     assert read_row(row, "f:1", pair_ratings="all").pairs == []
+    # Each with all of the next lower rank, so that none is forgotten.
+    tied = {"prompt": "Q", "completions": ["a", "b", "c", "d"], "scores": [1, 2, 1, 0]}
+    (group,) = read_row(tied, "f:1", pair_ratings="adjacent").pairs
+    assert group.pairs == ((1, 0), (1, 2), (0, 3), (2, 3))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("value", "words", "good"),
+    [(True, (), 1.0), (0, (), 0.0), ("1", (), 1.0), ("False", (), 0.0), ("👍", (), 1.0), ("thumbs_down", (), 0.0),
+     ("Yes", ("yes", "no"), 1.0), ("no", ("yes", "no"), 0.0)],
+)  # fmt: skip
+def test_labels_become_one_completion_that_is_good_or_bad(value: Any, words: tuple[str, ...], good: float) -> None:
+    for row in (
+        {"prompt": "Q", "completion": "A", "label": value},
+        {"prompt": turns("Q"), "completion": [said("assistant", "A")], "label": value},
+        {"messages": turns("Q"), "response": "A", "label": value},
+    ):
+        (group,) = read_row(row, "f:1", labels=words).pairs
+        assert isinstance(group, Group)
+        assert (as_turns(group.prompt, "user"), group.scores, group.labelled) == (tuple(turns("Q")), (good,), True)
+        assert as_turns(group.completions[0], "assistant") == (said("assistant", "A"),)
+    (ids,) = read_row({"prompt_ids": [1], "completion_ids": [2], "label": value}, "f:1", labels=words).pairs
+    assert ids == TokenizedGroup((1,), ((2,),), (good,), True, (), "f:1")
 
 
 @pytest.mark.parametrize(
@@ -335,6 +363,13 @@ def test_a_side_that_stops_early_is_empty() -> None:
         ),
         ({"completions": ["a", "b"], "scores": [1, 2]}, "the row has rated completions but no prompt"),
         ({"prompt": "Q", "completions": ["a"], "scores": [1]}, "at least two completions"),
+        ({"prompt": "Q", "completions": ["a", "b"], "scores": [1, None]}, "'completions scores' must be a number"),
+        ({"prompt": "Q", "completions": ["a", "b"], "scores": [1, math.nan]}, "'completions scores' is not a number"),
+        ({"prompt": "Q", "completion": "a", "label": None}, "'label': found null 'None', expected true or false"),
+        ({"prompt": "Q", "completion": "a", "label": "meh"}, "`labels=GOOD,BAD` says which words"),
+        ({"prompt": "Q", "label": True}, "the row has a label but no completion"),
+        ({"completion": "a", "label": True}, "the row has a label but no prompt"),
+        ({"prompt_ids": [1], "completion_ids": [2]}, "the row has one completion and no label"),
         ({"prompt": "Q", "completions": ["a", "b"], "scores": [1]}, "needs a list of as many scores"),
         ({"prompt": "Q", "completions": [{"x": 1}, {"x": 2}]}, "completions[0] has x; expected a text"),
         ({"prompt": "Q", "good": "A", "bad": "B"}, "`columns=chosen=NAME` says which column it is"),

@@ -17,7 +17,7 @@ from tests.conftest import write_rows
 GOOD = {"prompt": "Q", "chosen": "A", "rejected": "B"}
 
 
-def read(path: Path, **options: Any) -> tuple[list[Pair | TokenizedPair], RowReport]:
+def read(path: Path, **options: Any) -> tuple[list[Any], RowReport]:
     report = RowReport()
     rows = list(read_pairs(FileSource([path]), Reading(**options), report))
     assert report.rows_read == len(rows) + sum(report.dropped.values())

@@ -49,10 +49,13 @@ def test_every_row_is_kept_or_counted(tmp_path: Path, tokenizer: Any) -> None:
     assert report.rows_kept == 3
     assert report.dropped == {"empty_side": 1, "equal_sides": 1, "too_long": 1, "bad_row": 1, "equal_ratings": 1}
     assert report.places["too_long"] == [f"{path}:4"]
-    assert [pair.location for pair in split.pairs] == [f"{path}:{line}" for line in (1, 6, 6, 6, 6, 6, 8)]
+    assert [pair.location for pair in split.pairs] == [f"{path}:{line}" for line in (1, 6, 8)]
     to_ids = PairTokenizer(tokenizer)
     assert split.pairs[0] == to_ids(Pair("Q", "A", "B", f"{path}:1"))
-    assert split.pairs[2] == to_ids(Pair("Q", "a", "c", f"{path}:6"))
+    group = split.pairs[1]
+    assert group.pairs == ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3))
+    pair = to_ids(Pair("Q", "a", "c", f"{path}:6"))
+    assert (group.prompt_ids, group.completions[0], group.completions[2]) == pair[:3]
     assert [pair.prompt for pair in split.raw()][-1] == "R"
     assert "1 left out: longer than `max_seq_length` 200" in report.summary()
     assert len(report.left_out) == 5
@@ -84,7 +87,7 @@ def test_what_is_cut_is_counted(tmp_path: Path, tokenizer: Any) -> None:
     assert split.report.notes == {PROMPT_CUT: 2, COMPLETION_CUT: 1}
     assert split.report.places[COMPLETION_CUT] == [f"{path}:3"]
     for pair in split.pairs:
-        assert len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= 40
+        assert len(pair.prompt_ids) + max(map(len, pair.completions)) <= 40
 
 
 def test_a_folded_system_text_is_noted(tmp_path: Path) -> None:

@@ -299,8 +299,7 @@ def test_the_trained_tokens_of_trl(shared: Path, gguf_tokenizer: Any) -> None:
     for row, want in zip(load_pairs(folder / "pairs.jsonl"), expected, strict=True):
         pair = to_ids(row)
         assert pair.prompt_ids == tuple(want["prompt_ids"])
-        assert pair.chosen_ids == tuple(want["chosen_ids"])
-        assert pair.rejected_ids == tuple(want["rejected_ids"])
+        assert pair.completions == (tuple(want["chosen_ids"]), tuple(want["rejected_ids"]))
 
 
 def test_tokens_are_shown_on_one_line(tokenizer: Any) -> None:

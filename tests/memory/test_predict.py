@@ -23,7 +23,7 @@ from orpo_mlx.memory.skeleton import read_blueprint
 from orpo_mlx.models.loading import load
 from orpo_mlx.training.prepare import assemble
 from orpo_mlx.training.step import optimiser_step
-from orpo_mlx.types import TokenizedPair
+from orpo_mlx.types import Example, TokenizedPair
 from tests.conftest import make_pairs, model_config
 
 LAYERS = 9
@@ -55,7 +55,7 @@ def write_deep(folder: Path, kind: str, sizes: dict[str, Any]) -> Path:
     return folder
 
 
-def measured(folder: Path, settings: dict[str, Any], window: list[TokenizedPair]) -> float:
+def measured(folder: Path, settings: dict[str, Any], window: list[Example]) -> float:
     """The peak of a second step, whose optimiser has its state."""
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -68,7 +68,7 @@ def measured(folder: Path, settings: dict[str, Any], window: list[TokenizedPair]
     return (mx.get_peak_memory() - before) / 2**30
 
 
-def assert_predicted(folder: Path, settings: dict[str, Any], window: list[TokenizedPair]) -> None:
+def assert_predicted(folder: Path, settings: dict[str, Any], window: list[Example]) -> None:
     """A prediction is right, now or once more: on a busy machine MLX allocates ahead of what it frees, and peaks of so
     small a model are off by that."""
     for _ in range(3):
@@ -162,8 +162,8 @@ def test_the_heaviest_pairs_of_a_split() -> None:
 
 def test_made_pairs() -> None:
     window = made_window(make_config({"batch_size": 3, "max_seq_length": 10}), 4, 7)
-    assert [tuple(map(len, pair[:3])) for pair in window] == [(4, 6, 6)] * 3
-    assert all(0 <= token < 7 for pair in window for side in pair[:3] for token in side)
+    assert [(len(pair.prompt_ids), *map(len, pair.completions)) for pair in window] == [(4, 6, 6)] * 3
+    assert all(0 <= token < 7 for pair in window for side in (pair.prompt_ids, *pair.completions) for token in side)
 
 
 def test_what_metal_recommends() -> None:

@@ -13,7 +13,7 @@ import pytest
 from orpo_mlx.data.batching import collate
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.models.adapters import adapter_weights, add_adapters
-from orpo_mlx.training.reference import ReferenceLogProbs, ReferenceValues, pair_key, with_reference
+from orpo_mlx.training.reference import ReferenceLogProbs, ReferenceValues, keys_of, with_reference
 from orpo_mlx.types import Batch, TokenizedPair, Wanted
 from tests.conftest import make_model, make_pairs
 
@@ -99,7 +99,7 @@ def test_only_the_missing_pairs_of_a_batch_are_computed(monkeypatch: pytest.Monk
     scorer = PairScorer(adapted())
     base = pair_logps(PairScorer(make_model()), collate(pairs))
     reference = ReferenceLogProbs(scorer, adapters_are_new=True)
-    reference.table.add(pair_key(pairs[1]), -1.5, -2.5)
+    reference.table.add(keys_of(pairs[1])[0], -1.5, -2.5)
     sizes = []
     call = PairScorer.__call__
 
@@ -148,11 +148,11 @@ def test_a_pair_that_can_no_longer_be_computed_is_an_error() -> None:
 
 def test_keys_tell_apart_what_differs_only_in_the_boundary() -> None:
     keys = {
-        pair_key(TokenizedPair(*sides))
+        keys_of(TokenizedPair(*sides))
         for sides in [((1, 2), (3,), (4,)), ((1,), (2, 3), (4,)), ((1,), (2,), (3, 4)), ((1, 2), (4,), (3,))]
     }
     assert len(keys) == 4
-    assert pair_key(TokenizedPair((1,), (2,), (3,), "a:1")) == pair_key(TokenizedPair((1,), (2,), (3,), "b:9"))
+    assert keys_of(TokenizedPair((1,), (2,), (3,), "a:1")) == keys_of(TokenizedPair((1,), (2,), (3,), "b:9"))
 
 
 def test_with_reference_fills_in_both_sides() -> None:

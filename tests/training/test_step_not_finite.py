@@ -65,7 +65,7 @@ def test_a_row_is_named(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatc
     run = make_run(settings, method=method)
     pairs = list(run.splits["train"].pairs[:4])
     before = trainable(run)
-    spoil_row(monkeypatch, pairs[2].chosen_ids)
+    spoil_row(monkeypatch, pairs[2].completions[0])
     with pytest.raises(NonFiniteError) as caught:
         optimiser_step(run, pairs, 7)
     message = str(caught.value)
@@ -114,7 +114,7 @@ def test_no_nan_reaches_a_file(
 ) -> None:
     def step(run: Run, pairs: Any, number: int) -> Any:
         if number == 3 and where == "row":
-            spoil_row(monkeypatch, pairs[0].chosen_ids)
+            spoil_row(monkeypatch, pairs[0].completions[0])
         elif number == 3 and where == "gradient":
             spoil_gradient(run)
         means = optimiser_step(run, pairs, number)
@@ -139,7 +139,7 @@ def test_steps_are_skipped_counted_and_too_many_end_the_run(
 ) -> None:
     settings |= {**LONG, "on_nonfinite": "skip", "lora_parameters": {"dropout": 0.1}}
     pairs = make_run({**settings, "adapter_path": str(tmp_path / "other")}).splits["train"].pairs[:1]
-    spoil_row(monkeypatch, pairs[0].chosen_ids)
+    spoil_row(monkeypatch, pairs[0].completions[0])
     whole = tmp_path / "whole"
     run_quietly({**settings, "adapter_path": str(whole)})
     # Nine steps are three epochs, and the row is met once in each.
