@@ -123,7 +123,7 @@ def test_tables_come_from_the_file_and_keep_the_other_defaults(tmp_path: Path) -
     assert config.optimizer_config["adamw"] == {"bias_correction": True, "weight_decay": 0.1}
 
 
-_TEXTS = {"columns": "prompt=text", "report_to": "wandb,tensorboard"}
+_TEXTS = {"columns": "prompt=text", "labels": "good,bad", "report_to": "wandb,tensorboard"}
 _ALONE = ("epochs", "method", "reference", "report_every", "test", *PARAMETERS)
 
 
