@@ -14,8 +14,8 @@ GROUND = (
     "_blas",
 )  # fmt: skip
 ROOMS = (
-    "losses", "data", "reporting", "models", "engine", "config", "training", "convert", "memory", "chapter", "train",
-    "compare", "doctor", "cli", "__main__",
+    "losses", "data", "reporting", "models", "engine", "judging", "config", "training", "convert", "memory", "chapter",
+    "train", "compare", "doctor", "cli", "__main__",
 )  # fmt: skip
 """From the lowest to the highest; each may import those before it, and the ground."""
 

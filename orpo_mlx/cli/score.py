@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo_mlx.cli.arguments import add_model_options, check_count, check_output_file
-from orpo_mlx.compare.intervals import wilson
 from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.data.pairs import Reading, load_pairs, parse_columns, parse_labels
 from orpo_mlx.errors import DataError
 from orpo_mlx.files import write_text
+from orpo_mlx.judging.intervals import wilson
 from orpo_mlx.models.names import DEFAULT_MODEL
 from orpo_mlx.text import printable
 from orpo_mlx.types import Example

@@ -15,7 +15,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from orpo_mlx.compare.divergence import distinct_n, sampled_kl
 from orpo_mlx.compare.pair_sets import Pairs, relabel, spread_out, three_splits
 from orpo_mlx.compare.plan import PROG, Budget
 from orpo_mlx.config.command_line import resolve
@@ -24,6 +23,7 @@ from orpo_mlx.data.batching import TrainingOrder, micro_batches, steps_per_epoch
 from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.files import save_adapters, save_json
+from orpo_mlx.judging.divergence import distinct_n, sampled_kl
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.process_memory import configure_allocator, process_footprint
 from orpo_mlx.reporting.metrics_log import METRICS_FILE, MetricsFile

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from orpo_mlx.compare.intervals import wilson
 from orpo_mlx.compare.results import Results
+from orpo_mlx.judging.intervals import wilson
 
 ORPO = "orpo"
 DPO = "dpo"

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from orpo_mlx.compare.intervals import clustered_interval, spread
 from orpo_mlx.compare.plan import Arm, Plan
 from orpo_mlx.errors import TrainingError
+from orpo_mlx.judging.intervals import clustered_interval, spread
 
 Results = Mapping[str, Any]
 """What `results.json` holds; docs/results.md has the schema."""

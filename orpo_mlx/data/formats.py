@@ -31,6 +31,9 @@ _ID_COLUMNS = (
     ("prompt_ids", "chosen_ids", "rejected_ids"),
     ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"),
 )
+PAIR_ID_COLUMNS = tuple(itertools.chain(*_ID_COLUMNS))
+"""Columns of a pair whose values are token ids."""
+COMPLETION_IDS = "completion_ids"
 _SIDES = ("chosen", "rejected")
 _EXPECTED = "prompt, chosen and rejected (or prompt_ids, chosen_ids and rejected_ids)"
 
@@ -207,8 +210,8 @@ def _is_conversation(value: Any) -> bool:
 
 
 SHAPES = (
-    Shape("token ids of completions", lambda row: "completion_ids" in row, group_token_ids),
-    Shape("token ids", has(*itertools.chain(*_ID_COLUMNS)), token_ids),
+    Shape("token ids of completions", lambda row: COMPLETION_IDS in row, group_token_ids),
+    Shape("token ids", has(*PAIR_ID_COLUMNS), token_ids),
     Shape(
         "labelled completion",
         lambda row: "label" in row and not has_sides(row) and not has(*COMPLETION_LISTS)(row),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from orpo_mlx.compare.intervals import wilson
+from orpo_mlx.judging.intervals import wilson
 
 
 @pytest.mark.parametrize(("share", "trials"), [(0.5, 10), (0.985, 200), (0.2, 7.5), (0.0, 20), (1.0, 20)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from orpo_mlx.compare.intervals import clustered_interval, spread, wilson
+from orpo_mlx.judging.intervals import clustered_interval, spread, wilson
 
 
 def test_one_seed_is_wilson() -> None:

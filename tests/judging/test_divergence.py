@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from orpo_mlx.compare.divergence import distinct_n, sampled_kl, sequence_kl
+from orpo_mlx.judging.divergence import distinct_n, sampled_kl, sequence_kl
 from orpo_mlx.models.adapters import adapter_weights, add_adapters
 from tests.conftest import make_model
 
@@ -62,7 +62,7 @@ def test_longer_replies_are_those_that_were_sampled(monkeypatch: pytest.MonkeyPa
         seen.append(tuple(reply))
         return sequence_kl(model, prompt, reply)
 
-    monkeypatch.setattr("orpo_mlx.compare.divergence.sequence_kl", spy)
+    monkeypatch.setattr("orpo_mlx.judging.divergence.sequence_kl", spy)
     found = sampled_kl(trained(), [PROMPT] * 6, range(130), seed=3, max_tokens=5)
     assert found.per_reply == pytest.approx(np.mean([expected(reply) for reply in seen]), rel=1e-4)
     assert found.tokens == sum(map(len, seen))

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_Z_95 = 1.959963984540054
+Z_95 = 1.959963984540054
+"""The standard normal's 97.5 % point."""
 
 
 def wilson(share: float, trials: float) -> tuple[float, float]:
@@ -22,7 +23,7 @@ def wilson(share: float, trials: float) -> tuple[float, float]:
     """
     if trials <= 0:
         raise ValueError("an interval needs at least one trial.")
-    z = _Z_95
+    z = Z_95
     centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     # The exact bound at 0 or all successes is 0 or 1; rounding must not leave it a hair inside.

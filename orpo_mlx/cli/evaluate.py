@@ -1,0 +1,119 @@
+"""Did it get better? Replies of a tuned model and its base, or of any two, compared by a judge."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orpo_mlx.cli.arguments import add_model_options, check_output_file
+from orpo_mlx.cli.judging import (
+    EVALUATED,
+    adapter_folder,
+    add_judge_options,
+    add_prompt_options,
+    add_sampling_options,
+    judge_of,
+    prompts_of,
+    sampling_of,
+)
+from orpo_mlx.config.flags import OneLineParser, exit_status, naming_flags, with_flags
+from orpo_mlx.errors import ConfigError, DataError
+from orpo_mlx.text import printable_lines
+
+if TYPE_CHECKING:
+    from orpo_mlx.judging.sides import Side
+
+PROG = "orpo-mlx evaluate"
+
+
+def build_parser() -> OneLineParser:
+    """The command line of `evaluate`."""
+    parser = OneLineParser(prog=PROG, description="Which of two models answers better, judged prompt by prompt.")
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--model", help="Hub id, folder or .gguf file; default: what the adapters were made for")
+    what.add_argument("--adapter-path", metavar="FOLDER", help="adapters of the candidate")
+    what.add_argument("--baseline-model", metavar="MODEL", help="default: the candidate's model")
+    what.add_argument("--baseline-adapter", metavar="FOLDER", help="adapters of the baseline; default: none")
+    add_prompt_options(parser)
+    add_judge_options(parser)
+    parser.add_argument("--check-judge", metavar="RULE", help="hold the judge against a rule, such as rule:plain")
+    add_sampling_options(parser, temperature=0.0)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    output.add_argument("--replies", metavar="FILE", help="write every comparison as a line of JSON")
+    add_model_options(parser)
+    return parser
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Do what a command line asks; raises UserError."""
+    args = build_parser().parse_args(argv)
+    for flag, name in (("--json", args.json), ("--replies", args.replies)):
+        if name is not None:
+            check_output_file(flag, Path(name))
+    # Only now: a mistyped flag need not wait for mlx-lm and transformers.
+    from orpo_mlx.files import save_json
+    from orpo_mlx.judging.evaluate import Plan, as_text, evaluate, failure_warning, write_replies
+    from orpo_mlx.judging.judges import rule_of
+    from orpo_mlx.judging.sides import Loading
+    from orpo_mlx.process_memory import configure_allocator
+    from orpo_mlx.reporting.console import Reporter
+
+    with naming_flags(vars(args)):
+        baseline, candidate = sides_of(args)
+        plan = Plan(
+            baseline,
+            candidate,
+            judge_of(args),
+            None if args.check_judge is None else rule_of(args.check_judge),
+            sampling_of(args),
+            Loading(args.dtype, args.trust_remote_code),
+            args.rows,
+        )
+        configure_allocator()
+        found = evaluate(plan, prompts_of(args, EVALUATED), Reporter(render=with_flags))
+    for note in found.replies.notes:
+        print(printable_lines(note), file=sys.stderr)
+    if args.replies is not None:
+        write_replies(Path(args.replies), found.judged)
+    if args.json is not None:
+        save_json(Path(args.json), found.figures)
+    print(printable_lines(as_text(found.figures)), end="")
+    warning = failure_warning(found.figures)
+    if found.figures["win_rate"] is None:
+        raise DataError(f"{warning}; there is no win rate")
+    if warning is not None:
+        print(printable_lines(f"Warning: {warning}."), file=sys.stderr)
+
+
+def sides_of(args: argparse.Namespace) -> tuple[Side, Side]:
+    """Baseline and candidate.
+
+    Raises:
+        ConfigError: they are the same, or adapters are not there.
+    """
+    from orpo_mlx.cli.conversation import base_model
+    from orpo_mlx.judging.sides import Side
+    from orpo_mlx.models.names import DEFAULT_MODEL
+
+    adapter = adapter_folder("--adapter-path", args.adapter_path)
+    model = args.model or (DEFAULT_MODEL if adapter is None else base_model(adapter))
+    candidate = Side(model, adapter)
+    baseline = Side(args.baseline_model or model, adapter_folder("--baseline-adapter", args.baseline_adapter))
+    if baseline == candidate:
+        raise ConfigError(
+            "baseline and candidate are the same model: give --adapter-path, --baseline-adapter or --baseline-model."
+        )
+    return baseline, candidate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the exit status."""
+    return exit_status(PROG, lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

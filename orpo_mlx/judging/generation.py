@@ -1,0 +1,194 @@
+"""Replies to many prompts at once, on mlx-lm's batch generator; N samples of a prompt run that prompt once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+
+from orpo_mlx.engine.equivalence import close
+from orpo_mlx.models.adapters import in_evaluation
+
+ROWS = 32
+"""Sequences that are generated together: mlx-lm's own default for a batch that generates."""
+# mlx-lm's default: bounds the memory of a long prompt.
+_PREFILL_TOKENS = 2048
+
+Ids = Sequence[int]
+
+
+class Sampling(NamedTuple):
+    """How replies are drawn."""
+
+    max_tokens: int
+    """Of one reply, the token that ends it left out."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Probability mass of the tokens that are drawn from; 1 is all of them."""
+    seed: int = 0
+
+
+class Generated(NamedTuple):
+    """One reply of a model."""
+
+    ids: tuple[int, ...]
+    """Without the token that ended it."""
+    text: str
+    finished: bool
+    """Whether it ended by itself, before `max_tokens`."""
+
+
+class Drawn(NamedTuple):
+    """A reply as token ids, and whether it ended by itself."""
+
+    ids: list[int]
+    finished: bool
+
+
+# Unequal lengths, so that one of them is padded.
+_PROBES: tuple[tuple[int, ...], ...] = ((1, 2, 3), (2, 1, 4, 3, 1, 2))
+
+
+class Generator:
+    """Draws replies from a model.
+
+    Prompts are taken in fixed groups, and the random numbers of a group depend on the seed and on its place alone: a
+    group drawn again, in another process, is the same replies. Groups are as large as `rows` allows.
+
+    Args:
+        model: an mlx-lm model in any mode, which it keeps; as it is when a group is drawn, adapters on or off.
+        tokenizer: mlx-lm's; its EOS tokens end a reply.
+        sampling: how replies are drawn.
+        samples: replies per prompt.
+        rows: sequences that are generated together, at least one prompt's.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, sampling: Sampling, *, samples: int = 1, rows: int = ROWS
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._sampling = sampling
+        self._samples = samples
+        self.group_size = max(1, rows // samples)
+        """Prompts of a group."""
+        self._sampler = make_sampler(sampling.temperature, top_p=sampling.top_p)
+        self._stop = set(tokenizer.eos_token_ids)
+        with in_evaluation(model):
+            self.batches = self._batches_exactly()
+        """Whether several sequences are run at once; a model whose rows then differ is asked for one at a time."""
+
+    def groups(self, prompts: Sequence[Ids], first: int = 0) -> Iterator[list[list[Generated]]]:
+        """The replies to each group of `prompts` in turn, from group number `first`: `samples` for each prompt."""
+        for start in range(first * self.group_size, len(prompts), self.group_size):
+            yield self.group(prompts[start : start + self.group_size], start // self.group_size)
+
+    def replies(
+        self, prompts: Sequence[Ids], progress: Callable[[int], None] = lambda done: None
+    ) -> list[list[Generated]]:
+        """The replies to all prompts, `samples` each; `progress` is called with the number of prompts done."""
+        found: list[list[Generated]] = []
+        for group in self.groups(prompts):
+            found += group
+            progress(len(found))
+        return found
+
+    def group(self, prompts: Sequence[Ids], number: int) -> list[list[Generated]]:
+        """The replies to the prompts of one group, whose random numbers are those of `number`."""
+        mx.random.seed(seed_of(self._sampling.seed, number))
+        with in_evaluation(self._model):
+            rows = self._together(prompts) if self.batches else self._one_by_one(prompts)
+        replies = [self._reply(row) for row in rows]
+        return [replies[start : start + self._samples] for start in range(0, len(replies), self._samples)]
+
+    def _together(self, prompts: Sequence[Ids]) -> list[Drawn]:
+        rows = [prompt for prompt in prompts for _ in range(self._samples)]
+        with closing(self._batch_generator(len(rows))) as generator:
+            caches = [cache for prompt in prompts for cache in [self._run_prompt(prompt)] * self._samples]
+            uids = insert(generator, rows, caches, self._sampling.max_tokens)
+            drawn: dict[int, list[int]] = {uid: [] for uid in uids}
+            finished: set[int] = set()
+            while responses := generator.next_generated():
+                for response in responses:
+                    if response.finish_reason == "stop":
+                        finished.add(response.uid)
+                    else:
+                        drawn[response.uid].append(int(response.token))
+        return [Drawn(drawn[uid], uid in finished) for uid in uids]
+
+    def _batch_generator(self, rows: int) -> BatchGenerator:
+        return BatchGenerator(
+            self._model,
+            stop_tokens=[[token] for token in self._stop],
+            sampler=self._sampler,
+            # All of a group at once: a row that waited for another to end would shift everybody's random numbers.
+            completion_batch_size=rows,
+            prefill_batch_size=rows,
+        )
+
+    def _batches_exactly(self) -> bool:
+        """Whether two short prompts run together have the log-probs that each has by itself, for two tokens."""
+        # mlx-lm's batch generator fails on some models (Gemma 2) and could be wrong in silence on others: its caches
+        # are joined and padded, and each architecture has to heed that.
+        uids: list[int] = []
+        logps: dict[int, list[mx.array]] = {}
+        tokens: dict[int, list[int]] = {}
+        try:
+            with closing(BatchGenerator(self._model)) as generator:
+                uids = insert(generator, _PROBES, [self._run_prompt(probe) for probe in _PROBES], 2)
+                while responses := generator.next_generated():
+                    for response in responses:
+                        logps.setdefault(response.uid, []).append(response.logprobs)
+                        tokens.setdefault(response.uid, []).append(int(response.token))
+        except (ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError, RuntimeError):
+            return False
+        for uid, probe in zip(uids, _PROBES, strict=True):
+            plain = self._model(mx.array([[*probe, *tokens[uid][:-1]]]))[0, len(probe) - 1 :]
+            if not close(mx.stack(logps[uid]), nn.log_softmax(plain, axis=-1)):
+                return False
+        return True
+
+    def _run_prompt(self, prompt: Ids) -> list[Any]:
+        """The cache of all tokens of a prompt but the last, from which generation starts."""
+        cache = make_prompt_cache(self._model)
+        ids = list(prompt[:-1])
+        for start in range(0, len(ids), _PREFILL_TOKENS):
+            self._model(mx.array([ids[start : start + _PREFILL_TOKENS]]), cache=cache)
+            mx.eval([each.state for each in cache])
+        return list(cache)
+
+    def _one_by_one(self, prompts: Sequence[Ids]) -> list[Drawn]:
+        return [self._alone(prompt) for prompt in prompts for _ in range(self._samples)]
+
+    def _alone(self, prompt: Ids) -> Drawn:
+        most = self._sampling.max_tokens
+        ids: list[int] = []
+        for token, _ in generate_step(mx.array(list(prompt)), self._model, max_tokens=most, sampler=self._sampler):
+            if int(token) in self._stop:
+                return Drawn(ids, True)
+            ids.append(int(token))
+        return Drawn(ids, False)
+
+    def _reply(self, row: Drawn) -> Generated:
+        return Generated(tuple(row.ids), str(self._tokenizer.decode(row.ids)).strip(), row.finished)
+
+
+def insert(generator: BatchGenerator, rows: Sequence[Ids], caches: Sequence[list[Any]], most: int) -> list[int]:
+    """Give mlx-lm sequences whose tokens but the last are in their caches; its numbers of them.
+
+    Joining caches copies them, so that samples of a prompt may all be given the very same one.
+    """
+    return list(generator.insert([[row[-1]] for row in rows], [most] * len(rows), caches=list(caches)))
+
+
+def seed_of(*parts: object) -> int:
+    """A seed of 64 bits for each different `parts`."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little")
