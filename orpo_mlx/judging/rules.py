@@ -52,9 +52,13 @@ class Rule:
         progress(len(verdicts))
         return verdicts
 
+    def score_of(self, reply: str, prompt: str, reference: str | None) -> float:
+        """The score of one reply."""
+        return self.score(Asked(reply, prompt, reference))
+
     def _verdict(self, question: Question) -> Verdict:
         first, second = (
-            self.score(Asked(reply, question.prompt, question.reference)) for reply in (question.first, question.second)
+            self.score_of(reply, question.prompt, question.reference) for reply in (question.first, question.second)
         )
         return Verdict(TIE if first == second else FIRST if first > second else SECOND)
 

@@ -1,0 +1,259 @@
+"""The story of `orpo-mlx pairs`: N samples a prompt, scored, made into rows that `train` reads; resumable.
+
+Two passes: the samples of every prompt are drawn into a file beside the output, then judged and made into rows. After
+each group of prompts a state file says how far both have come, so that a run that is killed at any moment goes on with
+the next group and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from orpo_mlx.data.prompts import Prompt, distinct
+from orpo_mlx.errors import ConfigError, DataError
+from orpo_mlx.files import read_json_table, save_json, sha256_of
+from orpo_mlx.judging.generation import ROWS, Generator, Sampling
+from orpo_mlx.judging.ranking import Sample, Scored, different, make_rows
+from orpo_mlx.judging.rules import Rule
+from orpo_mlx.judging.sides import Loading, Side, load_side, prompt_ids
+from orpo_mlx.judging.verdicts import Judge, Question, ballots, check_references
+from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.reporting.resumable_jsonl import FileMark, LineFile
+
+# Prompts that are judged together and then written down.
+_JUDGED_TOGETHER = 16
+
+
+class PairPlan(NamedTuple):
+    """What is sampled, who scores it, and what is made of it."""
+
+    side: Side
+    judge: Judge
+    sampling: Sampling
+    samples: int = 8
+    """Per prompt."""
+    form: str = "pairs"
+    """One of `ranking.FORMS`."""
+    min_gap: float = 0.0
+    """The least score of the best above the worst."""
+    rows: int = ROWS
+    loading: Loading = Loading()
+
+
+class PairCounts(NamedTuple):
+    """What a run has made."""
+
+    prompts: int
+    rows: int
+    left_out: dict[str, int]
+    """By a key of `ranking.LEFT_OUT`."""
+
+
+class State:
+    """How far a run has come, in a file beside its output.
+
+    Raises:
+        ConfigError: the file there is of a run with other settings.
+    """
+
+    def __init__(self, output: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
+        self._path = state_file(output)
+        self.counts: Counter[str] = Counter()
+        self.sampled = 0
+        """Groups of prompts whose samples are drawn."""
+        self.judged = 0
+        """Prompts that are judged."""
+        self.rows = 0
+        self._table: dict[str, Any] = {"identity": identity}
+        self.is_new = overwrite or not self._path.exists()
+        if self.is_new:
+            if output.exists() and not overwrite:
+                raise ConfigError(f"{output}: exists already; give `overwrite` to replace it, or another file.")
+            return
+        known = read_json_table(self._path, DataError)
+        try:
+            changed = [name for name in identity if known["identity"].get(name) != identity[name]]
+            self._table = {**self._table, **known}
+            self.counts = Counter({str(name): int(count) for name, count in known["counts"].items()})
+            self.sampled, self.judged, self.rows = (int(known[name]) for name in ("sampled", "judged", "rows"))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise DataError(f"{self._path}: is not what pairs wrote; remove it, or give another output.") from None
+        if changed:
+            raise ConfigError(
+                f"{output}: was begun with another {', '.join(changed)}; give `overwrite` to begin anew, or another "
+                "file."
+            )
+
+    def mark(self, name: str) -> FileMark | None:
+        """How far the file of that name has come; None before its first line."""
+        known = self._table.get(name)
+        return None if known is None else FileMark(int(known["size"]), str(known["sha256"]))
+
+    def save(self, name: str, file: LineFile) -> None:
+        """Write down what is done, once the lines of it are on the disk."""
+        file.sync()
+        self._table |= {name: file.mark()._asdict(), "counts": dict(self.counts)}
+        self._table |= {"sampled": self.sampled, "judged": self.judged, "rows": self.rows}
+        save_json(self._path, self._table)
+
+
+def state_file(output: Path) -> Path:
+    """Where a run's state is."""
+    return output.with_name(f"{output.name}.state.json")
+
+
+def samples_file(output: Path) -> Path:
+    """Where a run's samples are."""
+    return output.with_name(f"{output.name}.samples")
+
+
+def make_pairs(
+    plan: PairPlan, prompts: Sequence[Prompt], output: Path, reporter: Reporter, *, overwrite: bool = False
+) -> PairCounts:
+    """Sample, score, and write `output`; a run that was killed goes on where it was.
+
+    Raises:
+        UserError: model, judge or prompts cannot be used, or the output is another run's.
+        OSError: the disk is full.
+    """
+    repeated = len(prompts)
+    prompts = distinct(prompts)
+    if repeated > len(prompts):
+        reporter.say(f"{repeated - len(prompts)} prompts repeat another and are asked once.")
+    if isinstance(plan.judge, Rule) and plan.judge.needs_reference:
+        check_references([Question(prompt.question, "", "", prompt.reference) for prompt in prompts], plan.judge.name)
+    state = State(output, identity_of(plan, prompts), overwrite=overwrite)
+    if state.is_new:
+        # A state of an earlier run, or its samples, must not be taken for this one's.
+        for path in (state_file(output), samples_file(output), output):
+            path.unlink(missing_ok=True)
+    draw_samples(plan, prompts, output, state, reporter)
+    judge_samples(plan, prompts, output, state, reporter)
+    return PairCounts(len(prompts), state.rows, dict(state.counts))
+
+
+def identity_of(plan: PairPlan, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What a run that goes on must have in common with the one that was killed."""
+    adapter = plan.side.adapter
+    weights = None if adapter is None else adapter / "adapters.safetensors"
+    return {
+        "model": plan.side.model,
+        "adapter": sha256_of(weights) if weights is not None and weights.is_file() else None,
+        "judge": plan.judge.name,
+        "sampling": plan.sampling._asdict(),
+        "samples": plan.samples,
+        "form": plan.form,
+        "min_gap": plan.min_gap,
+        "rows_together": plan.rows,
+        "dtype": plan.loading.dtype,
+        "prompts": sha256_of(head=repr([prompt.pair for prompt in prompts]).encode()),
+    }
+
+
+def draw_samples(plan: PairPlan, prompts: Sequence[Prompt], output: Path, state: State, reporter: Reporter) -> None:
+    """The first pass: the samples of every prompt, a line each, into `samples_file`."""
+    group_size = max(1, plan.rows // plan.samples)
+    if state.sampled * group_size >= len(prompts):
+        return
+    loaded = load_side(plan.side, plan.loading)
+    ids = prompt_ids(loaded, prompts, plan.sampling.max_tokens)
+    generator = Generator(loaded.model, loaded.tokenizer, plan.sampling, samples=plan.samples, rows=plan.rows)
+    with (
+        closing(LineFile(samples_file(output), state.mark("samples"))) as file,
+        reporter.bar("samples", len(prompts), "prompts") as advance,
+    ):
+        for group in generator.groups(ids, state.sampled):
+            file.append([{"samples": [[reply.text, reply.finished] for reply in replies]} for replies in group])
+            state.sampled += 1
+            state.save("samples", file)
+            advance(min(state.sampled * group_size, len(prompts)))
+
+
+def judge_samples(plan: PairPlan, prompts: Sequence[Prompt], output: Path, state: State, reporter: Reporter) -> None:
+    """The second pass: samples scored and made into rows, into `output`."""
+    drawn = read_samples(samples_file(output), len(prompts))
+    with (
+        closing(LineFile(output, state.mark("output"))) as file,
+        reporter.bar("judgements", len(prompts), "prompts") as advance,
+    ):
+        if state.mark("output") is None:
+            state.save("output", file)
+        while state.judged < len(prompts):
+            chunk = slice(state.judged, state.judged + _JUDGED_TOGETHER)
+            kept = [different(samples, state.counts) for samples in drawn[chunk]]
+            rows = []
+            for prompt, scored in zip(
+                prompts[chunk], score(plan.judge, prompts[chunk], kept, state.counts), strict=True
+            ):
+                rows += make_rows(prompt, scored, plan.form, plan.min_gap, provenance(plan, prompt), state.counts)
+            file.append(rows)
+            state.rows += len(rows)
+            state.judged += len(kept)
+            state.save("output", file)
+            advance(state.judged)
+
+
+def read_samples(path: Path, count: int) -> list[list[Sample]]:
+    """What `draw_samples` wrote.
+
+    Raises:
+        DataError: it is something else.
+    """
+    try:
+        lines = [json.loads(line)["samples"] for line in path.read_text(encoding="utf-8").splitlines()]
+        found = [
+            [Sample(str(text), bool(finished), number) for number, (text, finished) in enumerate(samples)]
+            for samples in lines
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: is not what pairs wrote; give `overwrite` to draw the samples again.") from None
+    if len(found) != count:
+        raise DataError(f"{path}: has the samples of {len(found)} prompts, expected {count}; give `overwrite`.")
+    return found
+
+
+def score(
+    judge: Judge, prompts: Sequence[Prompt], kept: Sequence[Sequence[Sample]], counts: Counter[str]
+) -> Iterator[list[Scored]]:
+    """The samples of each prompt with their scores; those whose judgement failed are counted.
+
+    A rule scores each by itself. Any other judge compares each with the prompt's first, in both orders; its score is
+    how far it is preferred, 0 to 1, and the first's is 1/2.
+    """
+    if isinstance(judge, Rule):
+        for prompt, samples in zip(prompts, kept, strict=True):
+            yield [Scored(sample, judge.score_of(sample.text, prompt.question, prompt.reference)) for sample in samples]
+        return
+    asked = [(number, sample) for number, samples in enumerate(kept) for sample in samples[1:]]
+    questions = [
+        Question(prompts[number].question, kept[number][0].text, sample.text, prompts[number].reference)
+        for number, sample in asked
+    ]
+    found = iter(ballots(judge, questions))
+    for samples in kept:
+        scored = [Scored(sample, 0.5) for sample in samples[:1]]
+        for sample in samples[1:]:
+            ballot = next(found)
+            if ballot.failure is None:
+                scored.append(Scored(sample, ballot.preference))
+            else:
+                counts["unjudged"] += 1
+        yield scored
+
+
+def provenance(plan: PairPlan, prompt: Prompt) -> dict[str, Any]:
+    """Where a row comes from."""
+    return {
+        "model": plan.side.model,
+        "adapter": None if plan.side.adapter is None else str(plan.side.adapter),
+        "judge": plan.judge.name,
+        "temperature": plan.sampling.temperature,
+        "top_p": plan.sampling.top_p,
+        "seed": plan.sampling.seed,
+        "prompt": prompt.location,
+    }
