@@ -52,6 +52,12 @@ def build_parser() -> OneLineParser:
     parser.add_argument("--data", required=True, metavar="FILE", help="file of any kind that train takes, a pair a row")
     parser.add_argument("--columns", help="columns under other names: prompt=question,rejected=worse")
     parser.add_argument("--labels", help="words of the label column for a good and for a bad completion: good,bad")
+    parser.add_argument(
+        "--no-template-strings",
+        dest="template_strings",
+        action="store_false",
+        help="take strings as they stand, without the chat template",
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="JSONL file to write")
     parser.add_argument("--per-token", action="store_true", help="add the log-prob of every completion token")
     parser.add_argument("--batch-size", type=int, default=8, help="pairs per forward (default: %(default)s)")
@@ -78,7 +84,7 @@ def run(argv: Sequence[str] | None) -> None:
 
     raw = load_pairs(data, Reading(parse_columns(args.columns), labels=parse_labels(args.labels)))
     info = find(args.model, trust_remote_code=args.trust_remote_code)
-    pairs = list(PairTokenizer(info.tokenizer).each(raw))
+    pairs = list(PairTokenizer(info.tokenizer, template_strings=args.template_strings).each(raw))
     loaded = load(info, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     if loaded.note:
         print(printable(loaded.note))

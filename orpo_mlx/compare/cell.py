@@ -206,7 +206,8 @@ def greedy_replies(run: Run, test: Pairs) -> dict[str, Any]:
     """Replies to some of the test prompts, their mean length and how varied they are."""
     tokenizer = run.loaded.tokenizer
     prompts = pick_prompts(pairs_as_text(run, test), REPLIES) if tokenizer is not None else []
-    replies = sample_replies(run.loaded.model, tokenizer, prompts, run.config.sample_tokens)
+    templated = run.config.template_strings
+    replies = sample_replies(run.loaded.model, tokenizer, prompts, run.config.sample_tokens, template_strings=templated)
     return {
         "replies": [reply._asdict() for reply in replies],
         "reply_tokens": statistics.fmean(reply.tokens for reply in replies) if replies else None,

@@ -119,9 +119,15 @@ class TrainingConfig:
     )
     truncate: str = _data(
         "drop",
-        "what becomes of longer pairs: left out, or the prompt cut (and, only then, the completions)",
+        "what becomes of longer pairs: left out, cut at the completions' ends (as TRL does), or at the prompt's start",
         Trait.INSPECTED,
         choices=TRUNCATIONS,
+    )
+    template_strings: bool = _data(
+        True,
+        "put strings into the chat template, as one turn of the user and one of the assistant",
+        Trait.INSPECTED,
+        off_help="take strings as they stand, as TRL does; conversations are put into the chat template in any case",
     )
     skip_bad_rows: bool = _data(False, "leave out rows that cannot be used, and list them", Trait.INSPECTED)
 
@@ -398,4 +404,6 @@ def data_reading(config: TrainingConfig) -> Reading:
     """
     columns = parse_columns(config.columns)
     labels = parse_labels(config.labels)
-    return Reading(columns, config.pair_ratings, config.min_margin, labels, config.skip_bad_rows)
+    return Reading(
+        columns, config.pair_ratings, config.min_margin, labels, config.skip_bad_rows, config.template_strings
+    )

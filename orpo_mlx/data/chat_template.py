@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from orpo_mlx.data.bounded_templates import TemplateLimitError, bound_templates, bounded_time, check_length
 from orpo_mlx.data.messages import as_turns
+from orpo_mlx.data.template_traits import MARK, TemplateTraits, in_parts
+from orpo_mlx.data.tool_calls import with_json_arguments
 from orpo_mlx.errors import DataError, ModelError, reason_of
+from orpo_mlx.text import printable
 from orpo_mlx.types import Group, Message, Pair, Text
 
-# A text that no template writes by itself, to find in what one renders.
-_MARK = "Zq1"
-_QUESTION = {"role": "user", "content": "Hi"}
+TOOLS_LEFT_OUT = "without its tools, which the chat template leaves out"
+CALLS_LEFT_OUT = "without its earlier tool calls, which the chat template leaves out"
+CALL_LEFT_OUT = "without a tool call of an answer, which the chat template leaves out"
+WORDS_LEFT_OUT = "without some words of an answer, which the chat template leaves out or changes"
+THOUGHT_LEFT_OUT = "without a thought of an answer, which the chat template leaves out"
+
+# Two answers that begin with different characters, so that what one shares with a header by chance, the other does not.
+_PROBES = (MARK, "0")
+
+# Keys beside a content under which models' thoughts are kept.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
+# Characters of a note that quotes a template.
+_SHOWN = 40
 
 
 class RenderedTexts(NamedTuple):
     """A row's texts as the model reads them."""
 
     prompt: str
-    """Up to where generation would start."""
+    """Up to where the completions begin."""
     whole: tuple[str, ...]
     """Prompt and completion, of each completion."""
+    templated: bool = False
+    """Whether a chat template made them, which writes special tokens itself."""
+    notes: tuple[str, ...] = ()
+    """What to know about how the template takes the row."""
 
 
 class PairRenderer:
@@ -31,29 +49,39 @@ class PairRenderer:
         tokenizer: mlx-lm's `TokenizerWrapper`, or None for a model folder without one, for which nothing can be
             rendered.
         eos_texts: the texts of its EOS tokens.
+        template_strings: whether strings are put into the chat template, as one turn of the user and one of the
+            assistant; conversations always are.
     """
 
-    def __init__(self, tokenizer: Any | None, eos_texts: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any | None, eos_texts: Sequence[str], *, template_strings: bool = True) -> None:
         self._tokenizer = tokenizer
         self._eos_texts = eos_texts
+        self._template_strings = template_strings
         self._model = getattr(tokenizer, "name_or_path", None) or "the model"
         bound_templates()
-        self.has_template = tokenizer is not None and tokenizer.has_chat_template
-        self.folds_system = self.has_template and self._lacks_system_role()
+        self._has_template = tokenizer is not None and tokenizer.has_chat_template
+        self._traits = TemplateTraits(self._probe, eos_texts)
+        self.folds_system = self._has_template and self._traits.folds_system
         """Whether a system text goes to the head of the next turn, since the template has no system role."""
-        self._stray = self._stray_header() if self.has_template else ""
 
     def texts(self, row: Pair | Group) -> RenderedTexts:
         """The texts of the prompt and of prompt + completion.
 
         Raises:
-            DataError: no tokenizer, a conversation without a chat template, or a template that fails.
+            DataError: no tokenizer, a conversation without a chat template, a template that fails, or one that writes
+                the turns of the prompt otherwise once an answer follows.
         """
         prompt = self.prompt(row)
-        return RenderedTexts(prompt, tuple(self._whole(row, prompt, completion) for completion in row.completions))
+        whole = tuple(self._whole(row, prompt, completion) for completion in row.completions)
+        texts = RenderedTexts(prompt, whole, self.is_templated(row))
+        if not texts.templated:
+            return texts
+        if not all(text.startswith(prompt) for text in whole):
+            texts = self._with_shared_prompt(row, texts)
+        return texts._replace(notes=(*texts.notes, *self._left_out(row, texts)))
 
     def prompt(self, pair: Pair | Group) -> str:
-        """The text of a row's prompt alone.
+        """The text of a row's prompt alone, up to where generation would start.
 
         Raises:
             DataError: see `texts`.
@@ -63,22 +91,88 @@ class PairRenderer:
                 f"{pair.location}: the row is text but the model has no tokenizer; give prompt_ids, chosen_ids and "
                 "rejected_ids."
             )
-        if not self.has_template:
+        if not self.is_templated(pair):
             return _plain(pair.prompt, pair.location)
         return self._render(pair, as_turns(pair.prompt, "user"), add_generation_prompt=True)
 
+    def is_templated(self, pair: Pair | Group) -> bool:
+        """Whether the chat template writes a row's texts."""
+        strings = all(isinstance(text, str) for text in (pair.prompt, *pair.completions))
+        return self._has_template and (self._template_strings or not strings)
+
     def _whole(self, pair: Pair | Group, prompt: str, side: Text) -> str:
         side = self._without_eos(side)
-        if not self.has_template:
+        if not self.is_templated(pair):
             return prompt + _plain(side, pair.location)
+        if not self._traits.shows_answers:
+            raise DataError(
+                f"{pair.location}: the chat template leaves out the assistant's text; use another template."
+            )
         turns = (*as_turns(pair.prompt, "user"), *as_turns(side, "assistant"))
-        return self._render(pair, turns, add_generation_prompt=False).removesuffix(self._stray)
+        return self._render(pair, turns, add_generation_prompt=False).removesuffix(self._traits.stray_header)
+
+    def _with_shared_prompt(self, pair: Pair | Group, texts: RenderedTexts) -> RenderedTexts:
+        """`texts` with the prompt cut back to what any answer follows.
+
+        Templates of models that reason write the beginning of a thought where an answer is asked for, and none before
+        an answer that has no thought, or whose thought a later turn made them strip.
+        """
+        turns = as_turns(pair.prompt, "user")
+        probes = [
+            self._render(pair, (*turns, {"role": "assistant", "content": text}), add_generation_prompt=False)
+            for text in _PROBES
+        ]
+        end = min(_common_length(texts.prompt, text) for text in (*texts.whole, *probes))
+        least = self._end_of_turns(pair, texts.prompt)
+        if end < least:
+            raise DataError(
+                f"{pair.location}: the chat template renders the prompt differently once the answer follows, so the "
+                "boundary between them is unknown; use a template that does not rewrite earlier turns, or token ids."
+            )
+        end = _between_marks(texts.prompt, least, end)
+        left_out = printable(texts.prompt[end:].replace("\n", "↵"))[:_SHOWN]
+        note = f"whose prompt ends before {left_out}, which the chat template writes only where an answer is asked for"
+        return texts._replace(prompt=texts.prompt[:end], notes=(note,))
+
+    def _left_out(self, pair: Pair | Group, texts: RenderedTexts) -> Iterator[str]:
+        """Notes of what the template does not write.
+
+        Raises:
+            DataError: of a completion that is a tool call nothing is left.
+        """
+        if pair.tools and not self._traits.shows_tools:
+            yield TOOLS_LEFT_OUT
+        called = [name for turn in as_turns(pair.prompt, "user") for name in _called(turn)]
+        if called and not self._traits.shows_tool_calls:
+            yield CALLS_LEFT_OUT
+        said: list[str] = []
+        for side, text in zip(pair.completions, texts.whole, strict=True):
+            completion = text[len(texts.prompt) :]
+            turns = as_turns(self._without_eos(side), "assistant")
+            if any(name not in completion for turn in turns for name in _called(turn)):
+                if not any(turn["content"].strip() for turn in turns if turn["role"] == "assistant"):
+                    raise DataError(
+                        f"{pair.location}: the chat template leaves out the tool call that is the answer; use one that "
+                        "knows tools."
+                    )
+                said.append(CALL_LEFT_OUT)
+            said += [note for turn in turns for note, part in _spoken(turn) if part not in completion]
+        yield from dict.fromkeys(said)
+
+    def _end_of_turns(self, pair: Pair | Group, prompt: str) -> int:
+        """Where the last turn ends in the text of a prompt: what comes after it is the template's own."""
+        turns = as_turns(pair.prompt, "user")
+        content = turns[-1]["content"].strip()
+        found = prompt.rfind(content) if content else -1
+        # A template may have changed the content; then, what it writes where it asks for no answer.
+        asked_nothing = self._render(pair, turns, add_generation_prompt=False)
+        return found + len(content) if found >= 0 else _common_length(prompt, asked_nothing)
 
     def _render(self, pair: Pair | Group, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        turns = [dict(message) for message in messages]
+        turns = self._as_wanted(messages)
         extras = {"tools": [dict(tool) for tool in pair.tools] or None, **pair.template_kwargs}
         try:
-            return self._apply(folded(turns) if self.folds_system else turns, add_generation_prompt, extras)
+            return self._apply(turns, add_generation_prompt, extras)
         except TemplateLimitError as error:
             # The model's fault and not the row's: to leave the row out would be to wait as long for the next one.
             raise ModelError(f"{self._model}: its chat template cannot be used on {pair.location}: {error}.") from None
@@ -86,6 +180,15 @@ class PairRenderer:
             roles = ", ".join(str(turn.get("role")) for turn in turns)
             reason = reason_of(error, first_line=True)
             raise DataError(f"{pair.location}: the chat template refused the turns ({roles}): {reason}.") from error
+
+    def _as_wanted(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Turns in the form that the template takes."""
+        turns = [dict(message) for message in messages]
+        if any(turn.get("tool_calls") for turn in turns) and self._traits.wants_json_arguments:
+            turns = [with_json_arguments(turn) for turn in turns]
+        if self.folds_system:
+            turns = folded(turns)
+        return in_parts(turns) if self._traits.wants_parts else turns
 
     def _apply(
         self, turns: Sequence[Message], add_generation_prompt: bool, extras: Mapping[str, Any] | None = None
@@ -99,6 +202,15 @@ class PairRenderer:
             )
         return check_length(text, turns, extras)
 
+    def _probe(self, turns: Sequence[Message], add_generation_prompt: bool, extras: Mapping[str, Any]) -> str | None:
+        """What the template makes of turns of our own, None where it refuses them; ModelError where it has no end."""
+        try:
+            return self._apply(turns, add_generation_prompt, extras)
+        except TemplateLimitError as error:
+            raise ModelError(f"{self._model}: its chat template cannot be used: {error}.") from None
+        except Exception:  # Whatever it is, it is said of the first row that meets it.
+            return None
+
     def _without_eos(self, text: Text) -> Text:
         """A completion whose own text ends in EOS would get another from the template."""
         if not isinstance(text, str):
@@ -109,34 +221,42 @@ class PairRenderer:
                 return text.rstrip().removesuffix(eos)
         return text
 
-    def _probe(self, turns: Sequence[Message], add_generation_prompt: bool) -> str | None:
-        """What the template makes of turns of our own, None where it refuses them; ModelError where it has no end."""
-        try:
-            return self._apply(turns, add_generation_prompt)
-        except TemplateLimitError as error:
-            raise ModelError(f"{self._model}: its chat template cannot be used: {error}.") from None
-        except Exception:  # Templates raise whatever they like.
-            return None
 
-    def _lacks_system_role(self) -> bool:
-        """Whether the template refuses a system turn, or leaves it out in silence."""
-        if self._probe([_QUESTION], True) is None:  # A template that takes nothing is named with the first row.
-            return False
-        text = self._probe([{"role": "system", "content": _MARK}, _QUESTION], True)
-        return text is None or _MARK not in text
+def _spoken(turn: Message) -> Iterator[tuple[str, str]]:
+    """The parts of what a turn says and thinks, each with the note for where it is left out."""
+    thought, mark, words = turn["content"].rpartition("</think>")
+    beside = [turn[name] for name in _THOUGHTS if isinstance(turn.get(name), str)]
+    for note, part in (
+        (WORDS_LEFT_OUT, words),
+        (THOUGHT_LEFT_OUT, thought.rpartition("<think>")[2] if mark else ""),
+        *((THOUGHT_LEFT_OUT, text) for text in beside),
+    ):
+        if part.strip():
+            yield note, part.strip()
 
-    def _stray_header(self) -> str:
-        """What the template writes after a finished answer beyond its EOS: the next turn's header, asked for or not."""
-        text = self._probe([_QUESTION, {"role": "assistant", "content": _MARK}], False)
-        if text is None:  # As above.
-            return ""
-        after = text.rpartition(_MARK)[2]
-        _, eos, rest = min(
-            (after.partition(text) for text in self._eos_texts), key=lambda cut: len(cut[0]), default=("",) * 3
-        )
-        # White space after EOS stays: many templates end every turn in a line break, also the last.
-        blank = len(rest) - len(rest.lstrip())
-        return rest[blank:] if eos else ""
+
+def _called(turn: Message) -> list[str]:
+    """The names of the functions that a turn calls."""
+    calls = [call.get("function", call) for call in turn.get("tool_calls") or []]
+    return [call["name"] for call in calls if isinstance(call, dict) and isinstance(call.get("name"), str)]
+
+
+def _between_marks(text: str, least: int, end: int) -> int:
+    """`end`, or from `least` on the beginning of the mark or word that it is within: <think> and <tool> share <t."""
+    for opening, closing in ("<>", "[]"):
+        opened = text.rfind(opening, least, end)
+        if opened >= 0 and closing not in text[opened:end]:
+            end = opened
+    while end > least and text[end - 1].isalnum() and text[end : end + 1].isalnum():
+        end -= 1
+    return end
+
+
+def _common_length(first: str, second: str) -> int:
+    """How many characters two texts begin with in common."""
+    if second.startswith(first):
+        return len(first)
+    return next((at for at, both in enumerate(zip(first, second, strict=False)) if both[0] != both[1]), len(second))
 
 
 def _plain(text: Text, location: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from typing import Any, NamedTuple
 
 from orpo_mlx.errors import DataError
@@ -12,6 +13,10 @@ from orpo_mlx.types import Message, Text
 # At the beginning of a paragraph only: answers may well say "Human:" within one.
 _SPEAKER = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):[ \t]*")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+
+# Joiners, skin tones and tags, which make one character with what stands before them or after.
+_JOINING = re.compile("[\u200c\u200d\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")
+_WIDE_PUNCTUATION = "\u3002\u3001\uff01\uff1f\uff1a\uff1b\uff0c\u300d\u300f\uff09\u300b\u3011\u200b"
 
 
 class Sides(NamedTuple):
@@ -80,10 +85,22 @@ def split_words(chosen: str, rejected: str, location: str) -> Sides:
 def _shared_words(first: str, second: str) -> str:
     """The longest common beginning that ends where a word ends in both, without the white space after it."""
     length = sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(first, second, strict=False)))
-    inside = any(
-        text[length - 1 : length].isalnum() and text[length : length + 1].isalnum() for text in (first, second)
-    )
     # Back to where the word begins: a prompt that ended within one would have the model finish it.
-    while inside and length and first[length - 1].isalnum():
+    while length and not (_ends_word(first, length) and _ends_word(second, length)):
         length -= 1
     return first[:length].rstrip()
+
+
+def _ends_word(text: str, end: int) -> bool:
+    """Whether a word surely ends before `end`: at white space, or after punctuation of scripts that write none.
+
+    Anything else is within a word to somebody: 3.14, can't, my_value, an address, letters joined by a mark.
+    """
+    if end == len(text):
+        return True
+    # A mark after a space hangs on it; so does what a joiner joins.
+    if unicodedata.category(text[end]).startswith("M") or _JOINING.match(text[end]) or _JOINING.match(text[end - 1]):
+        return False
+    if text[end].isspace() or text[end - 1].isspace():
+        return True
+    return text[end - 1] in _WIDE_PUNCTUATION and text[end] not in _WIDE_PUNCTUATION

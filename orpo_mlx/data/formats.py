@@ -8,32 +8,32 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+from orpo_mlx.data.columns import (
+    COMPLETION_IDS,
+    ID_COLUMNS,
+    PAIR_ID_COLUMNS,
+    PROMPTS,
+    Columns,
+    WatchedColumns,
+    extras,
+    is_given,
+    readable,
+    unused,
+    with_system,
+)
 from orpo_mlx.data.dialogues import Sides, dialogue_prompt, dialogue_turns, is_dialogue, split_turns, split_words
 from orpo_mlx.data.group_shapes import group_token_ids, labelled_completion, rated_completions
 from orpo_mlx.data.messages import as_turns, kind, text_of, text_or_turns, texts
+from orpo_mlx.data.other_rows import refuse_media, refuse_other_rows
 from orpo_mlx.data.ratings import COMPLETION_LISTS, margin_of, weight_of
-from orpo_mlx.data.row_parts import Columns, Found, Options, RowData, completed, extras, ids_of
+from orpo_mlx.data.row_parts import Found, Options, RowData, completed, ids_of
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Pair, Text, TokenizedPair
 
-COLUMNS = (
-    *("prompt", "chosen", "rejected", "system", "question", "instruction", "input", "history", "conversations"),
-    *("messages", "tools", "chat_template_kwargs", "completions", "scores", "score_chosen", "score_rejected"),
-    *("weight", "completion", "label", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids"),
-)
-"""Names that a data set's own columns can be given."""
-
 PROMPT_ELSEWHERE = "whose prompt column is not a turn of its conversation, which was used"
 
-_ID_COLUMNS = (
-    ("prompt_ids", "chosen_ids", "rejected_ids"),
-    ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"),
-)
-PAIR_ID_COLUMNS = tuple(itertools.chain(*_ID_COLUMNS))
-"""Columns of a pair whose values are token ids."""
-COMPLETION_IDS = "completion_ids"
 _SIDES = ("chosen", "rejected")
 _EXPECTED = "prompt, chosen and rejected (or prompt_ids, chosen_ids and rejected_ids)"
 
@@ -44,7 +44,8 @@ class ReadRow(NamedTuple):
     shape: str
     pairs: list[RowData]
     """Pairs, or one group."""
-    note: str | None
+    notes: tuple[str, ...]
+    """What to know about how the row was taken."""
 
 
 class Shape(NamedTuple):
@@ -64,9 +65,27 @@ def read_row(row: Any, location: str, *, pair_ratings: str | None = None, labels
     """
     if not isinstance(row, dict):
         raise DataError(f"{location}: found a JSON {kind(row)}, expected an object with {_EXPECTED}.")
+    given = {name: readable(value, name, location) for name, value in row.items() if is_given(value, name)}
+    refuse_media(given, location)
     for shape in SHAPES:
-        if shape.fits(row):
-            return ReadRow(shape.name, *shape.read(row, location, Options(pair_ratings, labels)))
+        if shape.fits(given):
+            break
+    else:
+        _refuse(row, given, location)
+    if shape is SHAPES[-1] and (null := next((name for name in PROMPTS if name in row and name not in given), None)):
+        # Or what the answers have in common would be taken for it.
+        raise DataError(f"{location}: {null!r} is a JSON null, expected a string or a list of messages.")
+    watched = WatchedColumns(given)
+    pairs, note = shape.read(watched, location, Options(pair_ratings, labels))
+    return ReadRow(shape.name, pairs, tuple(filter(None, (note, unused(given, watched.used)))))
+
+
+def _refuse(row: Columns, given: Columns, location: str) -> NoReturn:
+    """Raise what is to be said of a row that is of no shape."""
+    for side in _SIDES:
+        if side in row and side not in given:
+            raise DataError(f"{location}: {side!r} is a JSON null, expected a string or a list of messages.")
+    refuse_other_rows(given, location)
     missing = [name for name in _SIDES if name not in row]
     found = ", ".join(sorted(map(str, row))[:8]) or "no keys"
     raise DataError(
@@ -80,7 +99,7 @@ def read_row(row: Any, location: str, *, pair_ratings: str | None = None, labels
 
 def token_ids(row: Columns, location: str, _: Options) -> Found:
     """Token ids of prompt and sides, taken as they are."""
-    columns = next(names for names in _ID_COLUMNS if any(name in row for name in names))
+    columns = next(names for names in ID_COLUMNS if any(name in row for name in names))
     missing = [name for name in columns if name not in row]
     if missing:
         raise DataError(
@@ -173,6 +192,9 @@ def pair_shape(
 
     def read_pair(row: Columns, location: str, _: Options) -> Found:
         sides = read(row, location)
+        prompt = with_system(sides.prompt, row, location)
+        if prompt is not sides.prompt:
+            sides = Sides(prompt, as_turns(sides.chosen, "assistant"), as_turns(sides.rejected, "assistant"))
         if not isinstance(sides.prompt, str) and sides.prompt[-1]["role"] == "assistant":
             raise DataError(
                 f"{location}: the prompt ends with a turn of the assistant, so the answer may be in it already; "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from orpo_mlx.data.columns import Columns, extras
 from orpo_mlx.data.dialogues import dialogue_turns, is_dialogue
 from orpo_mlx.data.messages import text_or_turns
 from orpo_mlx.data.ratings import label_of, pairs_of_scores, rated_completions_of, weight_of
-from orpo_mlx.data.row_parts import Columns, Found, Options, completed, extras, ids_of
+from orpo_mlx.data.row_parts import Found, Options, completed, ids_of
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Group, Pair, Text, TokenizedGroup
 

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
+from orpo_mlx.data.tool_calls import tool_calls_of
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Message, Text
 
 # ShareGPT's names. A `role` under that name is left to the chat template, which may know more of them.
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
+
+_SPEAKERS = (
+    "system",
+    "developer",
+    "user",
+    "assistant",
+    "tool",
+    "function",
+    "function_call",
+    "human",
+    "gpt",
+    "observation",
+)
+# Text that begins as messages do when a table's cell holds them: as JSON, or as Python and NumPy print them.
+_BRACKET = re.compile(r"""\s*(?:array\()?["\[{]""")
+_SPEAKER = re.compile(rf"""\\?(["'])(?:role|from)\\?\1\s*:\s*\\?\1(?:{"|".join(_SPEAKERS)})\\?\1""")
 
 
 def text_or_turns(value: Any, name: str, location: str, role: str) -> Text:
@@ -38,6 +56,45 @@ def texts(value: Any, name: str, location: str, role: str = "user") -> tuple[Mes
     return tuple(message(item, f"{name}[{number}]", location) for number, item in enumerate(value))
 
 
+def unpacked(value: Any, name: str, location: str) -> Any:
+    """Messages that are written as JSON in a text, which is how tables hold them, as messages; all else as it is.
+
+    Raises:
+        DataError: a text that is messages, but not in JSON: broken off, or as Python prints them. It would be trained
+            on as it stands.
+    """
+    if not isinstance(value, str) or not _BRACKET.match(value) or not _SPEAKER.search(value):
+        return value
+    try:
+        found = json.loads(value)
+        # JSON that was put into JSON once more.
+        if isinstance(found, str):
+            found = json.loads(found)
+    except json.JSONDecodeError as error:
+        # A text that begins with an object and goes on is an answer about messages.
+        if error.msg.startswith("Extra data"):
+            return value
+        found = None
+    except (ValueError, RecursionError):
+        found = None
+    if found is None:
+        raise DataError(
+            f"{location}: {name!r} holds messages as text that is not JSON (broken off, or as Python prints a list), "
+            "expected JSON."
+        )
+    first = found[0] if isinstance(found, list) and found else found
+    return found if _is_message(first) else value
+
+
+def _is_message(value: Any) -> bool:
+    """Whether an object is a turn of somebody who speaks in chats."""
+    if not isinstance(value, dict):
+        return False
+    if "role" in value:
+        return value["role"] in _SPEAKERS and bool({"content", "tool_calls", "function_call"} & value.keys())
+    return value.get("from") in _SPEAKERS and "value" in value
+
+
 def message(value: Any, name: str, location: str) -> Message:
     """One chat turn, from `role` and `content` or from ShareGPT's `from` and `value`.
 
@@ -46,22 +103,24 @@ def message(value: Any, name: str, location: str) -> Message:
     """
     if not isinstance(value, dict):
         raise DataError(f"{location}: {name} is a JSON {kind(value)}, expected a message object.")
-    # Arrow gives every message the keys of all, null where there was none; templates take null for given.
+    # Libraries that write every key give null where there is none; templates take null for given.
     turn = {key: item for key, item in value.items() if item is not None}
     if "role" not in turn and "from" in turn:
         return _sharegpt_message(turn, name, location)
     role = turn.get("role")
     if not isinstance(role, str):
         raise DataError(f"{location}: {name}.role must be a string, found {_found(turn, 'role')}.")
+    calls = tool_calls_of(turn, name, location)
     content = turn.get("content")
     # OpenAI's form of a turn that only calls tools.
-    if content is None and turn.get("tool_calls"):
+    if content is None and calls:
         content = ""
     if isinstance(content, list):
         content = "".join(_part(part, f"{name}.content[{number}]", location) for number, part in enumerate(content))
     if not isinstance(content, str):
         raise DataError(f"{location}: {name}.content must be a string, found {_found(turn, 'content')}.")
-    return {**turn, "content": _encodable(content, f"{name}.content", location)}
+    turn = {**turn, "content": _encodable(content, f"{name}.content", location)}
+    return turn if calls is None else {**turn, "tool_calls": calls}
 
 
 def as_turns(text: Text, role: str) -> tuple[Message, ...]:
@@ -105,7 +164,10 @@ def _sharegpt_message(turn: dict[str, Any], name: str, location: str) -> Message
         call = json.loads(value)
     except (ValueError, RecursionError):
         raise DataError(f"{location}: {name} is a function call, but its value is not JSON.") from None
-    return {"role": role, "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    calls = tool_calls_of({"tool_calls": call}, name, location)
+    # Inside the envelope that templates expect.
+    calls = [each if "function" in each else {"type": "function", "function": each} for each in calls or []]
+    return {"role": role, "content": "", "tool_calls": calls}
 
 
 def _part(part: Any, name: str, location: str) -> str:

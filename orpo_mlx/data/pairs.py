@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from orpo_mlx.data.formats import COLUMNS, ReadRow, read_row
+from orpo_mlx.data.columns import COLUMNS
+from orpo_mlx.data.formats import ReadRow, read_row
 from orpo_mlx.data.groups import COMPLETIONS_LEFT_OUT, pair_count, usable_group
 from orpo_mlx.data.messages import is_empty
+from orpo_mlx.data.other_rows import OtherRowsError
 from orpo_mlx.data.readers import Row
 from orpo_mlx.data.row_counts import RowReport
 from orpo_mlx.data.row_parts import RowData
@@ -19,6 +21,9 @@ from orpo_mlx.types import Group, Pair, TokenizedGroup, TokenizedPair
 
 WEIGHTED = "whose loss is multiplied by their weight column"
 SCORED_WRONGLY = "whose scores put the rejected side first"
+NULLS_LEFT_OUT = (
+    "without nulls inside tools or tool calls, which this kind of file also has for keys that only other rows have"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Reading:
     """A data set's words for a good and for a bad completion."""
     skip_bad_rows: bool = False
     """Leave out and count rows that cannot be used, instead of stopping at the first."""
+    template_strings: bool = True
+    """Put strings into the chat template; see `PairRenderer`."""
 
 
 class PairsOfRow(NamedTuple):
@@ -67,8 +74,10 @@ def read_pairs(source: Source, reading: Reading, report: RowReport) -> Iterator[
         report.pairs_left_out += sum(map(pair_count, read.pairs)) - sum(map(pair_count, pairs))
         if len(pairs) == 1 and len(pairs[0].completions) < max(len(pair.completions) for pair in read.pairs):
             report.note(COMPLETIONS_LEFT_OUT, row.location)
-        if read.note is not None:
-            report.note(read.note, row.location)
+        for note in read.notes:
+            report.note(note, row.location)
+        if row.nulls_left_out:
+            report.note(NULLS_LEFT_OUT, row.location)
         if any((pair.margin or 0) < 0 for pair in pairs):
             report.note(SCORED_WRONGLY, row.location)
         if any(pair.weight != 1 for pair in pairs):
@@ -190,7 +199,9 @@ def _reason_unusable(pair: Pair | TokenizedPair, min_margin: float | None) -> st
 
 
 def with_remedy(error: DataError) -> DataError:
-    """The error of a row that stops a run, with the way to go on without it."""
+    """The error of a row that stops a run, with the way to go on without it where there is one."""
+    if isinstance(error, OtherRowsError):
+        return error
     return DataError(f"{str(error).rstrip('.')}; `skip_bad_rows` leaves such rows out and lists them.")
 
 

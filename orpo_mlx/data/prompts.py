@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from orpo_mlx.data.formats import COMPLETION_IDS, PAIR_ID_COLUMNS, has_sides, read_row
+from orpo_mlx.data.columns import COMPLETION_IDS, PAIR_ID_COLUMNS
+from orpo_mlx.data.formats import has_sides, read_row
 from orpo_mlx.data.messages import is_empty, kind
 from orpo_mlx.data.pairs import raise_no_rows, renamed
 from orpo_mlx.data.sources import Source

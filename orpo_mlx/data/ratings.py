@@ -22,7 +22,9 @@ _SIDE_SCORES = [
     (pattern.format("chosen"), pattern.format("rejected"))
     for pattern in ("score_{}", "{}_score", "rating_{}", "{}_rating", "{}-rating", "{}_avg_rating", "{}_reward")
 ]
-_LIST_SCORES = ("scores", "ratings", "rewards", "ranks")
+LIST_SCORES = ("scores", "ratings", "rewards", "ranks")
+"""Columns that hold the score of each completion of such a list."""
+
 _ENTRY_TEXT = ("response", "completion", "content", "text", "answer", "generation")
 _ENTRY_SCORE = ("score", "rating", "overall_score", "reward", "rank")
 
@@ -100,11 +102,11 @@ def rated_completions_of(row: Mapping[str, Any], location: str) -> list[Rated]:
         completions = [entry[text] for entry in entries]
         scores: Any = [entry[score] for entry in entries]
     else:
-        score = next((key for key in _LIST_SCORES if key in row), None)
+        score = next((key for key in LIST_SCORES if key in row), None)
         scores = row[score] if score is not None else None
         if not isinstance(scores, list) or len(scores) != len(entries):
             raise DataError(
-                f"{location}: {name!r} needs a list of as many scores ({', '.join(_LIST_SCORES)}) beside it."
+                f"{location}: {name!r} needs a list of as many scores ({', '.join(LIST_SCORES)}) beside it."
             )
         completions = entries
     # The best has rank 1 but the highest score.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from orpo_mlx.data.arrow_values import rows_of
 from orpo_mlx.errors import DataError, reason_of
 
 # Characters of a JSON list read at a time: what is in memory at once, whatever the file's size.
@@ -34,6 +35,8 @@ class Row(NamedTuple):
     """`file:line`; for Parquet, Arrow and the Hub the row's number from 1."""
     value: Any | DataError
     """What was read, or why it cannot be."""
+    nulls_left_out: bool = False
+    """Whether nulls inside tools or tool calls were taken for keys that Arrow filled in."""
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -145,16 +148,18 @@ def _broken_list(path: Path, line: int, reason: str) -> DataError:
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
-    """Rows by the names in the first line; a cell that holds a JSON list or object is read as one."""
+    """Rows by the names in the first line, each cell as text; what is JSON in them is found where columns are known."""
     # The default of 128 KiB a field is less than a long conversation; a C long is the most the module takes.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         line = 1
         try:
-            header = next(reader, [])
+            header = [name.strip() for name in next(reader, [])]
             if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), None)):
                 raise DataError(f"{path}:1: the columns are separated by {mark!r}, expected commas.")
+            if twice := next((name for name in header if name and header.count(name) > 1), None):
+                raise DataError(f"{path}:1: two columns are called {twice!r}; rename or remove one.")
             while True:
                 line = reader.line_num + 1
                 cells = next(reader, None)
@@ -172,20 +177,7 @@ def _csv_row(header: list[str], cells: list[str], location: str) -> dict[str, An
     """Cells by column."""
     if len(cells) != len(header):
         raise DataError(f"{location}: found {len(cells)} cells, expected {len(header)} ({', '.join(header[:8])}).")
-    return {name: _cell(text, name, location) for name, text in zip(header, cells, strict=True)}
-
-
-def _cell(text: str, name: str, location: str) -> Any:
-    # Only what can be messages: a completion may well begin with a bracket and be valid JSON.
-    start = text.lstrip()[:2]
-    if start in ("[{", "[["):
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            # What pandas writes of a column of lists. Read as text, it would be trained on as such.
-            if text.lstrip().startswith("[{'"):
-                raise DataError(f"{location}: {name!r} is a list as Python prints it, expected JSON.") from None
-    return text
+    return dict(zip(header, cells, strict=True))
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
@@ -227,10 +219,10 @@ def _arrow_rows(path: Path, batches: Callable[[], Iterable[Any]], kind: str) -> 
     try:
         for batch in batches():
             for start in range(0, batch.num_rows, _BATCH_ROWS):
-                for value in batch.slice(start, _BATCH_ROWS).to_pylist():
+                for row in rows_of(batch.slice(start, _BATCH_ROWS)):
                     number += 1
-                    yield Row(f"{path}:{number}", value)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+                    yield Row(f"{path}:{number}", *row)
+    except (pyarrow.ArrowException, OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}:{number + 1}: not {kind}, or a damaged one ({reason_of(error)}).") from None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from orpo_mlx.data.arrow_values import rows_of
 from orpo_mlx.data.readers import READERS, Row, read_rows
 from orpo_mlx.errors import DataError, reason_of
 from orpo_mlx.files import sha256_of
@@ -72,12 +73,12 @@ class HubSource:
 
     def rows(self) -> Iterator[Row]:
         number = 0
-        # In batches: one row at a time would pay for decoding Arrow's columns with each.
-        for columns in self._dataset.iter(batch_size=256):
-            names = list(columns)
-            for values in zip(*(columns[name] for name in names), strict=True):
+        # As Arrow has them, in batches, so that a row is the same here and in a file: `datasets` has objects of its own
+        # for nested values, and decodes one row at a time.
+        for table in self._dataset.with_format("arrow").iter(batch_size=256):
+            for row in rows_of(table):
                 number += 1
-                yield Row(f"{self.name}:{number}", dict(zip(names, values, strict=True)))
+                yield Row(f"{self.name}:{number}", *row)
 
     def sha256(self) -> str:
         return sha256_of(*(Path(entry["filename"]) for entry in self._dataset.cache_files))

@@ -116,7 +116,7 @@ def _write(
     writer = _store_writer(target)
     report = RowReport(limit=f"{lengths.limit} {lengths.max_seq_length}")
     with writer:
-        to_ids = PairTokenizer(tokenizer)
+        to_ids = PairTokenizer(tokenizer, template_strings=reading.template_strings)
         # Rows whose pairs are being encoded: outcomes come in the same order, some hundreds behind.
         waiting: deque[PairsOfRow] = deque()
 
@@ -131,6 +131,8 @@ def _write(
         for first in outcomes:
             row = waiting.popleft()
             writer.extend(kept_pairs(row, [first, *(next(outcomes) for _ in row.pairs[1:])], reading, lengths, report))
+            for note in to_ids.notes.pop(row.location, ()):
+                report.note(note, row.location)
         return writer.close(report)
 
 

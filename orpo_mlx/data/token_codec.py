@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from orpo_mlx.text import printable
@@ -11,6 +11,9 @@ Ids = tuple[int, ...]
 
 # No template writes more tokens of white space after an EOS, and the table of those seen stays small.
 _MOST_BLANK = 8
+
+# What a text is put behind: characters that hardly any tokenizer joins with what follows.
+_GUARDS = ("\n", "\u3002", "a", "0")
 
 
 class TokenCodec:
@@ -23,18 +26,16 @@ class TokenCodec:
     def __init__(self, tokenizer: Any | None) -> None:
         self._tokenizer = tokenizer
         self._backend = _backend(tokenizer)
-        self._has_template = tokenizer is not None and tokenizer.has_chat_template
         self._bos = tokenizer.bos_token_id if tokenizer is not None else None
         self._eos = set(tokenizer.eos_token_ids) if tokenizer is not None else set()
         self.eos_texts = tuple(filter(None, (self.decode((token,)) for token in sorted(self._eos))))
         self._blank: dict[Ids, bool] = {}
 
-    def encode(self, texts: list[str], *, special: bool | None = None) -> list[Ids]:
-        """Ids of each text; `special`: whether the tokenizer adds BOS and EOS, by default where no template does."""
+    def encode(self, texts: list[str], *, special: bool) -> list[Ids]:
+        """Ids of each text; `special`: whether the tokenizer adds BOS and EOS, since no template has."""
         if not texts:
             return []
         assert self._tokenizer is not None
-        special = not self._has_template if special is None else special
         if self._backend is not None:
             rows = [text.ids for text in self._backend.encode_batch_fast(texts, add_special_tokens=special)]
         else:
@@ -45,9 +46,21 @@ class TokenCodec:
         """The text of some ids, special tokens included."""
         return str(self._tokenizer.decode(list(ids))) if self._tokenizer is not None and ids else ""
 
+    def continuations(self, text: str) -> Iterator[Ids]:
+        """Ids of a text that goes on from another: by itself, and behind guards.
+
+        SentencePiece puts a space before what it takes for the beginning of a text; behind a guard it is none.
+        """
+        yield from self.encode([text], special=False)
+        for guard in _GUARDS:
+            alone, guarded = self.encode([guard, guard + text], special=False)
+            # Or the guard has become part of the text's first token.
+            if guarded[: len(alone)] == alone:
+                yield guarded[len(alone) :]
+
     def open_prompt(self, ids: Ids) -> Ids:
         """A prompt's ids without EOS: some tokenizers close every text with it, and a prompt is not closed yet."""
-        while not self._has_template and len(ids) > 1 and ids[-1] in self._eos and ids[-1] != self._bos:
+        while len(ids) > 1 and ids[-1] in self._eos and ids[-1] != self._bos:
             ids = ids[:-1]
         return ids
 

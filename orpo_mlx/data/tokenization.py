@@ -17,6 +17,8 @@ from orpo_mlx.data.token_codec import Ids, TokenCodec
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Example, Group, Pair, TokenizedGroup, TokenizedPair
 
+PROMPT_SHORTENED = "whose prompt ends some tokens earlier, since the tokenizer joins its end with the answer"
+
 # Pairs that are rendered while the texts of as many others are encoded: large enough for the encoder's threads, small
 # enough that memory does not grow with the data.
 _CHUNK = 256
@@ -31,8 +33,8 @@ class _Chunk(NamedTuple):
     rows: list[Row]
     texts: list[RenderedTexts | DataError | None]
     """None where the row is token ids, an error where it cannot be rendered."""
-    ids: Future[list[Ids]]
-    """Of every text, one after another."""
+    ids: Future[list[list[Ids]]]
+    """Of each row's texts; empty where it has none."""
 
 
 class PairTokenizer:
@@ -40,12 +42,15 @@ class PairTokenizer:
 
     Args:
         tokenizer: mlx-lm's `TokenizerWrapper`, or None for a model folder without a tokenizer.
+        template_strings: see `PairRenderer`.
     """
 
-    def __init__(self, tokenizer: Any | None) -> None:
+    def __init__(self, tokenizer: Any | None, *, template_strings: bool = True) -> None:
         self._codec = TokenCodec(tokenizer)
-        self._renderer = PairRenderer(tokenizer, self._codec.eos_texts)
+        self._renderer = PairRenderer(tokenizer, self._codec.eos_texts, template_strings=template_strings)
         self.folds_system = self._renderer.folds_system
+        self.notes: dict[str, tuple[str, ...]] = {}
+        """What to know about how rows were taken, by their location; for who counts, and takes them out."""
 
     @overload
     def __call__(self, row: Pair | TokenizedPair) -> TokenizedPair: ...
@@ -78,10 +83,7 @@ class PairTokenizer:
             encoding: _Chunk | None = None
             while chunk := list(itertools.islice(iterator, _CHUNK)):
                 rendered = [self._rendered(row) for row in chunk]
-                texts = [
-                    text for item in rendered if isinstance(item, RenderedTexts) for text in (item.prompt, *item.whole)
-                ]
-                future = pool.submit(self._codec.encode, texts)
+                future = pool.submit(self._encoded, rendered)
                 if encoding is not None:
                     yield from self._finished(encoding)
                 encoding = _Chunk(chunk, rendered, future)
@@ -94,7 +96,9 @@ class PairTokenizer:
         Raises:
             DataError: see `__call__`.
         """
-        return self._codec.open_prompt(self._codec.encode([self._renderer.prompt(pair)])[0])
+        templated = self._renderer.is_templated(pair)
+        (ids,) = self._codec.encode([self._renderer.prompt(pair)], special=not templated)
+        return ids if templated else self._codec.open_prompt(ids)
 
     def _rendered(self, row: Row) -> RenderedTexts | DataError | None:
         if isinstance(row, Example):
@@ -109,52 +113,71 @@ class PairTokenizer:
             return DataError(f"{row.location}: the row holds half of a surrogate pair ({code}), which is not text.")
         return texts
 
+    def _encoded(self, rendered: Sequence[RenderedTexts | DataError | None]) -> list[list[Ids]]:
+        """Ids of the texts of each row that has some, the prompt's first."""
+        found: list[list[Ids]] = [[] for _ in rendered]
+        for templated in (True, False):
+            texts = [
+                (number, text)
+                for number, item in enumerate(rendered)
+                if isinstance(item, RenderedTexts) and item.templated == templated
+                for text in (item.prompt, *item.whole)
+            ]
+            every = self._codec.encode([text for _, text in texts], special=not templated)
+            for (number, _), ids in zip(texts, every, strict=True):
+                found[number].append(ids)
+        return found
+
     def _finished(self, chunk: _Chunk) -> Iterator[Outcome]:
-        ids = iter(chunk.ids.result())
-        for row, texts in zip(chunk.rows, chunk.texts, strict=True):
+        for row, texts, ids in zip(chunk.rows, chunk.texts, chunk.ids.result(), strict=True):
             if isinstance(row, Example):
                 yield row
             elif isinstance(texts, DataError):
                 yield texts
             else:
                 assert texts is not None
-                prompt, *whole = (next(ids) for _ in range(1 + len(texts.whole)))
                 try:
-                    yield self._divided(row, texts, prompt, whole)
+                    yield self._divided(row, texts, *ids)
                 except DataError as error:
                     yield error
 
-    def _divided(self, row: Pair | Group, texts: RenderedTexts, prompt: Ids, whole: Sequence[Ids]) -> Example:
+    def _divided(self, row: Pair | Group, texts: RenderedTexts, prompt: Ids, *whole: Ids) -> Example:
         """Prompt and completions apart, from the ids of `texts`."""
-        prompt = self._codec.open_prompt(prompt)
+        prompt = prompt if texts.templated else self._codec.open_prompt(prompt)
+        notes = texts.notes
+        completions = [
+            self._completion(prompt, text[len(texts.prompt) :], ids)
+            for text, ids in zip(texts.whole, whole, strict=True)
+        ]
+        if None in completions:
+            # What is left where a tokenizer changes text: the tokens that all begin with.
+            shared = min(_common_tokens(prompt, ids) for ids in whole)
+            prompt = prompt[:shared]
+            completions = [ids[shared:] for ids in whole]
+            notes = (*notes, PROMPT_SHORTENED)
         if not prompt:
             raise DataError(
                 f"{row.location}: the prompt has no tokens, so the first completion token has nothing to follow."
             )
-        completions = []
-        for text, ids in zip(texts.whole, whole, strict=True):
-            completion = self._completion(prompt, texts.prompt, text, ids)
-            if completion is None:
-                raise DataError(
-                    f"{row.location}: the chat template renders the prompt differently once the answer follows, so the "
-                    "boundary between them is unknown; use a template that does not rewrite earlier turns, or token "
-                    "ids."
-                )
-            completions.append(self._codec.closed(completion))
+        if notes:
+            self.notes[row.location] = notes
+        closed = tuple(self._codec.closed(completion) for completion in completions if completion is not None)
         if isinstance(row, Pair):
-            chosen, rejected = completions
+            chosen, rejected = closed
             return TokenizedPair(prompt, chosen, rejected, row.location, row.margin, row.weight)
-        scored = (row.scores, row.labelled, row.pairs)
-        return TokenizedGroup(prompt, tuple(completions), *scored, row.location, row.weight)
+        return TokenizedGroup(prompt, closed, row.scores, row.labelled, row.pairs, row.location, row.weight)
 
-    def _completion(self, prompt: Ids, prompt_text: str, text: str, ids: Ids) -> Ids | None:
-        """The ids of `text` after the prompt's; None where the boundary cannot be found."""
-        if ids[: len(prompt)] == prompt:
-            return ids[len(prompt) :]
-        if text.startswith(prompt_text):
-            # A token straddles the boundary. Generation starts from the prompt's own tokens, so the rest is encoded by
-            # itself, where that spells the same text.
-            (rest,) = self._codec.encode([text[len(prompt_text) :]], special=False)
-            if self._codec.decode((*prompt, *rest)) == self._codec.decode(ids):
-                return rest
-        return None
+    def _completion(self, prompt: Ids, text: str, whole: Ids) -> Ids | None:
+        """The ids of a completion's `text`, given those of the `whole`; None where none go on from the prompt's."""
+        if whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :]
+        # A token straddles the boundary. Generation starts from the prompt's own tokens, so the rest is encoded as
+        # what goes on from them, where that spells the same text.
+        wanted = self._codec.decode(whole)
+        continuations = self._codec.continuations(text)
+        return next((rest for rest in continuations if self._codec.decode((*prompt, *rest)) == wanted), None)
+
+
+def _common_tokens(first: Ids, second: Ids) -> int:
+    same = itertools.takewhile(lambda both: both[0] == both[1], zip(first, second, strict=False))
+    return sum(1 for _ in same)

@@ -9,7 +9,7 @@ from orpo_mlx.data.groups import narrowed
 from orpo_mlx.types import Example, TokenizedGroup, TokenizedPair
 
 TRUNCATIONS = ("drop", "keep_start", "keep_end")
-"""What becomes of a pair that is too long: left out, or its prompt cut at the end or at the start."""
+"""What becomes of a pair that is too long: left out, cut at its completions' ends, or at its prompt's start."""
 
 
 class Fitted(NamedTuple):
@@ -26,8 +26,11 @@ class Fitted(NamedTuple):
 def fit(example: Example, max_seq_length: int, truncate: str = "drop") -> Fitted:
     """Fit prompt and every completion into `max_seq_length` tokens; `truncate` is one of `TRUNCATIONS`.
 
-    The prompt is cut first, and down to one token if need be; only then do completions lose their ends. All completions
-    see the same prompt. Of a group, too long completions are left out alone, and so are pairs that are the same tokens.
+    "keep_start" is TRL's: the first tokens of prompt and completion are kept, so that the end of the question and the
+    assistant's header stay, and a pair whose prompt alone fills the length is left out. "keep_end" cuts the prompt's
+    start, down to one token if need be, and only then the completions' ends; unlike TRL's, it leaves all completions
+    the same prompt, cut for the longest of them, and never keeps a completion's end without its beginning. Of a group,
+    too long completions are left out alone, and so are pairs that are the same tokens.
     """
     if isinstance(example, TokenizedGroup):
         return _fit_group(example, max_seq_length, truncate)
@@ -59,11 +62,11 @@ def _cut(
     prompt: tuple[int, ...], completions: Sequence[tuple[int, ...]], max_seq_length: int, truncate: str
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     longest = max(map(len, completions))
-    if len(prompt) + longest > max_seq_length:
+    if truncate == "keep_end" and len(prompt) + longest > max_seq_length:
         # One token of the prompt must stay: the first completion token is predicted from it.
-        room = min(len(prompt), max(1, max_seq_length - longest))
-        prompt = prompt[:room] if truncate == "keep_start" else prompt[-room:]
-    return prompt, tuple(ids[: max_seq_length - len(prompt)] for ids in completions)
+        prompt = prompt[-min(len(prompt), max(1, max_seq_length - longest)) :]
+    most = max(0, max_seq_length - len(prompt))
+    return prompt, tuple(ids[:most] for ids in completions)
 
 
 def _fit_pair(pair: TokenizedPair, max_seq_length: int, truncate: str) -> Fitted:

@@ -20,9 +20,11 @@ def pick_prompts(pairs: Sequence[Pair | Group], count: int) -> list[Pair | Group
     return [pairs[(2 * number + 1) * len(pairs) // (2 * count)] for number in range(count)]
 
 
-def sample_replies(model: nn.Module, tokenizer: Any, pairs: Sequence[Pair | Group], max_tokens: int) -> list[Reply]:
-    """Greedy replies of at most `max_tokens` tokens to the prompts of `pairs`."""
-    to_ids = PairTokenizer(tokenizer)
+def sample_replies(
+    model: nn.Module, tokenizer: Any, pairs: Sequence[Pair | Group], max_tokens: int, *, template_strings: bool = True
+) -> list[Reply]:
+    """Greedy replies of at most `max_tokens` tokens to the prompts of `pairs`; see `PairTokenizer`."""
+    to_ids = PairTokenizer(tokenizer, template_strings=template_strings)
     # Dropout would draw random numbers and change what is said.
     was_training = model.training
     model.eval()
@@ -47,6 +49,7 @@ class Sampler:
         prompts: pairs whose prompts are answered; none where nothing is to be sampled.
         max_tokens: of one reply.
         file: receives an object for each reply, with `step`, `prompt`, `text` and `tokens`; None: nothing is kept.
+        template_strings: see `PairTokenizer`.
     """
 
     def __init__(
@@ -56,16 +59,27 @@ class Sampler:
         prompts: Sequence[Pair | Group],
         max_tokens: int,
         file: LineFile | None = None,
+        *,
+        template_strings: bool = True,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
+        self._template_strings = template_strings
         self.prompts = prompts
         self.file = file
 
     def __call__(self, step: int) -> list[Reply]:
         """The replies after `step` optimiser steps."""
-        replies = sample_replies(self._model, self._tokenizer, self.prompts, self._max_tokens) if self.prompts else []
+        replies: list[Reply] = []
+        if self.prompts:
+            replies = sample_replies(
+                self._model,
+                self._tokenizer,
+                self.prompts,
+                self._max_tokens,
+                template_strings=self._template_strings,
+            )
         if self.file is not None:
             self.file.append([{"step": step, **reply._asdict()} for reply in replies])
         return replies

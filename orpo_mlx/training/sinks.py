@@ -68,7 +68,14 @@ def open_sinks(run: Run, reporter: Reporter, callbacks: Callbacks, resumed: Resu
         else:
             # What an earlier run left there would be taken for this one's.
             (run.folder / SAMPLES_FILE).unlink(missing_ok=True)
-        sampler = Sampler(run.loaded.model, run.loaded.tokenizer, prompts, run.config.sample_tokens, file)
+        sampler = Sampler(
+            run.loaded.model,
+            run.loaded.tokenizer,
+            prompts,
+            run.config.sample_tokens,
+            file,
+            template_strings=run.config.template_strings,
+        )
         yield Sinks(reporter, metrics, sampler, callbacks)
 
 

@@ -147,7 +147,7 @@ def test_every_shape_gives_the_same_pairs(name: str, make: Callable[..., Row], w
         row = json.loads(json.dumps({**make(question, chosen, rejected), "weight": 0.5}))
         read = read_row(row, "f:1", pair_ratings="best_worst")
         assert read.shape == name
-        assert read.note is None
+        assert read.notes == ()
         (pair,) = read.pairs
         expected = (turns(question, **which), [said("assistant", chosen)], [said("assistant", rejected)])
         assert as_conversation(pair) == tuple(map(tuple, expected))
@@ -260,13 +260,14 @@ def test_token_ids(names: tuple[str, str, str]) -> None:
 
 
 def test_tools_and_template_arguments_travel_along() -> None:
+    # A null in a JSON Schema says something: a default of null is one.
     tool = {"type": "function", "function": {"name": "f", "strict": None, "parameters": {"a": None, "b": [1]}}}
-    cleaned = {"type": "function", "function": {"name": "f", "parameters": {"b": [1]}}}
-    for tools in ([tool], json.dumps([tool])):
+    as_text = {"type": "function", "function": {**tool["function"], "parameters": json.dumps({"a": None, "b": [1]})}}
+    for tools in ([tool], json.dumps([tool]), [json.dumps(tool)], [as_text]):
         row = {**messages("Q", "A", "B"), "tools": tools, "chat_template_kwargs": {"enable_thinking": False}}
         (pair,) = read_row(row, "f:1").pairs
         assert isinstance(pair, Pair)
-        assert pair.tools == (cleaned,)
+        assert pair.tools == (tool,)
         assert pair.template_kwargs == {"enable_thinking": False}
     call = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]
     (pair,) = read_row({**messages("Q", "A", "B"), "chosen": call, "tools": None}, "f:1").pairs
@@ -292,7 +293,7 @@ def test_a_function_call_in_sharegpt() -> None:
 def test_a_prompt_that_is_not_in_its_conversation_is_noted() -> None:
     row = {**ultrafeedback("Q", "A", "B"), "prompt": "something else"}
     read = read_row(row, "f:1")
-    assert read.note == PROMPT_ELSEWHERE
+    assert read.notes == (PROMPT_ELSEWHERE,)
     assert as_conversation(read.pairs[0])[0] == (said("user", "Q"),)
 
 

