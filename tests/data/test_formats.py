@@ -261,8 +261,9 @@ def test_token_ids(names: tuple[str, str, str]) -> None:
 
 def test_tools_and_template_arguments_travel_along() -> None:
     # A null in a JSON Schema says something: a default of null is one.
-    tool = {"type": "function", "function": {"name": "f", "strict": None, "parameters": {"a": None, "b": [1]}}}
-    as_text = {"type": "function", "function": {**tool["function"], "parameters": json.dumps({"a": None, "b": [1]})}}
+    function = {"name": "f", "strict": None, "parameters": {"a": None, "b": [1]}}
+    tool = {"type": "function", "function": function}
+    as_text = {"type": "function", "function": {**function, "parameters": json.dumps(function["parameters"])}}
     for tools in ([tool], json.dumps([tool]), [json.dumps(tool)], [as_text]):
         row = {**messages("Q", "A", "B"), "tools": tools, "chat_template_kwargs": {"enable_thinking": False}}
         (pair,) = read_row(row, "f:1").pairs

@@ -140,7 +140,7 @@ def test_a_history_that_one_side_rewrites_is_refused(read: Callable[..., Reading
 def test_nothing_of_the_prompt_is_trained_and_nothing_of_the_answers_lost(
     read: Callable[..., Reading], template: str
 ) -> None:
-    prompts = [
+    prompts: list[Any] = [
         "Hi",
         [user("Hi"), thinks("old", "Hello"), user("Who?")],
         [{"role": "system", "content": "S"}, user("Q")],

@@ -131,7 +131,7 @@ def test_keep_start_is_what_trl_keeps() -> None:
         kept = [(PAIR.prompt_ids + side)[:length] for side in (PAIR.chosen_ids, PAIR.rejected_ids)]
         assert (fitted is None) == (length <= len(PAIR.prompt_ids))
         if fitted is not None:
-            assert kept == [fitted.prompt_ids + side for side in (fitted.chosen_ids, fitted.rejected_ids)]
+            assert kept == [fitted.prompt_ids + side for side in fitted.completions]
 
 
 def test_sides_that_are_equal_or_become_so_are_left_out() -> None:
