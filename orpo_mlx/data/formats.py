@@ -6,7 +6,6 @@ that fits reads the row.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
