@@ -140,10 +140,11 @@ def convert_adapter(source: str, model_name: str, task: Task, *, to_mlx: bool) -
         base = open_model(model_name, folder / SCRATCH, source="`model`", trust_remote_code=task.trust_remote_code)
 
         def as_mlx(peft: Adapter) -> Adapter:
-            return peft_to_mlx(peft, base_model(task, base), str(path))
+            return peft_to_mlx(peft, base_model(task, base), base.info.config, str(path))
 
         def as_peft(mlx: Adapter) -> Adapter:
-            return mlx_to_peft(mlx, base_model(task, base), base.tensor_names(), model_name, str(path))
+            names = base.tensor_names()
+            return mlx_to_peft(mlx, base_model(task, base), base.info.config, names, model_name, str(path))
 
         there, back = (as_mlx, as_peft) if to_mlx else (as_peft, as_mlx)
         converted = there(adapter)

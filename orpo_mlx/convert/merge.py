@@ -10,11 +10,10 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import dequantize_model
 
+from orpo_mlx.convert.checkpoint_places import STACKED, put_back
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.files import read_json_table
 
-# mlx-lm's name for the experts of a layer in one array.
-_STACKED = ".switch_mlp."
 # Layers whose weights are packed; experts in one array are a class of mlx-lm's own.
 _QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 
@@ -77,16 +76,11 @@ def merged_tensors(
     # Whatever the model does not hold stays: other heads, vision towers, buffers.
     result = dict(tensors)
     for name, before in base.items():
-        parts = unstacked_names(name, before.shape[0])
-        olds, news = ([before], [merged[name]]) if parts == [name] else (list(before), list(merged[name]))
-        for part, old, new in zip(parts, olds, news, strict=True):
-            own = tensors.get(part)
-            if own is None or own.shape != old.shape or not mx.array_equal(own.astype(old.dtype), old).item():
-                raise ModelError(
-                    f"{location}: {name} has no counterpart in the checkpoint that it could be merged into ({part}); "
-                    "train on other layers, or give `quantize`, which writes mlx-lm's own layout."
-                )
-            result[part] = new
+        if not put_back(result, name, before, merged[name]):
+            raise ModelError(
+                f"{location}: {name} has no counterpart in the checkpoint that it could be merged into; train on other "
+                "layers, or give `quantize`, which writes mlx-lm's own layout."
+            )
     return result
 
 
@@ -97,7 +91,7 @@ def model_tensors(model: nn.Module, location: str) -> dict[str, mx.array]:
         ModelError: they are not.
     """
     weights = dict(tree_flatten(model.parameters()))
-    stacked = next((name for name in weights if _STACKED in name), None)
+    stacked = next((name for name in weights if STACKED in name), None)
     if stacked is not None:
         raise ModelError(
             f"{location}: {stacked} holds all experts of a layer, which is mlx-lm's layout and not Hugging Face's; "
@@ -117,10 +111,3 @@ def full_weights(model: nn.Module, adapter: Path) -> dict[str, mx.array]:
     assert isinstance(trained, dict)
     own = dict(tree_flatten(model.parameters()))
     return {name: own[name] for name in trained if name in own}
-
-
-def unstacked_names(name: str, experts: int) -> list[str]:
-    """Hugging Face's names of a weight, of which it has one for each expert."""
-    if _STACKED not in name:
-        return [name]
-    return [name.replace(_STACKED, f".experts.{number}.") for number in range(experts)]

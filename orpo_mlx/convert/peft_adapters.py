@@ -16,23 +16,37 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from orpo_mlx.convert.peft_config import Scaling, find_targets, make_peft_config, matches, read_scaling, same_scaling
 from orpo_mlx.convert.write_model import write_json
 from orpo_mlx.errors import ModelError
 from orpo_mlx.files import read_json_table, save_safetensors
+from orpo_mlx.models.peft_config import (
+    Scaling,
+    find_targets,
+    make_peft_config,
+    matches,
+    read_scaling,
+    refuse_inexpressible,
+    same_scaling,
+)
+from orpo_mlx.models.peft_names import (
+    EMBEDDING,
+    LINEAR,
+    PREFIX,
+    base_weight,
+    our_module,
+    read_peft_tensors,
+    split_name,
+    stored_names,
+    their_module,
+)
 from orpo_mlx.models.safetensors_files import read_header
 
 CONFIG = "adapter_config.json"
 MLX_WEIGHTS = "adapters.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 # Where mlx-lm's config is carried in the header of PEFT's file.
 _CARRIED = "orpo_mlx.adapter_config"
-_LINEAR = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m"}
-_EMBEDDING = {"lora_embedding_A": "lora_a", "lora_embedding_B": "lora_b"}
 _LEAVES = ("lora_a", "lora_b", "m")
-# PEFT stores an adapted embedding's own weights as well.
-_BASE_LAYER = "base_layer.weight"
 
 
 class Adapter(NamedTuple):
@@ -68,57 +82,52 @@ def write_adapter(folder: Path, weights_file: str, adapter: Adapter) -> int:
     return sum(array.nbytes for array in adapter.weights.values())
 
 
-def peft_to_mlx(peft: Adapter, model: nn.Module, location: str) -> Adapter:
+def peft_to_mlx(peft: Adapter, model: nn.Module, settings: Mapping[str, Any], location: str) -> Adapter:
     """mlx-lm's form of a PEFT adapter for `model`.
 
     Args:
         peft: PEFT's form.
         model: the base model, without adapters; it has them afterwards, at their starting values.
+        settings: the base model's config.json.
         location: the folder, for errors.
 
     Raises:
         ModelError: it is for another model, or says something mlx-lm's adapters cannot express.
     """
-    scaling = read_scaling(peft.config, f"{location}/{CONFIG}")
-    modules = dict(model.named_modules())
-    weights: dict[str, mx.array] = {}
-    stored = []
-    for name, array in peft.weights.items():
-        module, leaf = split_name(name, location)
-        if module not in modules:
-            raise ModelError(f"{location}: adapts {module!r}, which this model does not have; check `model`.")
-        if leaf == _BASE_LAYER:
-            _check_same_weights(array, modules[module], module, location)
-            stored.append(name)
-        elif leaf == "lora_magnitude_vector":
-            weights[f"{module}.m"] = array
-        else:
-            weights[f"{module}.{(_LINEAR | _EMBEDDING)[leaf]}"] = array.T
-    adapted = {name.rpartition(".")[0] for name in weights}
-    _check_layers(adapted, modules, scaling, location)
+    refuse_inexpressible(peft.config, f"{location}/{CONFIG}")
+    read = read_peft_tensors(peft.weights, model, location)
+    scaling = read_scaling(peft.config, f"{location}/{CONFIG}", read.modules.values())
+    adapted = set(read.modules)
+    _check_layers(adapted, dict(model.named_modules()), scaling, location)
     # An adapter that came from mlx-lm gets its own config back, which has keys that PEFT's cannot say.
     carried = peft.metadata.get(_CARRIED)
     if carried is None:
         lora = {"rank": scaling.rank, "scale": scaling.scale, "dropout": scaling.dropout}
+        kept: dict[str, Any] = {"config": peft.config, "base_layers": read.unchanged}
+        # Adapters of an earlier transformers have other names of modules, and get them back.
+        named = {ours: theirs for ours, theirs in read.modules.items() if theirs != their_module(ours, settings)}
         config = {
             "fine_tune_type": "dora" if scaling.dora else "lora",
             **layers_and_keys(adapted, model, lora),
-            "peft": {"config": peft.config, "base_layers": stored},
+            "peft": {**kept, "names": named} if named else kept,
         }
     else:
         config = carried_mlx_config(carried, scaling, location)
-    result = Adapter(config, weights, {key: value for key, value in peft.metadata.items() if key != _CARRIED})
+    result = Adapter(config, read.weights, {key: value for key, value in peft.metadata.items() if key != _CARRIED})
     check_fits(result, model, location)
     return result
 
 
-def mlx_to_peft(adapter: Adapter, model: nn.Module, names: set[str], base: str, location: str) -> Adapter:
+def mlx_to_peft(
+    adapter: Adapter, model: nn.Module, settings: Mapping[str, Any], names: set[str], base: str, location: str
+) -> Adapter:
     """PEFT's form of one of mlx-lm's adapters for `model`.
 
     Args:
         adapter: mlx-lm's form.
         model: the base model, without adapters; it has them afterwards, at their starting values.
-        names: the checkpoint's own tensor names, by which PEFT will look for modules.
+        settings: the base model's config.json, by which transformers names its modules.
+        names: the checkpoint's own tensor names.
         base: the base model's name, for PEFT's config.
         location: the folder, for errors.
 
@@ -129,30 +138,59 @@ def mlx_to_peft(adapter: Adapter, model: nn.Module, names: set[str], base: str, 
     scaling = _mlx_scaling(adapter.config, f"{location}/{CONFIG}")
     adapted = {name.rpartition(".")[0] for name in adapter.weights}
     _check_layers(adapted, modules, scaling, location)
+    stored = {name: _stored_as(name, names) for name in modules}
     for module in sorted(adapted):
-        if f"{module}.weight" not in names:
+        if stored[module] is None:
             raise ModelError(
                 f"{location}: adapts {module!r}, which the checkpoint has under no such name for PEFT to find."
             )
+    carried = adapter.config.get("peft")
+    given = carried.get("names", {}) if isinstance(carried, dict) else {}
+    theirs = {name: given.get(name) or their_module(name, settings) for name in modules}
+    # Before adapters are put on it: the weights that PEFT wrote of the base model go back with them.
+    unchanged = {name: _base_of(model, name, location) for name in (carried or {}).get("base_layers", ())}
     check_fits(adapter, model, location)
     weights = {}
     for name, array in adapter.weights.items():
         module, _, leaf = name.rpartition(".")
-        table = _EMBEDDING if is_embedding(modules[module]) else _LINEAR
-        theirs = next(key for key, value in table.items() if value == leaf)
-        weights[f"{_PREFIX}{module}.{theirs}"] = array if leaf == "m" else array.T
-    carried = adapter.config.get("peft")
+        table = EMBEDDING if is_embedding(modules[module]) else LINEAR
+        leaf_name = next(key for key, value in table.items() if value == leaf)
+        weights[f"{PREFIX}{theirs[module]}.{leaf_name}"] = array if leaf == "m" else array.T
+    in_peft = {theirs[name] for name in adapted}
     if carried is None:
-        leaves = [name for name in modules if f"{name}.weight" in names]
-        config = make_peft_config(scaling, find_targets(adapted, list(modules), leaves), base)
+        read = {name for name in stored.values() if name is not None}
+        # Of other senses, layers and what they are inside of: PEFT would find these by a shared ending, too.
+        unread = {part for name in names if (stem := name.rpartition(".")[0]) not in read for part in _outer(stem)}
+        leaves = [theirs[name] for name in modules if stored[name]] + sorted(unread - read)
+        targets = find_targets(in_peft, list(theirs.values()), leaves)
+        config = make_peft_config(scaling, targets, base)
         metadata = {_CARRIED: json.dumps(adapter.config)}
     else:
-        config = carried_peft_config(carried, scaling, adapted, location)
+        config = carried_peft_config(carried, scaling, in_peft, location)
         metadata = {}
-        # PEFT wrote these weights of the base model, so they are in the file that goes back.
-        for name in carried.get("base_layers", ()):
-            weights[name] = modules[split_name(name, location)[0]].weight
+        weights |= unchanged
     return Adapter(config, weights, {"format": "pt", **adapter.metadata, **metadata})
+
+
+def _outer(name: str) -> list[str]:
+    """A module and all that it is inside of."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def _stored_as(module: str, names: set[str]) -> str | None:
+    """The name under which a checkpoint has a module of mlx-lm's."""
+    return next((name for name in stored_names(module) if f"{name}.weight" in names), None)
+
+
+def _base_of(model: nn.Module, name: str, location: str) -> mx.array:
+    """The base model's weight that PEFT wrote under `name`."""
+    module, leaf = split_name(name, location)
+    ours = our_module(module, {each for each, _ in model.named_modules()})
+    own = base_weight(model, ours or module, leaf.rpartition(".")[2])
+    if own is None:
+        raise ModelError(f"{location}: {name} is of no weight that this model has; check `model`.")
+    return own
 
 
 def check_fits(adapter: Adapter, model: nn.Module, location: str) -> None:
@@ -187,14 +225,6 @@ def check_fits(adapter: Adapter, model: nn.Module, location: str) -> None:
             )
 
 
-def split_name(name: str, location: str) -> tuple[str, str]:
-    """Module and leaf of a PEFT tensor name."""
-    for leaf in (*_LINEAR, *_EMBEDDING, _BASE_LAYER):
-        if name.startswith(_PREFIX) and name.endswith(f".{leaf}"):
-            return name[len(_PREFIX) : -len(leaf) - 1], leaf
-    raise ModelError(f"{location}: tensor {name!r} is of no LoRA or DoRA layer, so it cannot be expressed by mlx-lm.")
-
-
 def _check_layers(adapted: set[str], modules: Mapping[str, nn.Module], scaling: Scaling, location: str) -> None:
     """Make sure that both forms can adapt these modules, and mean the same by it."""
     for name in sorted(adapted):
@@ -217,16 +247,6 @@ def _check_layers(adapted: set[str], modules: Mapping[str, nn.Module], scaling: 
 
 def is_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
-
-
-def _check_same_weights(stored: mx.array, module: nn.Module, name: str, location: str) -> None:
-    """Make sure that weights an adapter stores besides its matrices are the base model's own."""
-    own = module.get("weight")
-    if own is None or own.shape != stored.shape or not mx.array_equal(own.astype(stored.dtype), stored).item():
-        raise ModelError(
-            f"{location}: holds weights of {name!r} itself that differ from this model's, which mlx-lm's adapters "
-            "cannot express; merge them with PEFT."
-        )
 
 
 def carried_mlx_config(carried: str, scaling: Scaling, location: str) -> dict[str, Any]:
@@ -290,7 +310,7 @@ def carried_peft_config(carried: Any, scaling: Scaling, adapted: set[str], locat
     """The PEFT config an adapter came with, as long as it still says the same."""
     try:
         config = dict(carried["config"])
-        same = same_scaling(read_scaling(config, location), scaling)
+        same = same_scaling(read_scaling(config, location, adapted), scaling)
         named = config["target_modules"] == "all-linear" or all(matches(config, name) for name in adapted)
     except (KeyError, TypeError, ValueError):
         same = named = False

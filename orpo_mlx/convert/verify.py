@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from orpo_mlx.convert.task import Task
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ModelError, reason_of
+from orpo_mlx.files import read_json_table
 from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.loading import ModelInfo, load
 from orpo_mlx.models.vocabulary import vocabulary_of
@@ -68,13 +69,16 @@ class Difference(NamedTuple):
         return f"worst {self.worst:.2e}, mean {self.mean:.2e} nats per token over {self.tokens} tokens"
 
 
-def probe_pairs(tokenizer: Any | None, vocabulary: int) -> list[TokenizedPair]:
+def probe_pairs(tokenizer: Any | None, vocabulary: int, config: Mapping[str, Any]) -> list[TokenizedPair]:
     """`TEXTS` as token ids, or fixed ids of the vocabulary where there is no tokenizer."""
+    # transformers puts images in the place of some ids, or another id where there is none.
+    special = {value for key, value in config.items() if key.endswith(("_token_id", "_token_index"))}
+    plain = np.array([token for token in range(vocabulary) if token not in special] or [0])
     rng = np.random.default_rng(0)
     pairs = []
     for number, texts in enumerate(TEXTS):
         if tokenizer is None:
-            sides = [rng.integers(0, vocabulary, 6 + 4 * part) for part in range(3)]
+            sides = [plain[rng.integers(0, len(plain), 6 + 4 * part)] for part in range(3)]
         else:
             sides = [tokenizer.encode(text, add_special_tokens=part == 0) for part, text in enumerate(texts)]
         # A tokenizer may have more tokens than the embedding has rows.
@@ -119,7 +123,10 @@ def transformers_logps(
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        # The class it was saved from: for a vision-language model, AutoModelForCausalLM has none, or another one.
+        named = (read_json_table(folder / "config.json", ModelError).get("architectures") or [""])[0]
+        model_class = getattr(transformers, str(named), transformers.AutoModelForCausalLM)
+        model = model_class.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=trust_remote_code
         ).eval()
         if adapter is not None:
@@ -139,7 +146,7 @@ def torch_row(torch: Any, model: Any, prompt: Sequence[int], completion: Sequenc
     """Log-probs of one completion's tokens by a PyTorch model."""
     ids = torch.tensor([[*prompt, *completion]])
     # The state at position t predicts token t + 1.
-    logps = model(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+    logps = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
     return np.array(logps[range(len(completion)), list(completion)])
 
 
@@ -174,7 +181,7 @@ def record_baseline(task: Task, info: ModelInfo, adapter: Path | None = None) ->
     if not task.verify:
         return None
     model = load(info, trust_remote_code=task.trust_remote_code).model
-    pairs = probe_pairs(info.tokenizer, vocabulary_of(model))
+    pairs = probe_pairs(info.tokenizer, vocabulary_of(model), info.config)
     if adapter is not None:
         add_trained_adapters(model, adapter)
     return Baseline(pairs, model_logps(model, pairs))
@@ -230,7 +237,7 @@ def verify_adapter(task: Task, base: SourceModel, mlx_folder: Path, peft_folder:
         ModelError: they are not, or mlx-lm cannot run it.
     """
     loaded = load(base.info, trust_remote_code=task.trust_remote_code)
-    pairs = probe_pairs(base.info.tokenizer, vocabulary_of(loaded.model))
+    pairs = probe_pairs(base.info.tokenizer, vocabulary_of(loaded.model), base.info.config)
     add_trained_adapters(loaded.model, mlx_folder)
     ours = model_logps(loaded.model, pairs)
     # Of a number and itself the difference is 0, and not a number where it is none.

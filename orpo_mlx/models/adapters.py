@@ -14,11 +14,9 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from orpo_mlx.errors import ConfigError, ModelError, reason_of
 from orpo_mlx.files import read_json_table
+from orpo_mlx.models.peft_config import read_scaling, refuse_inexpressible
+from orpo_mlx.models.peft_names import PREFIX, read_peft_tensors
 from orpo_mlx.models.safetensors_files import read_header
-
-# PEFT's A (r, in) and B (out, r) are mlx-lm's lora_a (in, r) and lora_b (r, out).
-_PEFT_PREFIX = "base_model.model."
-_PEFT_LEAVES = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b"}
 
 
 def add_adapters(model: nn.Module, fine_tune_type: str, num_layers: int, lora_parameters: Mapping[str, Any]) -> None:
@@ -111,17 +109,34 @@ def load_adapter_file(model: nn.Module, path: str | Path, scale: float) -> None:
             matrices under another scale are another model.
 
     Raises:
-        ModelError: the file is missing or does not fit the model's adapters exactly.
+        ModelError: the file is missing or does not fit the model's adapters exactly, or its config says something that
+            they cannot express.
     """
     path = _adapter_file(Path(path))
-    _check_scale(path, scale)
     try:
         loaded = mx.load(str(path))
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as safetensors ({reason_of(error, first_line=True)}).") from None
     assert isinstance(loaded, dict)
-    weights = dict(from_peft(name, array) for name, array in loaded.items())
+    config_file = path.parent / "adapter_config.json"
+    config = read_json_table(config_file, ModelError) if config_file.is_file() else {}
+    if any(name.startswith(PREFIX) for name in loaded):
+        weights, theirs = _from_peft(model, loaded, config, config_file)
+    else:
+        weights, theirs = loaded, _scale_of(config, scale, config_file)
+    # alpha / r need not be the very float that was given as a scale.
+    if abs(theirs - scale) > 1e-6 * abs(scale):
+        raise ModelError(
+            f"{config_file}: this adapter was made with LoRA scale {theirs:g}, this run has {scale:g}; "
+            f"set lora_parameters.scale to {theirs:g} in the config file."
+        )
+    _check_fit(weights, adapter_weights(model), path)
     own = adapter_weights(model)
+    model.load_weights([(name, weights[name].astype(array.dtype)) for name, array in own.items()], strict=False)
+
+
+def _check_fit(weights: Mapping[str, mx.array], own: Mapping[str, mx.array], path: Path) -> None:
+    """Make sure that an adapter file has exactly the arrays that are trainable."""
     problems = [f"{name} is not a trainable parameter here" for name in weights if name not in own]
     problems += [f"{name} is missing" for name in own if name not in weights]
     problems += [
@@ -129,13 +144,30 @@ def load_adapter_file(model: nn.Module, path: str | Path, scale: float) -> None:
         for name, array in own.items()
         if name in weights and weights[name].shape != array.shape
     ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    if not problems:
+        return
+    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    advice = "check `model`, `num_layers` and lora_parameters (rank, keys)"
+    theirs, ours = (any(name.endswith(".m") for name in names) for names in (weights, own))
+    if theirs != ours:
+        advice = f"it is of {'DoRA' if theirs else 'LoRA'}: set `fine_tune_type` to {'dora' if theirs else 'lora'}"
+    raise ModelError(f"{path}: does not fit this model's adapters: {'; '.join(problems[:3])}{more}; {advice}.")
+
+
+def _from_peft(
+    model: nn.Module, tensors: Mapping[str, mx.array], config: Mapping[str, Any], config_file: Path
+) -> tuple[dict[str, mx.array], float]:
+    """A PEFT adapter's arrays under mlx-lm's names, and its scale."""
+    if not config:
         raise ModelError(
-            f"{path}: does not fit this model's adapters: {'; '.join(problems[:3])}{more}; "
-            "check `model`, `num_layers` and lora_parameters (rank, keys)."
+            f"{config_file}: is not there, and a PEFT adapter's alpha, rank and patterns are said nowhere else; put it "
+            "beside the weights."
         )
-    model.load_weights([(name, weights[name].astype(array.dtype)) for name, array in own.items()], strict=False)
+    refuse_inexpressible(config, str(config_file))
+    read = read_peft_tensors(tensors, model, str(config_file.parent))
+    # Before PEFT said its kind, there was one.
+    scaling = read_scaling({"peft_type": "LORA", **config}, str(config_file), read.modules.values())
+    return read.weights, scaling.scale
 
 
 def _adapter_file(path: Path) -> Path:
@@ -149,35 +181,14 @@ def _adapter_file(path: Path) -> Path:
     return path
 
 
-def _check_scale(path: Path, scale: float) -> None:
-    """Make sure that the config beside an adapter file, if there is one, has this LoRA scale."""
-    config_file = path.parent / "adapter_config.json"
-    if not config_file.is_file():
-        return
-    config = read_json_table(config_file, ModelError)
+def _scale_of(config: Mapping[str, Any], scale: float, config_file: Path) -> float:
+    """The LoRA scale that the config beside mlx-lm's arrays has, in its words or PEFT's; `scale` where it has none."""
+    if "lora_alpha" in config:
+        return read_scaling({"peft_type": "LORA", **config}, str(config_file)).scale
     try:
-        if "lora_alpha" in config:
-            rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
-            theirs = config["lora_alpha"] / rank
-        else:
-            theirs = (config.get("lora_parameters") or {}).get("scale", scale)
-        # alpha / r need not be the very float that was given as a scale.
-        differs = abs(theirs - scale) > 1e-6 * abs(scale)
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        return float((config.get("lora_parameters") or {}).get("scale", scale))
+    except (ValueError, TypeError, AttributeError):
         raise ModelError(f"{config_file}: cannot be read as an adapter config of mlx-lm or PEFT.") from None
-    if differs:
-        raise ModelError(
-            f"{config_file}: this adapter was made with LoRA scale {theirs:g}, this run has {scale:g}; "
-            f"set lora_parameters.scale to {theirs:g} in the config file."
-        )
-
-
-def from_peft(name: str, array: mx.array) -> tuple[str, mx.array]:
-    """One of PEFT's matrices under mlx-lm's name and transposed; any other array as it is."""
-    for theirs, ours in _PEFT_LEAVES.items():
-        if name.startswith(_PEFT_PREFIX) and name.endswith(theirs):
-            return name[len(_PEFT_PREFIX) : -len(theirs)] + ours, array.T
-    return name, array
 
 
 def add_trained_adapters(model: nn.Module, folder: Path) -> None:

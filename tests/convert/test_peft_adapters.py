@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from orpo_mlx.cli.convert import main
-from orpo_mlx.convert.peft_config import Scaling, find_targets, make_peft_config, matches, read_scaling, same_scaling
+from orpo_mlx.models.peft_config import Scaling, find_targets, make_peft_config, matches, read_scaling, same_scaling
 from tests.conftest import make_model, write_model_folder
 from tests.convert.test_conversions import write_adapter_folder
 

@@ -1,8 +1,9 @@
 """Make tests/models/nested_models.json: what transformers 5 saves of tiny vision-language models, and computes with it.
 
-Run with torch installed: `python -m tests.helpers.make_nested_models`. For each family: config.json and the names and
+Run with torch and peft: `python -m tests.helpers.make_nested_models`. For each family: config.json and the names and
 shapes of tensors as `save_pretrained` writes them, and the log-probs (nats; log-softmax in float64, eager attention)
-that the PyTorch model gives each token of `IDS` after the first, loaded with the weights of `named_weights`.
+that the PyTorch model gives each token of `IDS` after the first, loaded with the weights of `named_weights`. For some,
+the same of a PEFT adapter, whose matrices are made from their names likewise.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ OUT = Path(__file__).parent.parent / "models" / "nested_models.json"
 # Longer than the windows below.
 IDS = [5, 9, 17, 33, 40, 41, 50, 2, 11, 12, 39, 31, 7, 8, 25, 3]
 VOCABULARY = 64
+WEIGHTS = "adapter_model.safetensors"
 _TEXT = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -211,7 +213,36 @@ def gemma3n() -> tuple[str, dict[str, Any]]:
     }
 
 
-def save_and_score(model: Any, folder: Path) -> dict[str, Any]:
+ADAPTED = ("qwen3_vl_tied", "qwen3_5", "qwen2_5_vl", "gemma3", "mistral3")
+
+
+def logps_of(model: Any) -> list[float]:
+    torch: Any = importlib.import_module("torch")
+    with torch.no_grad():
+        logps = model(input_ids=torch.tensor([IDS])).logits[0].double().log_softmax(-1)
+    return [float(logps[place, token]) for place, token in enumerate(IDS[1:])]
+
+
+def adapted(model: Any, folder: Path) -> dict[str, Any]:
+    """What PEFT saves of an adapter on the text part of `model`, and computes with it."""
+    peft: Any = importlib.import_module("peft")
+    torch: Any = importlib.import_module("torch")
+    safetensors: Any = importlib.import_module("safetensors.torch")
+    settings = peft.LoraConfig(
+        r=2, lora_alpha=6, target_modules=r".*language_model.*\.(q_proj|down_proj)", task_type="CAUSAL_LM"
+    )
+    peft.get_peft_model(model, settings).save_pretrained(folder)
+    shapes = {name: list(each.shape) for name, each in safetensors.load_file(folder / WEIGHTS).items()}
+    weights = {name: torch.tensor(array) for name, array in named_weights(shapes).items()}
+    safetensors.save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    # `get_peft_model` has put layers into `model`: a new one is loaded from the folder beside.
+    plain = type(model).from_pretrained(folder.parent, attn_implementation="eager", dtype=torch.float32)
+    again = peft.PeftModel.from_pretrained(plain, str(folder)).eval()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return {"config": config, "shapes": shapes, "logps": logps_of(again)}
+
+
+def save_and_score(model: Any, folder: Path, *, adapter: bool = False) -> dict[str, Any]:
     """One entry of the file."""
     torch: Any = importlib.import_module("torch")
     safetensors: Any = importlib.import_module("safetensors.torch")
@@ -223,15 +254,17 @@ def save_and_score(model: Any, folder: Path) -> dict[str, Any]:
     again = type(model).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     # Its wrapper fails where there is no image.
     runs = again.language_model if "Llama4" in type(again).__name__ else again
-    with torch.no_grad():
-        logps = runs(input_ids=torch.tensor([IDS])).logits[0].double().log_softmax(-1)
     # What is seen or heard is not run; one name of it is kept, to be left out.
     other = [name for name in shapes if "vision" in name or "visual" in name]
-    return {
+    entry: dict[str, Any] = {
         "config": json.loads((folder / "config.json").read_text()),
         "shapes": {name: shape for name, shape in shapes.items() if name not in other[1:]},
-        "logps": [float(logps[place, token]) for place, token in enumerate(IDS[1:])],
+        "logps": logps_of(runs),
     }
+    if adapter:
+        fresh = type(model).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+        entry["peft"] = adapted(fresh, folder / "adapter")
+    return entry
 
 
 def as_wrapped(entry: dict[str, Any]) -> dict[str, Any]:
@@ -248,7 +281,8 @@ def main() -> None:
         config = getattr(transformers, config_class)(**json.loads(json.dumps(settings)))
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
-            table[name] = save_and_score(getattr(transformers, model_class)(config).float().eval(), Path(folder))
+            model = getattr(transformers, model_class)(config).float().eval()
+            table[name] = save_and_score(model, Path(folder), adapter=name in ADAPTED)
     model_class, settings = gemma3n()
     model = getattr(transformers, model_class)(transformers.Gemma3nTextConfig(**settings)).float().eval()
     with tempfile.TemporaryDirectory() as folder:

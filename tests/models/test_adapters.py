@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,69 @@ def test_another_scale_is_another_model(tmp_path: Path, config: dict[str, Any], 
     folder = saved(tmp_path / "a", adapted(), **config)
     with pytest.raises(ModelError, match=rf"made with LoRA scale {theirs}, this run has 3"):
         load_adapter_file(adapted(), folder, 3.0)
+
+
+def write_peft(folder: Path, **config: Any) -> Path:
+    """A PEFT adapter on the queries and values of both layers."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for layer in (0, 1):
+        for module, outputs in (("q_proj", 32), ("v_proj", 16)):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            arrays[f"{prefix}.lora_A.weight"] = mx.array(rng.standard_normal((2, 32)).astype(np.float32))
+            arrays[f"{prefix}.lora_B.weight"] = mx.array(rng.standard_normal((outputs, 2)).astype(np.float32))
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), arrays)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 8, **config}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"alpha_pattern": {"v_proj": 64}}, "makes layers differ"),
+        ({"alpha_pattern": {"layers.1.self_attn.v_proj": 64}}, "makes layers differ"),
+        ({"alpha_pattern": {"q_proj": 64, "v_proj": 64}}, "made with LoRA scale 32, this run has 4"),
+        ({"rank_pattern": {"v_proj": 1}}, "makes layers differ"),
+        ({"alpha_pattern": {"(": 1}}, "cannot be read"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights is 'pissa_niter_16'"),
+        ({"bias": "all"}, "trained biases"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"peft_type": "LOHA"}, "'LOHA'"),
+        ({"use_something_new": True}, "use_something_new"),
+    ],
+)
+def test_what_a_peft_config_says_is_meant_or_refused(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    model = adapted(keys=["self_attn.q_proj", "self_attn.v_proj"])
+    with pytest.raises(ModelError, match=re.escape(said)):
+        load_adapter_file(model, write_peft(tmp_path / "peft", **config), 4.0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"alpha_pattern": {"v_proj": 8}}, {"modules_to_save": ["embed_tokens"]}, {"init_lora_weights": "gaussian"}],
+)
+def test_what_changes_nothing_is_taken(config: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted(keys=["self_attn.q_proj", "self_attn.v_proj"])
+    folder = write_peft(tmp_path / "peft", **config)
+    arrays = mx.load(str(folder / "adapter_model.safetensors"))
+    arrays["base_model.model.model.embed_tokens.weight"] = model.model.embed_tokens.weight
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), arrays)
+    load_adapter_file(model, folder, 4.0)
+    arrays["base_model.model.model.embed_tokens.weight"] = model.model.embed_tokens.weight + 0.1
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), arrays)
+    with pytest.raises(ModelError, match=r"weights of 'model.embed_tokens' itself that differ"):
+        load_adapter_file(model, folder, 4.0)
+
+
+def test_peft_weights_alone_do_not_say_their_scale(tmp_path: Path) -> None:
+    folder = write_peft(tmp_path / "peft")
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(ModelError, match=r"adapter_config.json: is not there"):
+        load_adapter_file(adapted(keys=["self_attn.q_proj", "self_attn.v_proj"]), folder, 4.0)
 
 
 def test_files_that_do_not_fit(tmp_path: Path) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from orpo_mlx.errors import ModelError
+from orpo_mlx.text import printable
 
 # Keys that are read here, or say how the adapter was made; every other must be at rest (null, false, empty).
 _HARMLESS = """
 auto_mapping base_model_name_or_path bias corda_config eva_config exclude_modules fan_in_fan_out inference_mode
 init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config
 megatron_core peft_type peft_version qalora_group_size r revision runtime_config target_modules task_type use_dora
-use_rslora alpha_pattern rank_pattern
+use_rslora alpha_pattern rank_pattern modules_to_save
 """
 # Ways to initialise that leave the base model's weights as they are; the others adapt a changed base.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -30,8 +31,14 @@ class Scaling(NamedTuple):
     dora: bool
 
 
-def read_scaling(config: Mapping[str, Any], location: str) -> Scaling:
+def read_scaling(config: Mapping[str, Any], location: str, modules: Iterable[str] = ()) -> Scaling:
     """The numbers of a PEFT config.
+
+    Args:
+        config: PEFT's adapter_config.json.
+        location: of the file, for errors.
+        modules: full names of the adapted modules, as PEFT has them: patterns of ranks and alphas are taken where all
+            of these come out alike.
 
     Raises:
         ModelError: it is not LoRA's, is damaged, or says something mlx-lm's adapters cannot express.
@@ -45,9 +52,43 @@ def read_scaling(config: Mapping[str, Any], location: str) -> Scaling:
         raise ModelError(
             f"{location}: r, lora_alpha and lora_dropout are {rank!r}, {alpha!r} and {dropout!r}, not numbers."
         )
-    _refuse_inexpressible(config, rank, alpha, location)
-    root = math.sqrt(rank) if config.get("use_rslora") else rank
-    return Scaling(rank, alpha / root, float(dropout), bool(config.get("use_dora")))
+    refuse_inexpressible(config, location)
+    rank, scale = _common_scale(config, rank, alpha, sorted(modules), location)
+    return Scaling(rank, scale, float(dropout), bool(config.get("use_dora")))
+
+
+def _common_scale(
+    config: Mapping[str, Any], rank: int, alpha: float, modules: Sequence[str], location: str
+) -> tuple[int, float]:
+    """The rank and scale that all modules have, of the common ones and those of patterns."""
+    found: dict[tuple[int, float], str] = {}
+    for name in modules or [""]:
+        own_rank = _by_pattern(config.get("rank_pattern"), name, rank, location)
+        own_alpha = _by_pattern(config.get("alpha_pattern"), name, alpha, location)
+        root = math.sqrt(own_rank) if config.get("use_rslora") else own_rank
+        found.setdefault((own_rank, own_alpha / root), name)
+    if len(found) > 1 or (not modules and (config.get("rank_pattern") or config.get("alpha_pattern"))):
+        patterns = {key: config[key] for key in ("rank_pattern", "alpha_pattern") if config.get(key)}
+        shown = printable(str(patterns))[:120]
+        raise ModelError(
+            f"{location}: {shown} makes layers differ, and mlx-lm's adapters have one rank and one scale; merge it "
+            "with PEFT, or train it with one of each."
+        )
+    (pair,) = found
+    return pair
+
+
+def _by_pattern(patterns: Any, module: str, common: Any, location: str) -> Any:
+    """A module's number: of the first pattern that its name ends in, as PEFT looks it up."""
+    try:
+        for pattern, value in (patterns or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                if not is_number(value) or value <= 0:
+                    raise ValueError(f"{value!r} is no number above 0")
+                return value
+    except (re.error, AttributeError, ValueError) as error:
+        raise ModelError(f"{location}: rank_pattern or alpha_pattern cannot be read ({error}).") from None
+    return common
 
 
 def is_number(value: Any) -> bool:
@@ -55,26 +96,21 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _refuse_inexpressible(config: Mapping[str, Any], rank: int, alpha: float, location: str) -> None:
-    """Make sure that a PEFT config says nothing that mlx-lm's adapters cannot."""
+def refuse_inexpressible(config: Mapping[str, Any], location: str) -> None:
+    """Make sure that a PEFT config says nothing that mlx-lm's adapters cannot, as far as it shows without the tensors.
+
+    Raises:
+        ModelError: it does.
+    """
     for key, value in config.items():
         if key not in _HARMLESS.split() and value not in (None, False) and value != {} and value != []:
-            if key == "megatron_config" or key not in ("modules_to_save", "lora_bias", "layer_replication"):
-                raise ModelError(f"{location}: {key} ({value!r}) cannot be expressed by mlx-lm's adapters.")
-            raise ModelError(
-                f"{location}: {key} ({value!r}) cannot be expressed by mlx-lm's adapters; merge it with PEFT."
-            )
+            shown = printable(repr(value))[:80]
+            advice = "; merge it with PEFT" if key in ("lora_bias", "layer_replication", "target_parameters") else ""
+            raise ModelError(f"{location}: {key} ({shown}) cannot be expressed by mlx-lm's adapters{advice}.")
     if config.get("bias", "none") != "none":
         raise ModelError(
             f"{location}: bias is {config['bias']!r}: trained biases cannot be expressed by mlx-lm's adapters."
         )
-    for key, common in (("rank_pattern", rank), ("alpha_pattern", alpha)):
-        other = {name: value for name, value in (config.get(key) or {}).items() if value != common}
-        if other:
-            raise ModelError(
-                f"{location}: {key} ({other!r}) differs from the rest, and mlx-lm's adapters have one rank and "
-                "one scale."
-            )
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise ModelError(
