@@ -194,6 +194,7 @@ def test_what_changes_nothing_is_taken(config: dict[str, Any], tmp_path: Path) -
     model = adapted(keys=["self_attn.q_proj", "self_attn.v_proj"])
     folder = write_peft(tmp_path / "peft", **config)
     arrays = mx.load(str(folder / "adapter_model.safetensors"))
+    assert isinstance(arrays, dict)
     arrays["base_model.model.model.embed_tokens.weight"] = model.model.embed_tokens.weight
     mx.save_safetensors(str(folder / "adapter_model.safetensors"), arrays)
     load_adapter_file(model, folder, 4.0)
