@@ -15,7 +15,7 @@ GROUND = (
 )  # fmt: skip
 ROOMS = (
     "losses", "data", "reporting", "models", "engine", "judging", "config", "training", "convert", "memory", "chapter",
-    "train", "compare", "doctor", "cli", "__main__",
+    "train", "rounds", "compare", "doctor", "cli", "__main__",
 )  # fmt: skip
 """From the lowest to the highest; each may import those before it, and the ground."""
 

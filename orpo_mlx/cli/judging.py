@@ -107,7 +107,7 @@ def prompts_of(args: argparse.Namespace, splits: tuple[str, ...]) -> list[Prompt
         UserError: there are none, or a row has none.
     """
     from orpo_mlx.data.pairs import parse_columns
-    from orpo_mlx.data.prompts import read_prompts
+    from orpo_mlx.data.prompts import read_prompts, spread
     from orpo_mlx.data.sources import find_splits
 
     if args.prompts is not None:
@@ -117,13 +117,6 @@ def prompts_of(args: argparse.Namespace, splits: tuple[str, ...]) -> list[Prompt
     if name is None:
         raise DataError(f"--data {args.data}: has none of the splits {', '.join(splits)}.")
     return spread(list(read_prompts(sources[name], parse_columns(args.columns))), args.prompts)
-
-
-def spread(prompts: list[Prompt], most: int | None) -> list[Prompt]:
-    """At most `most` prompts (None: all), spread evenly."""
-    if most is None or most >= len(prompts):
-        return prompts
-    return [prompts[(2 * number + 1) * len(prompts) // (2 * most)] for number in range(most)]
 
 
 def adapter_folder(flag: str, given: str | None) -> Path | None:

@@ -28,6 +28,7 @@ COMMANDS = {
     "score": Command("orpo_mlx.cli.score", "log-probs of pairs under a model, a row each"),
     "evaluate": Command("orpo_mlx.cli.evaluate", "replies of two models compared by a judge"),
     "pairs": Command("orpo_mlx.cli.pairs", "samples of a model scored and made into pairs"),
+    "iterate": Command("orpo_mlx.cli.iterate", "rounds of pairs, training and evaluation"),
     "watch": Command("orpo_mlx.cli.watch", "a page that draws a run as it goes on"),
     "report": Command("orpo_mlx.cli.report", "draw training runs as a page and a picture"),
     "chat": Command("orpo_mlx.cli.chat", "talk with a tuned model, with the base model beside it"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from orpo_mlx.data.columns import COMPLETION_IDS, PAIR_ID_COLUMNS
 from orpo_mlx.data.formats import has_sides, read_row
@@ -12,6 +12,8 @@ from orpo_mlx.data.pairs import raise_no_rows, renamed
 from orpo_mlx.data.sources import Source
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Pair, Text
+
+Item = TypeVar("Item")
 
 # Sides that no row is judged by: with them, whatever shape a row has, its prompt is read as training would read it.
 _NO_SIDES = {"chosen": "-", "rejected": "-"}
@@ -116,3 +118,11 @@ def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
 def prompt_key(prompt: Prompt) -> tuple[Any, ...]:
     """Equal for prompts that a model is asked in the same words."""
     return (repr(prompt.pair.prompt), repr(prompt.pair.tools), repr(prompt.pair.template_kwargs))
+
+
+def spread(items: list[Item], most: int | None) -> list[Item]:
+    """At most `most` of some prompts, or of what goes with them (None: all), spread evenly."""
+    if most is None or most >= len(items):
+        return items
+    # The middles of equal parts, so that neither end is favoured.
+    return [items[(2 * number + 1) * len(items) // (2 * most)] for number in range(most)]

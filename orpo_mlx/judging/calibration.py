@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from orpo_mlx.data.prompts import Prompt, prompt_key
+from orpo_mlx.data.prompts import Prompt, prompt_key, spread
 from orpo_mlx.judging.contest import Judged, compare_replies, order_figures, share_figures
 from orpo_mlx.judging.rules import Rule
 from orpo_mlx.judging.verdicts import FIRST, SECOND, TIE, Judge, Question
@@ -46,12 +46,11 @@ def calibrate(
     """
     found: dict[str, Any] = {"order": order_figures(judged)}
     if not judge.fair:
-        count = min(most, len(judged.prompts))
-        chosen = [(2 * number + 1) * len(judged.prompts) // (2 * count) for number in range(count)]
-        prompts = [judged.prompts[number] for number in chosen]
-        replies = [judged.questions[number].second for number in chosen]
+        chosen = spread(list(zip(judged.prompts, judged.questions, strict=True)), most)
+        prompts = [prompt for prompt, _ in chosen]
+        replies = [question.second for _, question in chosen]
         found["identical"] = identical_figures(judge, prompts, replies, progress)
-        found["longer"] = longer_figures(judge, prompts, replies, lambda done: progress(count + done))
+        found["longer"] = longer_figures(judge, prompts, replies, lambda done: progress(len(chosen) + done))
     if rule is not None:
         found["agreement"] = agreement_figures(judged, rule)
     return found

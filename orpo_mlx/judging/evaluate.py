@@ -34,6 +34,8 @@ class Plan(NamedTuple):
     sampling: Sampling = Sampling(128)
     loading: Loading = Loading()
     rows: int = ROWS
+    baseline_replies: list[Generated] | None = None
+    """What the baseline said to these prompts, where that is known; it is then not asked."""
 
 
 class Evaluation(NamedTuple):
@@ -59,6 +61,7 @@ def evaluate(plan: Plan, prompts: Sequence[Prompt], reporter: Reporter) -> Evalu
             loading=plan.loading,
             rows=plan.rows,
             progress=advance,
+            known=plan.baseline_replies,
         )
     with reporter.bar("judgements", 2 * len(prompts), "judgements") as advance:
         judged = compare_replies(plan.judge, prompts, texts(replies.baseline), texts(replies.candidate), advance)

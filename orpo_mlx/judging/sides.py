@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import mlx.nn as nn
 
-from orpo_mlx.data.prompts import Prompt
+from orpo_mlx.data.prompts import Prompt, spread
 from orpo_mlx.data.tokenization import PairTokenizer
 from orpo_mlx.errors import DataError, ModelError
 from orpo_mlx.judging.divergence import Divergence, sampled_kl
@@ -64,8 +64,9 @@ def replies_of_both(
     loading: Loading | None = None,
     rows: int = ROWS,
     progress: Progress = lambda done: None,
+    known: list[Generated] | None = None,
 ) -> Replies:
-    """One reply of each side to every prompt.
+    """One reply of each side to every prompt; of the baseline what is `known` of it, where that is given.
 
     Where the candidate is the baseline with LoRA or DoRA adapters, both are one model, with the adapters off and on.
     Otherwise the sides are loaded one after the other, never both at once.
@@ -77,12 +78,14 @@ def replies_of_both(
     loaded = load_side(candidate, loading)
     shared = baseline == Side(candidate.model) and has_switchable_adapters(loaded.model)
     if shared:
-        first = draw(loaded, prompts, sampling, rows, progress, partial(adapters_off, loaded.model))
+        first = known or draw(loaded, prompts, sampling, rows, progress, partial(adapters_off, loaded.model))
         second = draw(loaded, prompts, sampling, rows, lambda done: progress(len(prompts) + done))
         divergence = kl_to_base(loaded, prompts, sampling)
         return Replies(first, second, divergence, notes_of([loaded]))
     second = draw(loaded, prompts, sampling, rows, progress)
     notes = notes_of([loaded])
+    if known is not None:
+        return Replies(known, second, None, notes)
     # Two models need not fit side by side.
     del loaded
     loaded = load_side(baseline, loading)
@@ -141,9 +144,7 @@ def prompt_ids(loaded: LoadedModel, prompts: Sequence[Prompt], max_tokens: int) 
 
 def kl_to_base(loaded: LoadedModel, prompts: Sequence[Prompt], sampling: Sampling) -> Divergence:
     """KL(with adapters ‖ without) on replies drawn at temperature 1 to some of the prompts."""
-    count = min(KL_REPLIES, len(prompts))
-    some = [prompts[(2 * number + 1) * len(prompts) // (2 * count)] for number in range(count)]
-    ids = prompt_ids(loaded, some, sampling.max_tokens)
+    ids = prompt_ids(loaded, spread(list(prompts), KL_REPLIES), sampling.max_tokens)
     stop = loaded.tokenizer.eos_token_ids if loaded.tokenizer is not None else ()
     return sampled_kl(loaded.model, ids, set(stop), seed=sampling.seed, max_tokens=sampling.max_tokens)
 

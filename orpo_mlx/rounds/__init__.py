@@ -1,0 +1,1 @@
+"""Rounds of pairs, training and evaluation from one config, resumable at any moment."""

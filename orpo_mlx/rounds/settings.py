@@ -1,0 +1,163 @@
+"""What `orpo-mlx iterate` is told, in one YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from orpo_mlx.config.checks import check_settings, make_config
+from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.data.pairs import parse_columns
+from orpo_mlx.errors import ConfigError, did_you_mean, reason_of
+from orpo_mlx.judging.generation import ROWS, Sampling
+from orpo_mlx.judging.judges import JudgeOptions, make_judge
+from orpo_mlx.judging.verdicts import Judge
+
+TRAIN = "train"
+"""The key of the table of training settings."""
+# The rounds set these themselves.
+_SET_HERE = (
+    *("data", "adapter_path", "resume", "resume_with_changes", "overwrite", "resume_adapter_file", "test", "columns"),
+    *("push_to_hub", "watch", "skip_bad_rows", "pair_ratings"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundsConfig:
+    """The settings of all rounds; `train` holds those of each round's training."""
+
+    data: str
+    """Folder of splits, file, or Hub id: rows need a prompt and nothing else."""
+    judge: str
+    """As `--judge` of `orpo-mlx pairs`."""
+    columns: str | None = None
+    rounds: int = 3
+    """At most."""
+    least_gain: float = 0.01
+    """The rounds end once the win rate over the base has risen by less than this over the best so far."""
+    prompts: int | None = None
+    """Of the train split, spread evenly; None: all."""
+    samples: int = 8
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    min_gap: float = 0.0
+    rows: int = ROWS
+    """Replies that are generated together."""
+    seed: int = 0
+    evaluation_prompts: int | None = 100
+    """Of the test split (of valid, of train, where there is none); null: all."""
+    judge_tokens: int = JudgeOptions().max_tokens
+    judge_timeout: float = JudgeOptions().timeout_s
+    judge_model: str = JudgeOptions().model
+    train: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def training(self) -> TrainingConfig:
+        """The settings of a training, but for what each round sets."""
+        return make_config({**self.train, "seed": self.train.get("seed", self.seed)})
+
+    @property
+    def evaluation(self) -> Sampling:
+        """How replies are drawn that are compared: greedily."""
+        return Sampling(self.max_tokens, seed=self.seed)
+
+    def sampling(self, number: int) -> Sampling:
+        """How the samples of a round, from 1, are drawn: each round draws others."""
+        return Sampling(self.max_tokens, self.temperature, self.top_p, self.seed * 1000 + number)
+
+    def make_judge(self) -> Judge:
+        """The judge of pairs and evaluations; ConfigError where there is none of that name."""
+        config = self.training
+        return make_judge(
+            self.judge,
+            JudgeOptions(
+                self.judge_tokens, self.judge_timeout, self.judge_model, config.dtype, config.trust_remote_code
+            ),
+        )
+
+
+def read_rounds_config(path: Path) -> RoundsConfig:
+    """The settings in a YAML file, checked.
+
+    Raises:
+        ConfigError: it cannot be read, or holds an unknown key or a wrong value; names file and key.
+    """
+    import yaml
+
+    # mlx-lm's loader reads 1e-5 as a number, which PyYAML alone does not.
+    from mlx_lm.lora import yaml_loader
+
+    try:
+        table = yaml.load(path.read_text(encoding="utf-8"), yaml_loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not valid YAML ({reason_of(error)}).") from None
+    return rounds_config(table, str(path))
+
+
+def rounds_config(table: Any, location: str) -> RoundsConfig:
+    """The settings in a table, checked; ConfigError names `location` and the key."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{location}: found no table, expected settings such as data, judge, rounds and {TRAIN}.")
+    fields = {field.name: field for field in dataclasses.fields(RoundsConfig)}
+    for key in table:
+        if key not in fields:
+            raise ConfigError(f"{location}: unknown key {key!r}{did_you_mean(key, fields, _expected(fields))}")
+    missing = [name for name in ("data", "judge") if not isinstance(table.get(name), str)]
+    if missing:
+        raise ConfigError(f"{location}: {missing[0]} is not given as text; expected {missing[0]}: ...")
+    hints = get_type_hints(RoundsConfig)
+    values = {key: _typed(value, hints[key], f"{location}: {key}") for key, value in table.items() if key != TRAIN}
+    train = table.get(TRAIN) or {}
+    if not isinstance(train, dict):
+        raise ConfigError(f"{location}: {TRAIN} is not a table of training settings.")
+    for key in _SET_HERE:
+        if key in train:
+            raise ConfigError(f"{location}: {TRAIN}.{key}: is set by the rounds themselves; leave it out.")
+    config = RoundsConfig(**values, train=check_settings(train, f"{location}: {TRAIN}"))
+    _check(config, location)
+    return config
+
+
+def _expected(names: Mapping[str, Any]) -> str:
+    return f"; expected {', '.join(names)}."
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    kinds = getattr(hint, "__args__", (hint,))
+    if value is None and type(None) in kinds:
+        return None
+    # Booleans are whole numbers to isinstance.
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if int in kinds and float(value).is_integer():
+            return int(value)
+        if float in kinds:
+            return float(value)
+    if str in kinds and isinstance(value, str):
+        return value
+    wanted = "a whole number" if int in kinds else "a number" if float in kinds else "text"
+    raise ConfigError(f"{name}: found {value!r}, expected {wanted}.")
+
+
+def _check(config: RoundsConfig, location: str) -> None:
+    """Refuse values out of range, before anything is loaded."""
+    least = {"rounds": 1, "samples": 2, "max_tokens": 1, "rows": 1, "prompts": 1, "evaluation_prompts": 1,
+             "judge_tokens": 1, "seed": 0}  # fmt: skip
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            raise ConfigError(f"{location}: {name}: found {value}, expected {bound} or more.")
+    for name in ("temperature", "judge_timeout"):
+        if not 0 < getattr(config, name) < float("inf"):
+            raise ConfigError(f"{location}: {name}: found {getattr(config, name)}, expected a number above 0.")
+    if not 0 < config.top_p <= 1:
+        raise ConfigError(f"{location}: top_p: found {config.top_p}, expected a number above 0 and at most 1.")
+    if not (config.min_gap >= 0 and -1 <= config.least_gain <= 1):
+        raise ConfigError(f"{location}: min_gap must be 0 or more, and least_gain between -1 and 1.")
+    parse_columns(config.columns)
+    # For their errors alone.
+    config.make_judge()

@@ -1,0 +1,50 @@
+"""The config of rounds: what is wrong is one sentence with file and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo_mlx.errors import ConfigError
+from orpo_mlx.rounds.settings import read_rounds_config, rounds_config
+
+GOOD = {"data": "d", "judge": "rule:plain"}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ([], "found no table"),
+        ({"judge": "rule:plain"}, "data is not given as text"),
+        ({**GOOD, "sample": 4}, "unknown key 'sample'; did you mean samples?"),
+        ({**GOOD, "samples": 1}, "samples: found 1, expected 2 or more"),
+        ({**GOOD, "samples": 2.5}, "samples: found 2.5, expected a whole number"),
+        ({**GOOD, "samples": True}, "samples: found True, expected a whole number"),
+        ({**GOOD, "temperature": 0}, "temperature: found 0.0, expected a number above 0"),
+        ({**GOOD, "top_p": 2}, "top_p: found 2.0"),
+        ({**GOOD, "judge": "rule:no"}, "no rule 'no'"),
+        ({**GOOD, "train": 3}, "train is not a table"),
+        ({**GOOD, "train": {"data": "x"}}, "train.data: is set by the rounds themselves"),
+        ({**GOOD, "train": {"iter": 3}}, "train: unknown key 'iter'; did you mean iters?"),
+        ({**GOOD, "columns": "a=b"}, "'a' is not a name"),
+    ],
+)
+def test_what_is_wrong_is_named(table: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        rounds_config(table, "rounds.yaml")
+    assert message in str(caught.value)
+
+
+def test_a_file_is_read_and_seeds_differ_from_round_to_round(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.yaml"
+    path.write_text("data: d\njudge: rule:plain\nseed: 3\nprompts:\ntrain:\n  learning_rate: 1e-5\n")
+    config = read_rounds_config(path)
+    assert config.training.learning_rate == 1e-5
+    assert config.training.seed == 3
+    assert config.prompts is None
+    assert config.sampling(1).seed != config.sampling(2).seed
+    path.write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        read_rounds_config(path)
