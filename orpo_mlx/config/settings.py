@@ -68,7 +68,7 @@ class TrainingConfig:
     method: str = _what(
         "orpo",
         "how to learn from the pairs, or a sum such as 'sigmoid + 0.2*sft'",
-        Trait.EVALUATED | Trait.COMPARED | Trait.NOT_ON_CARD,
+        Trait.EVALUATED | Trait.COMPARED | Trait.NOT_ON_CARD | Trait.INSPECTED,
         any_case=True,
         aliases=("train_mode",),
     )
@@ -405,5 +405,11 @@ def data_reading(config: TrainingConfig) -> Reading:
     columns = parse_columns(config.columns)
     labels = parse_labels(config.labels)
     return Reading(
-        columns, config.pair_ratings, config.min_margin, labels, config.skip_bad_rows, config.template_strings
+        columns,
+        config.pair_ratings,
+        config.min_margin,
+        labels,
+        config.skip_bad_rows,
+        config.template_strings,
+        recipe(config).one_sided,
     )

@@ -14,7 +14,6 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from transformers.utils import chat_template_utils
 
 MOST_SECONDS = 10.0
 """For one conversation; templates take a millisecond."""
@@ -56,6 +55,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 def bound_templates() -> None:
     """Let transformers compile chat templates in a `BoundedEnvironment` from now on."""
+    # Here, by when mlx-lm is loaded: it tells transformers not to say on stderr that there is no PyTorch.
+    from transformers.utils import chat_template_utils
+
     # The class is looked up in the module each time a template is compiled; there is no parameter for it.
     vars(chat_template_utils)["ImmutableSandboxedEnvironment"] = BoundedEnvironment
 

@@ -58,7 +58,8 @@ class PairRenderer:
         self._eos_texts = eos_texts
         self._template_strings = template_strings
         self._model = getattr(tokenizer, "name_or_path", None) or "the model"
-        bound_templates()
+        if tokenizer is not None:
+            bound_templates()
         self._has_template = tokenizer is not None and tokenizer.has_chat_template
         self._traits = TemplateTraits(self._probe, eos_texts)
         self.folds_system = self._has_template and self._traits.folds_system

@@ -28,6 +28,7 @@ from orpo_mlx.data.messages import as_turns, kind, text_of, text_or_turns, texts
 from orpo_mlx.data.other_rows import refuse_media, refuse_other_rows
 from orpo_mlx.data.ratings import COMPLETION_LISTS, margin_of, weight_of
 from orpo_mlx.data.row_parts import Found, Options, RowData, completed, ids_of
+from orpo_mlx.data.single_shapes import holds_single_completion, single_completion
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Pair, Text, TokenizedPair
 
@@ -56,8 +57,17 @@ class Shape(NamedTuple):
     """`read(row, location, options)`; raises `DataError` where the row does not hold what its columns say."""
 
 
-def read_row(row: Any, location: str, *, pair_ratings: str | None = None, labels: tuple[str, ...] = ()) -> ReadRow:
+def read_row(
+    row: Any,
+    location: str,
+    *,
+    pair_ratings: str | None = None,
+    labels: tuple[str, ...] = (),
+    one_sided: bool = False,
+) -> ReadRow:
     """The pairs, or the group, in a row, whatever its shape; for `pair_ratings` and `labels` see `Options`.
+
+    `one_sided`: whether a single completion, of which nothing else is said, is something to learn from.
 
     Raises:
         DataError: the row has no known shape, or does not hold what its shape says.
@@ -66,7 +76,7 @@ def read_row(row: Any, location: str, *, pair_ratings: str | None = None, labels
         raise DataError(f"{location}: found a JSON {kind(row)}, expected an object with {_EXPECTED}.")
     given = {name: readable(value, name, location) for name, value in row.items() if is_given(value, name)}
     refuse_media(given, location)
-    for shape in SHAPES:
+    for shape in (SINGLE, *SHAPES) if one_sided else SHAPES:
         if shape.fits(given):
             break
     else:
@@ -229,6 +239,9 @@ def _is_conversation(value: Any) -> bool:
     first = value[0].get("role", value[0].get("from"))
     return len(value) > 1 and first not in ("assistant", "gpt")
 
+
+SINGLE = Shape("single completions", holds_single_completion, single_completion)
+"""Read where the method looks at one side alone: it would otherwise hide that a column has another name."""
 
 SHAPES = (
     Shape("token ids of completions", lambda row: COMPLETION_IDS in row, group_token_ids),

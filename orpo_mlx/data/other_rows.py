@@ -25,6 +25,7 @@ class Kind(NamedTuple):
 
 _NEEDED = (
     "expected two answers to each prompt, chosen and rejected (`columns=chosen=NAME` where they are called otherwise)"
+    "; `method=sft` learns from single answers"
 )
 
 _KINDS = (

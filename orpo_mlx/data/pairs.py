@@ -38,6 +38,8 @@ class Reading:
     """Leave out pairs whose chosen side scores less than this above the rejected one."""
     labels: tuple[str, ...] = ()
     """A data set's words for a good and for a bad completion."""
+    one_sided: bool = False
+    """Whether the method looks at chosen completions alone, so that rows of one completion are something to learn."""
     skip_bad_rows: bool = False
     """Leave out and count rows that cannot be used, instead of stopping at the first."""
     template_strings: bool = True
@@ -127,7 +129,11 @@ def _read_pairs_of(row: Row, reading: Reading) -> ReadRow:
     if isinstance(row.value, DataError):
         raise row.value
     return read_row(
-        renamed(row, reading.columns), row.location, pair_ratings=reading.pair_ratings, labels=reading.labels
+        renamed(row, reading.columns),
+        row.location,
+        pair_ratings=reading.pair_ratings,
+        labels=reading.labels,
+        one_sided=reading.one_sided,
     )
 
 

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from orpo_mlx.data.arrow_values import rows_of
 from orpo_mlx.errors import DataError, reason_of
 
 # Characters of a JSON list read at a time: what is in memory at once, whatever the file's size.
 _BLOCK = 1 << 20
+# Characters in which an object that wraps its rows has to come to them.
+_START = 1 << 16
 # Rows of a Parquet or Arrow file made Python objects at a time; row groups can hold a million.
 _BATCH_ROWS = 512
+_SEPARATORS = {",": "commas", "\t": "tabs"}
 # What stands between the items of a JSON list.
 _BETWEEN = re.compile(r"[\s,]*")
+# An object whose rows are under one of these names, behind entries that are no tables themselves.
+_WRAPPED = re.compile(
+    r'\s*\{(?:\s*"[^"]{0,99}"\s*:\s*(?:"[^"]{0,9999}"|[^"\[{\s]{1,99})\s*,){0,20}\s*"(?:data|rows|examples)"\s*:\s*\['
+)
 # How files begin that often bear another's name, and what to do about it.
 _MISNAMED = {
-    b"\x1f\x8b": "compressed with gzip; run gunzip on it",
+    b"\x1f\x8b": "compressed with gzip; run gunzip on it, or let its name end in .gz",
     b"PAR1": "a Parquet file; name it .parquet",
     b"PK\x03\x04": "a zip archive; unpack it",
     b"\xff\xfe": "UTF-16 text; save it as UTF-8",
@@ -45,19 +55,40 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         DataError: the file as a whole cannot be read: it is missing, of another kind, compressed, or breaks off.
     """
-    reader = READERS.get(path.suffix.lower())
+    reader = READERS.get(file_kind(path))
     if reader is None:
         raise DataError(f"{path}: files of this kind are not read, expected {', '.join(READERS)}.")
     try:
         _check_content(path)
         yield from reader(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or reason_of(error)}).") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise DataError(f"{path}: cannot be read ({reason}).") from None
+
+
+def file_kind(path: Path) -> str:
+    """How a file's name ends, a key of `READERS` where it can be read: `.jsonl`, `.jsonl.gz`."""
+    return "".join(path.suffixes[-2 if path.suffix.lower() == ".gz" else -1 :]).lower()
+
+
+def file_stem(path: Path) -> str:
+    """A file's name without that ending."""
+    return path.name[: len(path.name) - len(file_kind(path))]
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A file's bytes, decompressed where its name says so."""
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _opened_text(path: Path, newline: str | None = None) -> TextIO:
+    """Its text."""
+    return TextIOWrapper(_opened(path), encoding="utf-8-sig", newline=newline)
 
 
 def _check_content(path: Path) -> None:
     """Refuse a file whose first bytes are those of another kind of file than its name says."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         start = file.read(4)
     for mark, remedy in _MISNAMED.items():
         if start.startswith(mark) and not (mark == b"PAR1" and path.suffix.lower() == ".parquet"):
@@ -66,7 +97,7 @@ def _check_content(path: Path) -> None:
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
     """A row a line; blank lines are skipped."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, 1):
             # A byte order mark, which some editors on Windows write, is not JSON.
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -87,29 +118,33 @@ def _json_line(text: bytes, location: str) -> Any:
 
 
 def json_rows(path: Path) -> Iterator[Row]:
-    """A list of rows, read a block at a time; a `.json` file that begins with an object is taken for JSON lines."""
-    with path.open(encoding="utf-8-sig") as file:
+    """A list of rows, alone or as the `data` of an object, read a block at a time; a `.json` file that begins with
+    another object is taken for JSON lines."""
+    with _opened_text(path) as file:
         try:
-            first = next((character for line in file if (character := line.lstrip()[:1])), "")
+            start = file.read(_START)
+            while not start.strip() and (more := file.read(_START)):
+                start += more
         except UnicodeDecodeError:
             raise not_utf8(f"{path}:1") from None
+        first = start.lstrip()[:1]
         if first not in ("[", "{", ""):
             raise DataError(f"{path}:1: found text that begins with {first!r}, expected a JSON list of rows.")
-        if first == "[":
-            file.seek(0)
-            yield from list_items(file, path)
-    if first == "{":
+        wrapped = _WRAPPED.match(start)
+        if first == "[" or wrapped:
+            yield from list_items(file, path, start, wrapped.end() - 1 if wrapped else start.index("["))
+    if first == "{" and not wrapped:
         yield from jsonl_rows(path)
 
 
-def list_items(file: TextIO, path: Path) -> Iterator[Row]:
-    """The items of a JSON list, decoded one at a time: `json.load` would hold the whole list in memory."""
+def list_items(file: TextIO, path: Path, buffer: str, opening: int) -> Iterator[Row]:
+    """The items of a JSON list, decoded one at a time: `json.load` would hold the whole list in memory.
+
+    `buffer` is what has been read of the file, `opening` where in it the list begins.
+    """
     decoder = json.JSONDecoder()
-    buffer = ""
     ended = False
-    while "[" not in buffer:
-        buffer += file.read(_BLOCK)
-    start = buffer.index("[") + 1
+    start = opening + 1
     line = 1 + buffer.count("\n", 0, start)
     try:
         while True:
@@ -147,17 +182,22 @@ def _broken_list(path: Path, line: int, reason: str) -> DataError:
     return DataError(f"{path}:{line}: invalid JSON ({reason}); expected a list of rows.")
 
 
-def csv_rows(path: Path) -> Iterator[Row]:
+def tsv_rows(path: Path) -> Iterator[Row]:
+    """As `csv_rows`, with tabs between the columns."""
+    yield from csv_rows(path, "\t")
+
+
+def csv_rows(path: Path, comma: str = ",") -> Iterator[Row]:
     """Rows by the names in the first line, each cell as text; what is JSON in them is found where columns are known."""
     # The default of 128 KiB a field is less than a long conversation; a C long is the most the module takes.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+    with _opened_text(path, newline="") as file:
+        reader = csv.reader(file, strict=True, delimiter=comma)
         line = 1
         try:
             header = [name.strip() for name in next(reader, [])]
-            if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), None)):
-                raise DataError(f"{path}:1: the columns are separated by {mark!r}, expected commas.")
+            if len(header) == 1 and (mark := next((mark for mark in ";\t|," if mark in header[0]), None)):
+                raise DataError(f"{path}:1: the columns are separated by {mark!r}, expected {_SEPARATORS[comma]}.")
             if twice := next((name for name in header if name and header.count(name) > 1), None):
                 raise DataError(f"{path}:1: two columns are called {twice!r}; rename or remove one.")
             while True:
@@ -250,7 +290,9 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": jsonl_rows,
     ".json": json_rows,
     ".csv": csv_rows,
+    ".tsv": tsv_rows,
     ".parquet": parquet_rows,
     ".arrow": arrow_rows,
 }
+READERS |= {f"{kind}.gz": READERS[kind] for kind in (".jsonl", ".json", ".csv", ".tsv")}
 """The reader for each file name ending."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 from orpo_mlx.data.arrow_values import rows_of
-from orpo_mlx.data.readers import READERS, Row, read_rows
+from orpo_mlx.data.readers import READERS, Row, file_kind, file_stem, read_rows
 from orpo_mlx.errors import DataError, reason_of
 from orpo_mlx.files import sha256_of
 
@@ -28,6 +30,8 @@ _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+?)(:(?P<config>[\w.-]+))?(@(?P<rev
 _NOT_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")
 _COMMIT = re.compile(r"^[0-9a-f]{7,40}$")
 # Data sets with several kinds of rows name the split with preferences so.
+# Seconds to wait for the Hub's first answer.
+_ANSWER_S = 3.0
 _HUB_SUFFIXES = ("", "_prefs", "_preferences")
 
 
@@ -101,7 +105,7 @@ def find_splits(data: str | Path, needed: Sequence[str] = ("train",)) -> dict[st
     if path.is_dir():
         return folder_splits(path, needed)
     hub = _HUB_ID.match(str(data))
-    if hub is None or path.suffix.lower() in READERS or str(data).startswith("."):
+    if hub is None or file_kind(path) in READERS or str(data).startswith("."):
         kinds = ", ".join(READERS)
         raise DataError(
             f"`data` {data}: no such file or folder; expected a folder with a {needed[0]} split, a file ({kinds}), or "
@@ -114,7 +118,7 @@ def folder_splits(folder: Path, needed: Sequence[str]) -> dict[str, Source]:
     """`find_splits` for a folder."""
     # A folder named train.jsonl is a mistake that would otherwise be skipped in silence.
     for entry in (folder, *sorted(folder.iterdir())):
-        if entry.is_dir() and entry.suffix.lower() in READERS:
+        if entry.is_dir() and file_kind(entry) in READERS:
             raise DataError(f"{entry}: is a folder, expected a file.")
     splits: dict[str, Source] = {}
     for split, names in SPLIT_NAMES.items():
@@ -143,31 +147,41 @@ def data_files(folder: Path) -> list[Path]:
     known = {name for names in SPLIT_NAMES.values() for name in names} | {"data"}
     folders = [folder, *(entry for entry in sorted(folder.iterdir()) if entry.is_dir() and entry.name in known)]
     files = [entry for each in folders for entry in sorted(each.iterdir()) if entry.is_file()]
-    return [entry for entry in files if entry.suffix.lower() in READERS and entry.name not in _NOT_ROWS]
+    return [entry for entry in files if file_kind(entry) in READERS and entry.name not in _NOT_ROWS]
 
 
 def _split_name(path: Path, folder: Path) -> str:
     """A file's name without ending and shard number; in a split's own folder, the folder's."""
     if path.parent not in (folder, folder / "data"):
         return path.parent.name
-    shard = _SHARD.match(path.stem)
-    return shard["stem"] if shard else path.stem
+    shard = _SHARD.match(file_stem(path))
+    return shard["stem"] if shard else file_stem(path)
 
 
 def _are_shards(paths: Sequence[Path], folder: Path) -> bool:
-    return all(_SHARD.match(path.stem) or path.parent not in (folder, folder / "data") for path in paths)
+    return all(_SHARD.match(file_stem(path)) or path.parent not in (folder, folder / "data") for path in paths)
 
 
 def hub_splits(
     data: str, name: str, config: str | None, revision: str | None, needed: Sequence[str]
 ) -> dict[str, Source]:
     """`find_splits` for a data set on the Hub."""
+    unreachable = why_unreachable(name, revision)
+    silent = DataError(
+        f"`data` {data}: no such file or folder, and the Hub cannot be reached ({unreachable}); check the name and the "
+        "connection."
+    )
+    if unreachable and not may_be_cached(name):
+        raise silent
     # Imported here: it takes seconds to load, and pandas with it.
     from datasets import load_dataset
 
     try:
-        found = load_dataset(name, config, revision=revision)
+        with offline() if unreachable else nullcontext():
+            found = load_dataset(name, config, revision=revision)
     except Exception as error:  # Hub, HTTP, format and cache errors of three libraries; each means it is not to be had.
+        if unreachable:
+            raise silent from None
         raise DataError(
             f"`data` {data}: no such file or folder, and not to be had from the Hub as a data set ({reason_of(error)})."
         ) from None
@@ -185,6 +199,52 @@ def hub_splits(
     if not any(name in splits for name in needed):
         raise DataError(f"`data` {data}: no {needed[0]} split, found {', '.join(map(str, found))}.")
     return splits
+
+
+def why_unreachable(name: str, revision: str | None) -> str | None:
+    """Why the Hub does not answer about a data set; None where it does, whatever it says.
+
+    Asked once and for seconds: `datasets` asks six times, over half a minute, before it looks into its cache.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().dataset_info(name, revision=revision, timeout=_ANSWER_S)
+    except (HfHubHTTPError, HFValidationError):
+        return None
+    except Exception as error:  # No route, no name, no time, no certificate, and offline mode, each of its own type.
+        return reason_of(error, first_line=True)
+    return None
+
+
+def may_be_cached(name: str) -> bool:
+    """Whether the caches of `datasets` or of the Hub's library have a folder for a data set."""
+    from huggingface_hub import constants
+
+    processed = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+    downloaded = Path(constants.HF_HUB_CACHE)
+    return any(
+        (folder / f"{prefix}{name.replace('/', mark)}").exists()
+        for folder, prefix, mark in ((processed, "", "___"), (downloaded, "datasets--", "--"))
+    )
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """For the length of a `with` block, `datasets` looks into its cache alone."""
+    import datasets
+    import huggingface_hub
+
+    modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module in modules:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def _check_revision(data: str, revision: str | None, found: Any) -> None:

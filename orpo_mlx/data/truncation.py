@@ -47,7 +47,10 @@ def _fit_group(group: TokenizedGroup, max_seq_length: int, truncate: str) -> Fit
         prompt, completions = _cut(prompt, completions, max_seq_length, truncate)
         keep = [place for place in keep if completions[place]]
         reason = "no_completion_left"
-    pairs = [pair for pair in group.pairs if completions[pair[0]] != completions[pair[1]]]
+    # A single completion is both sides of its pair, and meant to be.
+    pairs = [
+        (better, worse) for better, worse in group.pairs if better == worse or completions[better] != completions[worse]
+    ]
     if len(keep) == len(completions) and len(pairs) < len(group.pairs):
         reason = "equal_sides"
     return Fitted(

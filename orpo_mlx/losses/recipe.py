@@ -49,6 +49,8 @@ class Recipe(NamedTuple):
     """Whether each of its losses is one pair's, which a weight can multiply."""
     margin_scale: float
     """Loss margin per point of score."""
+    one_sided: bool
+    """Whether its terms look at the chosen side alone, so that rows of one completion are enough."""
 
 
 def parse_terms(expression: str) -> list[Term]:
@@ -119,6 +121,7 @@ def make_recipe(expression: str, given: Mapping[str, float | None], margin_scale
         Wanted(*(any(wishes) for wishes in zip(*(method.wanted for method in methods), strict=True))),
         all(method.takes_weights for method in methods),
         margin_scale,
+        all(method.one_sided for method in methods),
     )
 
 

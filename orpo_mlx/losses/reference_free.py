@@ -99,7 +99,7 @@ def simper(logps: PairLogProbs) -> LossOutput:
     return output(mx.exp(means.rejected) - mx.exp(means.chosen), means, means)
 
 
-@preference_loss(equation="NLL_w", source="maximum likelihood")
+@preference_loss(equation="NLL_w", source="maximum likelihood", one_sided=True)
 def sft(logps: PairLogProbs) -> LossOutput:
     """Supervised fine-tuning on the chosen side. The reward logged is the mean log-prob."""
     means = mean_logps(logps)

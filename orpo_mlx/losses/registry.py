@@ -60,6 +60,8 @@ class Method(NamedTuple):
     takes_margin: bool
     """Whether it heeds `PairLogProbs.margin`."""
     parameters: dict[str, Parameter]
+    one_sided: bool
+    """Whether it looks at the chosen side alone, so that rows of one completion are enough."""
 
     @property
     def defaults(self) -> dict[str, float]:
@@ -82,6 +84,7 @@ def preference_loss(
     wanted: Wanted = SUMS_ALONE,
     takes_weights: bool = True,
     takes_margin: bool = False,
+    one_sided: bool = False,
 ) -> Callable[[LossFunction], LossFunction]:
     """Register a loss under its function's name; its docstring gets equation and source as well.
 
@@ -95,6 +98,7 @@ def preference_loss(
         takes_weights: whether each of its losses is one pair's. False where losses are of ranks in the batch: rows with
             weights are then refused.
         takes_margin: whether it heeds `PairLogProbs.margin` (`terms.loss_margin`).
+        one_sided: whether it looks at the chosen side alone.
 
     Raises:
         ValueError: the name is taken, or a keyword-only parameter has no range in its annotation.
@@ -114,6 +118,7 @@ def preference_loss(
             takes_weights,
             takes_margin,
             _parameters(loss),
+            one_sided,
         )
         loss.__doc__ = f"{inspect.getdoc(loss)}\n\nL = {equation}. Source: {source}."
         return loss

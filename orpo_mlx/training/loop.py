@@ -14,6 +14,7 @@ from orpo_mlx.config.settings import DEFAULT_MAX_SKIPPED
 from orpo_mlx.errors import HalfAppliedError, NonFiniteError, TrainingError, reason_of
 from orpo_mlx.interrupts import Interrupted
 from orpo_mlx.losses.metrics import MetricMeans
+from orpo_mlx.models.adapters import adapters_off
 from orpo_mlx.reporting.console import step_numbers, train_line
 from orpo_mlx.reporting.resumable_jsonl import FileMark, LineFile
 from orpo_mlx.reporting.run_report import refresh_report
@@ -75,18 +76,34 @@ class Loop:
         self._random_states = [random_state()]
         self._newest_replies: list[Reply] | None = None
 
+    @property
+    def _base_is_kept(self) -> bool:
+        """Whether the model as it was before training is there at any time, by taking the adapters off."""
+        config = self.run.config
+        return config.fine_tune_type != "full" and config.resume_adapter_file is None
+
     def record_baseline(self) -> None:
-        """Record sample replies and held-out metrics before the first step.
+        """Record what must be known, or is quickly known, of the model before the first step: metrics of the valid
+        split, and sample replies and metrics of the test split where `record_rest_of_baseline` could not have them.
 
         Raises:
             Interrupted, TrainingError: the run ends before it has begun.
         """
-        with random_numbers_kept():
-            self.progress.replies_before = self.sinks.sampler(0)
+        later = self._base_is_kept
+        if not later or self.sinks.sampler.file is not None:
+            with random_numbers_kept():
+                self.progress.replies_before = self.sinks.sampler(0)
         try:
-            self.progress.before = self.evaluate(("valid", "test"))
+            self.progress.before = self.evaluate(("valid",) if later else ("valid", "test"))
         except TrainingError as error:
             raise TrainingError(f"{error}; nothing was saved") from error.__cause__
+
+    def record_rest_of_baseline(self) -> None:
+        """Record the test split's metrics before training, after it: the first step need not wait for them."""
+        progress = self.progress
+        if self._base_is_kept and progress.before.get("test") is None:
+            with adapters_off(self.run.loaded.model):
+                progress.before |= self.evaluate(("test",), step=0)
 
     def take_steps(self) -> EvalMetrics:
         """Take all steps that are left; the last evaluation's metrics.
@@ -170,6 +187,8 @@ class Loop:
             self.save()
             save_reference(self.run, self.sinks.reporter, sparingly=True)
         self._end_if_asked()
+        if last:
+            self.record_rest_of_baseline()
         metrics = self.evaluate(("valid", "test") if last else ("valid",)) if evaluates else {}
         if config.save_best and evaluates:
             self._note_best(metrics["valid"]["loss"])
@@ -219,13 +238,14 @@ class Loop:
             # The run's metrics and its lock went with the folder.
             raise TrainingError(f"{self.run.folder}: was removed while the run went on, and was made again")
 
-    def evaluate(self, names: Sequence[str]) -> EvalMetrics:
-        """Evaluate the held-out splits among `names`, at the present step."""
+    def evaluate(self, names: Sequence[str], step: int | None = None) -> EvalMetrics:
+        """Evaluate the held-out splits among `names`, at the present step; 0 says that the model is the base."""
+        step = self.progress.step if step is None else step
         return evaluate_splits(
             self.run,
             names,
-            step=self.progress.step,
-            untrained=self.progress.step == 0,
+            step=step,
+            untrained=step == 0,
             reporter=self.sinks.reporter,
             metrics_file=self.sinks.metrics,
             stop=self._stop,
@@ -250,8 +270,11 @@ class Loop:
         try:
             if progress.before and progress.before.keys() == after.keys():
                 self.sinks.reporter.closing_table(progress.before, after)
+            replies = sampler(self.total) if self._newest_replies is None else self._newest_replies
+            if self._base_is_kept and not progress.replies_before:
+                with adapters_off(self.run.loaded.model):
+                    progress.replies_before = sampler(0)
             if len(progress.replies_before) == len(sampler.prompts):
-                replies = sampler(self.total) if self._newest_replies is None else self._newest_replies
                 self.sinks.reporter.replies(progress.replies_before, replies)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"the run was done, and is saved in {self.run.folder}") from None

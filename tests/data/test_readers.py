@@ -22,6 +22,10 @@ ROWS: list[dict[str, Any]] = [
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".gz":
+        plain = write(path.with_suffix(""), rows)
+        path.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
+        return path
     kind = path.suffix
     table = pa.Table.from_pylist(rows)
     if kind == ".jsonl":
@@ -35,7 +39,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
             writer.write_table(table)
     else:
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, delimiter="\t" if kind == ".tsv" else ",")
             writer.writerow(rows[0])
             for row in rows:
                 writer.writerow(as_cells(row).values())
@@ -53,10 +57,11 @@ def test_every_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     # The cells of CSV are text; what is JSON in them is found where columns are known.
     assert [row.value for row in rows] == (ROWS if kind != ".csv" else [as_cells(row) for row in ROWS])
     places = [int(row.location.removeprefix(f"{path}:")) for row in rows]
-    if kind in (".json", ".csv"):
-        lines = path.read_text().split("\n")
+    if kind.startswith((".json", ".csv", ".tsv")) and not kind.startswith(".jsonl"):
+        text = gzip.decompress(path.read_bytes()) if kind.endswith(".gz") else path.read_bytes()
+        lines = text.decode().replace("\r\n", "\n").split("\n")
         for row, place in zip(rows, places, strict=True):
-            assert lines[place - 1].lstrip().startswith("{" if kind == ".json" else '"Q')
+            assert lines[place - 1].lstrip().startswith("{" if kind.startswith(".json") else '"Q')
             assert not isinstance(row.value, DataError)
             assert row.value["prompt"].split("\n")[0] in "".join(lines[place - 1 : place + 1])
     else:
@@ -104,13 +109,38 @@ def test_blank_lines_keep_line_numbers(tmp_path: Path) -> None:
     assert [row.location for row in read_rows(path)] == [f"{path}:2", f"{path}:4"]
 
 
+@pytest.mark.parametrize("name", ["data", "rows", "examples"])
+@pytest.mark.parametrize("before", ["", '"version": "1.0 [b]", "n": 3, "x": null, '])
+def test_rows_inside_of_an_object(tmp_path: Path, name: str, before: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(f'{{ {before}"{name}":\n[{{"a": 1}},\n{{"a": [2]}}], "license": ["x"]}}')
+    assert [(row.location, row.value) for row in read_rows(path)] == [
+        (f"{path}:2", {"a": 1}),
+        (f"{path}:3", {"a": [2]}),
+    ]
+
+
+def test_an_object_of_another_kind_is_a_json_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('{"prompt": "data", "x": {"data": [1]}}\n{"chosen": 2}')
+    assert [row.value for row in read_rows(path)] == [{"prompt": "data", "x": {"data": [1]}}, {"chosen": 2}]
+
+
+@pytest.mark.parametrize("cut", [5, -9])
+def test_a_damaged_archive(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:cut])
+    with pytest.raises(DataError, match=r"rows.jsonl.gz: cannot be read \("):
+        list(read_rows(path))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
         (
             "x.jsonl",
             gzip.compress(b'{"a": 1}', mtime=0),
-            "x.jsonl:1: the file is compressed with gzip; run gunzip on it",
+            "x.jsonl:1: the file is compressed with gzip; run gunzip on it, or let",
         ),
         ("x.csv", b"PAR1....", "x.csv:1: the file is a Parquet file; name it .parquet"),
         ("x.jsonl", b"\xff\xfe{\x00", "x.jsonl:1: the file is UTF-16 text; save it as UTF-8"),
@@ -126,7 +156,7 @@ def test_blank_lines_keep_line_numbers(tmp_path: Path) -> None:
         ("x.csv", b'a,b\n1,"2" 3\n', "x.csv:2: not valid CSV"),
         ("x.csv", b"a,b, a\n1,2,3\n", "x.csv:1: two columns are called 'a'"),
         ("x.csv", b"prompt;chosen\na;b\n", "x.csv:1: the columns are separated by ';', expected commas"),
-        ("x.txt", b"", "x.txt: files of this kind are not read, expected .jsonl, .json, .csv, .parquet, .arrow"),
+        ("x.txt", b"", "x.txt: files of this kind are not read, expected .jsonl, .json, .csv, .tsv, .parquet, .arrow"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, name: str, content: bytes, expected: str) -> None:

@@ -93,6 +93,42 @@ def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(name: str, monkeypat
         find_splits(name)
 
 
+@pytest.fixture(autouse=True)
+def answering_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub that answers whatever it is asked; what it says comes from the tests."""
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_the_cache_after_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = on_the_hub(monkeypatch, tmp_path, ["train"])
+    answers: list[float] = []
+
+    def silent(*_: Any, timeout: float, **__: Any) -> Any:
+        answers.append(timeout)
+        raise ConnectionError("[Errno -2] Name or service not known\nmore")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", silent)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(DataError, match="the Hub cannot be reached"):
+        find_splits("owner/name")
+    assert asked == []
+    (tmp_path / "cache" / "owner___name").mkdir(parents=True)
+    assert list(find_splits("owner/name")) == ["train"]
+    assert len(asked) == 1
+    assert max(answers) < 5
+
+    def missing(*_: Any, **__: Any) -> Any:
+        assert datasets.config.HF_HUB_OFFLINE
+        raise FileNotFoundError("not in the cache")
+
+    monkeypatch.setattr(datasets, "load_dataset", missing)
+    with pytest.raises(DataError, match=r"the Hub cannot be reached \(\[Errno -2\] Name or service not known\); check"):
+        find_splits("owner/name")
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
 def on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: list[str]) -> list[Any]:
     asked = []
     path = write_rows(tmp_path / "rows.jsonl", [GOOD, {**GOOD, "prompt": "R"}])

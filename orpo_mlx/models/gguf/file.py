@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,10 +91,18 @@ def read_gguf(path: Path) -> GgufFile:
         ModelError: it is no GGUF file, is damaged or cut short, or has a tensor of a type not known here.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return parse_gguf(path, Cursor(path, data))
+        found = path.stat()
+        return _parsed(path, found.st_size, found.st_mtime_ns)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as GGUF ({reason_of(error)}).") from None
+
+
+@lru_cache(maxsize=1)
+def _parsed(path: Path, size: int, changed_ns: int) -> GgufFile:
+    """`read_gguf` once for a file as it is: its tokenizer, its config and its weights are asked for one by one, and a
+    vocabulary takes a second."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return parse_gguf(path, Cursor(path, data))
 
 
 def tensor_bytes(file: GgufFile, tensor: GgufTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
