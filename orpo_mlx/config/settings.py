@@ -409,7 +409,7 @@ def data_reading(config: TrainingConfig) -> Reading:
         config.pair_ratings,
         config.min_margin,
         labels,
-        config.skip_bad_rows,
-        config.template_strings,
-        recipe(config).one_sided,
+        skip_bad_rows=config.skip_bad_rows,
+        template_strings=config.template_strings,
+        one_sided=recipe(config).one_sided,
     )

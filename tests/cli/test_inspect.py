@@ -46,7 +46,7 @@ def test_text_json_and_picture(
         (["--min-margin", "nan"], "--min-margin: found 'nan', expected a number"),
         (["--png", "/nowhere/x.png"], "--png /nowhere/x.png: cannot be written there"),
         (["--json", "/"], "--json /: cannot be written there"),
-        (["--method", "dpo"], "unrecognized arguments: --method dpo"),
+        (["--iters", "3"], "unrecognized arguments: --iters 3"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(

@@ -55,7 +55,8 @@ def test_every_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path / f"rows{kind}", ROWS)
     rows = list(read_rows(path))
     # The cells of CSV are text; what is JSON in them is found where columns are known.
-    assert [row.value for row in rows] == (ROWS if kind != ".csv" else [as_cells(row) for row in ROWS])
+    cells = kind.startswith((".csv", ".tsv"))
+    assert [row.value for row in rows] == ([as_cells(row) for row in ROWS] if cells else ROWS)
     places = [int(row.location.removeprefix(f"{path}:")) for row in rows]
     if kind.startswith((".json", ".csv", ".tsv")) and not kind.startswith(".jsonl"):
         text = gzip.decompress(path.read_bytes()) if kind.endswith(".gz") else path.read_bytes()
