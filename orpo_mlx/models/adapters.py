@@ -14,6 +14,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from orpo_mlx.errors import ConfigError, ModelError, reason_of
 from orpo_mlx.files import read_json_table
+from orpo_mlx.models.adaptable import check_adaptable, check_magnitudes
 from orpo_mlx.models.peft_config import read_scaling, refuse_inexpressible
 from orpo_mlx.models.peft_names import PREFIX, read_peft_tensors
 from orpo_mlx.models.safetensors_files import read_header
@@ -29,7 +30,8 @@ def add_adapters(model: nn.Module, fine_tune_type: str, num_layers: int, lora_pa
         lora_parameters: mlx-lm's `rank`, `scale`, `dropout` and optional `keys` (module names within a block).
 
     Raises:
-        ConfigError: more layers than the model has, keys that match nothing, or "full" for quantised weights.
+        ConfigError: more layers than the model has, keys that match nothing or no layer that can be adapted, "full" for
+            quantised weights, or DoRA where mlx-lm has none, or where a row of zeros would make it 0 / 0.
     """
     blocks = len(model.layers)
     if num_layers > blocks:
@@ -47,7 +49,9 @@ def add_adapters(model: nn.Module, fine_tune_type: str, num_layers: int, lora_pa
                 "a model that is not quantised."
             )
     else:
+        check_adaptable(model, fine_tune_type, num_layers, lora_parameters)
         linear_to_lora_layers(model, num_layers, dict(lora_parameters), use_dora=fine_tune_type == "dora")
+        check_magnitudes(model)
     # mlx-lm skips keys that match nothing in silence.
     trained = dict(tree_flatten(model.trainable_parameters()))
     for key in lora_parameters.get("keys") or () if fine_tune_type != "full" else ():
