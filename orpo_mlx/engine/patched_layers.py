@@ -68,26 +68,30 @@ def lora_linear(layer: LoRALinear, x: mx.array) -> mx.array:
     """
     linear, scale = layer.linear, layer.scale
 
-    def forward(x: mx.array, *masters: mx.array) -> list[mx.array]:
-        a, b = (each.astype(x.dtype) for each in masters)
-        narrow = x @ a
-        return [mx.addmm(linear(x), narrow, b, alpha=scale), narrow]
+    def narrowed(x: mx.array, a: mx.array) -> list[mx.array]:
+        return [x, x @ a.astype(x.dtype)]
 
-    function: Any = mx.custom_function(forward)
+    def widened(x: mx.array, narrow: mx.array, b: mx.array) -> mx.array:
+        return mx.addmm(linear(x), narrow, b.astype(x.dtype), alpha=scale)
 
-    @function.vjp  # type: ignore[untyped-decorator]
-    def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array, mx.array]:
-        x, *masters = primals
-        a, b = (each.astype(x.dtype) for each in masters)
-        cotangent, narrow = cotangents[0], outputs[1]
-        grad_narrow = cotangent @ b.T
+    first: Any = mx.custom_function(narrowed)
+    second: Any = mx.custom_function(widened)
+
+    @first.vjp  # type: ignore[untyped-decorator]
+    def first_backward(primals: Any, cotangents: Any, _: Any) -> tuple[mx.array, mx.array]:
+        x, a = primals
+        through_linear, grad_narrow = cotangents
+        grad_x = mx.addmm(through_linear, grad_narrow, a.astype(x.dtype).T, alpha=scale)
+        return grad_x, scale * summed_product(x, grad_narrow).astype(a.dtype)
+
+    @second.vjp  # type: ignore[untyped-decorator]
+    def second_backward(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, mx.array, mx.array]:
+        x, narrow, b = primals
         (through_linear,) = mx.vjp(linear, [x], [cotangent])[1]
-        grad_x = mx.addmm(through_linear, grad_narrow, a.T, alpha=scale)
-        grad_a = summed_product(x, grad_narrow).astype(masters[0].dtype)
-        grad_b = summed_product(narrow, cotangent).astype(masters[1].dtype)
-        return grad_x, scale * grad_a, scale * grad_b
+        grad_b = scale * summed_product(narrow, cotangent).astype(b.dtype)
+        return through_linear, cotangent @ b.astype(x.dtype).T, grad_b
 
-    result: mx.array = function(x, layer.lora_a, layer.lora_b)[0]
+    result: mx.array = second(*first(x, layer.lora_a), layer.lora_b)
     return result
 
 
