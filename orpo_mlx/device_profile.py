@@ -53,6 +53,9 @@ class DeviceProfile(NamedTuple):
     """Scores of one block, where that is more rows."""
     kept_attention: bool
     """Whether attention weights may be kept for the backward pass, as `--memory` says."""
+    kept_width: float
+    """Layers that run again do not compute linear layers' outputs of up to this many times their inputs' width: these
+    are kept."""
     head_tile_rows: int
     head_tile_tokens: int
     """Rows and tokens of the logits that exist at one time under a frozen head."""
@@ -74,6 +77,9 @@ class DeviceProfile(NamedTuple):
     """Whether a step's forward and backward pass, its norm and its update are compiled (`mx.compile`)."""
     most_traces: int
     """Shapes for which a compiled function is kept; beyond, the one that was used longest ago is traced again."""
+    handovers: int
+    """Times that the device is given a part of a backward pass in segments while the host builds the rest; 0 evaluates
+    each segment before the next is built."""
     layout: RowLayout
 
 
@@ -83,6 +89,8 @@ CPU = DeviceProfile(
     attention_rows=32,
     attention_block_mib=2,
     kept_attention=True,
+    # Memory is all that running layers again is for, where a step is bound by its products.
+    kept_width=0.0,
     head_tile_rows=256,
     head_tile_tokens=2048,
     head_chunk_mib=4,
@@ -97,6 +105,7 @@ CPU = DeviceProfile(
     # MLX compiles CPU kernels with the system's C++ compiler, about a second each, and gains nothing here.
     compiled=False,
     most_traces=0,
+    handovers=0,
     layout=RowLayout(share_prompt=True, multiple=1, row_multiple=8, joined=False, token_multiple=1, few_shapes=False),
 )
 
@@ -106,6 +115,9 @@ GPU = DeviceProfile(
     attention_rows=512,
     attention_block_mib=64,
     kept_attention=False,
+    # Keys and values where several query heads share a key head, and what narrows attention's output again; queries and
+    # gates are as wide as what they are made of, or wider.
+    kept_width=0.75,
     head_tile_rows=1024,
     head_tile_tokens=16384,
     head_chunk_mib=128,
@@ -119,6 +131,7 @@ GPU = DeviceProfile(
     native_cross_entropy=True,
     compiled=True,
     most_traces=32,
+    handovers=2,
     layout=RowLayout(share_prompt=True, multiple=32, row_multiple=32, joined=True, token_multiple=128, few_shapes=True),
 )
 

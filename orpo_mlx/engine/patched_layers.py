@@ -24,6 +24,7 @@ from orpo_mlx.engine.attention import KEPT_BYTES, attention, fits, guarded_atten
 from orpo_mlx.engine.dropout import has_dropout
 from orpo_mlx.engine.fast_exp import sigmoid
 from orpo_mlx.engine.gated_delta import gated_delta_update, model_gated_delta_update
+from orpo_mlx.engine.kept_outputs import output
 
 Function = Callable[..., Any]
 
@@ -68,30 +69,26 @@ def lora_linear(layer: LoRALinear, x: mx.array) -> mx.array:
     """
     linear, scale = layer.linear, layer.scale
 
-    def narrowed(x: mx.array, a: mx.array) -> list[mx.array]:
-        return [x, x @ a.astype(x.dtype)]
+    def forward(x: mx.array, narrow: mx.array, _: mx.array, b: mx.array) -> mx.array:
+        return output(x, lambda: mx.addmm(linear(x), narrow, b.astype(x.dtype), alpha=scale))
 
-    def widened(x: mx.array, narrow: mx.array, b: mx.array) -> mx.array:
-        return mx.addmm(linear(x), narrow, b.astype(x.dtype), alpha=scale)
+    function: Any = mx.custom_function(forward)
 
-    first: Any = mx.custom_function(narrowed)
-    second: Any = mx.custom_function(widened)
-
-    @first.vjp  # type: ignore[untyped-decorator]
-    def first_backward(primals: Any, cotangents: Any, _: Any) -> tuple[mx.array, mx.array]:
-        x, a = primals
-        through_linear, grad_narrow = cotangents
-        grad_x = mx.addmm(through_linear, grad_narrow, a.astype(x.dtype).T, alpha=scale)
-        return grad_x, scale * summed_product(x, grad_narrow).astype(a.dtype)
-
-    @second.vjp  # type: ignore[untyped-decorator]
-    def second_backward(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, mx.array, mx.array]:
-        x, narrow, b = primals
+    @function.vjp  # type: ignore[untyped-decorator]
+    def backward(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
+        x, narrow, *masters = primals
+        a, b = (each.astype(x.dtype) for each in masters)
+        grad_narrow = cotangent @ b.T
         (through_linear,) = mx.vjp(linear, [x], [cotangent])[1]
-        grad_b = scale * summed_product(narrow, cotangent).astype(b.dtype)
-        return through_linear, cotangent @ b.astype(x.dtype).T, grad_b
+        grad_x = mx.addmm(through_linear, grad_narrow, a.T, alpha=scale)
+        grad_a = summed_product(x, grad_narrow).astype(masters[0].dtype)
+        grad_b = summed_product(narrow, cotangent).astype(masters[1].dtype)
+        return grad_x, mx.zeros_like(narrow), scale * grad_a, scale * grad_b
 
-    result: mx.array = second(*first(x, layer.lora_a), layer.lora_b)
+    # x A is an argument, not an output: whoever looks at one output of a custom function has all of them computed, and
+    # a layer that runs again may have no use for the others. The gradient through it is part of those of x and A.
+    narrow = mx.stop_gradient(x @ layer.lora_a.astype(x.dtype))
+    result: mx.array = function(x, narrow, layer.lora_a, layer.lora_b)
     return result
 
 

@@ -1,17 +1,17 @@
 """The backward pass in segments of layers: memory for one segment and the states between segments, not for all layers.
 
 MLX is lazy: checkpoints inside one graph save memory only as well as its schedule happens to run. Here the forward pass
-keeps the states that enter each segment and is evaluated as it goes; after the head, segments are taken from the last
-to the first: run again with gradient, evaluated, freed. A pair's prefix and rows go through a segment together, so the
-prefix's keys and values live and die inside of it.
+keeps the states that enter each segment, and what `kept_outputs` says; after the head, segments are taken from the last
+to the first: run again with gradient, and freed. On a CPU each is evaluated before the next is built; a GPU is given
+many at a time, each made to wait for the one before (`handover`). A pair's prefix and rows go through a segment
+together, so the prefix's keys and values live and die inside of it.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -21,6 +21,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from orpo_mlx.engine.compiled import CompiledByShape
 from orpo_mlx.engine.dropout import dropout_from, dropout_keys, has_dropout
 from orpo_mlx.engine.equivalence import close, probe_pairs, without_dropout
+from orpo_mlx.engine.handover import Handover
+from orpo_mlx.engine.kept_outputs import keeping, taking
 from orpo_mlx.engine.layer_calls import (
     LayerCall,
     LayerRecorder,
@@ -33,6 +35,8 @@ from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.errors import reason_of
 from orpo_mlx.types import Batch
 
+Kept = list[list[mx.array]]
+"""Outputs of linear layers that need not be computed again, of each call of a layer."""
 Streams = tuple[mx.array, ...]
 """States of each array of token ids of a batch, as `PairScorer.sequences` orders them."""
 Extra = Any
@@ -43,10 +47,6 @@ Gradients = dict[str, mx.array]
 """By flat parameter name."""
 ValueAndGrad = Callable[[Batch, Extra, Share], tuple[tuple[mx.array, Any], Gradients]]
 """((value, other), gradients) of a share of a batch towards what is trained."""
-
-_SUBMITTED_AHEAD = 2
-"""Segments that a GPU may have before it while the host builds the next: enough to keep it busy. Without a bound their
-buffers would all exist at once."""
 
 
 class Segment(NamedTuple):
@@ -67,26 +67,14 @@ class Entered(NamedTuple):
 
     segment: Segment
     streams: Streams
+    kept: Kept
     key: mx.array | None
     """From which its dropout masks are drawn, where there is dropout."""
 
-
-class SubmittedWork:
-    """What a device was given to compute, waited for when it has more than `ahead` parts before it."""
-
-    def __init__(self, ahead: int) -> None:
-        self._ahead = ahead
-        self._pending: deque[Any] = deque()
-
-    def submit(self, *trees: Any) -> None:
-        """Compute these now, or let the device begin with them."""
-        if not self._ahead:
-            mx.eval(trees)
-            return
-        mx.async_eval(trees)
-        self._pending.append(trees)
-        if len(self._pending) > self._ahead:
-            mx.eval(self._pending.popleft())
+    def after(self, cotangents: Streams, work: Handover) -> Entered:
+        """The same, not run again before the segment behind it has given `cotangents`."""
+        kept = [list(work.after(outputs, cotangents)) for outputs in self.kept]
+        return self._replace(streams=work.after(self.streams, cotangents), kept=kept)
 
 
 class SegmentedBackward:
@@ -118,28 +106,38 @@ class SegmentedBackward:
         kept_from = max(first, len(self._layers) - self._kept_layers)
         size = self._segment_layers
         bounds = sorted({*range(0, first, size), *range(first, kept_from, size), kept_from})
-        work = SubmittedWork(_SUBMITTED_AHEAD if self.scorer.profile.compiled else 0)
+        work = Handover(2 * len(bounds) - 1, self.scorer.profile.handovers)
         streams = tuple(sequence.entering for sequence in sequences)
         # Dropout must be drawn the same when a segment runs again.
         keys = dropout_keys(len(bounds)) if has_dropout(self.scorer.model) else [None] * len(bounds)
-        entered: list[Entered] = []
-        for (low, high), key in zip(itertools.pairwise(bounds), keys, strict=False):
-            segment = self._segment(sequences, low, high)
-            if low >= first:
-                entered.append(Entered(segment, streams, key))
-            streams = self._forward(segment, streams, key)
-            work.submit(streams)
-        last = Entered(self._segment(sequences, kept_from, len(self._layers)), streams, keys[-1])
+        segments = [self._segment(sequences, *each) for each in itertools.pairwise(bounds)]
+        entered, streams = self._enter(segments, first, streams, keys, work)
+        last = Entered(self._segment(sequences, kept_from, len(self._layers)), streams, [], keys[-1])
         output, gradients, cotangents = self._last(last, batch, extra, share)
         # The last states are of no use any more; the first segment has the others.
-        del sequences, streams, last
-        work.submit(output, gradients, cotangents)
+        del sequences, segments, streams, last
+        work.piece(output, gradients, cotangents)
+        cotangents = work.after(cotangents, (output, gradients))
         while entered:
-            again = entered.pop()
+            again = entered.pop().after(cotangents, work)
             found, cotangents = self._backward(again, cotangents, to_states=bool(entered))
             gradients |= found
-            work.submit(found, cotangents)
+            cotangents = work.after(cotangents, found)
+            work.piece(gradients, cotangents)
         return output, gradients
+
+    def _enter(
+        self, segments: Sequence[Segment], first: int, streams: Streams, keys: Any, work: Handover
+    ) -> tuple[list[Entered], Streams]:
+        """The forward pass: the segments from layer `first`, to be run again, and the states that leave the last."""
+        entered: list[Entered] = []
+        for segment, key in zip(segments, keys, strict=False):
+            leaving, kept = self._forward(segment, streams, key)
+            if segment.low >= first:
+                entered.append(Entered(segment, streams, kept, key))
+            streams = work.after(leaving, leaving)
+            work.piece(streams, [again.kept for again in entered])
+        return entered, streams
 
     def forget(self) -> None:
         """Drop all compiled functions."""
@@ -150,25 +148,33 @@ class SegmentedBackward:
         arrays, words = split_arrays(list(itertools.chain(*calls)))
         return Segment(low, high, calls, arrays, "\n\n".join([*self._kinds[low:high], words]))
 
-    def _forward(self, segment: Segment, streams: Streams, key: mx.array | None) -> Streams:
+    def _forward(self, segment: Segment, streams: Streams, key: mx.array | None) -> tuple[Streams, Kept]:
+        """States that leave a segment, and what running it again need not compute."""
         layers = self._layers[segment.low : segment.high]
+        widest = self.scorer.profile.kept_width
 
-        def function(parameters: Parameters, streams: Streams, arrays: list[mx.array], key: mx.array | None) -> Streams:
+        def function(
+            parameters: Parameters, streams: Streams, arrays: list[mx.array], key: mx.array | None
+        ) -> tuple[Streams, Kept]:
+            kept: Kept = []
             with parameters_set(layers, parameters), dropout_from(key):
-                return self._run(layers, segment.calls, streams, arrays)
+                return self._run(layers, segment.calls, streams, arrays, lambda: keeping(kept, widest)), kept
 
         compiled = self._function(("forward", segment.kind), function)
-        leaving: Streams = compiled([flat_parameters(layer) for layer in layers], streams, segment.arrays, key)
+        leaving: tuple[Streams, Kept] = compiled(
+            [flat_parameters(layer) for layer in layers], streams, segment.arrays, key
+        )
         return leaving
 
     def _backward(self, entered: Entered, cotangents: Streams, *, to_states: bool) -> tuple[Gradients, Streams]:
         """Gradients to a segment's trained parameters and, with `to_states`, to the states that enter it."""
-        segment = entered.segment
+        segment, widest = entered.segment, self.scorer.profile.kept_width
         layers = self._layers[segment.low : segment.high]
 
         def function(
             parameters: Parameters,
             streams: Streams,
+            kept: Kept,
             arrays: list[mx.array],
             key: mx.array | None,
             cotangents: Streams,
@@ -182,8 +188,15 @@ class SegmentedBackward:
                     {**values, **{name: next(given) for name in own}}
                     for values, own in zip(parameters, names, strict=True)
                 ]
+                outputs = iter(kept)
                 with parameters_set(layers, learnt), dropout_from(key):
-                    return self._run(layers, segment.calls, tuple(given) or streams, arrays)
+                    return self._run(
+                        layers,
+                        segment.calls,
+                        tuple(given) or streams,
+                        arrays,
+                        lambda: taking(next(outputs), widest),
+                    )
 
             # Backward passes of this package's own functions read frozen weights from the layers, after `run` is over.
             with parameters_set(layers, parameters):
@@ -191,7 +204,7 @@ class SegmentedBackward:
 
         compiled = self._function(("backward", to_states, segment.kind), function)
         parameters = [flat_parameters(layer) for layer in layers]
-        found = compiled(parameters, entered.streams, segment.arrays, entered.key, cotangents)
+        found = compiled(parameters, entered.streams, entered.kept, segment.arrays, entered.key, cotangents)
         names = self._trained_names(segment.low, segment.high)
         return dict(zip(names, found, strict=False)), tuple(found[len(names) :])
 
@@ -218,9 +231,15 @@ class SegmentedBackward:
         return output, dict(zip(names, values, strict=True)), tuple(cotangents)
 
     def _run(
-        self, layers: Sequence[Any], calls: list[list[LayerCall]], streams: Streams, arrays: list[mx.array]
+        self,
+        layers: Sequence[Any],
+        calls: list[list[LayerCall]],
+        streams: Streams,
+        arrays: list[mx.array],
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Streams:
-        """States that enter these layers to those that leave them, prefixes and rows together."""
+        """States that enter these layers to those that leave them, prefixes and rows together; each layer is called
+        within `around`."""
         given = iter(arrays)
         with self.scorer.layers():
             for layer, own in zip(layers, calls, strict=True):
@@ -232,7 +251,8 @@ class SegmentedBackward:
                         cache = prefix = call.cache.fresh(states.shape[1])
                     elif prefix is not None:
                         cache = prefix.branch(states.shape[0] // streams[0].shape[0])
-                    leaving.append(call_layer(layer, states, call, given, cache))
+                    with around():
+                        leaving.append(call_layer(layer, states, call, given, cache))
                 streams = tuple(leaving)
         return streams
 

@@ -18,13 +18,12 @@ from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.engine.segmented_backward import (
     SegmentedBackward,
     Share,
-    SubmittedWork,
     find_segmented,
     whole_value_and_grad,
 )
 from orpo_mlx.models.adapters import add_adapters
 from orpo_mlx.types import Batch
-from tests.conftest import PROVABLE, make_model, make_pairs, quantise
+from tests.conftest import CONFIGS, PROVABLE, make_model, make_pairs, quantise
 
 SHORT = make_pairs(4)
 # Prompts that a GPU's layout shares in part.
@@ -176,17 +175,26 @@ def _chosen_sum(scorer: PairScorer) -> Share:
     return lambda states, batch, _: (pair_logps(scorer, batch, states=states).chosen.sum(), mx.array(0))
 
 
-def test_a_device_is_never_far_ahead_of_what_was_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    monkeypatch.setattr(mx, "async_eval", lambda tree: events.append(f"begin {tree[0]}"))
-    monkeypatch.setattr(mx, "eval", lambda tree: events.append(f"wait {tree[0]}"))
-    work = SubmittedWork(2)
-    for number in range(4):
-        work.submit(number)
-    assert events == ["begin 0", "begin 1", "begin 2", "wait 0", "begin 3", "wait 1"]
-    events.clear()
-    SubmittedWork(0).submit(7)
-    assert events == ["wait 7"]
+def test_segments_that_are_given_to_a_device_together_do_not_live_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Per layer there is what stays between segments, not what a segment makes.
+    pair = make_pairs(1, longest=3)[0]._replace(prompt_ids=tuple(range(1, 70)), chosen_ids=tuple(range(1, 120)))
+    growth = []
+    for run in ("segmented", "whole"):
+        peaks = []
+        for layers in (6, 12):
+            monkeypatch.setitem(CONFIGS["llama"], "num_hidden_layers", layers)
+            scorer = PairScorer(trained_model("llama", "lora"), profile=GPU)
+            segmented, batch, share = segmented_of(scorer), scorer.collate([pair]), _chosen_sum(scorer)
+            for _ in range(2):  # Once to be compiled.
+                mx.reset_peak_memory()
+                before = mx.get_active_memory()
+                if run == "segmented":
+                    mx.eval(segmented.value_and_grad(batch, (), share))
+                else:
+                    mx.eval(whole_value_and_grad(scorer, batch, (), share))
+            peaks.append(mx.get_peak_memory() - before)
+        growth.append(peaks[1] - peaks[0])
+    assert growth[0] < 0.2 * growth[1]
 
 
 def test_no_kernel_without_a_gradient_is_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from orpo_mlx.config.settings import TrainingConfig
+from scripts.graph.cost_model import CHIPS, Chip, estimate
 from scripts.graph.count import Cost, counting
-from scripts.graph.steps import MODELS, Workload, empty_model, sample_pairs, training_step
+from scripts.graph.steps import MODELS, WORKLOADS, Workload, empty_model, sample_pairs, training_step
 
 SETTINGS: dict[str, Any] = MODELS["SmolLM2-135M"] | {
     "hidden_size": 128,
@@ -77,6 +78,28 @@ def test_what_a_layer_may_cost_on_a_gpu(mode: str, monkeypatch: pytest.MonkeyPat
         assert cost.stops == 2
         assert cost.host_waits == 0
         assert cost.evals - cost.async_evals == 2
+        assert cost.evals <= 5
+
+
+@pytest.mark.parametrize("workload", [one for one in WORKLOADS if one.bits], ids=lambda one: one.model)
+def test_running_layers_again_is_not_slower_than_plain(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORPO_MLX_PROFILE", "gpu")
+
+    def seconds(mode: str, chip: Chip) -> float:
+        """Of the device, at the model's whole depth: each layer costs the same."""
+        found = []
+        for layers in (2, 3):
+            model = empty_model(MODELS[workload.model] | {"num_hidden_layers": layers}, workload.dtype, workload.bits)
+            step = training_step(dataclasses.replace(TrainingConfig(), memory=mode), model, sample_pairs(workload))
+            with counting() as cost:
+                cost.add(step())
+            found.append(estimate(cost.nodes, chip).device)
+        depth: int = MODELS[workload.model]["num_hidden_layers"]
+        return found[1] + (depth - 3) * (found[1] - found[0])
+
+    # Of all chips, the one whose products are the slowest beside its memory: what is computed again costs most there.
+    chip = CHIPS["M1 Max"]
+    assert seconds("thrift", chip) < seconds("plain", chip)
 
 
 def test_evaluating_counts_the_same() -> None:
