@@ -20,7 +20,7 @@ from rich.text import Text
 
 from orpo_mlx.errors import ConfigError, ModelError
 from orpo_mlx.files import read_json_table
-from orpo_mlx.models.adapters import adapters_off, add_trained_adapters
+from orpo_mlx.models.adapters import adapters_off, add_trained_adapters, has_switchable_adapters
 from orpo_mlx.models.loading import find, load
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 from orpo_mlx.text import printable_lines
@@ -224,7 +224,7 @@ def open_chat(
     if loaded.tokenizer is None:
         raise ModelError(f"{loaded.path}: has no tokenizer, so nobody can talk with it; give a model that has one.")
     add_trained_adapters(loaded.model, folder)
-    if compare and not any("lora_a" in module for _, module in loaded.model.named_modules()):
+    if compare and not has_switchable_adapters(loaded.model):
         raise ConfigError(
             f"`compare`: {folder} holds whole weights, which cannot be switched off; leave `compare` out, and ask the "
             "base model with mlx_lm generate."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import sys
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from orpo_mlx.cli.arguments import add_model_options, check_count, check_output_file
 from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.data.pairs import Reading, load_pairs, parse_columns, parse_labels
-from orpo_mlx.errors import DataError
+from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import write_text
 from orpo_mlx.judging.intervals import wilson
 from orpo_mlx.models.names import DEFAULT_MODEL
@@ -20,6 +21,8 @@ from orpo_mlx.text import printable
 from orpo_mlx.types import Example
 
 if TYPE_CHECKING:
+    import mlx.nn as nn
+
     from orpo_mlx.models.loading import LoadedModel
 
 PROG = "orpo-mlx score"
@@ -60,6 +63,11 @@ def build_parser() -> OneLineParser:
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="JSONL file to write")
     parser.add_argument("--per-token", action="store_true", help="add the log-prob of every completion token")
+    parser.add_argument(
+        "--categories",
+        metavar="FOLDER",
+        help="write accuracy by the rows' subset or category, with adapters also against the base, as page and picture",
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="pairs per forward (default: %(default)s)")
     add_model_options(parser)
     return parser
@@ -74,6 +82,8 @@ def run(argv: Sequence[str] | None) -> None:
     if data.is_dir():
         raise DataError(f"--data {data}: is a folder; score takes one file, such as {data / 'test.jsonl'}.")
     check_output_file("--output", output)
+    if args.categories is not None and not Path(args.categories).is_dir():
+        raise ConfigError(f"--categories {args.categories}: is not a folder; give one that exists.")
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from orpo_mlx.data.tokenization import PairTokenizer
     from orpo_mlx.engine.pair_scorer import PairScorer
@@ -98,6 +108,41 @@ def run(argv: Sequence[str] | None) -> None:
     rows = score_pairs(PairScorer(loaded.model), pairs, batch_size=args.batch_size, per_token=args.per_token)
     write_text(output, "".join(json.dumps(row) + "\n" for row in rows))
     print(summary(rows))
+    if args.categories is not None:
+        base = base_rows(loaded.model, pairs, args.batch_size) if args.adapter_path is not None else None
+        report_categories(args, rows, base, [pair.location for pair in pairs])
+
+
+def base_rows(model: nn.Module, pairs: Sequence[Example], batch_size: int) -> list[dict[str, Any]] | None:
+    """The rows of the same model with its adapters off; None where they cannot be switched off."""
+    from orpo_mlx.engine.pair_scorer import PairScorer
+    from orpo_mlx.engine.score import score_pairs
+    from orpo_mlx.models.adapters import adapters_off, has_switchable_adapters
+
+    if not has_switchable_adapters(model):
+        return None
+    with adapters_off(model):
+        return score_pairs(PairScorer(model), pairs, batch_size=batch_size)
+
+
+def report_categories(
+    args: argparse.Namespace,
+    rows: Sequence[dict[str, Any]],
+    base: Sequence[dict[str, Any]] | None,
+    locations: Sequence[str],
+) -> None:
+    """Write the accuracies by category; raises DataError where rows are no pairs."""
+    from orpo_mlx.judging.categories import accuracies, categories_of, table, write_categories
+
+    if not all("prefers_chosen" in row for row in rows):
+        raise DataError(f"--data {args.data}: --categories needs pairs of a chosen and a rejected side in every row.")
+    names = categories_of(Path(args.data))
+    found = accuracies(rows, base, [names[location] for location in locations])
+    write_categories(Path(args.categories), found, args.adapter_path or args.model)
+    for line in table(found).rows:
+        print(printable("  ".join(cell.text for cell in line)))
+    if args.adapter_path is not None and base is None:
+        print("The adapters are whole weights, which cannot be switched off: no log-ratio to the base.")
 
 
 def check_lengths(loaded: LoadedModel, pairs: Sequence[Example]) -> None:

@@ -8,14 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import mlx.nn as nn
-
 from orpo_mlx.data.prompts import Prompt, spread
 from orpo_mlx.data.tokenization import PairTokenizer
 from orpo_mlx.errors import DataError, ModelError
 from orpo_mlx.judging.divergence import Divergence, sampled_kl
 from orpo_mlx.judging.generation import ROWS, Generated, Generator, Sampling
-from orpo_mlx.models.adapters import adapters_off, add_trained_adapters
+from orpo_mlx.models.adapters import adapters_off, add_trained_adapters, has_switchable_adapters
 from orpo_mlx.models.loading import LoadedModel, load
 
 KL_REPLIES = 10
@@ -101,11 +99,6 @@ def load_side(side: Side, loading: Loading) -> LoadedModel:
     if side.adapter is not None:
         add_trained_adapters(loaded.model, side.adapter)
     return loaded
-
-
-def has_switchable_adapters(model: nn.Module) -> bool:
-    """Whether the model has adapters beside its weights, as LoRA and DoRA are."""
-    return any("lora_a" in module for _, module in model.named_modules())
 
 
 def draw(

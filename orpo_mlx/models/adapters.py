@@ -61,6 +61,11 @@ def add_adapters(model: nn.Module, fine_tune_type: str, num_layers: int, lora_pa
             )
 
 
+def has_switchable_adapters(model: nn.Module) -> bool:
+    """Whether the model has adapters beside its weights, as LoRA and DoRA are, which `adapters_off` switches off."""
+    return any("lora_a" in module for _, module in model.named_modules())
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The base model for the length of a `with` block: each adapted layer is swapped for the layer it wraps.
