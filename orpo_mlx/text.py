@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
+import io
+import json
 import os
 import re
+import sys
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
@@ -12,6 +16,10 @@ _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _SHORTEST_TOKEN = 8
 
 _REDACTED = "[token]"
+
+_MOST_QUOTED = 100
+
+_SPELLED = "orpo_mlx.spelled"
 
 
 def printable(text: str) -> str:
@@ -30,9 +38,37 @@ def clipped(text: str, most: int) -> str:
     return f"{text[: most - tail - 5]} ... {text[len(text) - tail :]}"
 
 
+def quoted(value: object) -> str:
+    """A value as a message quotes it: as Python writes it, but not at any length."""
+    try:
+        return clipped(repr(value), _MOST_QUOTED)
+    except ValueError:  # Python refuses to write numbers of more than 4300 digits, which YAML reads in base 16.
+        return "a number of thousands of digits"
+    except RecursionError:
+        return "something that is nested too deeply"
+
+
 def printable_lines(text: str) -> str:
     """`printable` for each line of `text`."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def spell_unprintable() -> None:
+    """From now on, what the encoding of standard output lacks (ASCII in many containers and pipes) is spelled out.
+
+    As JSON spells it, \\u03b2, so that what is printed as JSON stays JSON.
+    """
+    codecs.register_error(_SPELLED, _spell)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors=_SPELLED)
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """An error handler of `codecs`: the characters that cannot be encoded as ASCII, and where to go on."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def redacted(text: str) -> str:

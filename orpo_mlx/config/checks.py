@@ -22,6 +22,7 @@ from orpo_mlx.engine.modes import MODES
 from orpo_mlx.errors import ConfigError, did_you_mean
 from orpo_mlx.losses.registry import Range
 from orpo_mlx.reporting.services import check_reporting
+from orpo_mlx.text import quoted
 
 _ALIASES = {alias: setting.name for setting in SETTINGS.values() for alias in setting.aliases}
 
@@ -39,7 +40,7 @@ def check_settings(table: Mapping[Any, Any], location: str, also: Sequence[str] 
         # Refused rather than skipped: a misspelt setting would train something else than was asked for.
         if key not in SETTINGS:
             hint = did_you_mean(_ALIASES.get(key, key), [*SETTINGS, *also], "; orpo-mlx train --help has them all.")
-            raise ConfigError(f"{location}: unknown key {key!r}{hint}")
+            raise ConfigError(f"{location}: unknown key {quoted(key)}{hint}")
         if value is not None:
             values[key] = coerce(key, value, f"{location}: {key}")
     return values
@@ -127,7 +128,7 @@ def complete_lora_parameters(config: TrainingConfig) -> dict[str, Any]:
     keys = lora.get("keys")
     if keys is not None and not (isinstance(keys, list) and keys and all(isinstance(key, str) for key in keys)):
         raise ConfigError(
-            f"lora_parameters.keys: found {keys!r}, expected a list of module names such as self_attn.q_proj."
+            f"lora_parameters.keys: found {quoted(keys)}, expected a list of module names such as self_attn.q_proj."
         )
     return lora
 
@@ -139,7 +140,7 @@ def complete_optimizer_config(config: TrainingConfig) -> dict[str, Any]:
     for key in OPTIMIZERS:
         table = config.optimizer_config.get(key) or {}
         if not isinstance(table, dict):
-            raise ConfigError(f"optimizer_config.{key}: found {table!r}, expected a table.")
+            raise ConfigError(f"optimizer_config.{key}: found {quoted(table)}, expected a table.")
         optimizers[key] = {**DEFAULT_OPTIMIZER_CONFIG[key], **table}
     return optimizers
 
@@ -184,11 +185,11 @@ def coerce(name: str, value: Any, location: str) -> Any:
         raise ConfigError(f"{location}: is empty; give a value, or leave it out.")
     if not isinstance(value, setting.kind):
         names = {dict: "a table", bool: "true or false", str: "text"}
-        raise ConfigError(f"{location}: found {value!r}, expected {names[setting.kind]}.")
+        raise ConfigError(f"{location}: found {quoted(value)}, expected {names[setting.kind]}.")
     chosen: Any = str(value).lower() if setting.any_case else value
     if setting.choices and chosen not in setting.choices:
         hint = did_you_mean(chosen, setting.choices)
-        raise ConfigError(f"{location}: found {value!r}, expected one of {', '.join(setting.choices)}{hint}")
+        raise ConfigError(f"{location}: found {quoted(value)}, expected one of {', '.join(setting.choices)}{hint}")
     return chosen
 
 
@@ -200,7 +201,9 @@ def parse_size(value: str, location: str) -> int:
     try:
         return int(_parse_size(value))
     except (ArithmeticError, KeyError, ValueError):
-        raise ConfigError(f"{location}: found {value!r}, expected bytes, or a size such as 500MB or 4GB.") from None
+        raise ConfigError(
+            f"{location}: found {quoted(value)}, expected bytes, or a size such as 500MB or 4GB."
+        ) from None
 
 
 def parse_number(value: Any, kind: type[int] | type[float], allowed: Range | None, location: str) -> int | float:
@@ -218,7 +221,7 @@ def parse_number(value: Any, kind: type[int] | type[float], allowed: Range | Non
             wanted = "a whole number below 2^63"
             raise ValueError
     except (ValueError, TypeError, OverflowError):
-        raise ConfigError(f"{location}: found {value!r}, expected {wanted}.") from None
+        raise ConfigError(f"{location}: found {quoted(value)}, expected {wanted}.") from None
     return number
 
 

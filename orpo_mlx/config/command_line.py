@@ -256,7 +256,10 @@ def read_config_file(path: Path, flags: Mapping[str, Any] | None = None) -> dict
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
         raise ConfigError(f"--config {path}: not a text file in UTF-8, expected YAML.") from None
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise ConfigError(f"--config {path}: not valid YAML (nested too deeply).") from None
+    # PyYAML leaves the errors of Python's types as they are: of a number of thousands of digits, of a thirteenth month.
+    except Exception as error:
         raise ConfigError(f"--config {path}: not valid YAML ({reason_of(error)}).") from None
     if not isinstance(table, dict):
         found = "nothing" if table is None else f"a {type(table).__name__}"

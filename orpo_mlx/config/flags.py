@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from orpo_mlx.config.settings import SETTINGS
 from orpo_mlx.errors import UserError
 from orpo_mlx.interrupts import Interrupted, finished, raising_interrupts
-from orpo_mlx.text import clipped, printable
+from orpo_mlx.text import clipped, printable, spell_unprintable
 
 _MENTION = re.compile(r"`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>[^`]*))?`")
 """How libraries mention a setting: `seed`, or with a value `memory=fast`, `shuffle=False`."""
@@ -107,6 +107,7 @@ def naming_flags(own: Collection[str] = ()) -> Iterator[None]:
 
 def exit_status(prog: str, command: Callable[[], object]) -> int:
     """Run a command: 0, 2 with one sentence on stderr for what a user can mend, or 128 + a signal's number."""
+    spell_unprintable()
     with raising_interrupts(prog) as signals:
         try:
             with naming_flags():

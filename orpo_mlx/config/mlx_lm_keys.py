@@ -7,6 +7,7 @@ from typing import Any
 
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.errors import ConfigError
+from orpo_mlx.text import quoted
 
 KEYS = ("train", "mask_prompt", "training_mode", "config", "hf_dataset")
 
@@ -31,15 +32,15 @@ def without_mlx_lm_keys(table: Mapping[Any, Any], flags: Mapping[str, Any], loca
     settings = {**rest, **flags}
     for key in ("train", "mask_prompt"):
         if not isinstance(given.get(key, True), bool):
-            raise ConfigError(f"{location}: {key}: found {given[key]!r}, expected true or false.")
+            raise ConfigError(f"{location}: {key}: found {quoted(given[key])}, expected true or false.")
     if "train" in given:
         rest.update(meaning_of_train(given["train"], settings, location))
     if "mask_prompt" in given:
         check_masking(given["mask_prompt"], settings, location)
     if given.get("training_mode", "normal") not in ("normal", settings.get("method", TrainingConfig.method)):
         raise ConfigError(
-            f"{location}: training_mode: found {given['training_mode']!r}; method says how to learn here, give it that "
-            "value and leave out training_mode."
+            f"{location}: training_mode: found {quoted(given['training_mode'])}; method says how to learn here, give it "
+            "that value and leave out training_mode."
         )
     if "config" in given:
         raise ConfigError(f"{location}: config: a config file cannot name another; put the settings into one.")

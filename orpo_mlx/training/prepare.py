@@ -22,6 +22,7 @@ from orpo_mlx.files import cache_folder
 from orpo_mlx.models.adapters import add_adapters, load_adapter_file
 from orpo_mlx.models.loading import LoadedModel, find, load
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
+from orpo_mlx.text import quoted
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.reference import CopiedReference, ReferenceLogProbs, copy_of
 from orpo_mlx.training.reference_store import weights_fingerprint
@@ -178,15 +179,17 @@ def make_optimizer(config: TrainingConfig) -> optim.Optimizer:
             schedule = build_schedule(config.lr_schedule)
             # Some wrong arguments show only when a schedule is asked for a rate.
             float(schedule(mx.array(1)))
-        except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
+        except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"lr_schedule: {config.lr_schedule} is not a schedule of mlx-lm ({reason_of(error)})."
+                f"lr_schedule: {quoted(config.lr_schedule)} is not a schedule of mlx-lm ({reason_of(error)})."
             ) from None
     arguments = config.optimizer_config[config.optimizer]
     try:
         return _OPTIMIZERS[config.optimizer](learning_rate=schedule, **arguments)
-    except TypeError as error:
-        raise ConfigError(f"optimizer_config.{config.optimizer}: {arguments} does not fit ({error}).") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"optimizer_config.{config.optimizer}: {quoted(arguments)} does not fit ({reason_of(error)})."
+        ) from None
 
 
 def data_lengths(config: TrainingConfig, exact_tokens: int | None) -> Lengths:

@@ -283,6 +283,13 @@ def test_list_methods_prints_and_leaves(capsys: pytest.CaptureFixture[str]) -> N
         ("- a\n- b", "found a list, expected a table of settings"),
         ("", "found nothing, expected a table of settings"),
         ("a: [1", "not valid YAML"),
+        (f"lora_parameters: {'[' * 5000}{']' * 5000}", "not valid YAML (nested too deeply)"),
+        (f"{'- ' * 5000}a", "not valid YAML (nested too deeply)"),
+        (f"iters: {'9' * 5000}", "not valid YAML (Exceeds the limit"),
+        (f"iters: 0x{'f' * 5000}", "found a number of thousands of digits, expected a whole number"),
+        ("iters: 2024-13-01", "not valid YAML (month must be in 1..12)"),
+        ('iters: !!int ""', "not valid YAML ("),
+        ("seed: 99999999999999999999", "seed: found 99999999999999999999, expected a whole number"),
     ],
 )
 def test_a_bad_file_names_the_file_and_key(tmp_path: Path, text: str, expected: str) -> None:
