@@ -39,8 +39,8 @@ def without_mlx_lm_keys(table: Mapping[Any, Any], flags: Mapping[str, Any], loca
         check_masking(given["mask_prompt"], settings, location)
     if given.get("training_mode", "normal") not in ("normal", settings.get("method", TrainingConfig.method)):
         raise ConfigError(
-            f"{location}: training_mode: found {quoted(given['training_mode'])}; method says how to learn here, give it "
-            "that value and leave out training_mode."
+            f"{location}: training_mode: found {quoted(given['training_mode'])}; method says how to learn here, give "
+            "it that value and leave out training_mode."
         )
     if "config" in given:
         raise ConfigError(f"{location}: config: a config file cannot name another; put the settings into one.")
