@@ -216,6 +216,12 @@ class Wanted(NamedTuple):
     """`PairLogProbs.chosen_tail` and the three like it."""
     alignment: bool = False
     """`PairLogProbs.chosen_alignment` and `rejected_alignment`."""
+    groups: bool = False
+    """`GroupLogProbs` in place of `PairLogProbs`."""
+    kl: bool = False
+    """`GroupLogProbs.kl`."""
+    running: bool = False
+    """`GroupLogProbs.running`."""
 
 
 SUMS_ALONE = Wanted()
@@ -236,6 +242,8 @@ class GroupLogProbs(NamedTuple):
     """See `Group.scores`."""
     reference: mx.array | None = None
     """`logps` under the reference model, where the method needs one."""
+    weight: mx.array | None = None
+    """(B,): what a group's losses are multiplied by; None for 1 everywhere."""
     kl: mx.array | None = None
     """(1,): the mean of log π - log π_ref over the step's mismatched prompts and completions, where the method asks."""
     running: mx.array | None = None
@@ -245,6 +253,9 @@ class GroupLogProbs(NamedTuple):
     def present(self) -> mx.array:
         """(B, K) bool: which completions there are."""
         return self.tokens > 0
+
+
+LogProbs = PairLogProbs | GroupLogProbs
 
 
 class GroupLossOutput(NamedTuple):

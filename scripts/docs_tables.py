@@ -199,10 +199,11 @@ def figures(record: Mapping[str, Any]) -> str:
 
 def methods_table() -> str:
     """The losses by their cards."""
-    rows = ["| `--method` | loss | reference model | source |", "|---|---|---|---|"]
+    rows = ["| `--method` | loss | of a | reference model | source |", "|---|---|---|---|---|"]
     for name, method in METHODS.items():
         equation = method.equation.replace("|", r"\|")
-        rows.append(f"| `{name}` | {equation} | {'yes' if method.needs_reference else 'no'} | {method.source} |")
+        reference = "yes" if method.needs_reference else "no"
+        rows.append(f"| `{name}` | {equation} | {method.unit} | {reference} | {method.source} |")
     return "\n".join(rows)
 
 

@@ -154,7 +154,7 @@ def test_what_is_not_finite_is_never_applied(settings: dict[str, Any], where: st
     def spoiled(logps: PairLogProbs) -> LossOutput:
         # sqrt(0) is 0 and its gradient infinite.
         term = logps.chosen * mx.nan if where == "loss" else mx.sqrt(logps.chosen - mx.stop_gradient(logps.chosen))
-        output = good(logps)
+        output: LossOutput = good(logps)
         return output._replace(losses=output.losses + term)
 
     method = run.method._replace(loss=spoiled)

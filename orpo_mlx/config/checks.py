@@ -20,7 +20,7 @@ from orpo_mlx.config.settings import (
 from orpo_mlx.config.traits import NOT_NEGATIVE, POSITIVE, SEED, Trait
 from orpo_mlx.engine.modes import MODES
 from orpo_mlx.errors import ConfigError, did_you_mean
-from orpo_mlx.losses.registry import Range
+from orpo_mlx.losses.registry import PAIR, Range
 from orpo_mlx.reporting.services import check_reporting
 from orpo_mlx.text import quoted
 
@@ -92,6 +92,7 @@ def check_together(config: TrainingConfig) -> None:
     check_reporting(config.report_to, config.project_name)
     if not recipe(config).needs_reference and config.precompute_reference:
         raise ConfigError(f"`precompute_reference`: method {config.method} compares with no reference; leave it out.")
+    check_unit(config)
     if config.max_skipped is not None and config.on_nonfinite != "skip":
         raise ConfigError("`max_skipped` bounds what `on_nonfinite=skip` skips; add that, or leave it out.")
     if config.resume_with_changes and not config.resume:
@@ -101,6 +102,25 @@ def check_together(config: TrainingConfig) -> None:
     for name in settings_with(Trait.TRAINING_ONLY):
         if config.test and getattr(config, name) not in (None, False):
             raise ConfigError(f"`test` trains nothing and leaves the run as it is; leave out `{name}`.")
+
+
+def check_unit(config: TrainingConfig) -> None:
+    """Refuse settings for pairs where the method's losses are of completions or lists; raises ConfigError."""
+    method = recipe(config)
+    if method.unit == PAIR:
+        return
+    if config.nll != "completion":
+        raise ConfigError(f"`nll={config.nll}`: method {config.method} is no loss of a pair; leave it out.")
+    if config.pair_ratings not in (None, "best_worst"):
+        raise ConfigError(
+            f"`pair_ratings={config.pair_ratings}` makes pairs, and method {config.method} is a loss of a "
+            f"{method.unit}; leave it out, or take `pair_ratings=best_worst`."
+        )
+    if method.wanted.kl and config.batch_size * config.grad_accumulation_steps == 1:
+        raise ConfigError(
+            f"`batch_size=1`: method {config.method} measures rewards from other prompts' completions of the same "
+            "step; give `batch_size=2` or more."
+        )
 
 
 def check_copied_reference(config: TrainingConfig) -> None:

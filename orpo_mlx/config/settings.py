@@ -144,6 +144,8 @@ class TrainingConfig:
         Trait.OF_METHOD | Trait.COMPARED,
         range=NOT_NEGATIVE,
     )
+    desirable_weight: float | None = _parameter("λ_D: weight of good completions in kto and apo_zero_unpaired")
+    undesirable_weight: float | None = _parameter("λ_U: weight of bad completions there")
     nll: str = _loss(
         "completion",
         "tokens of the NLL term: the chosen completion's, or prompt and chosen as in TRL",

@@ -8,7 +8,7 @@ from orpo_mlx.data.messages import text_or_turns
 from orpo_mlx.data.ratings import label_of, pairs_of_scores, rated_completions_of, weight_of
 from orpo_mlx.data.row_parts import Found, Options, completed, ids_of
 from orpo_mlx.errors import DataError
-from orpo_mlx.types import Group, Pair, Text, TokenizedGroup
+from orpo_mlx.types import Group, Pair, Text, TokenizedGroup, TokenizedPair
 
 # Where a row of rated or labelled completions has its prompt.
 _GROUP_PROMPTS = ("prompt", "instruction", "question", "messages")
@@ -30,6 +30,10 @@ def group_token_ids(row: Columns, location: str, options: Options) -> Found:
     ids = tuple(ids_of(each, "completion_ids", location) for each in value)
     pairs = () if options.pair_ratings is None or labelled else tuple(pairs_of_scores(scores, options.pair_ratings))
     prompt = ids_of(row["prompt_ids"], "prompt_ids", location)
+    if len(pairs) == 1:
+        (better, worse), margin = pairs[0], max(scores) - min(scores)
+        pair = TokenizedPair(prompt, ids[better], ids[worse], location, margin, weight_of(row, location))
+        return Found([pair])
     return Found([TokenizedGroup(prompt, ids, scores, labelled, pairs, location, weight_of(row, location))])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orpo_mlx.data.token_store import TokenStore
+from orpo_mlx.data.token_store import LABELLED, TokenStore
 
 # Ethayarajh et al. 2024, eq. 8: λ_D n_D / (λ_U n_U) should lie between 1 and 4/3.
 _BALANCED = 4 / 3
@@ -49,7 +49,7 @@ def group_figures(store: TokenStore) -> dict[str, Any]:
         "completions_per_row": dict(zip(("min", "median", "max"), quantiles, strict=True)),
         "pairs_of_groups": int(groups.pair_counts.sum()),
     }
-    labelled = np.repeat(groups.kinds == 2, groups.counts)
+    labelled = np.repeat(groups.kinds == LABELLED, groups.counts)
     if labelled.any():
         good = int((groups.scores[labelled] > 0.5).sum())
         found["labels"] = balance(good, int(labelled.sum()) - good)

@@ -32,7 +32,7 @@ _HEADER = "store.json"
 # prompt; and as the bits of a float64 each margin (NaN where there is none) and weight.
 _COLUMNS = 8
 # What a row of a store is.
-_PAIR, _RATED, _LABELLED = 0, 1, 2
+PAIR, RATED, LABELLED = 0, 1, 2
 
 
 class Largest(NamedTuple):
@@ -127,7 +127,7 @@ class TokenStore(Sequence[Example]):
         start = int(self._starts[number])
         prompt, chosen, rejected = self.lengths[number].tolist()
         ids = self._tokens[start : start + prompt + chosen + rejected].tolist()
-        if self.groups is not None and self.groups.kinds[number] != _PAIR:
+        if self.groups is not None and self.groups.kinds[number] != PAIR:
             return self._group(number, ids[:prompt], ids[prompt:])
         return TokenizedPair(
             tuple(ids[:prompt]),
@@ -147,7 +147,7 @@ class TokenStore(Sequence[Example]):
             tuple(prompt),
             tuple(tuple(completions[start:end]) for start, end in zip([0, *ends], ends, strict=False)),
             tuple(self.groups.scores[own].tolist()),
-            bool(self.groups.kinds[number] == _LABELLED),
+            bool(self.groups.kinds[number] == LABELLED),
             tuple(map(tuple, self.groups.pairs[pair : pair + self.groups.pair_counts[number]].tolist())),
             self.location(number),
             float(self.weights[number]),
@@ -266,7 +266,7 @@ class GroupColumns:
 
     def add_pair(self, chosen_tokens: int, rejected_tokens: int) -> None:
         """Add a row that is a pair."""
-        self._add(_PAIR, (chosen_tokens, rejected_tokens), (1.0, 0.0), ((0, 1),))
+        self._add(PAIR, (chosen_tokens, rejected_tokens), (1.0, 0.0), ((0, 1),))
 
     def extend(self, examples: Sequence[Example]) -> None:
         """Add rows."""
@@ -275,7 +275,7 @@ class GroupColumns:
             if isinstance(example, TokenizedPair):
                 self.add_pair(*lengths)
             else:
-                self._add(_LABELLED if example.labelled else _RATED, lengths, example.scores, example.pairs)
+                self._add(LABELLED if example.labelled else RATED, lengths, example.scores, example.pairs)
 
     def table(self) -> GroupTable:
         """All rows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,9 +27,10 @@ from orpo_mlx.engine.lm_head import find_head
 from orpo_mlx.engine.patched_layers import patched_layers
 from orpo_mlx.engine.proofs import HEAD, Proofs, prove_functions
 from orpo_mlx.engine.shared_prompt import PrefixCaches
-from orpo_mlx.types import SUMS_ALONE, Batch, Example, PairLogProbs, Wanted
+from orpo_mlx.types import SUMS_ALONE, Batch, Example, GroupLogProbs, LogProbs, PairLogProbs, Wanted
 
 Caches = list[Any] | None
+AnyLogProbs = TypeVar("AnyLogProbs", bound=LogProbs)
 Run = Callable[[mx.array, Caches], mx.array]
 """Token ids (R, L) and a cache for each layer to states (R, L, ·)."""
 
@@ -95,9 +96,9 @@ class PairScorer:
         """What maps ids to states: the whole model where its head could not be told apart."""
         return self.model if self.head is None else self.head.backbone
 
-    def collate(self, pairs: Sequence[Example], *, with_prompt: bool = False) -> Batch:
-        """The pairs in the layout that model and device take."""
-        return collate(pairs, self.layout, with_prompt=with_prompt)
+    def collate(self, pairs: Sequence[Example], *, with_prompt: bool = False, whole_groups: bool = False) -> Batch:
+        """The pairs or groups in the layout that model and device take; see `data.batching.collate`."""
+        return collate(pairs, self.layout, with_prompt=with_prompt, whole_groups=whole_groups)
 
     def __call__(self, batch: Batch, *, gradient: bool = True, states: mx.array | None = None) -> mx.array:
         """log p(target | what precedes it) in nats, (N,) float32, of a batch's N targets, padding included.
@@ -234,9 +235,51 @@ def _behind(members: mx.array, length: mx.array) -> mx.array:
     return members & (members.astype(mx.int32).cumsum(axis=1) > length[:, None])
 
 
-def join_logps(parts: Sequence[PairLogProbs]) -> PairLogProbs:
-    """Log-probs of several batches as those of one."""
+def group_logps(
+    scorer: PairScorer, batch: Batch, *, gradient: bool = True, states: mx.array | None = None
+) -> GroupLogProbs:
+    """Summed log-probabilities of every completion of whole groups.
+
+    Args:
+        scorer: the policy.
+        batch: B groups, collated with `whole_groups`.
+        gradient: False where no gradient will be taken.
+        states: what `scorer.states(batch)` gave, where that is at hand.
+    """
+    assert batch.groups is not None
+    logps = scorer(batch, gradient=gradient, states=states)
+    members = batch.groups.completions
+    sums = mx.where(members, logps, 0.0).sum(axis=2)
+    return GroupLogProbs(sums, members.sum(axis=2).astype(mx.float32), batch.groups.scores)
+
+
+def log_probs(
+    scorer: PairScorer,
+    batch: Batch,
+    *,
+    nll_tokens_per_pair: float | mx.array | None = None,
+    gradient: bool = True,
+    states: mx.array | None = None,
+    wanted: Wanted = SUMS_ALONE,
+) -> LogProbs:
+    """`group_logps` of a batch of whole groups, `pair_logps` of another."""
+    if batch.groups is not None:
+        return group_logps(scorer, batch, gradient=gradient, states=states)
+    tokens = nll_tokens_per_pair
+    return pair_logps(scorer, batch, nll_tokens_per_pair=tokens, gradient=gradient, states=states, wanted=wanted)
+
+
+def join_logps(parts: Sequence[AnyLogProbs]) -> AnyLogProbs:
+    """Log-probs of several batches as those of one; groups are filled up to the most completions of all."""
     columns: list[Any] = [
-        None if column[0] is None else mx.concatenate(list(column)) for column in zip(*parts, strict=True)
+        None if column[0] is None else mx.concatenate(_as_wide(column)) for column in zip(*parts, strict=True)
     ]
-    return PairLogProbs(*columns)
+    return type(parts[0])(*columns)
+
+
+def _as_wide(columns: Sequence[mx.array]) -> list[mx.array]:
+    """Arrays (B, K) with zeros behind, so that all are as wide as the widest; those of one axis as they are."""
+    if columns[0].ndim == 1:
+        return list(columns)
+    width = max(column.shape[1] for column in columns)
+    return [mx.pad(column, [(0, 0), (0, width - column.shape[1])]) for column in columns]

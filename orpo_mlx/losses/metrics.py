@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from orpo_mlx.losses.numerics import log_sigmoid
 from orpo_mlx.losses.terms import log_odds_ratio, mean_logps
-from orpo_mlx.types import LossOutput, PairLogProbs
+from orpo_mlx.types import GroupLogProbs, GroupLossOutput, LogProbs, LossOutput, PairLogProbs
 
 METRICS = (
     "loss",
@@ -58,12 +58,78 @@ def pair_metrics(logps: PairLogProbs, output: LossOutput) -> dict[str, mx.array]
     return dict(zip(METRICS, values, strict=True))
 
 
+GROUP_METRICS = (
+    "loss",
+    "nll_loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "accuracies/mean_logps",
+    "accuracies/sum_logps",
+    "rewards/margins",
+)
+"""Keys of `group_metrics`, in its order."""
+
+
+def group_metrics(logps: GroupLogProbs, output: GroupLossOutput) -> dict[str, tuple[mx.array, mx.array]]:
+    """For each metric a sum over each group's completions or pairs and their number, (B,) both; the quotient of the
+    totals is what is logged, and what has no number is not.
+
+    "Chosen" are the completions that are labelled good or, in a list, the best; "rejected" those that are bad, or the
+    worst. `rewards/accuracies`: of single completions, whether a reward lies above the method's zero where the label is
+    good and not where it is bad; of lists, whether of two completions the better has the higher reward. The other keys
+    are as in `pair_metrics`, `accuracies/mean_logps` and `accuracies/sum_logps` over the pairs of one prompt.
+    `rewards/margins` is counted for lists alone: of single completions it is the difference of the two means.
+    """
+    there = logps.present
+    scores = logps.scores
+    worse = (scores[:, :, None] > scores[:, None, :]) & there[:, :, None] & there[:, None, :]
+    of_completions = output.losses.ndim == 2
+    good = there & ((scores > 0.5) if of_completions else ~worse.any(axis=1))
+    bad = there & ((scores <= 0.5) if of_completions else ~worse.any(axis=2))
+    rewards, means = output.rewards, logps.logps / mx.maximum(logps.tokens, 1.0)
+
+    def apart(values: mx.array) -> mx.array:
+        return values[:, :, None] - values[:, None, :]
+
+    right = ((rewards > output.zero) == good, there) if of_completions else (apart(rewards) > 0, worse)
+    counted: dict[str, tuple[mx.array, mx.array]] = {
+        "loss": (output.losses, there) if of_completions else (output.losses, mx.ones(output.losses.shape, mx.bool_)),
+        "nll_loss": (-means, good),
+        "rewards/chosen": (rewards, good),
+        "rewards/rejected": (rewards, bad),
+        "rewards/accuracies": right,
+        "logps/chosen": (output.logps, good),
+        "logps/rejected": (output.logps, bad),
+        "accuracies/mean_logps": (apart(means) > 0, worse),
+        "accuracies/sum_logps": (apart(logps.logps) > 0, worse),
+        "rewards/margins": (apart(rewards), worse & (not of_completions)),
+    }
+    return {key: (_sum(mx.where(which, values, 0.0)), _sum(which)) for key, (values, which) in counted.items()}
+
+
+def metric_array(logps: LogProbs, output: Any) -> mx.array:
+    """All metrics as one array: of pairs (metrics, P) values, of whole groups (2, metrics, B) sums and numbers."""
+    if isinstance(logps, PairLogProbs):
+        return mx.stack(list(pair_metrics(logps, output).values()))
+    found = group_metrics(logps, output).values()
+    return mx.stack([mx.stack(list(column)) for column in zip(*found, strict=True)])
+
+
+def _sum(values: mx.array) -> mx.array:
+    """(B,) sums, float32."""
+    return values.astype(mx.float32).reshape(values.shape[0], -1).sum(axis=1)
+
+
 class MetricMeans:
     """Running means over pairs, and of what steps have one of (`add_step`) over steps, in float64."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._step_sums: dict[str, float] = {}
+        self._counts: dict[str, float] = {}
         self.pairs = 0
         self.steps = 0
 
@@ -72,6 +138,20 @@ class MetricMeans:
         for key, values in metrics.items():
             self._sums[key] = self._sums.get(key, 0.0) + float(np.array(values, np.float64).sum())
         self.pairs += next(iter(metrics.values())).shape[0]
+
+    def add_array(self, values: npt.NDArray[Any]) -> None:
+        """Add what `metric_array` gave."""
+        if values.ndim == 2:
+            self.add(dict(zip(METRICS, values, strict=True)))
+            return
+        sums, counts = np.asarray(values, np.float64).sum(axis=2).tolist()
+        _add(self._sums, dict(zip(GROUP_METRICS, sums, strict=True)))
+        _add(self._counts, dict(zip(GROUP_METRICS, counts, strict=True)))
+        self.pairs += values.shape[2]
+
+    def total(self, *keys: str) -> tuple[float, float]:
+        """Sum and number of what was counted under these keys."""
+        return sum(self._sums.get(key, 0.0) for key in keys), sum(self._counts.get(key, 0.0) for key in keys)
 
     def add_step(self, values: Mapping[str, float]) -> None:
         """Add one step's own values."""
@@ -82,17 +162,23 @@ class MetricMeans:
         """Add what another one has summed."""
         _add(self._sums, other._sums)
         _add(self._step_sums, other._step_sums)
+        _add(self._counts, other._counts)
         self.pairs += other.pairs
         self.steps += other.steps
 
     def means(self) -> dict[str, float]:
-        """The mean of each metric over the pairs, or steps, added so far; empty if there were none."""
-        over_pairs = {key: total / self.pairs for key, total in self._sums.items()}
+        """The mean of each metric over the pairs, completions or steps added so far; none of what there were none."""
+        counts = {key: self._counts.get(key, self.pairs) for key in self._sums}
+        over_pairs = {key: total / counts[key] for key, total in self._sums.items() if counts[key]}
+        if "rewards/margins" in counts and not counts["rewards/margins"]:
+            sides = [over_pairs[key] for key in ("rewards/chosen", "rewards/rejected") if key in over_pairs]
+            over_pairs |= {"rewards/margins": sides[0] - sides[1]} if len(sides) == 2 else {}
         return {**over_pairs, **{key: total / self.steps for key, total in self._step_sums.items()}}
 
     def to_json(self) -> dict[str, Any]:
         """All of it; JSON keeps every bit of a finite float64."""
-        return {"sums": self._sums, "step_sums": self._step_sums, "pairs": self.pairs, "steps": self.steps}
+        counts = {"counts": self._counts} if self._counts else {}
+        return {"sums": self._sums, "step_sums": self._step_sums, **counts, "pairs": self.pairs, "steps": self.steps}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> MetricMeans:
@@ -104,6 +190,8 @@ class MetricMeans:
         means = cls()
         means._sums = {str(key): float(total) for key, total in value["sums"].items()}
         means._step_sums = {str(key): float(total) for key, total in value["step_sums"].items()}
+        # Pairs have no counts of their own, nor have checkpoints of earlier versions.
+        means._counts = {str(key): float(total) for key, total in value.get("counts", {}).items()}
         means.pairs, means.steps = int(value["pairs"]), int(value["steps"])
         if min(means.pairs, means.steps) < 0 or (means.pairs == 0 and means._sums):
             raise ValueError("means of no pairs")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from orpo_mlx.errors import ConfigError, did_you_mean
-from orpo_mlx.losses.registry import METHODS, BoundLoss, Range
-from orpo_mlx.types import LossOutput, PairLogProbs, Wanted
+from orpo_mlx.losses.registry import COMPLETION, LIST, METHODS, PAIR, BoundLoss, Range
+from orpo_mlx.types import Example, Wanted
 
 # TRL's name.
 ALIASES = {"sigmoid": "dpo"}
@@ -16,7 +16,8 @@ ALIASES = {"sigmoid": "dpo"}
 NOTATION = (
     "_w: chosen, _l: rejected. s: log π summed over completion tokens; m = s/|y|; h = log π - log π_ref; "
     "OR: odds ratio of exp(m). ε: --label-smoothing, β: --beta, γ: --gamma, δ: --delta, α: --alpha, λ: --ld-alpha, "
-    "τ: --tau."
+    "τ: --tau. Of completions and lists: λ_D: --desirable-weight, λ_U: --undesirable-weight, KL: mean h of mismatched "
+    "completions; the best first, ψ: scores."
 )
 
 PARAMETERS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.parameters))
@@ -51,6 +52,13 @@ class Recipe(NamedTuple):
     """Loss margin per point of score."""
     one_sided: bool
     """Whether its terms look at the chosen side alone, so that rows of one completion are enough."""
+    unit: str
+    """What its terms are losses of, see `registry.Method`."""
+
+    def count(self, examples: Sequence[Example]) -> int:
+        """Pairs, completions or lists in some examples: what their loss is the mean over."""
+        counts = {PAIR: lambda each: len(each.pairs), COMPLETION: lambda each: len(each.completions), LIST: lambda _: 1}
+        return sum(map(counts[self.unit], examples))
 
 
 def parse_terms(expression: str) -> list[Term]:
@@ -99,18 +107,26 @@ def make_recipe(expression: str, given: Mapping[str, float | None], margin_scale
         having = ", ".join(name for name, method in METHODS.items() if method.takes_margin)
         raise ConfigError(f"`margin_scale`: method {expression} has no margin; leave it out, or take one of {having}.")
     _check_parameters(expression, terms, chosen)
+    units = {method.unit: term.name for term, method in zip(terms, methods, strict=True)}
+    if len(units) > 1:
+        kinds = " and ".join(f"{name} is a loss of a {unit}" for unit, name in units.items())
+        raise ConfigError(f"`method` {expression}: {kinds}, so they cannot be added; sum losses of one kind.")
     parameters = {
         term.name: {**method.defaults, **{key: chosen[key] for key in method.parameters if key in chosen}}
         for term, method in zip(terms, methods, strict=True)
     }
 
-    def loss(logps: PairLogProbs) -> LossOutput:
+    def loss(logps: Any) -> Any:
         outputs = [METHODS[name].loss(logps, **parameters[name]) for _, name in terms]
         total = terms[0].weight * outputs[0].losses
         for term, output in zip(terms[1:], outputs[1:], strict=True):
             total = total + term.weight * output.losses
         # A weight belongs to a row, whatever is made of it: here once, and in no loss.
-        return outputs[0]._replace(losses=total if logps.weight is None else logps.weight * total)
+        if logps.weight is None:
+            return outputs[0]._replace(losses=total)
+        # (B,), and losses of completions are (B, K).
+        weight = logps.weight[:, None] if total.ndim == 2 else logps.weight
+        return outputs[0]._replace(losses=weight * total)
 
     return Recipe(
         expression,
@@ -122,6 +138,7 @@ def make_recipe(expression: str, given: Mapping[str, float | None], margin_scale
         all(method.takes_weights for method in methods),
         margin_scale,
         all(method.one_sided for method in methods),
+        methods[0].unit,
     )
 
 
@@ -146,7 +163,13 @@ def describe_methods() -> str:
     for name, method in METHODS.items():
         parameters = ", ".join(f"{key}={value:g}" for key, value in method.defaults.items()) or "none"
         reference = "needed" if method.needs_reference else "not needed"
-        lines += [name, f"  loss        {method.equation}", f"  reference   {reference}", f"  parameters  {parameters}"]
+        lines += [
+            name,
+            f"  loss of a   {method.unit}",
+            f"  loss        {method.equation}",
+            f"  reference   {reference}",
+            f"  parameters  {parameters}",
+        ]
         lines += [f"  paper       {method.source}", ""]
     aliases = ", ".join(f"{alias} is {name}" for alias, name in ALIASES.items())
     return "\n".join([*lines, NOTATION, f"Sums: --method '0.8*sigmoid + 0.2*bco_pair + sft' ({aliases})."])

@@ -12,10 +12,14 @@ import typing
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from orpo_mlx.types import SUMS_ALONE, LossOutput, PairLogProbs, Wanted
+from orpo_mlx.types import SUMS_ALONE, Wanted
 
-Loss = Callable[..., LossOutput]
-BoundLoss = Callable[[PairLogProbs], LossOutput]
+PAIR, COMPLETION, LIST = "pair", "completion", "list"
+"""What a loss is of: a pair, a completion that is good or bad, or the whole list of a prompt's completions."""
+
+Loss = Callable[..., Any]
+BoundLoss = Callable[[Any], Any]
+"""`PairLogProbs` to `LossOutput`, or `GroupLogProbs` to `GroupLossOutput`."""
 
 
 class Range(NamedTuple):
@@ -62,6 +66,8 @@ class Method(NamedTuple):
     parameters: dict[str, Parameter]
     one_sided: bool
     """Whether it looks at the chosen side alone, so that rows of one completion are enough."""
+    unit: str
+    """What it is a loss of: `PAIR`, `COMPLETION` or `LIST`."""
 
     @property
     def defaults(self) -> dict[str, float]:
@@ -85,6 +91,7 @@ def preference_loss(
     takes_weights: bool = True,
     takes_margin: bool = False,
     one_sided: bool = False,
+    unit: str = PAIR,
 ) -> Callable[[LossFunction], LossFunction]:
     """Register a loss under its function's name; its docstring gets equation and source as well.
 
@@ -99,6 +106,8 @@ def preference_loss(
             weights are then refused.
         takes_margin: whether it heeds `PairLogProbs.margin` (`terms.loss_margin`).
         one_sided: whether it looks at the chosen side alone.
+        unit: `PAIR`: it is given `PairLogProbs`, for a loss of each pair; `COMPLETION` or `LIST`: `GroupLogProbs`, for
+            one of each completion or of each list.
 
     Raises:
         ValueError: the name is taken, or a keyword-only parameter has no range in its annotation.
@@ -114,11 +123,12 @@ def preference_loss(
             source,
             needs_reference,
             couples_pairs,
-            wanted,
+            wanted._replace(groups=unit != PAIR),
             takes_weights,
             takes_margin,
             _parameters(loss),
             one_sided,
+            unit,
         )
         loss.__doc__ = f"{inspect.getdoc(loss)}\n\nL = {equation}. Source: {source}."
         return loss

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from orpo_mlx.losses.numerics import log_odds, log_sigmoid
-from orpo_mlx.types import LossOutput, PairLogProbs
+from orpo_mlx.types import GroupLogProbs, GroupLossOutput, LossOutput, PairLogProbs
 
 
 class Sides(NamedTuple):
@@ -101,6 +101,40 @@ def noisy_preference(z: mx.array, label_smoothing: float) -> mx.array:
 def output(losses: mx.array, rewards: Sides, compared: Sides) -> LossOutput:
     """`losses` (B,) with what is logged beside them, which takes no gradient: rewards, and the log-probs compared."""
     return LossOutput(losses, *(mx.stop_gradient(value) for value in (*rewards, *compared)))
+
+
+def group_log_ratios(logps: GroupLogProbs) -> mx.array:
+    """h: log π(y|x) - log π_ref(y|x) of every completion, (B, K); 0 where there is none.
+
+    Raises:
+        ValueError: there is no reference.
+    """
+    if logps.reference is None:
+        raise ValueError("this loss compares with a reference model: the reference's log-probs are needed.")
+    return logps.logps - logps.reference
+
+
+def mean_group_logps(logps: GroupLogProbs) -> mx.array:
+    """m: the length-normalised log-prob of every completion, (B, K); 0 where there is none."""
+    return logps.logps / mx.maximum(logps.tokens, 1.0)
+
+
+def group_output(
+    logps: GroupLogProbs, losses: mx.array, rewards: mx.array, zero: mx.array, compared: mx.array | None = None
+) -> GroupLossOutput:
+    """`losses`, (B, K) or (B,), with what is logged beside them, which takes no gradient.
+
+    Args:
+        logps: of the groups.
+        losses: of each completion or of each list.
+        rewards: of each completion, (B, K).
+        zero: (1,), see `GroupLossOutput`.
+        compared: the log-probs that the method compares; the sums by default.
+    """
+    if losses.ndim == 2:
+        losses = mx.where(logps.present, losses, 0.0)
+    logged = (rewards, logps.logps if compared is None else compared, zero)
+    return GroupLossOutput(losses, *(mx.stop_gradient(value) for value in logged))
 
 
 def output_with_implicit_rewards(logps: PairLogProbs, losses: mx.array, beta: float) -> LossOutput:

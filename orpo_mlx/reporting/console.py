@@ -153,7 +153,9 @@ class Reporter:
                 table.add_column(f"{split} {when}".rstrip(), justify="right")
         for row, (key, form) in CLOSING_ROWS.items():
             sides = (before, after) if before else (after,)
-            table.add_row(row, *(form.format(side[split][key]) for split in after for side in sides))
+            # A row that no split can fill says nothing.
+            if any(key in side[split] for split in after for side in sides):
+                table.add_row(row, *(shown_metric(side[split], key, form) for split in after for side in sides))
         self.console.print(table)
 
     def replies(self, before: Sequence[Reply], after: Sequence[Reply]) -> None:
@@ -180,16 +182,22 @@ def step_numbers(metrics: Mapping[str, float], tokens_per_s: float, peak_gib: fl
     """Loss, accuracy of the rewards, margin, pair tokens per second and peak memory, in under 60 columns."""
     return (
         f"loss {metrics['loss']:.4f} accuracy {metrics['rewards/accuracies']:.2f} "
-        f"margin {metrics['rewards/margins']:.3f} {tokens_per_s:.0f} tok/s {peak_gib:.2f} GiB"
+        f"margin {shown_metric(metrics, 'rewards/margins', '{:.3f}')} {tokens_per_s:.0f} tok/s {peak_gib:.2f} GiB"
     )
 
 
 def eval_line(step: int, split: str, metrics: Mapping[str, float]) -> str:
     """The line of one evaluation: accuracy by mean log-prob, and by the method's reward."""
+    accuracy = shown_metric(metrics, "accuracies/mean_logps", "{:.1%}")
     return (
-        f"step {step}  {split}  loss {metrics['loss']:.4f}  accuracy {metrics['accuracies/mean_logps']:.1%} "
-        f"(reward {metrics['rewards/accuracies']:.1%})  margin {metrics['rewards/margins']:.4f}"
+        f"step {step}  {split}  loss {metrics['loss']:.4f}  accuracy {accuracy} "
+        f"(reward {metrics['rewards/accuracies']:.1%})  margin {shown_metric(metrics, 'rewards/margins', '{:.4f}')}"
     )
+
+
+def shown_metric(metrics: Mapping[str, float], key: str, form: str) -> str:
+    """A metric, or a dash: single completions have no pairs, and a step may lack the good or the bad."""
+    return form.format(metrics[key]) if key in metrics else "-"
 
 
 def _one_line(text: str) -> str:

@@ -19,7 +19,7 @@ from orpo_mlx.errors import DataError
 from orpo_mlx.files import write_text
 from orpo_mlx.losses.recipe import NOTATION, Term, parse_terms
 from orpo_mlx.losses.registry import METHODS
-from orpo_mlx.reporting.console import CLOSING_ROWS
+from orpo_mlx.reporting.console import CLOSING_ROWS, shown_metric
 from orpo_mlx.reporting.html_page import render_markdown
 from orpo_mlx.reporting.metrics_log import read_run
 from orpo_mlx.text import printable
@@ -82,6 +82,7 @@ def card_text(
         data={split: {**facts, "name": last_part(facts["path"])} for split, facts in record["data"].items()},
         splits=[split for split in before if split in after],
         closing_rows=CLOSING_ROWS,
+        shown_metric=shown_metric,
         before=before,
         after=after,
         shown={name: json.dumps(value, ensure_ascii=False) for name, value in listed(settings).items()},

@@ -12,6 +12,7 @@ from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.batching import TrainingOrder, length_order, micro_batches, side_lengths, steps_per_epoch
 from orpo_mlx.models.adapters import adapter_metadata
 from orpo_mlx.training.run import Run
+from orpo_mlx.training.step_values import mismatched_batches, mismatched_in_batches
 from orpo_mlx.types import Example
 
 _ORDER_KEY = "orpo_mlx_order"
@@ -84,15 +85,16 @@ def evaluation_pairs(run: Run) -> dict[str, Sequence[Example]]:
 
 def evaluation_groups(run: Run) -> list[list[Example]]:
     """The pairs of the held-out splits, grouped as the evaluations group them."""
-    return [
-        [pairs[index] for index in indices]
-        for pairs in evaluation_pairs(run).values()
-        for indices in length_order(pairs, run.config.batch_size)
-    ]
+    groups = []
+    for pairs in evaluation_pairs(run).values():
+        own = [[pairs[index] for index in indices] for indices in length_order(pairs, run.config.batch_size)]
+        groups += own + (mismatched_in_batches(own, run.config.batch_size) if run.method.wanted.kl else [])
+    return groups
 
 
 def groups_to_come(run: Run) -> list[list[Example]]:
-    """Every pair this run meets, grouped as the first epoch and the evaluations group them."""
+    """Every pair this run meets, grouped as the first epoch and the evaluations group them; and, where the method asks
+    for them, the mismatched prompts and completions of every step, which each epoch makes anew."""
     config = run.config
     pairs = run.splits["train"].pairs
     order = training_order(run)
@@ -100,6 +102,11 @@ def groups_to_come(run: Run) -> list[list[Example]]:
     # From the middle of an epoch, its rest and one whole epoch meet every pair.
     most = min(total_steps(config, len(pairs)), per_epoch + -order.step % per_epoch)
     groups: list[list[Example]] = []
-    for indices in itertools.islice(order, most):
-        groups += micro_batches([pairs[index] for index in indices], config.batch_size, config.micro_batch_tokens)
+    steps = total_steps(config, len(pairs)) if run.method.wanted.kl else most
+    for number, indices in enumerate(itertools.islice(order, steps)):
+        step_batch = [pairs[index] for index in indices]
+        if number < most:
+            groups += micro_batches(step_batch, config.batch_size, config.micro_batch_tokens)
+        if run.method.wanted.kl:
+            groups += mismatched_batches(step_batch, config.batch_size, config.micro_batch_tokens)
     return groups + evaluation_groups(run)

@@ -17,8 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from orpo_mlx.config.flags import with_flags
+from orpo_mlx.engine.pair_scorer import AnyLogProbs, join_logps
 from orpo_mlx.errors import TrainingError, reason_of
-from orpo_mlx.types import PairLogProbs
+from orpo_mlx.types import GroupLogProbs, PairLogProbs
 
 # One of these is set in a process that was started by mlx.launch or mpirun.
 _STARTED_BY = ("MLX_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -93,16 +94,17 @@ class Ranks:
             received += np.array(self.sum({"piece": mx.array(piece)})["piece"]).tobytes()
         return bytes(received)
 
-    def gather_logps(self, parts: Sequence[PairLogProbs]) -> PairLogProbs:
+    def gather_logps(self, parts: Sequence[AnyLogProbs]) -> AnyLogProbs:
         """The log-probs of all ranks' batches as those of one batch, those of rank 0 first; without gradient."""
-        # Python floats hold every float32 exactly, and JSON writes them so that they are read back as they were.
         own = [[None if column is None else column.tolist() for column in part] for part in parts]
-        everyone = [part for parts_of_rank in self.gather(own) for part in parts_of_rank]
-        columns = [
-            None if column[0] is None else mx.array([number for numbers in column for number in numbers])
-            for column in zip(*everyone, strict=True)
-        ]
-        return PairLogProbs(*columns)  # type: ignore[arg-type]
+        everyone = self.gather([type(part).__name__ for part in parts[:1]] + own)
+        # A rank may have had no batch, and so not know what the others' are.
+        kind: Any = next(kind for kind in (PairLogProbs, GroupLogProbs) if [kind.__name__] in [e[:1] for e in everyone])
+        columns = [part for parts_of_rank in everyone for part in parts_of_rank[1:]]
+        joined: AnyLogProbs = join_logps(
+            [kind(*(None if column is None else mx.array(column) for column in part)) for part in columns]
+        )
+        return joined
 
     def sum(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """The sum of each array over all ranks; the same bits on all of them."""

@@ -44,6 +44,9 @@ class DivergenceWatch:
 
     def add(self, metrics: Mapping[str, float]) -> list[str]:
         """Take in one step's metrics; what there is to say now."""
+        # A step of good or bad completions alone has not both rewards, and tells nothing of how they move apart.
+        if not {"rewards/chosen", "rewards/rejected"} <= metrics.keys():
+            return []
         self._seen.append(_Seen(metrics["rewards/chosen"], metrics["rewards/rejected"], metrics["rewards/accuracies"]))
         if len(self._seen) < SPAN:
             return []

@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from orpo_mlx.data.batching import count_pairs, length_order, row_weights, sequence_tokens
-from orpo_mlx.engine.pair_scorer import PairScorer, join_logps, pair_logps
-from orpo_mlx.losses.metrics import MetricMeans, pair_metrics
+from orpo_mlx.engine.pair_scorer import PairScorer, join_logps, log_probs
+from orpo_mlx.losses.metrics import MetricMeans, metric_array
 from orpo_mlx.losses.recipe import Recipe
 from orpo_mlx.process_memory import clear_cache_above
 from orpo_mlx.reporting.console import Reporter, eval_line
@@ -22,6 +22,7 @@ from orpo_mlx.training.interrupts import StopSignals
 from orpo_mlx.training.reference import ReferenceLogProbs, as_policy, with_reference
 from orpo_mlx.training.row_values import row_values, with_row_values
 from orpo_mlx.training.run import Run
+from orpo_mlx.training.step_values import RunningMean, StepValues, kl_estimate, mismatched_in_batches, with_step_values
 from orpo_mlx.types import Example
 
 Validated = Callable[[int, Mapping[str, float], float], object]
@@ -40,14 +41,15 @@ def evaluate(
     progress: Callable[[int], None] = lambda done: None,
     ranks: Ranks | None = None,
     suspects: Callable[[list[Example]], None] = lambda pairs: None,
+    rewards: RunningMean | None = None,
 ) -> dict[str, float]:
-    """Mean over all `pairs` of each of `metrics.pair_metrics`, without dropout and without gradient.
+    """Mean over all `pairs` of each metric (`metrics.metric_array`), without dropout and without gradient.
 
     The loss sees the whole split at once, so that no metric depends on `batch_size`. `untrained` says that no
     optimiser step has been taken: the policy's log-probs are then the reference's as well, and are not computed twice.
     Each of `ranks` runs its share of the batches, and all of them return the metrics of all pairs.
     `progress` is called with the number of pairs done after each batch, `suspects` at the end with the pairs that have
-    a metric that is not finite, if any do.
+    a metric that is not finite, if any do. `rewards` are those of the steps so far, for methods that ask for them.
     """
     model = scorer.model
     was_training = model.training
@@ -58,11 +60,11 @@ def evaluate(
     ranks = ranks or Ranks()
     groups = [[pairs[index] for index in indices] for indices in length_order(pairs, batch_size)]
     for group in ranks.share(groups):
-        batch = scorer.collate(group, with_prompt=tokens_per_pair is not None)
-        logps = pair_logps(scorer, batch, nll_tokens_per_pair=tokens_per_pair, gradient=False, wanted=method.wanted)
+        batch = scorer.collate(group, with_prompt=tokens_per_pair is not None, whole_groups=method.wanted.groups)
+        logps = log_probs(scorer, batch, nll_tokens_per_pair=tokens_per_pair, gradient=False, wanted=method.wanted)
         if reference and untrained:
             reference.adopt(group, logps)
-        logps = with_reference(logps, reference(group, batch) if reference else None)
+        logps = with_reference(logps, reference.values(group, batch) if reference else None)
         parts.append(with_row_values(logps, row_values(group, method, weighted=weighted)))
         mx.eval(parts[-1])
         done += len(group)
@@ -73,13 +75,22 @@ def evaluate(
     if reference:
         # Every rank knows what the others have computed.
         reference.adopt(order, as_policy(together))
-    means = MetricMeans()
-    metrics = pair_metrics(together, method.loss(together))
-    finite = np.all([np.isfinite(np.array(values)) for values in metrics.values()], axis=0)
+    values = StepValues(None, (rewards or RunningMean()).array(frozen=True) if method.wanted.running else None)
+    if method.wanted.kl:
+        assert reference is not None
+        # Before the first step the policy is the reference.
+        others = [] if untrained else mismatched_in_batches(groups, batch_size)
+        values = values._replace(kl=kl_estimate(scorer, reference, others, ranks))
+    together = with_step_values(together, values)
+    metrics = np.array(metric_array(together, method.loss(together)))
+    finite = np.isfinite(metrics).all(axis=tuple(range(metrics.ndim - 1)))
     if not finite.all():
-        of_each_pair = [example for example in order for _ in example.pairs]
-        suspects(list(dict.fromkeys(pair for pair, good in zip(of_each_pair, finite, strict=True) if not good)))
-    means.add(metrics)
+        of_each = order if method.wanted.groups else [example for example in order for _ in example.pairs]
+        suspects(list(dict.fromkeys(pair for pair, good in zip(of_each, finite, strict=True) if not good)))
+    means = MetricMeans()
+    means.add_array(metrics)
+    if values.kl is not None:
+        means.add_step({"kl": max(0.0, float(values.kl))})
     return means.means()
 
 
@@ -123,7 +134,7 @@ def evaluate_splits(
             held[name] = evaluate(
                 run.scorer, pairs, run.method, batch_size=run.config.batch_size, nll=run.config.nll,
                 reference=run.reference, untrained=untrained, progress=progress, suspects=suspects.extend,
-                ranks=run.ranks,
+                ranks=run.ranks, rewards=run.rewards,
             )  # fmt: skip
         metrics_file.write(step, name, held[name])
         reporter.figures(eval_line(step, name, held[name]))

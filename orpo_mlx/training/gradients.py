@@ -11,14 +11,15 @@ import mlx.core as mx
 import numpy as np
 
 from orpo_mlx.data.batching import count_pairs, micro_batches, sequence_tokens
-from orpo_mlx.engine.pair_scorer import join_logps, pair_logps
+from orpo_mlx.engine.pair_scorer import join_logps, log_probs
 from orpo_mlx.engine.segmented_backward import Gradients
-from orpo_mlx.losses.metrics import METRICS, MetricMeans, pair_metrics
+from orpo_mlx.losses.metrics import MetricMeans, metric_array
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.training.reference import with_reference
 from orpo_mlx.training.row_values import row_values, with_row_values
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step_functions import LossGradient, MicroBatch, differentiated
+from orpo_mlx.training.step_values import StepValues, kl_estimate, mismatched_batches, with_step_values
 from orpo_mlx.types import Example
 
 
@@ -43,26 +44,44 @@ def step_gradient(run: Run, step_batch: Sequence[Example]) -> StepGradient:
         # In the order in which `share` deals them out again: one batch of each rank after the other.
         by_rank = [_micro_batches(run, ranks.share(step_batch, rank)) for rank in range(ranks.size)]
         run.reference.remember_among(ranks, [part for turn in zip_longest(*by_rank, fillvalue=[]) for part in turn])
-    couples = run.method.couples_pairs and (len(parts) > 1 or ranks.size > 1)
-    loss_gradients, means_of_step = _loss_gradients(run, step_batch, parts) if couples else ([None] * len(parts), None)
+    values = step_values(run, step_batch)
+    loss_gradients: list[LossGradient | None] = [None] * len(parts)
+    means_of_step = None
+    if run.method.couples_pairs and (len(parts) > 1 or ranks.size > 1):
+        loss_gradients, means_of_step = _loss_gradients(run, step_batch, parts, values)
     # On a GPU the host builds the next micro-batch while the device works on this one.
     evaluate = mx.async_eval if run.scorer.profile.compiled else mx.eval
     gradients: Gradients = {}
-    values: list[mx.array] = []
+    metrics_of: list[mx.array] = []
     for number, (pairs, loss_gradient) in enumerate(zip(parts, loss_gradients, strict=True)):
         if number:
-            evaluate(values, gradients)
-        inputs = micro_batch_inputs(run, step_batch, pairs, loss_gradient)
+            evaluate(metrics_of, gradients)
+        inputs = micro_batch_inputs(run, step_batch, pairs, loss_gradient, values)
         _, metrics, gradients = run.functions.add_micro_batch(inputs, gradients)
-        values.append(metrics)
+        metrics_of.append(metrics)
     if ranks.size > 1:
         gradients = _sum_of_all_ranks(run, gradients)
     norm = run.functions.norm(gradients)
-    mx.eval(values, gradients, norm)
+    mx.eval(metrics_of, gradients, norm)
     means = MetricMeans()
-    for metrics in values:
-        means.add(dict(zip(METRICS, np.array(metrics), strict=True)))
-    return StepGradient(gradients, norm.item(), means_of_step or _means_of_all_ranks(run, means))
+    for metrics in metrics_of:
+        means.add_array(np.array(metrics))
+    means = means_of_step or _means_of_all_ranks(run, means)
+    if values.kl is not None:
+        means.add_step({"kl": max(0.0, float(values.kl))})
+    return StepGradient(gradients, norm.item(), means)
+
+
+def step_values(run: Run, step_batch: Sequence[Example]) -> StepValues:
+    """What the method measures the rewards of a whole step from."""
+    wanted = run.method.wanted
+    kl = None
+    if wanted.kl:
+        assert run.reference is not None
+        config = run.config
+        batches = mismatched_batches(step_batch, config.batch_size, config.micro_batch_tokens, run.scorer.layout)
+        kl = kl_estimate(run.scorer, run.reference, batches, run.ranks)
+    return StepValues(kl, run.rewards.array() if wanted.running else None)
 
 
 def micro_batch_inputs(
@@ -70,18 +89,20 @@ def micro_batch_inputs(
     step_batch: Sequence[Example],
     pairs: Sequence[Example],
     loss_gradient: LossGradient | None = None,
+    values: StepValues | None = None,
 ) -> MicroBatch:
-    """What the gradient of some of a step's pairs depends on."""
+    """What the gradient of some of a step's pairs depends on; `values` are worked out where they are not at hand."""
     tokens = _nll_tokens_per_pair(run, step_batch)
-    batch = run.scorer.collate(pairs, with_prompt=tokens is not None)
-    reference = run.reference(pairs, batch) if run.reference else None
+    batch = run.scorer.collate(pairs, with_prompt=tokens is not None, whole_groups=run.method.wanted.groups)
+    reference = run.reference.values(pairs, batch) if run.reference else None
     return MicroBatch(
         batch,
         reference,
         row_values(pairs, run.method, weighted=run.weighted),
-        mx.array(float(count_pairs(step_batch))),
+        mx.array(float(run.method.count(step_batch))),
         None if tokens is None else mx.array(tokens),
         loss_gradient,
+        step_values(run, step_batch) if values is None else values,
     )
 
 
@@ -106,7 +127,7 @@ def _means_of_all_ranks(run: Run, means: MetricMeans) -> MetricMeans:
 
 
 def _loss_gradients(
-    run: Run, step_batch: Sequence[Example], parts: Sequence[Sequence[Example]]
+    run: Run, step_batch: Sequence[Example], parts: Sequence[Sequence[Example]], values: StepValues
 ) -> tuple[list[LossGradient | None], MetricMeans]:
     """Log-probs of the whole step first, then its loss's gradient towards them, by micro-batch; the step's metrics.
 
@@ -114,24 +135,36 @@ def _loss_gradients(
     """
     logps = []
     for pairs in parts:
-        inputs = micro_batch_inputs(run, step_batch, pairs)
+        inputs = micro_batch_inputs(run, step_batch, pairs, values=values)
         tokens = inputs.nll_tokens_per_pair
         wanted = run.method.wanted
-        policy = pair_logps(run.scorer, inputs.batch, nll_tokens_per_pair=tokens, gradient=False, wanted=wanted)
+        policy = log_probs(run.scorer, inputs.batch, nll_tokens_per_pair=tokens, gradient=False, wanted=wanted)
         logps.append(with_row_values(with_reference(policy, inputs.reference), inputs.rows))
         mx.eval(logps[-1])
-    together = join_logps(logps) if run.ranks.size == 1 else run.ranks.gather_logps(logps)
+    together = with_step_values(join_logps(logps) if run.ranks.size == 1 else run.ranks.gather_logps(logps), values)
+    count = float(run.method.count(step_batch))
 
     def loss(values: dict[str, mx.array]) -> mx.array:
-        return run.method.loss(together._replace(**values)).losses.mean()
+        losses: mx.array = run.method.loss(together._replace(**values)).losses
+        # Of groups there are places without a completion.
+        return losses.mean() if losses.ndim == 1 else losses.sum() / count
 
     towards = mx.grad(loss)(differentiated(together))
     means = MetricMeans()
-    means.add(pair_metrics(together, run.method.loss(together)))
-    before = sum(count_pairs(run.ranks.share(step_batch, rank)) for rank in range(run.ranks.rank))
-    bounds = np.cumsum([before, *map(count_pairs, parts)]).tolist()
-    parts_of = [{name: value[a:b] for name, value in towards.items()} for a, b in itertools.pairwise(bounds)]
+    means.add_array(np.array(metric_array(together, run.method.loss(together))))
+    rows_of = len if run.method.wanted.groups else count_pairs
+    before = sum(rows_of(run.ranks.share(step_batch, rank)) for rank in range(run.ranks.rank))
+    bounds = itertools.pairwise(np.cumsum([before, *map(rows_of, parts)]).tolist())
+    parts_of = [
+        {name: _rows(value, a, b, part[0]) for name, value in towards.items()}
+        for part, (a, b) in zip(parts, bounds, strict=True)
+    ]
     return [LossGradient(**part) for part in parts_of], means
+
+
+def _rows(values: mx.array, first: int, end: int, example: Example) -> mx.array:
+    """Rows [first, end) of (P,) values, or of (B, K) ones those of as many completions as `example` has."""
+    return values[first:end] if values.ndim == 1 else values[first:end, : len(example.completions)]
 
 
 def _nll_tokens_per_pair(run: Run, step_batch: Sequence[Example]) -> float | None:

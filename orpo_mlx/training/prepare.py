@@ -15,10 +15,13 @@ from mlx_lm.tuner.utils import build_schedule
 from orpo_mlx.config.settings import TrainingConfig, data_reading, recipe
 from orpo_mlx.data.sources import Source, find_splits
 from orpo_mlx.data.splits import Lengths, Split, tokenized_split
+from orpo_mlx.data.token_store import RATED
 from orpo_mlx.engine.memory_modes import Memory, spend_memory
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.errors import ConfigError, DataError, reason_of
 from orpo_mlx.files import cache_folder
+from orpo_mlx.losses.recipe import Recipe
+from orpo_mlx.losses.registry import COMPLETION, LIST, PAIR
 from orpo_mlx.models.adapters import add_adapters, load_adapter_file
 from orpo_mlx.models.loading import LoadedModel, find, load
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
@@ -89,7 +92,7 @@ def load_run(config: TrainingConfig, sources: Mapping[str, Source], folder: Path
     lengths = data_lengths(config, info.exact_tokens)
     splits = {name: tokenized_split(source, reading, info.tokenizer, lengths) for name, source in sources.items()}
     for split in splits.values():
-        require_pairs(split, config.method)
+        require_rows_for(split, recipe(config))
     weighted = find_weighted(splits, recipe(config))
     mx.random.seed(config.seed)
     loaded = load(info, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
@@ -107,19 +110,30 @@ def load_run(config: TrainingConfig, sources: Mapping[str, Source], folder: Path
     return run
 
 
-def require_pairs(split: Split, method: str) -> None:
-    """Refuse rows that hold no pair; raises DataError, which names the first."""
+def require_rows_for(split: Split, method: Recipe) -> None:
+    """Refuse rows that hold nothing of what a method learns from; raises DataError, which names the first."""
     groups = split.pairs.groups
-    alone = None if groups is None else np.flatnonzero(groups.pair_counts == 0)
-    if groups is None or alone is None or not alone.size:
+    if groups is None:
         return
-    first = int(alone[0])
-    what = (
-        "one completion with a label"
-        if groups.counts[first] == 1
-        else "a list of rated completions; `pair_ratings=best_worst`, all or adjacent makes pairs of them"
-    )
-    raise DataError(f"{split.pairs.location(first)}: method {method} learns from pairs, and the row holds {what}.")
+    unfit = {
+        PAIR: groups.pair_counts == 0,
+        COMPLETION: groups.kinds == RATED,
+        LIST: groups.counts == 1,
+    }[method.unit]
+    if not unfit.any():
+        return
+    first = int(np.flatnonzero(unfit)[0])
+    needs = {PAIR: "pairs", COMPLETION: "completions that are good or bad", LIST: "lists of rated completions"}
+    if groups.counts[first] == 1:
+        what = "one completion with a label, from which kto, apo_zero_unpaired and bco learn"
+    elif method.unit == PAIR:
+        what = (
+            "rated completions; `pair_ratings=best_worst`, all or adjacent makes pairs of them, pl and lipo take lists"
+        )
+    else:
+        what = "rated completions; `pair_ratings=best_worst` takes the best as good and the worst as bad"
+    place = split.pairs.location(first)
+    raise DataError(f"{place}: method {method.expression} learns from {needs[method.unit]}, and the row holds {what}.")
 
 
 def prepare(config: TrainingConfig, ranks: Ranks | None = None) -> Run:

@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
+from orpo_mlx.engine.pair_scorer import PairScorer, group_logps, log_probs, pair_logps
 from orpo_mlx.models.adapters import adapters_off
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.reference_store import ReferenceTable, identity_digest, weights_fingerprint
-from orpo_mlx.types import SUMS_ALONE, Batch, Example, PairLogProbs, Wanted
+from orpo_mlx.types import SUMS_ALONE, Batch, Example, GroupLogProbs, LogProbs, PairLogProbs, Wanted
 
 _MATHS = 1
 """Raised when this package computes other log-probs from the same weights and tokens, beyond rounding."""
@@ -33,6 +33,13 @@ class ReferenceValues(NamedTuple):
     chosen_tail: mx.array | None = None
     """Where the method looks at tails; so is the next."""
     rejected_tail: mx.array | None = None
+
+
+class GroupReference(NamedTuple):
+    """Log-probs under the reference of every completion of B groups, nats, float32."""
+
+    logps: mx.array
+    """(B, K)."""
 
 
 TAILS = b"tails"
@@ -116,18 +123,26 @@ class ReferenceLogProbs:
         """Whether every pair must be remembered before the first step."""
         return not self._live
 
+    def values(self, examples: Sequence[Example], batch: Batch) -> ReferenceValues | GroupReference:
+        """Reference log-probs of the groups of `batch` where it is one of whole groups, and of its pairs elsewhere.
+
+        Raises:
+            KeyError: see `__call__`.
+        """
+        return self(examples, batch) if batch.groups is None else self.of_groups(examples, batch)
+
+    def of_groups(self, groups: Sequence[Example], batch: Batch) -> GroupReference:
+        """Reference log-probs of every completion; KeyError as below."""
+        self._require(groups, batch)
+        return GroupReference(mx.array([self._known(group) for group in groups], mx.float32))
+
     def __call__(self, pairs: Sequence[Example], batch: Batch) -> ReferenceValues:
         """Reference log-probs of the chosen and rejected sides of `batch`.
 
         Raises:
             KeyError: a pair that was not remembered, where the reference can no longer be computed.
         """
-        missing = [place for place, pair in enumerate(pairs) if not self.knows(pair)]
-        if missing and not self._live:
-            raise KeyError("a pair has no reference log-probs and the weights that define them have changed.")
-        if missing:
-            some = [pairs[place] for place in missing]
-            self._compute(some, batch if len(some) == len(pairs) else self._collate(some))
+        self._require(pairs, batch)
         of_pairs = [
             (values[better], values[worse])
             for pair, values in zip(pairs, map(self._known, pairs), strict=True)
@@ -138,11 +153,20 @@ class ReferenceLogProbs:
             columns.append([self.table.get(key) for pair in pairs for key in tail_keys_of(pair)])  # type: ignore[misc]
         return ReferenceValues(*(mx.array(side) for two in columns for side in np.array(two, np.float32).T))
 
+    def _require(self, pairs: Sequence[Example], batch: Batch) -> None:
+        """Know everything about these, computing what is missing; KeyError where that is too late."""
+        missing = [place for place, pair in enumerate(pairs) if not self.knows(pair)]
+        if missing and not self._live:
+            raise KeyError("a pair has no reference log-probs and the weights that define them have changed.")
+        if missing:
+            some = [pairs[place] for place in missing]
+            self._compute(some, batch if len(some) == len(pairs) else self._collate(some))
+
     def knows(self, pair: Example) -> bool:
         """Whether everything about a pair is remembered."""
         return all(self.table.get(key) is not None for key in self._keys(pair))
 
-    def adopt(self, pairs: Sequence[Example], logps: PairLogProbs) -> None:
+    def adopt(self, pairs: Sequence[Example], logps: LogProbs) -> None:
         """Keep log-probs of the policy as the reference's: they are the same numbers until the first optimiser step."""
         self._keep(pairs, logps)
 
@@ -193,31 +217,40 @@ class ReferenceLogProbs:
         return [*keys_of(example), *(tail_keys_of(example) if self._wanted.tails else ())]
 
     def _collate(self, pairs: Sequence[Example]) -> Batch:
-        return self.scorer.collate(pairs, with_prompt=self._nll_tokens_per_pair is not None)
+        with_prompt = self._nll_tokens_per_pair is not None
+        return self.scorer.collate(pairs, with_prompt=with_prompt, whole_groups=self._wanted.groups)
 
     def _compute(self, pairs: Sequence[Example], batch: Batch) -> None:
         with self._reference_weights():
             tokens = self._nll_tokens_per_pair
-            logps = pair_logps(self.scorer, batch, nll_tokens_per_pair=tokens, gradient=False, wanted=self._wanted)
+            logps = log_probs(self.scorer, batch, nll_tokens_per_pair=tokens, gradient=False, wanted=self._wanted)
             self._keep(pairs, logps)
 
     def _reference_weights(self) -> AbstractContextManager[None]:
         return adapters_off(self.scorer.model) if self._live else nullcontext()
 
-    def _keep(self, pairs: Sequence[Example], logps: PairLogProbs) -> None:
+    def _keep(self, pairs: Sequence[Example], logps: LogProbs) -> None:
+        if isinstance(logps, GroupLogProbs):
+            for group, row in zip(pairs, np.array(logps.logps).tolist(), strict=True):
+                self._add(group, row)
+            return
         sides = zip(np.array(logps.chosen).tolist(), np.array(logps.rejected).tolist(), strict=True)
         for example in pairs:
-            values = [0.0] * (len(example.completions) + 1)
+            values = [0.0] * len(example.completions)
             # Every completion of a group is in some pair of it. `zip` asks for a pair first, and takes no side in vain.
             for (better, worse), (chosen, rejected) in zip(example.pairs, sides, strict=False):
                 values[better] = chosen
                 values[worse] = rejected
-            for number, key in enumerate(keys_of(example)):
-                self.table.add(key, values[2 * number], values[2 * number + 1])
+            self._add(example, values)
         if self._wanted.tails:
             tails = zip(np.array(logps.chosen_tail).tolist(), np.array(logps.rejected_tail).tolist(), strict=True)
             for key, row in zip((key for example in pairs for key in tail_keys_of(example)), tails, strict=True):
                 self.table.add(key, *row)
+
+    def _add(self, example: Example, values: Sequence[float]) -> None:
+        padded = [*values, 0.0]
+        for number, key in enumerate(keys_of(example)):
+            self.table.add(key, padded[2 * number], padded[2 * number + 1])
 
     def _known(self, example: Example) -> list[float]:
         """The log-prob of each completion of an example that is known."""
@@ -225,15 +258,25 @@ class ReferenceLogProbs:
         return [value for two in found if two is not None for value in two][: len(example.completions)]
 
 
-def with_reference(logps: PairLogProbs, reference: ReferenceValues | None) -> PairLogProbs:
+@overload
+def with_reference(logps: PairLogProbs, reference: ReferenceValues | None) -> PairLogProbs: ...
+@overload
+def with_reference(logps: LogProbs, reference: ReferenceValues | GroupReference | None) -> LogProbs: ...
+def with_reference(logps: LogProbs, reference: ReferenceValues | GroupReference | None) -> LogProbs:
     """`logps` with the reference's log-probs beside them."""
     if reference is None:
         return logps
+    if isinstance(reference, GroupReference):
+        assert isinstance(logps, GroupLogProbs)
+        return logps._replace(reference=reference.logps)
     return logps._replace(**{f"reference_{name}": value for name, value in reference._asdict().items()})
 
 
-def as_policy(logps: PairLogProbs) -> PairLogProbs:
+def as_policy(logps: LogProbs) -> LogProbs:
     """The reference's log-probs in the place of the policy's."""
+    if isinstance(logps, GroupLogProbs):
+        assert logps.reference is not None
+        return logps._replace(logps=logps.reference)
     theirs = {name: getattr(logps, f"reference_{name}") for name in ReferenceValues._fields}
     return logps._replace(**theirs)
 
@@ -280,8 +323,14 @@ class CopiedReference(ReferenceLogProbs):
     def keep_in(self, folder: Path, model_config: Mapping[str, Any]) -> None:
         """Nothing is kept."""
 
-    def adopt(self, pairs: Sequence[Example], logps: PairLogProbs) -> None:
+    def adopt(self, pairs: Sequence[Example], logps: LogProbs) -> None:
         """Nothing is kept."""
+
+    def of_groups(self, groups: Sequence[Example], batch: Batch) -> GroupReference:
+        """Log-probs of every completion under the copy."""
+        logps = group_logps(self._twin, batch, gradient=False).logps
+        mx.eval(logps)
+        return GroupReference(logps)
 
     def __call__(self, pairs: Sequence[Example], batch: Batch) -> ReferenceValues:
         """Log-probs of both sides under the copy."""

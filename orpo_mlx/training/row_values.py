@@ -13,7 +13,8 @@ from orpo_mlx.data.batching import row_margins, row_weights
 from orpo_mlx.data.splits import Split
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.losses.recipe import Recipe
-from orpo_mlx.types import Example, PairLogProbs
+from orpo_mlx.losses.registry import PAIR
+from orpo_mlx.types import Example, GroupLogProbs, LogProbs
 
 
 class RowValues(NamedTuple):
@@ -27,14 +28,20 @@ class RowValues(NamedTuple):
 def row_values(pairs: Sequence[Example], method: Recipe, *, weighted: bool) -> RowValues:
     """The values of some pairs; `weighted`: whether any pair of the run has a weight other than 1."""
     # Weights of 1 are left out of all batches or of none: each way is a graph of its own where steps are compiled.
-    weight = mx.array(row_weights(pairs).astype(np.float32)) if weighted else None
+    weight = None
+    if weighted and method.unit == PAIR:
+        weight = mx.array(row_weights(pairs).astype(np.float32))
+    elif weighted:
+        weight = mx.array([pair.weight for pair in pairs], mx.float32)
     if method.margin_scale == 0:
         return RowValues(weight)
     return RowValues(weight, mx.array((method.margin_scale * row_margins(pairs)).astype(np.float32)))
 
 
-def with_row_values(logps: PairLogProbs, values: RowValues) -> PairLogProbs:
+def with_row_values(logps: LogProbs, values: RowValues) -> LogProbs:
     """`logps` with the rows' values beside them."""
+    if isinstance(logps, GroupLogProbs):
+        return logps._replace(weight=values.weight)
     return logps._replace(weight=values.weight, margin=values.margin)
 
 

@@ -22,6 +22,7 @@ from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.reference import ReferenceLogProbs
 from orpo_mlx.training.step_functions import StepFunctions
+from orpo_mlx.training.step_values import RunningMean
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 """mlx-lm's name for what goes with `adapters.safetensors`."""
@@ -45,6 +46,8 @@ class Run:
     """Steps that the adapters it goes on from have taken in its own order of the data."""
     ranks: Ranks = dataclasses.field(default_factory=Ranks)
     """The processes that train as one."""
+    rewards: RunningMean = dataclasses.field(default_factory=RunningMean)
+    """Of the steps so far, where the method asks for it."""
     weighted: bool = False
     """Whether any pair has a weight other than 1."""
     model_digest: str = ""

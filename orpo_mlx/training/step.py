@@ -40,6 +40,8 @@ def optimiser_step(run: Run, step_batch: Sequence[Example], step: int) -> Metric
     except BaseException as error:
         raise HalfAppliedError(f"step {step}: {reason_of(error)}, while the step was applied") from error
     means = found.means
+    if run.method.wanted.running:
+        run.rewards.update(means)
     del found  # What is freed after the cache was looked at would be in it all the same.
     clear_cache_above(run.config.clear_cache_threshold)
     return means

@@ -13,35 +13,38 @@ from mlx.utils import tree_unflatten
 
 from orpo_mlx.engine.compiled import CompiledByShape
 from orpo_mlx.engine.memory_modes import Memory
-from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
+from orpo_mlx.engine.pair_scorer import PairScorer, log_probs
 from orpo_mlx.engine.segmented_backward import Gradients, Share
-from orpo_mlx.losses.metrics import pair_metrics
+from orpo_mlx.losses.metrics import metric_array
 from orpo_mlx.losses.recipe import Recipe
-from orpo_mlx.training.reference import ReferenceValues, with_reference
+from orpo_mlx.training.reference import GroupReference, ReferenceValues, with_reference
 from orpo_mlx.training.row_values import RowValues, with_row_values
-from orpo_mlx.types import Batch, PairLogProbs
+from orpo_mlx.training.step_values import StepValues, with_step_values
+from orpo_mlx.types import Batch, LogProbs
 
 
 class LossGradient(NamedTuple):
     """d(step loss)/d(log-probs) of one micro-batch, for losses that couple pairs."""
 
-    chosen: mx.array
-    rejected: mx.array
-    nll: mx.array
+    chosen: mx.array | None = None
+    rejected: mx.array | None = None
+    nll: mx.array | None = None
     chosen_tail: mx.array | None = None
     """Where the loss looks at tails; so is the next."""
     rejected_tail: mx.array | None = None
+    logps: mx.array | None = None
+    """Of whole groups."""
 
-    def times(self, logps: PairLogProbs) -> mx.array:
+    def times(self, logps: LogProbs) -> mx.array:
         """A scalar whose gradient is the step loss's, by the chain rule through the log-probs."""
         values = differentiated(logps)
         products = [each * values[name] for name, each in self._asdict().items() if each is not None]
         return mx.stack(products).sum(axis=0).sum()
 
 
-def differentiated(logps: PairLogProbs) -> dict[str, mx.array]:
+def differentiated(logps: LogProbs) -> dict[str, mx.array]:
     """What of `logps` a loss has a gradient towards, by `LossGradient`'s names."""
-    values = {name: getattr(logps, name) for name in LossGradient._fields}
+    values = {name: getattr(logps, name, None) for name in LossGradient._fields}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -49,15 +52,16 @@ class MicroBatch(NamedTuple):
     """All that a micro-batch's gradient depends on beside the model: a tree of arrays, which `mx.compile` takes."""
 
     batch: Batch
-    reference: ReferenceValues | None
+    reference: ReferenceValues | GroupReference | None
     """Where the method needs them."""
     rows: RowValues
     step_pairs: mx.array
-    """Pairs of the step batch, float32: losses are divided by it."""
+    """Pairs of the step batch, or completions or lists, float32: losses are divided by it."""
     nll_tokens_per_pair: mx.array | None
     """See `pair_logps`."""
     loss_gradient: LossGradient | None
     """Given where the loss couples pairs and the step batch is in several parts."""
+    values: StepValues = StepValues()
 
 
 class StepFunctions:
@@ -107,13 +111,14 @@ def _share(
 ) -> tuple[mx.array, mx.array]:
     """A micro-batch's share of the step loss, and its metrics, from the states its targets are predicted from."""
     tokens = inputs.nll_tokens_per_pair
-    policy = pair_logps(scorer, batch, nll_tokens_per_pair=tokens, states=states, wanted=method.wanted)
+    policy = log_probs(scorer, batch, nll_tokens_per_pair=tokens, states=states, wanted=method.wanted)
     logps = with_row_values(with_reference(policy, inputs.reference), inputs.rows)
+    logps = with_step_values(logps, inputs.values)
     output = method.loss(logps)
     given = inputs.loss_gradient
     total = output.losses.sum() / inputs.step_pairs if given is None else given.times(logps)
     # One array: MLX 0.32.4 cannot compile several outputs that are one number behind `stop_gradient` ("map::at").
-    return total, mx.stack(list(pair_metrics(logps, output).values()))
+    return total, metric_array(logps, output)
 
 
 def _add_micro_batch(

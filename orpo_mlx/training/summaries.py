@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from orpo_mlx.data.batching import epoch_order
+from orpo_mlx.data.group_statistics import group_figures
 from orpo_mlx.files import write_text
+from orpo_mlx.losses.registry import COMPLETION
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.text import printable
 from orpo_mlx.training.checkpoints.progress import TrainingResult
 from orpo_mlx.training.checkpoints.resume import Resumed
 from orpo_mlx.training.checkpoints.save import BEST
+from orpo_mlx.training.data_order import pairs_per_step
 from orpo_mlx.training.reference_pass import pass_on_notes
 from orpo_mlx.training.run import Run
 
@@ -20,6 +24,7 @@ def announce(run: Run, reporter: Reporter, resumed: Resumed | None) -> None:
     for name, split in run.splits.items():
         reporter.say(split.summary(name))
     list_left_out(run, reporter)
+    announce_labels(run, reporter)
     if "valid" not in run.splits:
         reporter.say("No valid split: training without validation.")
     for note in run.memory.notes:
@@ -44,6 +49,31 @@ def list_left_out(run: Run, reporter: Reporter) -> None:
     if lines:
         write_text(listing, "\n".join(map(printable, lines)) + "\n")
         reporter.say(f"The rows left out are listed in {listing}.")
+
+
+def announce_labels(run: Run, reporter: Reporter) -> None:
+    """Say how good and bad completions are balanced, where the method learns from them and the rows are labelled."""
+    train = run.splits["train"].pairs
+    labels = group_figures(train).get("labels")
+    if labels is None or run.method.unit != COMPLETION:
+        return
+    reporter.say(f"train: {labels['good']} good and {labels['bad']} bad completions.")
+    for name, value in labels["proposal"].items():
+        # Where neither was given: both are 1 then. bco has none.
+        if any(table["desirable_weight"] == table["undesirable_weight"] for table in weights_of(run)):
+            reporter.say(f"`{name}={value:g}` would give both kinds the same weight.")
+    steps = epoch_order(train, pairs_per_step(run.config), seed=run.config.seed, epoch=0, shuffle=run.config.shuffle)
+    alone = sum(len({score > 0.5 for index in indices for score in train[index].scores}) == 1 for indices in steps)
+    if alone:
+        reporter.say(
+            f"{alone} of {len(steps)} steps of an epoch have only good or only bad completions, and learn from those "
+            "alone; a larger `batch_size` mixes them."
+        )
+
+
+def weights_of(run: Run) -> list[dict[str, float]]:
+    """Parameters of the terms that weigh good and bad completions."""
+    return [table for table in run.method.parameters.values() if "desirable_weight" in table]
 
 
 def announce_reference(run: Run, reporter: Reporter) -> None:

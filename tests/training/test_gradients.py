@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from orpo_mlx.losses.registry import METHODS
+from orpo_mlx.losses.registry import METHODS, PAIR
 from orpo_mlx.training.gradients import step_gradient
 from orpo_mlx.training.step_functions import gradient_norm
 from tests.test_train import make_run
@@ -55,7 +55,9 @@ def test_an_accumulation_window_equals_the_big_batch(settings: dict[str, Any], m
 def test_memory_modes_change_no_number(settings: dict[str, Any], method: str, memories: list[str]) -> None:
     results = []
     for memory in ("plain", *memories):
-        run = make_run(settings, method=method, memory=memory, nll="sequence", batch_size=6)
+        # Prompts through the head as well, where the method has a use for them.
+        nll = "sequence" if METHODS[method].unit == PAIR else "completion"
+        run = make_run(settings, method=method, memory=memory, nll=nll, batch_size=6)
         assert not run.memory.notes
         found = step_gradient(run, run.splits["train"].pairs)
         results.append((found.means.means()["loss"], found.gradients))

@@ -227,6 +227,7 @@ def restore(run: Run, resumed: Resumed) -> list[str]:
     """
     folder = resumed.checkpoint.path
     load_adapter_file(run.loaded.model, folder / ADAPTERS_FILE, run.config.lora_parameters["scale"])
+    run.rewards = resumed.state.rewards
     notes = _restore_optimizer(run, folder / OPTIMIZER_FILE)
     mx.eval(run.loaded.model.trainable_parameters(), run.optimizer.state)
     # Last: between here and the first step nothing may draw any.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from orpo_mlx.training.checkpoints.progress import Progress
 from orpo_mlx.training.checkpoints.random_numbers import RandomState
 from orpo_mlx.training.data_order import epoch_and_step, order_digest, total_steps
 from orpo_mlx.training.run import Run, versions
+from orpo_mlx.training.step_values import RunningMean
 
 STATE_FILE = "state.json"
 
@@ -47,6 +49,8 @@ class State(NamedTuple):
     metrics: FileMark
     samples: FileMark | None
     """None where no sample replies were kept."""
+    rewards: RunningMean
+    """Of the steps so far."""
 
     @property
     def finished(self) -> bool:
@@ -71,6 +75,7 @@ def describe(
         "order": order_digest(run),
         "data": {name: split.sha256 for name, split in run.splits.items()},
         "model": run.model_digest,
+        **({"rewards": dataclasses.asdict(run.rewards)} if run.method.wanted.running else {}),
         "settings": run.config.settings(without=Trait.THIS_COMMAND),
         "versions": versions(),
     }
@@ -120,6 +125,7 @@ def _parse(value: Mapping[str, Any]) -> State:
         random_states=[(int(high), int(low)) for high, low in value["random_states"]],
         metrics=_mark(value["metrics"]),
         samples=_mark(value["samples"]) if "samples" in value else None,
+        rewards=RunningMean(**{name: float(number) for name, number in value.get("rewards", {}).items()}),
     )
     words = [word for pair in state.random_states for word in pair]
     if not words or not all(0 <= word < 1 << 32 for word in words) or state.first_step < 0:

@@ -1,0 +1,111 @@
+"""Losses of ranked lists of completions: pure functions of `GroupLogProbs`. No model, no data, no I/O.
+
+Each returns a loss for each list; the batch's loss is their mean. y_1 ... y_K are a prompt's completions from the best
+to the worst, ψ their scores; h(y) = log π(y|x) - log π_ref(y|x), m(y) = log π(y|x) / |y|; σ is the logistic function,
+logs are natural (nats). Completions of one score are not compared with each other: they are in no sum below each
+other's, so that a list of two is one pair, and no loss depends on the order in which they stand.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import mlx.core as mx
+
+from orpo_mlx.losses.numerics import log_sigmoid
+from orpo_mlx.losses.registry import LIST, NonNegative, Positive, preference_loss
+from orpo_mlx.losses.terms import group_log_ratios, group_output, mean_group_logps
+from orpo_mlx.types import GroupLogProbs, GroupLossOutput
+
+listwise_loss = partial(preference_loss, unit=LIST)
+
+
+@listwise_loss(
+    equation="-Σ_k log(e^{βh_k} / Σ_{j≥k} e^{βh_j})",
+    source="Rafailov et al. 2023, arXiv:2305.18290",
+    needs_reference=True,
+)
+def pl(logps: GroupLogProbs, *, beta: Positive = 0.1) -> GroupLossOutput:
+    """Plackett-Luce DPO (appendix A.3, eq. 20); of two completions it is `dpo`."""
+    rewards = beta * group_log_ratios(logps)
+    losses = above_worse(logps, rewards[:, None, :] - rewards[:, :, None])
+    return group_output(logps, losses, rewards, mx.zeros(1, rewards.dtype))
+
+
+@listwise_loss(
+    equation="-Σ_{ψ_i>ψ_j} Δ_ij log σ(β(h_i - h_j)), Δ = |2^ψ_i - 2^ψ_j| |1/log(1+τ_i) - 1/log(1+τ_j)|",
+    source="Liu et al. 2024, arXiv:2402.01878",
+    needs_reference=True,
+)
+def lipo(logps: GroupLogProbs, *, beta: Positive = 0.1) -> GroupLossOutput:
+    """LiPO-λ (eqs. 9 and 10). τ is a completion's rank by βh, from 1, without gradient.
+
+    The paper's ψ lie in [0, 1]: scores are brought there over each list, its worst to 0 and its best to 1.
+    """
+    rewards = beta * group_log_ratios(logps)
+    ranks = 1 + (places_above(logps, rewards)).sum(axis=-1)
+    discount = 1 / mx.log1p(ranks.astype(rewards.dtype))
+    gain = mx.power(2.0, scores_in_unit_interval(logps))
+    weight = mx.stop_gradient(mx.abs(differences(gain)) * mx.abs(differences(discount)))
+    compared = weight * log_sigmoid(differences(rewards))
+    losses = -mx.where(is_worse(logps), compared, 0.0).sum(axis=(1, 2))
+    return group_output(logps, losses, rewards, mx.zeros(1, rewards.dtype))
+
+
+@listwise_loss(
+    equation="-Σ_k log(e^{m_k/T_k} / (e^{m_k/T_k} + Σ_{j>k} e^{m_j(ψ_k - ψ_j)})) + α NLL_1, 1/T_k = max_j(ψ_k - ψ_j)",
+    source="Song et al. 2023, arXiv:2306.17492",
+)
+def pro(logps: GroupLogProbs, *, alpha: NonNegative = 0.05) -> GroupLossOutput:
+    """PRO (eqs. 7, 9 and 10; α is its β, for which the authors take 0.05 (K - 1)²). The reward logged is m.
+
+    Differences of scores are the inverse temperatures, so their unit counts.
+    """
+    means = mean_group_logps(logps)
+    # (B, k, j): how far k scores above j; of completions that are not worse, 0.
+    above = mx.where(is_worse(logps), differences(logps.scores), 0.0)
+    own = above.max(axis=-1)
+    losses = above_worse(logps, means[:, None, :] * above - (means * own)[:, :, None])
+    best = is_best(logps)
+    nll = -mx.where(best, means, 0.0).sum(axis=1) / best.sum(axis=1)
+    return group_output(logps, losses + alpha * nll, means, mx.zeros(1, means.dtype), compared=means)
+
+
+def differences(values: mx.array) -> mx.array:
+    """(B, K, K) of (B, K): [:, k, j] is that of k minus that of j."""
+    return values[:, :, None] - values[:, None, :]
+
+
+def is_worse(logps: GroupLogProbs) -> mx.array:
+    """(B, K, K) bool: [:, k, j] is whether j is there and scores less than k, which is there too."""
+    there = logps.present
+    return (differences(logps.scores) > 0) & there[:, :, None] & there[:, None, :]
+
+
+def is_best(logps: GroupLogProbs) -> mx.array:
+    """(B, K) bool: which completions have their list's highest score."""
+    return logps.present & ~is_worse(logps).any(axis=1)
+
+
+def above_worse(logps: GroupLogProbs, exponents: mx.array) -> mx.array:
+    """(B,): Σ_k log(1 + Σ_j e^x_kj), j over the completions that score less than k, x = `exponents` (B, K, K)."""
+    worse = is_worse(logps)
+    some = worse.any(axis=-1)
+    # The largest apart, so that nothing overflows; -log σ(-x) is log(1 + eˣ), exact at both ends.
+    total = mx.logsumexp(mx.where(worse | ~some[:, :, None], exponents, -mx.inf), axis=-1)
+    return mx.where(some, -log_sigmoid(-mx.where(some, total, 0.0)), 0.0).sum(axis=1)
+
+
+def places_above(logps: GroupLogProbs, values: mx.array) -> mx.array:
+    """(B, K, K) bool: [:, k, j] is whether j stands before k in descending order of `values`; of equals the first."""
+    places = mx.arange(values.shape[1])
+    apart = -differences(mx.stop_gradient(values))
+    earlier = places[None, :] < places[:, None]
+    return ((apart > 0) | ((apart == 0) & earlier)) & logps.present[:, None, :]
+
+
+def scores_in_unit_interval(logps: GroupLogProbs) -> mx.array:
+    """(B, K): scores of each list from 0, its lowest, to 1, its highest."""
+    low = mx.where(logps.present, logps.scores, mx.inf).min(axis=1, keepdims=True)
+    high = mx.where(logps.present, logps.scores, -mx.inf).max(axis=1, keepdims=True)
+    return mx.where(logps.present, (logps.scores - low) / mx.maximum(high - low, 1e-30), 0.0)
