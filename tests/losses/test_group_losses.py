@@ -36,8 +36,8 @@ def random_groups(name: str, *, count: int = ROWS, width: int = 6) -> dict[str, 
 
 
 def as_logps(x: dict[str, Any], dtype: mx.Dtype = mx.float64) -> GroupLogProbs:
-    columns = (mx.array(x[name], dtype) for name in ("s", "n", "score", "ref"))
-    return GroupLogProbs(*columns, kl=mx.array([x["kl"]], dtype), running=mx.array(x["running"], dtype))
+    s, n, score, ref = (mx.array(x[name], dtype) for name in ("s", "n", "score", "ref"))
+    return GroupLogProbs(s, n, score, ref, kl=mx.array([x["kl"]], dtype), running=mx.array(x["running"], dtype))
 
 
 def test_every_method_of_groups_has_an_oracle_that_tries_its_defaults() -> None:
