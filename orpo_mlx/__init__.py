@@ -6,11 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from orpo_mlx._blas import load_blas
+from orpo_mlx._open_files import allow_fewer_files
 from orpo_mlx.interrupts import end_early_in_one_sentence
 
 # Before anything that takes time: where this process is a command, a signal now is as good as one later.
 end_early_in_one_sentence()
 load_blas()
+allow_fewer_files()
 
 if TYPE_CHECKING:
     from orpo_mlx.chapter import compute_odds_ratio, odds_ratio_loss, orpo_training_step

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
 GROUND = (
     "__init__", "types", "errors", "text", "interrupts", "files", "folder_lock", "device_profile", "process_memory",
     "_blas",
+    "_open_files",
 )  # fmt: skip
 ROOMS = (
     "losses", "data", "reporting", "models", "engine", "judging", "config", "training", "convert", "memory", "chapter",

