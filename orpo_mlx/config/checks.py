@@ -12,10 +12,12 @@ from orpo_mlx.config.settings import (
     DEFAULT_OPTIMIZER_CONFIG,
     OPTIMIZERS,
     SETTINGS,
+    Sync,
     TrainingConfig,
     data_reading,
     recipe,
     settings_with,
+    sync_of,
 )
 from orpo_mlx.config.traits import NOT_NEGATIVE, POSITIVE, SEED, Trait
 from orpo_mlx.engine.modes import MODES
@@ -69,8 +71,7 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
     """
     config = TrainingConfig(**dict(values))
     check_together(config)
-    if config.reference == "copy":
-        check_copied_reference(config)
+    check_reference(config)
     # For its errors alone: what it returns is made anew where rows are read.
     data_reading(config)
     return dataclasses.replace(
@@ -123,16 +124,50 @@ def check_unit(config: TrainingConfig) -> None:
         )
 
 
+def check_reference(config: TrainingConfig) -> None:
+    """Refuse a reference that nothing is compared with, or that contradicts other settings; raises ConfigError."""
+    sync = sync_of(config)
+    for name, given in (("reference", config.reference != "start"), ("sync_reference", sync is not None)):
+        if given and not recipe(config).needs_reference:
+            raise ConfigError(f"`{name}`: method {config.method} compares with no reference; leave it out.")
+    if sync is not None:
+        check_sync(config, sync)
+    if config.reference == "copy":
+        check_copied_reference(config)
+    if config.fine_tune_type == "full" and config.resume_adapter_file and config.reference not in ("start", "copy"):
+        # Full weights are loaded over those of the model.
+        raise ConfigError(
+            f"`reference={config.reference}`: with `fine_tune_type=full`, `resume_adapter_file` takes the place of the "
+            "model's weights; use `reference=start`, or name the folder of a whole model."
+        )
+
+
+def check_sync(config: TrainingConfig, sync: Sync) -> None:
+    """Refuse a synchronised reference that cannot follow the policy; raises ConfigError."""
+    if config.reference not in ("start", "base"):
+        raise ConfigError(
+            f"`sync_reference` moves what the run starts from; `reference={config.reference}` stays as it is: give one."
+        )
+    if config.precompute_reference:
+        raise ConfigError(
+            "`precompute_reference`: what is computed before the first step is stale once "
+            "`sync_reference` has moved the reference; leave out one of them."
+        )
+    if config.fine_tune_type == "dora" and sync.tau < 1:
+        raise ConfigError(
+            f"`sync_reference={config.sync_reference}`: a mix of two DoRA models is no DoRA model; use 1 for its first "
+            "number, or lora."
+        )
+
+
 def check_copied_reference(config: TrainingConfig) -> None:
-    """Refuse a second copy of the weights where nothing would be compared with it; raises ConfigError."""
-    if not recipe(config).needs_reference:
-        raise ConfigError(f"`reference=copy`: method {config.method} compares with no reference; leave it out.")
+    """Refuse a second copy of the weights where it cannot be had; raises ConfigError."""
     if config.precompute_reference:
         raise ConfigError("`reference=copy` runs the copy at every step; leave out `precompute_reference`.")
     if config.resume and config.resume_adapter_file is not None:
         raise ConfigError(
             "`reference=copy`: a resumed run no longer loads what `resume_adapter_file` names, so nothing can be "
-            "copied; use `reference=shared`."
+            "copied; use `reference=start`."
         )
 
 
@@ -207,6 +242,8 @@ def coerce(name: str, value: Any, location: str) -> Any:
         names = {dict: "a table", bool: "true or false", str: "text"}
         raise ConfigError(f"{location}: found {quoted(value)}, expected {names[setting.kind]}.")
     chosen: Any = str(value).lower() if setting.any_case else value
+    if setting.former:
+        chosen = setting.former.get(chosen, chosen)
     if setting.choices and chosen not in setting.choices:
         hint = did_you_mean(chosen, setting.choices)
         raise ConfigError(f"{location}: found {quoted(value)}, expected one of {', '.join(setting.choices)}{hint}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from orpo_mlx.config.traits import (
     ALL_OR_COUNT,
@@ -29,10 +29,12 @@ from orpo_mlx.data.ratings import PAIRINGS
 from orpo_mlx.data.truncation import TRUNCATIONS
 from orpo_mlx.device_profile import device_profile
 from orpo_mlx.engine.modes import MODES
+from orpo_mlx.errors import ConfigError
 from orpo_mlx.losses.recipe import PARAMETERS, Recipe, make_recipe
 from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES, FINE_TUNE_TYPES
 from orpo_mlx.reporting.services import SERVICES
 
+REFERENCES = "start, base, copy"
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 DEFAULT_MAX_SKIPPED = 10
 
@@ -215,11 +217,17 @@ class TrainingConfig:
         False, "compute the reference log-probs of all pairs before the first step", Trait.RESUMABLE | Trait.COMPARED
     )
     reference: str = _training(
-        "shared",
-        "reference model, where one is needed: the policy's own weights as they were, or a second copy of them, run "
-        "at every step, for comparison",
-        Trait.COMPARED | Trait.OF_METHOD,
-        choices=("shared", "copy"),
+        "start",
+        f"reference model, where one is needed: {REFERENCES}, or another model of the same tokenizer (as for --model), "
+        "or a folder of adapters on this one; start is what the run starts from, base the model without adapters, copy "
+        "a second copy of start, run at every step, for comparison",
+        Trait.COMPARED | Trait.OF_METHOD | Trait.EVALUATED | Trait.BY_CONTENT,
+        former={"shared": "start"},
+    )
+    sync_reference: str | None = _training(
+        None,
+        "TAU,STEPS: every STEPS steps the reference becomes TAU of the policy and 1 - TAU of itself (TR-DPO)",
+        Trait.OF_METHOD | Trait.COMPARED,
     )
     shuffle: bool = _training(True, "take the pairs in another order in every epoch", off_help="train in file order")
     seed: int = _training(
@@ -396,6 +404,36 @@ def recipe(config: TrainingConfig) -> Recipe:
         ConfigError: see `losses.recipe.make_recipe`.
     """
     return make_recipe(config.method, {name: getattr(config, name) for name in PARAMETERS}, config.margin_scale)
+
+
+class Sync(NamedTuple):
+    """How the reference follows the policy (TR-DPO: Gorbatovski et al. 2024, arXiv:2404.09656)."""
+
+    tau: float
+    """The policy's share of the new reference, above 0 and at most 1."""
+    steps: int
+    """Optimiser steps from one time to the next."""
+
+
+def sync_of(config: TrainingConfig) -> Sync | None:
+    """What `sync_reference` says.
+
+    Raises:
+        ConfigError: it is not a share and a number of steps.
+    """
+    text = config.sync_reference
+    if text is None:
+        return None
+    try:
+        share, steps = text.split(",")
+        sync = Sync(float(share), int(steps))
+    except ValueError:
+        sync = Sync(0.0, 0)
+    if not 0 < sync.tau <= 1 or sync.steps < 1:
+        raise ConfigError(
+            f"`sync_reference`: found {text!r}, expected TAU,STEPS with TAU above 0 and at most 1, such as 0.6,512."
+        )
+    return sync
 
 
 def data_reading(config: TrainingConfig) -> Reading:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, get_args, get_origin
 
@@ -85,6 +86,8 @@ class Setting:
     traits: Trait = Trait.NONE
     range: Range | None = None
     choices: tuple[str, ...] = ()
+    former: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Values of earlier versions, and what they are called now."""
     any_case: bool = False
     """Whether a choice may be written in capitals."""
     is_size: bool = False

@@ -24,10 +24,11 @@ from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.batching import micro_batches, side_lengths
 from orpo_mlx.engine.modes import MODES
 from orpo_mlx.errors import ModelError, reason_of
-from orpo_mlx.memory.skeleton import Blueprint, build, weight_bytes
+from orpo_mlx.memory.skeleton import Blueprint, build, read_blueprint, weight_bytes
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.process_memory import working_set_bytes
+from orpo_mlx.training.choose_reference import is_adapter, names_a_path
 from orpo_mlx.training.prepare import assemble
 from orpo_mlx.training.step import optimiser_step
 from orpo_mlx.types import Example, TokenizedPair
@@ -101,8 +102,17 @@ def predict(config: TrainingConfig, blueprint: Blueprint, window: Sequence[Examp
     mx.clear_cache()
     # Buffers that MLX reuses make small differences negative: a part is never below nothing.
     activations = max(0, min(trained * per_layer.work, found.work))
-    parts = (found.adapters, found.optimiser, activations, found.work - activations, max(found.reference, 0))
+    reference = max(found.reference, 0) + other_model_bytes(config)
+    parts = (found.adapters, found.optimiser, activations, found.work - activations, reference)
     return Prediction(weight_bytes(build(blueprint, total)) / _GIB, *(part / _GIB for part in parts))
+
+
+def other_model_bytes(config: TrainingConfig) -> int:
+    """Bytes of the weights of another model that the run compares with; adapters count as nothing."""
+    if not names_a_path(config) or is_adapter(Path(config.reference).expanduser()):
+        return 0
+    blueprint = read_blueprint(config.reference, dtype=config.dtype)
+    return weight_bytes(build(blueprint, blueprint.layers))
 
 
 def heaviest_window(config: TrainingConfig, pairs: Sequence[Example]) -> list[Example]:
@@ -161,7 +171,10 @@ def _measured_step(
     # Weights are made now: made within the step they would count as its work.
     mx.eval(model.parameters())
     loaded = LoadedModel(model, None, blueprint.config, Path(), None, None)
-    run = assemble(dataclasses.replace(config, num_layers=trained, resume_adapter_file=None), Path(), {}, loaded)
+    # Another model's weights are counted, not loaded.
+    reference = "start" if names_a_path(config) else config.reference
+    config = dataclasses.replace(config, num_layers=trained, resume_adapter_file=None, reference=reference)
+    run = assemble(config, Path(), {}, loaded)
     # Its moments would otherwise be made in the step, and be counted twice.
     run.optimizer.init(model.trainable_parameters())
     mx.eval(model.parameters(), run.optimizer.state)

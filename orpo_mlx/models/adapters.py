@@ -200,8 +200,8 @@ def _scale_of(config: Mapping[str, Any], scale: float, config_file: Path) -> flo
         raise ModelError(f"{config_file}: cannot be read as an adapter config of mlx-lm or PEFT.") from None
 
 
-def add_trained_adapters(model: nn.Module, folder: Path) -> None:
-    """Put the adapters in `folder` on the model, ready to run.
+def add_trained_adapters(model: nn.Module, folder: Path, source: str = "`adapter_path`") -> None:
+    """Put the adapters in `folder` on the model, ready to run; `source` is what the user gave it with, for errors.
 
     Raises:
         ModelError: mlx-lm cannot load them.
@@ -209,7 +209,7 @@ def add_trained_adapters(model: nn.Module, folder: Path) -> None:
     try:
         load_adapters(model, str(folder))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise ModelError(f"`adapter_path` {folder}: {_why_not_loaded(folder, error)}.") from None
+        raise ModelError(f"{source} {folder}: {_why_not_loaded(folder, error)}.") from None
     mx.eval(model.parameters())
     model.eval()
 

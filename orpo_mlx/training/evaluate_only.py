@@ -58,7 +58,7 @@ def evaluate_only(config: TrainingConfig, reporter: Reporter, ranks: Ranks) -> T
     """Evaluate the held-out splits with the adapters that `config` names; `test_metrics.jsonl` in
     `config.adapter_path` has the metrics.
 
-    The reference, for methods with one, is the model without the adapters.
+    The reference, for methods with one, is the model without the adapters, or what `reference` names.
 
     Returns:
         The metrics by split, as those after the steps that made the adapters; nothing of how these were made.
@@ -123,9 +123,12 @@ def _evaluate_adapters(run: Run, adapters: Path, step: int, reporter: Reporter) 
 
 def say_other_reference(run: Run, adapters: Path, reporter: Reporter) -> None:
     """Say where the run that made the adapters compared with something else than the model without them."""
-    start = None if run.reference is None else recorded_settings(folder_of(adapters)).get("resume_adapter_file")
-    if start is not None:
+    recorded = {} if run.reference is None else recorded_settings(folder_of(adapters))
+    start = recorded.get("resume_adapter_file")
+    if start is not None and run.config.reference == "start":
         reporter.say(f"The reference here is the model without adapters; the run that made these started from {start}.")
+    if recorded.get("sync_reference") is not None:
+        reporter.say("The reference here is that of the run's first step; in the run that made these it has moved.")
 
 
 def adapters_to_test(file: str | None, folder: str | None) -> Path:

@@ -62,7 +62,7 @@ def evaluate(
     for group in ranks.share(groups):
         batch = scorer.collate(group, with_prompt=tokens_per_pair is not None, whole_groups=method.wanted.groups)
         logps = log_probs(scorer, batch, nll_tokens_per_pair=tokens_per_pair, gradient=False, wanted=method.wanted)
-        if reference and untrained:
+        if reference and untrained and reference.is_start:
             reference.adopt(group, logps)
         logps = with_reference(logps, reference.values(group, batch) if reference else None)
         parts.append(with_row_values(logps, row_values(group, method, weighted=weighted)))

@@ -151,6 +151,8 @@ class Loop:
         progress.seconds += seconds
         progress.training_seconds += seconds
         progress.step += 1
+        if self.run.reference is not None:
+            self.run.reference.after_step(progress.step)
         if means is not None:
             self._count(means, sum(pair.pair_tokens for pair in step_batch))
         return means

@@ -23,11 +23,11 @@ from orpo_mlx.files import cache_folder
 from orpo_mlx.losses.recipe import Recipe
 from orpo_mlx.losses.registry import COMPLETION, LIST, PAIR
 from orpo_mlx.models.adapters import add_adapters, load_adapter_file
-from orpo_mlx.models.loading import LoadedModel, find, load
+from orpo_mlx.models.loading import LoadedModel, ModelInfo, find, load
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 from orpo_mlx.text import quoted
+from orpo_mlx.training.choose_reference import choose_reference, find_other_model, names_a_path
 from orpo_mlx.training.distributed import Ranks
-from orpo_mlx.training.reference import CopiedReference, ReferenceLogProbs, copy_of
 from orpo_mlx.training.reference_store import weights_fingerprint
 from orpo_mlx.training.row_values import find_weighted
 from orpo_mlx.training.run import Run
@@ -89,7 +89,9 @@ def load_run(config: TrainingConfig, sources: Mapping[str, Source], folder: Path
     """
     reading = data_reading(config)
     info = find(config.model, trust_remote_code=config.trust_remote_code)
-    lengths = data_lengths(config, info.exact_tokens)
+    other = find_other_model(config, info)
+    exact = [each.exact_tokens for each in (info, other) if each is not None and each.exact_tokens is not None]
+    lengths = data_lengths(config, min(exact, default=None))
     splits = {name: tokenized_split(source, reading, info.tokenizer, lengths) for name, source in sources.items()}
     for split in splits.values():
         require_rows_for(split, recipe(config))
@@ -102,8 +104,9 @@ def load_run(config: TrainingConfig, sources: Mapping[str, Source], folder: Path
         check_ids(vocabulary, [max(token, 0)], location)
     # Before `assemble` adds adapters: a resumed run compares the weights as they came from the disk.
     digest = weights_fingerprint(loaded.model)
-    run = assemble(config, folder, splits, loaded)
+    run = assemble(config, folder, splits, loaded, other)
     run.model_digest = digest
+    run.reference_digest = reference_digest(run)
     run.weighted = weighted
     run.ranks = ranks
     _share_reference_table(run)
@@ -143,32 +146,46 @@ def prepare(config: TrainingConfig, ranks: Ranks | None = None) -> Run:
     return load_run(config, sources, make_output_folder(config.adapter_path), ranks)
 
 
+def reference_digest(run: Run) -> str:
+    """What tells a run's reference from another's beside its own model: a name, or the content of other weights."""
+    if run.reference is None or not names_a_path(run.config):
+        return run.config.reference
+    return weights_fingerprint(run.reference.runner.model)
+
+
 def _share_reference_table(run: Run) -> None:
     """Let the reference's log-probs outlive the run, in a file that later runs with this reference find."""
     cache = cache_folder()
     # A resumed run does not load the adapters it once began with, so a reference they are part of has no name here: the
     # checkpoint has its log-probs.
-    named = not (run.config.resume and run.config.resume_adapter_file)
+    starts_from_adapters = run.config.resume_adapter_file and run.config.reference in ("start", "copy")
+    named = not (run.config.resume and starts_from_adapters)
     # Ranks must know the same pairs, and each machine has a cache of its own.
     if run.reference is not None and cache is not None and named and run.ranks.size == 1:
         run.reference.keep_in(cache / "reference", run.loaded.config)
 
 
-def assemble(config: TrainingConfig, folder: Path, splits: dict[str, Split], loaded: LoadedModel) -> Run:
-    """A run from its settings and a model: adapters, scorer, reference, optimiser; UserError where they do not fit."""
+def assemble(
+    config: TrainingConfig,
+    folder: Path,
+    splits: dict[str, Split],
+    loaded: LoadedModel,
+    other: ModelInfo | None = None,
+) -> Run:
+    """A run from its settings and a model: adapters, scorer, reference, optimiser; UserError where they do not fit.
+
+    `other` is the model that `reference` names, where it names one.
+    """
     add_adapters(loaded.model, config.fine_tune_type, config.num_layers, config.lora_parameters)
     if config.resume_adapter_file is not None and not config.resume:
         load_adapter_file(loaded.model, config.resume_adapter_file, config.lora_parameters["scale"])
     scorer, memory = spend_memory_as(config, loaded.model)
-    fresh = config.fine_tune_type != "full" and config.resume_adapter_file is None
     method = recipe(config)
-    reference: ReferenceLogProbs | None = None
-    with_prompt = config.nll == "sequence"
-    if config.reference == "copy":
-        twin, _ = spend_memory_as(config, copy_of(loaded.model, base=fresh))
-        reference = CopiedReference(twin, with_prompt=with_prompt, wanted=method.wanted)
-    elif method.needs_reference:
-        reference = ReferenceLogProbs(scorer, adapters_are_new=fresh, with_prompt=with_prompt, wanted=method.wanted)
+
+    def make_scorer(model: nn.Module) -> PairScorer:
+        return spend_memory_as(config, model)[0]
+
+    reference = choose_reference(config, method, loaded, scorer, make_scorer, other)
     optimizer = make_optimizer(config)
     functions = StepFunctions(scorer, memory, method, optimizer)
     return Run(config, folder, splits, loaded, scorer, method, reference, optimizer, memory, functions)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,11 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
 
-from orpo_mlx.engine.pair_scorer import PairScorer, group_logps, log_probs, pair_logps
+from orpo_mlx.engine.pair_scorer import PairScorer, log_probs
 from orpo_mlx.models.adapters import adapters_off
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.reference_store import ReferenceTable, identity_digest, weights_fingerprint
@@ -76,6 +73,7 @@ class ReferenceLogProbs:
 
     Args:
         scorer: the policy.
+        is_start: whether it is the model as it was before training: an untrained policy's log-probs are then its own.
         adapters_are_new: whether "adapters off" is the model as it was before training.
         with_prompt: whether the policy's prompt tokens go through the head as well (`nll="sequence"`). The reference's
             then do too, so that policy and reference are the same sums, bit for bit, where they are the same model:
@@ -88,10 +86,12 @@ class ReferenceLogProbs:
         scorer: PairScorer,
         *,
         adapters_are_new: bool,
+        is_start: bool = True,
         with_prompt: bool = False,
         wanted: Wanted = SUMS_ALONE,
     ) -> None:
         self.scorer = scorer
+        self.is_start = is_start
         # Alignment is the policy's alone.
         self._wanted = wanted._replace(alignment=False)
         self._live = adapters_are_new
@@ -106,17 +106,25 @@ class ReferenceLogProbs:
         composition the numbers differ by rounding.
         """
         with self._reference_weights():
-            weights = weights_fingerprint(self.scorer.model)
+            weights = weights_fingerprint(self.runner.model)
         identity = {
             "weights": weights,
             "model_config": model_config,
             "prompt_through_head": self._nll_tokens_per_pair is not None,
-            "shares_prompt": self.scorer.shares_prompt,
-            "splits_head": self.scorer.splits_head,
+            "shares_prompt": self.runner.shares_prompt,
+            "splits_head": self.runner.splits_head,
             "device": str(mx.default_device()),
             "versions": {"maths": _MATHS, **{name: version(name) for name in ("orpo-mlx", "mlx", "mlx-lm")}},
         }
         self.table = ReferenceTable(folder / f"{identity_digest(identity)}.npz", identity)
+
+    @property
+    def runner(self) -> PairScorer:
+        """What computes the log-probs."""
+        return self.scorer
+
+    def after_step(self, step: int) -> None:
+        """Called after each optimiser step, before anything is reported, saved or evaluated."""
 
     @property
     def needs_precomputing(self) -> bool:
@@ -167,7 +175,7 @@ class ReferenceLogProbs:
         return all(self.table.get(key) is not None for key in self._keys(pair))
 
     def adopt(self, pairs: Sequence[Example], logps: LogProbs) -> None:
-        """Keep log-probs of the policy as the reference's: they are the same numbers until the first optimiser step."""
+        """Keep log-probs as the reference's: those of an untrained policy, where `is_start`, or of another rank."""
         self._keep(pairs, logps)
 
     def remember(
@@ -218,15 +226,16 @@ class ReferenceLogProbs:
 
     def _collate(self, pairs: Sequence[Example]) -> Batch:
         with_prompt = self._nll_tokens_per_pair is not None
-        return self.scorer.collate(pairs, with_prompt=with_prompt, whole_groups=self._wanted.groups)
+        return self.runner.collate(pairs, with_prompt=with_prompt, whole_groups=self._wanted.groups)
 
     def _compute(self, pairs: Sequence[Example], batch: Batch) -> None:
         with self._reference_weights():
             tokens = self._nll_tokens_per_pair
-            logps = log_probs(self.scorer, batch, nll_tokens_per_pair=tokens, gradient=False, wanted=self._wanted)
+            logps = log_probs(self.runner, batch, nll_tokens_per_pair=tokens, gradient=False, wanted=self._wanted)
             self._keep(pairs, logps)
 
     def _reference_weights(self) -> AbstractContextManager[None]:
+        """The context in which `runner` is the reference."""
         return adapters_off(self.scorer.model) if self._live else nullcontext()
 
     def _keep(self, pairs: Sequence[Example], logps: LogProbs) -> None:
@@ -279,67 +288,3 @@ def as_policy(logps: LogProbs) -> LogProbs:
         return logps._replace(logps=logps.reference)
     theirs = {name: getattr(logps, f"reference_{name}") for name in ReferenceValues._fields}
     return logps._replace(**theirs)
-
-
-def copy_of(model: nn.Module, *, base: bool) -> nn.Module:
-    """A model with buffers of its own, frozen and in evaluation mode.
-
-    Args:
-        model: the policy before its first step.
-        base: whether to leave its adapters out: fresh ones change nothing.
-    """
-    if base:
-        with adapters_off(model):
-            twin = copy.deepcopy(model)
-    else:
-        twin = copy.deepcopy(model)
-    # A deep copy of an array shares its buffer until one of the two is computed anew.
-    twin.update(tree_map(lambda array: array + mx.zeros((), array.dtype), twin.parameters()))
-    mx.eval(twin.parameters())
-    twin.freeze()
-    twin.eval()
-    return twin
-
-
-class CopiedReference(ReferenceLogProbs):
-    """Log-probs under a copy of the model, computed whenever they are asked for and never remembered.
-
-    Args:
-        scorer: of the copy.
-        with_prompt: as in `ReferenceLogProbs`; so is `wanted`.
-    """
-
-    def __init__(
-        self,
-        scorer: PairScorer,
-        *,
-        with_prompt: bool = False,
-        wanted: Wanted = SUMS_ALONE,
-    ) -> None:
-        super().__init__(scorer, adapters_are_new=True, with_prompt=with_prompt, wanted=wanted)
-        # `scorer` follows the policy's when a run changes how it spends memory; the copy stays what it is.
-        self._twin = scorer
-
-    def keep_in(self, folder: Path, model_config: Mapping[str, Any]) -> None:
-        """Nothing is kept."""
-
-    def adopt(self, pairs: Sequence[Example], logps: LogProbs) -> None:
-        """Nothing is kept."""
-
-    def of_groups(self, groups: Sequence[Example], batch: Batch) -> GroupReference:
-        """Log-probs of every completion under the copy."""
-        logps = group_logps(self._twin, batch, gradient=False).logps
-        mx.eval(logps)
-        return GroupReference(logps)
-
-    def __call__(self, pairs: Sequence[Example], batch: Batch) -> ReferenceValues:
-        """Log-probs of both sides under the copy."""
-        tokens = self._nll_tokens_per_pair
-        logps = pair_logps(self._twin, batch, nll_tokens_per_pair=tokens, gradient=False, wanted=self._wanted)
-        mx.eval(logps)
-        return ReferenceValues(logps.chosen, logps.rejected, logps.chosen_tail, logps.rejected_tail)
-
-    def remember(
-        self, groups: Iterable[Sequence[Example]], progress: Callable[[int], None] = lambda done: None
-    ) -> None:
-        """Nothing is kept: each step computes its own."""

@@ -52,6 +52,8 @@ class Run:
     """Whether any pair has a weight other than 1."""
     model_digest: str = ""
     """Of all weights as they were loaded, before adapters."""
+    reference_digest: str = ""
+    """Of the reference: its name, or of its weights where it is another model or another's adapters."""
 
 
 def run_record(run: Run) -> dict[str, Any]:

@@ -80,6 +80,8 @@ def announce_reference(run: Run, reporter: Reporter) -> None:
     """Say what is known of the reference from earlier runs."""
     if run.reference is None:
         return
+    if run.config.reference != "start":
+        reporter.say(f"Reference: {run.config.reference}.")
     pass_on_notes(run.reference.table, reporter)
     known = len(run.reference.table)
     if known:

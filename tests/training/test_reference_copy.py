@@ -14,8 +14,8 @@ from orpo_mlx.data.batching import collate
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.memory.choose_mode import change_memory
 from orpo_mlx.models.adapters import add_adapters
+from orpo_mlx.training.other_references import copy_of
 from orpo_mlx.training.prepare import prepare
-from orpo_mlx.training.reference import copy_of
 from orpo_mlx.training.step import optimiser_step
 from tests.conftest import make_model, make_pairs, quantise
 
@@ -41,18 +41,18 @@ def test_the_copy_has_buffers_of_its_own(bits: int) -> None:
 @pytest.mark.parametrize("fine_tune_type", ["lora", "full"])
 def test_it_stays_what_the_policy_was(settings: dict[str, Any], fine_tune_type: str) -> None:
     runs = {}
-    for kind in ("shared", "copy"):
+    for kind in ("start", "copy"):
         values = {**settings, "method": "dpo", "reference": kind, "fine_tune_type": fine_tune_type}
         runs[kind] = prepare(make_config({**values, "learning_rate": 1e-2}))
     pairs = make_pairs(6)
-    shared, copied = runs["shared"], runs["copy"]
+    shared, copied = runs["start"], runs["copy"]
     assert shared.reference is not None
     assert copied.reference is not None
     shared.reference.remember([pairs])
     losses = {
         kind: [optimiser_step(run, pairs, step).means()["loss"] for step in (1, 2, 3)] for kind, run in runs.items()
     }
-    np.testing.assert_allclose(losses["copy"], losses["shared"], rtol=1e-5)
+    np.testing.assert_allclose(losses["copy"], losses["start"], rtol=1e-5)
     assert losses["copy"][2] < losses["copy"][0]
     change_memory(copied, "thrift")
     batch = collate(pairs)

@@ -31,6 +31,7 @@ def record_beginning(run: Run, progress: Progress) -> None:
             **run_record(run),
             "order": order_digest(run),
             "model_digest": run.model_digest,
+            "reference": run.reference_digest,
             _OVERWRITES: overwritten,
             # The live page counts with these two: how many steps there will be, and where the run was taken up again.
             "total_steps": total_steps(run.config, len(run.splits["train"].pairs)),

@@ -24,11 +24,13 @@ from orpo_mlx.training.checkpoints.save import (
     CHECKPOINTS,
     OPTIMIZER_FILE,
     REFERENCE_FILE,
+    REFERENCE_WEIGHTS_FILE,
     optimizer_arrays,
 )
 from orpo_mlx.training.checkpoints.state import Recorded, State, read_state
 from orpo_mlx.training.data_order import order_digest
 from orpo_mlx.training.distributed import Ranks
+from orpo_mlx.training.other_references import SyncedReference
 from orpo_mlx.training.run import Run, versions
 
 
@@ -153,6 +155,7 @@ def facts(run: Run) -> dict[str, Any]:
         **{f"`data`, rows of {name}": split.sha256 for name, split in run.splits.items()},
         "`data`, in order": order_digest(run),
         "`model`, weights": run.model_digest,
+        "`reference`": run.reference_digest,
         "trained parameters": [sum(array.size for array in weights.values()), len(weights)],
         **packages,
     }
@@ -194,6 +197,9 @@ def accept(run: Run, recorded: Recorded, when: str) -> list[str]:
         serious.append("`data`: other tokens to train on")
     if recorded.model != run.model_digest:
         serious.append("`model`: other weights")
+    if recorded.reference not in ("", run.reference_digest):
+        then = recorded.settings.get("reference")
+        serious.append(f"`reference` {then} is now {run.config.reference}, another model")
     if serious and not run.config.resume_with_changes:
         raise ConfigError(
             f"`resume`: this is not the run that {when} ({'; '.join(serious)}); give the same settings, or "
@@ -212,7 +218,13 @@ def changed_settings(run: Run, recorded: Recorded) -> list[str]:
 
 
 def restore_reference(run: Run, checkpoint: CheckpointFolder) -> None:
-    """Remember the reference log-probs that the checkpoint remembers; TrainingError where they cannot be read."""
+    """Put back a reference that moves, and the log-probs that the checkpoint remembers; TrainingError where they cannot
+    be read."""
+    if isinstance(run.reference, SyncedReference):
+        # First: what it had remembered belongs to the weights it had.
+        weights = checkpoint.path / REFERENCE_WEIGHTS_FILE
+        with _readable(weights):
+            run.reference.restore(_arrays(weights), checkpoint.step)
     path = checkpoint.path / REFERENCE_FILE
     if run.reference is not None and path.is_file():
         with _readable(path):

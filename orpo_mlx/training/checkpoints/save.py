@@ -18,6 +18,7 @@ from orpo_mlx.training.checkpoints.progress import Progress
 from orpo_mlx.training.checkpoints.random_numbers import RandomState
 from orpo_mlx.training.checkpoints.state import STATE_FILE, describe
 from orpo_mlx.training.data_order import order_metadata
+from orpo_mlx.training.other_references import SyncedReference
 from orpo_mlx.training.run import ADAPTER_CONFIG_FILE, Run, adapter_config
 
 CHECKPOINTS = "checkpoints"
@@ -25,6 +26,7 @@ BEST = "best"
 ADAPTERS_FILE = "adapters.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 REFERENCE_FILE = "reference.safetensors"
+REFERENCE_WEIGHTS_FILE = "reference_weights.safetensors"
 
 
 def save(
@@ -51,6 +53,8 @@ def save(
         save_safetensors(folder / OPTIMIZER_FILE, optimizer)
         if run.reference is not None:
             save_safetensors(folder / REFERENCE_FILE, run.reference.table.arrays())
+        if isinstance(run.reference, SyncedReference):
+            save_safetensors(folder / REFERENCE_WEIGHTS_FILE, run.reference.weights())
         (folder / STATE_FILE).write_text(json_text(state), encoding="utf-8")
         (folder / ADAPTER_CONFIG_FILE).write_text(json_text(adapter_config(run)), encoding="utf-8")
 

@@ -32,6 +32,8 @@ class Recorded(NamedTuple):
     """SHA-256 of each split's rows."""
     model: str
     """`model_digest` of the run."""
+    reference: str
+    """`reference_digest` of the run; empty where earlier versions wrote it."""
     versions: Mapping[str, str]
 
 
@@ -75,6 +77,7 @@ def describe(
         "order": order_digest(run),
         "data": {name: split.sha256 for name, split in run.splits.items()},
         "model": run.model_digest,
+        "reference": run.reference_digest,
         **({"rewards": dataclasses.asdict(run.rewards)} if run.method.wanted.running else {}),
         "settings": run.config.settings(without=Trait.THIS_COMMAND),
         "versions": versions(),
@@ -111,6 +114,7 @@ def parse_recorded(value: Mapping[str, Any]) -> Recorded:
         order=str(value["order"]),
         data=_texts(value["data"]),
         model=str(value["model"]),
+        reference=str(value.get("reference", "")),
         versions=_texts(value["versions"]),
     )
 

@@ -72,11 +72,12 @@ def assert_same(whole: Path, resumed: Path) -> None:
         {"method": "orpo", "lora_parameters": {"dropout": 0.1}, "save_best": True},
         {"method": "dpo", "lora_parameters": {"dropout": 0.1}, "grad_accumulation_steps": 2, "max_grad_norm": 0.5},
         {"method": "dpo", "fine_tune_type": "full", "optimizer": "muon"},
+        {"method": "ld_dpo", "sync_reference": "0.5,2"},
         SLOW({"method": "aot", "optimizer": "adafactor", "micro_batch_tokens": 30, "memory": "thrift"}),
         SLOW({"method": "orpo", "optimizer": "sgd", "fine_tune_type": "dora", "shuffle": False}),
         SLOW({"lr_schedule": {"name": "cosine_decay", "arguments": [1e-3, 9], "warmup": 3}}),
     ],
-    ids=["orpo", "dpo", "full", "aot", "sgd", "schedule"],
+    ids=["orpo", "dpo", "full", "synced", "aot", "sgd", "schedule"],
 )
 def test_a_resumed_run_is_the_run_it_would_have_been(
     settings: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
