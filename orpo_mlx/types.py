@@ -68,7 +68,10 @@ class Group(NamedTuple):
 
 
 class TokenizedPair(NamedTuple):
-    """A pair as token ids; the first completion token is predicted from the last prompt token."""
+    """A pair as token ids; the first completion token is predicted from the last prompt token.
+
+    A completion's token that is read and not learned stands there as ~id, a negative number (`data.trained_turns`).
+    """
 
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from orpo_mlx.cli.arguments import add_model_options, check_count, check_output_file
 from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.data.pairs import Reading, load_pairs, parse_columns, parse_labels
+from orpo_mlx.data.trained_turns import TRAINED_TURNS, read_ids
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import write_text
 from orpo_mlx.judging.intervals import wilson
@@ -61,6 +62,12 @@ def build_parser() -> OneLineParser:
         action="store_false",
         help="take strings as they stand, without the chat template",
     )
+    parser.add_argument(
+        "--train-on",
+        choices=TRAINED_TURNS,
+        default=TRAINED_TURNS[0],
+        help="what counts of completions of several turns, as in train (default: %(default)s)",
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="JSONL file to write")
     parser.add_argument("--per-token", action="store_true", help="add the log-prob of every completion token")
     parser.add_argument(
@@ -94,14 +101,15 @@ def run(argv: Sequence[str] | None) -> None:
 
     raw = load_pairs(data, Reading(parse_columns(args.columns), labels=parse_labels(args.labels)))
     info = find(args.model, trust_remote_code=args.trust_remote_code)
-    pairs = list(PairTokenizer(info.tokenizer, template_strings=args.template_strings).each(raw))
+    to_ids = PairTokenizer(info.tokenizer, args.train_on, template_strings=args.template_strings)
+    pairs = list(to_ids.each(raw))
     loaded = load(info, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     if loaded.note:
         print(printable(loaded.note))
     # mlx looks up an id beyond the embedding without complaint, and rows beyond the window without applying it.
     vocabulary = vocabulary_of(loaded.model)
     for pair in pairs:
-        check_ids(vocabulary, [*pair.prompt_ids, *itertools.chain(*pair.completions)], pair.location)
+        check_ids(vocabulary, [*pair.prompt_ids, *read_ids(list(itertools.chain(*pair.completions)))], pair.location)
     check_lengths(loaded, pairs)
     if args.adapter_path is not None:
         add_trained_adapters(loaded.model, Path(args.adapter_path))

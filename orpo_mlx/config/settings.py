@@ -26,6 +26,7 @@ from orpo_mlx.config.traits import (
 )
 from orpo_mlx.data.pairs import Reading, parse_columns, parse_labels
 from orpo_mlx.data.ratings import PAIRINGS
+from orpo_mlx.data.trained_turns import TRAINED_TURNS
 from orpo_mlx.data.truncation import TRUNCATIONS
 from orpo_mlx.device_profile import device_profile
 from orpo_mlx.engine.modes import MODES
@@ -111,6 +112,13 @@ class TrainingConfig:
     )
     labels: str | None = _data(
         None, "words of the label column for a good and for a bad completion: good,bad", Trait.INSPECTED
+    )
+    train_on: str = _data(
+        TRAINED_TURNS[0],
+        "what is learned of completions of several turns: the assistant's turns, its last one alone, or everything, "
+        "turns of users and tools as well",
+        Trait.INSPECTED,
+        choices=TRAINED_TURNS,
     )
     max_seq_length: int = _data(
         2048,
@@ -452,4 +460,5 @@ def data_reading(config: TrainingConfig) -> Reading:
         skip_bad_rows=config.skip_bad_rows,
         template_strings=config.template_strings,
         one_sided=recipe(config).one_sided,
+        train_on=config.train_on,
     )

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orpo_mlx.data.token_store import TokenStore
+from orpo_mlx.data.trained_turns import learned_ids, learned_places, read_ids
 from orpo_mlx.device_profile import RowLayout, device_profile
 from orpo_mlx.types import Batch, Example, GroupMembers
 
@@ -54,7 +55,7 @@ def collate(
     row_ids = [_padded(rows, layout) for rows in _row_groups(examples, shared, layout)]
     widths = [ids.shape[1] for ids in row_ids]
     places = _completion_places(examples, shared, widths, layout)
-    targets = [ids for completions in _by_place(examples) for ids in completions]
+    targets: list[Ids] = [learned_ids(ids) for completions in _by_place(examples) for ids in completions]
     if with_prompt:
         places += _prompt_places(examples, shared, widths, layout)
         targets += [example.prompt_ids[1:] for example in examples]
@@ -101,7 +102,7 @@ def bucket(length: int, multiple: int, layout: RowLayout, *, up: bool = True) ->
 
 def split_by_completion(examples: Sequence[Example], values: npt.NDArray[Any]) -> list[list[npt.NDArray[Any]]]:
     """Of values for a batch's predicted tokens, those of each completion of each example."""
-    lengths = [len(ids) for completions in _by_place(examples) for ids in completions]
+    lengths = [len(learned_ids(ids)) for completions in _by_place(examples) for ids in completions]
     ends = np.cumsum(lengths).tolist()
     parts = [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     return [parts[number :: len(examples)] for number in range(len(examples))]
@@ -115,7 +116,7 @@ def count_pairs(examples: Sequence[Example]) -> int:
 def sequence_tokens(examples: Sequence[Example]) -> int:
     """Predicted tokens of prompt + chosen over all pairs: the normaliser of the NLL with `nll="sequence"`."""
     return sum(
-        len(example.prompt_ids) + len(example.completions[better]) - 1
+        len(example.prompt_ids) + len(learned_ids(example.completions[better])) - 1
         for example in examples
         for better, _ in example.pairs
     )
@@ -274,7 +275,10 @@ def _by_place(examples: Sequence[Example]) -> list[tuple[Ids, ...]]:
 def _row_groups(examples: Sequence[Example], shared: int, layout: RowLayout) -> list[list[Ids]]:
     """The rows of each array: of first completions, of second ones and so on, or all, a prompt's rows side by side."""
     sides: list[list[Ids]] = [
-        [(*example.prompt_ids[shared:], *ids[:-1]) for example, ids in zip(examples, completions, strict=True)]
+        [
+            (*example.prompt_ids[shared:], *read_ids(ids[:-1]))
+            for example, ids in zip(examples, completions, strict=True)
+        ]
         for completions in _by_place(examples)
     ]
     return [[row for group in zip(*sides, strict=True) for row in group]] if layout.joined else sides
@@ -299,7 +303,7 @@ def _row_starts(examples: Sequence[Example], widths: Ids, layout: RowLayout) -> 
 def _completion_places(examples: Sequence[Example], shared: int, widths: Ids, layout: RowLayout) -> list[Places]:
     """For each first completion, each second one and so on, where the states are that its tokens are predicted from."""
     return [
-        start + len(example.prompt_ids) - shared - 1 + np.arange(len(ids))
+        start + len(example.prompt_ids) - shared - 1 + learned_places(ids)
         for starts, completions in zip(_row_starts(examples, widths, layout), _by_place(examples), strict=True)
         for start, example, ids in zip(starts, examples, completions, strict=True)
     ]

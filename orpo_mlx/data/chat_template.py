@@ -9,6 +9,7 @@ from orpo_mlx.data.bounded_templates import TemplateLimitError, bound_templates,
 from orpo_mlx.data.messages import as_turns
 from orpo_mlx.data.template_traits import MARK, TemplateTraits, in_parts
 from orpo_mlx.data.tool_calls import with_json_arguments
+from orpo_mlx.data.trained_turns import Stretch, learned_stretches
 from orpo_mlx.errors import DataError, ModelError, reason_of
 from orpo_mlx.text import printable
 from orpo_mlx.types import Group, Message, Pair, Text
@@ -40,6 +41,8 @@ class RenderedTexts(NamedTuple):
     """Whether a chat template made them, which writes special tokens itself."""
     notes: tuple[str, ...] = ()
     """What to know about how the template takes the row."""
+    learned: tuple[list[Stretch] | None, ...] = ()
+    """Of each of these what is learned behind the prompt, None for all of it; empty where that holds for each."""
 
 
 class PairRenderer:
@@ -65,8 +68,8 @@ class PairRenderer:
         self.folds_system = self._has_template and self._traits.folds_system
         """Whether a system text goes to the head of the next turn, since the template has no system role."""
 
-    def texts(self, row: Pair | Group) -> RenderedTexts:
-        """The texts of the prompt and of prompt + completion.
+    def texts(self, row: Pair | Group, train_on: str = "all") -> RenderedTexts:
+        """The texts of the prompt and of prompt + completion; `train_on` is one of `TRAINED_TURNS`.
 
         Raises:
             DataError: no tokenizer, a conversation without a chat template, a template that fails, or one that writes
@@ -79,7 +82,10 @@ class PairRenderer:
             return texts
         if not all(text.startswith(prompt) for text in whole):
             texts = self._with_shared_prompt(row, texts)
-        return texts._replace(notes=(*texts.notes, *self._left_out(row, texts)))
+        learned = [
+            self._learned(row, texts.prompt, *both, train_on) for both in zip(row.completions, whole, strict=True)
+        ]
+        return texts._replace(notes=(*texts.notes, *self._left_out(row, texts)), learned=tuple(learned))
 
     def prompt(self, pair: Pair | Group) -> str:
         """The text of a row's prompt alone, up to where generation would start.
@@ -168,6 +174,18 @@ class PairRenderer:
         # A template may have changed the content; then, what it writes where it asks for no answer.
         asked_nothing = self._render(pair, turns, add_generation_prompt=False)
         return found + len(content) if found >= 0 else _common_length(prompt, asked_nothing)
+
+    def _learned(self, row: Pair | Group, prompt: str, side: Text, text: str, train_on: str) -> list[Stretch] | None:
+        if isinstance(side, str):
+            return None
+        turns = as_turns(self._without_eos(side), "assistant")
+
+        def render(turns: Sequence[Message], add_generation_prompt: bool) -> str:
+            rendered = self._render(row, turns, add_generation_prompt=add_generation_prompt)
+            return rendered if add_generation_prompt else rendered.removesuffix(self._traits.stray_header)
+
+        before = as_turns(row.prompt, "user")
+        return learned_stretches(render, before, turns, text, len(prompt), train_on, self._eos_texts)
 
     def _render(self, pair: Pair | Group, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         turns = self._as_wanted(messages)

@@ -16,6 +16,7 @@ from orpo_mlx.data.readers import Row
 from orpo_mlx.data.row_counts import RowReport
 from orpo_mlx.data.row_parts import RowData
 from orpo_mlx.data.sources import FileSource, Source
+from orpo_mlx.data.trained_turns import TRAINED_TURNS
 from orpo_mlx.errors import ConfigError, DataError, did_you_mean
 from orpo_mlx.types import Group, Pair, TokenizedGroup, TokenizedPair
 
@@ -44,6 +45,8 @@ class Reading:
     """Leave out and count rows that cannot be used, instead of stopping at the first."""
     template_strings: bool = True
     """Put strings into the chat template; see `PairRenderer`."""
+    train_on: str = TRAINED_TURNS[0]
+    """What is learned of completions of several turns, one of `TRAINED_TURNS`."""
 
 
 class PairsOfRow(NamedTuple):

@@ -26,6 +26,10 @@ from orpo_mlx.types import Example, Group, Pair
 
 PROMPT_CUT = "with the prompt cut"
 COMPLETION_CUT = "with a completion cut"
+SEVERAL_TURNS = {
+    "assistant": "with completions of several turns, of which the assistant's are trained on",
+    "last": "with completions of several turns, of which the assistant's last is trained on",
+}
 SYSTEM_FOLDED = "with the system text put into the next turn, since the chat template has no system role"
 
 
@@ -116,7 +120,7 @@ def _write(
     writer = _store_writer(target)
     report = RowReport(limit=f"{lengths.limit} {lengths.max_seq_length}")
     with writer:
-        to_ids = PairTokenizer(tokenizer, template_strings=reading.template_strings)
+        to_ids = PairTokenizer(tokenizer, reading.train_on, template_strings=reading.template_strings)
         # Rows whose pairs are being encoded: outcomes come in the same order, some hundreds behind.
         waiting: deque[PairsOfRow] = deque()
 
@@ -125,6 +129,8 @@ def _write(
                 waiting.append(row)
                 if to_ids.folds_system and any(map(_has_system_turn, row.pairs)):
                     report.note(SYSTEM_FOLDED, row.location)
+                if reading.train_on != "all" and any(map(_has_several_turns, row.pairs)):
+                    report.note(f"{SEVERAL_TURNS[reading.train_on]} (`train_on={reading.train_on}`)", row.location)
                 yield from row.pairs
 
         outcomes = to_ids.outcomes(pairs())
@@ -175,6 +181,13 @@ def kept_pairs(
     if any(each.completion_cut for each in kept):
         report.note(COMPLETION_CUT, row.location)
     return [each.pair for each in kept if each.pair is not None]
+
+
+def _has_several_turns(pair: Any) -> bool:
+    """Whether some completion is more than one turn."""
+    if not isinstance(pair, Pair | Group):
+        return False
+    return any(not isinstance(completion, str) and len(completion) > 1 for completion in pair.completions)
 
 
 def _has_system_turn(pair: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from orpo_mlx.data.group_statistics import compared_lengths, completion_lengths,
 from orpo_mlx.data.splits import Split
 from orpo_mlx.data.token_codec import show_tokens
 from orpo_mlx.data.token_store import TokenStore
+from orpo_mlx.data.trained_turns import read_ids
 from orpo_mlx.text import printable
 from orpo_mlx.types import Example, TokenizedPair
 
@@ -171,10 +172,19 @@ def spread_numbers(count: int) -> list[int]:
 def _example(store: TokenStore, number: int, tokenizer: Any | None) -> dict[str, Any]:
     example = store[number]
     shown = {"place": example.location, "prompt": show_tokens(example.prompt_ids, tokenizer)}
-    completions = [show_tokens(ids, tokenizer) for ids in example.completions]
+    completions = [shown_completion(ids, tokenizer) for ids in example.completions]
     if isinstance(example, TokenizedPair):
         return {**shown, **dict(zip(SIDES[1:], completions, strict=True))}
     return {**shown, "completions": completions, "scores": list(example.scores)}
+
+
+def shown_completion(ids: Sequence[int], tokenizer: Any | None) -> str:
+    """A completion as text; what is read and not learned stands between ⟧ and ⟦, as it will between the other marks."""
+    texts = [
+        show_tokens(read_ids(list(run)), tokenizer) if learned else f"⟧{show_tokens(read_ids(list(run)), tokenizer)}⟦"
+        for learned, run in itertools.groupby(ids, lambda token: token >= 0)
+    ]
+    return "".join(texts)
 
 
 def as_text(figures: Mapping[str, Any]) -> str:

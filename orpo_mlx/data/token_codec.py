@@ -42,6 +42,14 @@ class TokenCodec:
             rows = self._tokenizer._tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
         return [self._with_one_bos(tuple(row)) for row in rows]
 
+    def starts(self, text: str) -> list[int] | None:
+        """Where in a text that a template has written each of its ids begins; None of a tokenizer that does not tell."""
+        if self._backend is None:
+            return None
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        starts = [start for start, _ in encoding.offsets]
+        return starts[len(starts) - len(self._with_one_bos(tuple(encoding.ids))) :]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens included."""
         return str(self._tokenizer.decode(list(ids))) if self._tokenizer is not None and ids else ""

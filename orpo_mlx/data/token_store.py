@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orpo_mlx.data.row_counts import RowReport
+from orpo_mlx.data.trained_turns import read_ids
 from orpo_mlx.files import sha256_of
 from orpo_mlx.types import Example, TokenizedGroup, TokenizedPair
 
@@ -196,8 +197,9 @@ class StoreWriter:
             self._file.write(ids.tobytes())
             # Prompts are counted and compared between splits by hash, which 8 bytes tell apart in any data set.
             prompt = hashlib.blake2b(ids[: len(pair.prompt_ids)].tobytes(), digest_size=8).digest()
-            if len(ids) and ids.max() > self._largest.token:
-                self._largest = Largest(int(ids.max()), pair.location)
+            largest = max(read_ids(ids.tolist()), default=-1)
+            if largest > self._largest.token:
+                self._largest = Largest(largest, pair.location)
             first, prompt_tokens = len(pair.completions[0]), len(pair.prompt_ids)
             lengths = (prompt_tokens, first, len(ids) - prompt_tokens - first)
             scored = np.array([math.nan if pair.margin is None else pair.margin, pair.weight], np.float64)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, overload
 
 from orpo_mlx.data.chat_template import PairRenderer, RenderedTexts
 from orpo_mlx.data.token_codec import Ids, TokenCodec
+from orpo_mlx.data.trained_turns import TRAINED_TURNS, Stretch, learned_ids, marked
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Example, Group, Pair, TokenizedGroup, TokenizedPair
 
@@ -42,10 +43,14 @@ class PairTokenizer:
 
     Args:
         tokenizer: mlx-lm's `TokenizerWrapper`, or None for a model folder without a tokenizer.
+        train_on: what is learned of completions of several turns, one of `TRAINED_TURNS`.
         template_strings: see `PairRenderer`.
     """
 
-    def __init__(self, tokenizer: Any | None, *, template_strings: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Any | None, train_on: str = TRAINED_TURNS[0], *, template_strings: bool = True
+    ) -> None:
+        self._train_on = train_on
         self._codec = TokenCodec(tokenizer)
         self._renderer = PairRenderer(tokenizer, self._codec.eos_texts, template_strings=template_strings)
         self.folds_system = self._renderer.folds_system
@@ -104,7 +109,7 @@ class PairTokenizer:
         if isinstance(row, Example):
             return None
         try:
-            texts = self._renderer.texts(row)
+            texts = self._renderer.texts(row, self._train_on)
             "".join((texts.prompt, *texts.whole)).encode("utf-8")
         except DataError as error:
             return error
@@ -162,10 +167,40 @@ class PairTokenizer:
         if notes:
             self.notes[row.location] = notes
         closed = tuple(self._codec.closed(completion) for completion in completions if completion is not None)
+        if any(learned is not None for learned in texts.learned):
+            every = zip(closed, texts.whole, whole, texts.learned, strict=True)
+            closed = tuple(
+                ids if learned is None else self._marked(row, ids, text, of_text, len(texts.prompt), learned)
+                for ids, text, of_text, learned in every
+            )
         if isinstance(row, Pair):
             chosen, rejected = closed
             return TokenizedPair(prompt, chosen, rejected, row.location, row.margin, row.weight)
         return TokenizedGroup(prompt, closed, row.scores, row.labelled, row.pairs, row.location, row.weight)
+
+    def _marked(
+        self, row: Pair | Group, ids: Ids, text: str, of_text: Ids, begin: int, learned: Sequence[Stretch]
+    ) -> Ids:
+        """A completion's ids, learned in some stretches of `text`, whose ids are `of_text`; it begins at a character."""
+        starts = self._codec.starts(text)
+        if starts is None:
+            raise DataError(
+                f"{row.location}: this tokenizer does not tell where in a text its tokens stand, which a completion of "
+                "several turns needs; give `train_on=all`, or a checkpoint with a tokenizer.json."
+            )
+        # An EOS that was appended belongs to the text's end.
+        appended = int(ids[-1:] != of_text[-1:])
+        rest = ids[: len(ids) - appended]
+        # From the end: what straddles the boundary to the prompt may be other tokens in the whole text.
+        same = _common_tokens(rest[::-1], of_text[::-1])
+        places = [begin] * (len(rest) - same) + starts[len(starts) - same :] + [len(text) - 1] * appended
+        found = marked(ids, places, learned)
+        if not learned_ids(found):
+            raise DataError(
+                f"{row.location}: a completion has no turn of the assistant to train on; `train_on=all` trains on the "
+                "turns of others."
+            )
+        return found
 
     def _completion(self, prompt: Ids, text: str, whole: Ids) -> Ids | None:
         """The ids of a completion's `text`, given those of the `whole`; None where none go on from the prompt's."""

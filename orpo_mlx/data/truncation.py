@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from orpo_mlx.data.groups import narrowed
+from orpo_mlx.data.trained_turns import learned_ids
 from orpo_mlx.types import Example, TokenizedGroup, TokenizedPair
 
 TRUNCATIONS = ("drop", "keep_start", "keep_end")
@@ -45,7 +46,7 @@ def _fit_group(group: TokenizedGroup, max_seq_length: int, truncate: str) -> Fit
         reason = "too_long"
     else:
         prompt, completions = _cut(prompt, completions, max_seq_length, truncate)
-        keep = [place for place in keep if completions[place]]
+        keep = [place for place in keep if learned_ids(completions[place])]
         reason = "no_completion_left"
     # A single completion is both sides of its pair, and meant to be.
     pairs = [
@@ -79,7 +80,7 @@ def _fit_pair(pair: TokenizedPair, max_seq_length: int, truncate: str) -> Fitted
         if truncate == "drop":
             return Fitted(None, "too_long")
         prompt, (chosen, rejected) = _cut(prompt, (chosen, rejected), max_seq_length, truncate)
-        if not chosen:
+        if not (learned_ids(chosen) and learned_ids(rejected)):
             return Fitted(None, "no_completion_left")
     # After the cut: two long answers that differ at their ends only have become one.
     if chosen == rejected:

@@ -11,6 +11,7 @@ import pytest
 
 from orpo_mlx.data.row_counts import RowReport
 from orpo_mlx.data.token_store import StoreWriter, TokenStore
+from orpo_mlx.data.trained_turns import read_ids
 from orpo_mlx.types import TokenizedPair
 from tests.conftest import make_pairs
 
@@ -22,6 +23,7 @@ def placed(pairs: list[TokenizedPair]) -> list[TokenizedPair]:
             location=f"f{number // 40}:x:{number // 2 + 1}",
             margin=None if number % 3 == 0 else number / 7 - 3,
             weight=1.0 if number % 2 == 0 else number / 9,
+            chosen_ids=tuple(token if number % 5 else ~token for token in pair.chosen_ids),
         )
         for number, pair in enumerate(pairs)
     ]
@@ -46,8 +48,8 @@ def test_pairs_come_back(tmp_path: Path) -> None:
     with pytest.raises(IndexError):
         store[100]
     assert store.lengths.tolist() == [[len(side) for side in pair[:3]] for pair in pairs]
-    largest = max(pairs, key=lambda pair: max(max(side) for side in pair[:3]))
-    assert tuple(store.largest) == (max(max(side) for side in largest[:3]), largest.location)
+    largest = max(pairs, key=lambda pair: max(max(read_ids(side)) for side in pair[:3]))
+    assert tuple(store.largest) == (max(max(read_ids(side)) for side in largest[:3]), largest.location)
     assert store.report.dropped == {"too_long": 1}
     assert store.report.left_out == ["f:3: longer than L 4."]
     assert [entry.name for entry in (tmp_path / "a").iterdir()] == ["store"]

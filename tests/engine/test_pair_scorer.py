@@ -16,6 +16,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from orpo_mlx.data.batching import collate, sequence_tokens, split_by_completion
+from orpo_mlx.data.trained_turns import learned_places, read_ids
 from orpo_mlx.device_profile import CPU, GPU, DeviceProfile
 from orpo_mlx.engine.equivalence import same_states
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
@@ -79,6 +80,33 @@ def test_every_token_of_every_pair_matches_the_oracle(
             if len(pair.prompt_ids) > 1:
                 expected = oracle_logps(model, pair.prompt_ids[:1], pair.prompt_ids[1:])
                 np.testing.assert_allclose(values, expected, rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize(("profile", "switches"), [PATHS[0], PATHS[-2], PATHS[-1]], ids=str)
+def test_tokens_that_are_not_learned_are_read_and_not_counted(
+    switches: dict[str, bool], profile: DeviceProfile
+) -> None:
+    model, rng = make_model(), np.random.default_rng(3)
+    scorer = PairScorer(model, profile=profile, **switches)
+
+    def partly(ids: tuple[int, ...]) -> tuple[int, ...]:
+        # The last token stays: a completion of nothing is no row.
+        return (*(int(token) if rng.random() < 0.5 else ~int(token) for token in ids[:-1]), ids[-1])
+
+    pairs = [pair._replace(chosen_ids=partly(pair.chosen_ids), rejected_ids=partly(pair.rejected_ids)) for pair in LONG]
+    batch = scorer.collate(pairs, with_prompt=True)
+    found = pair_logps(scorer, batch, nll_tokens_per_pair=2.0)
+    split = split_by_completion(pairs, np.array(scorer(batch)))
+    for number, (pair, values) in enumerate(zip(pairs, split, strict=True)):
+        prompt = oracle_logps(model, pair.prompt_ids[:1], pair.prompt_ids[1:]).sum()
+        for side, of_side in zip(("chosen", "rejected"), values, strict=True):
+            ids = getattr(pair, f"{side}_ids")
+            expected = oracle_logps(model, pair.prompt_ids, tuple(read_ids(ids)))[learned_places(ids)]
+            np.testing.assert_allclose(of_side, expected, rtol=1e-5, atol=5e-5)
+            np.testing.assert_allclose(np.array(getattr(found, side))[number], expected.sum(), rtol=1e-5, atol=5e-5)
+            assert np.array(getattr(found, f"{side}_tokens"))[number] == len(expected)
+            if side == "chosen":
+                np.testing.assert_allclose(np.array(found.nll)[number], -(prompt + expected.sum()) / 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("profile", "switches"), [PATHS[0], PATHS[-3], PATHS[-2]], ids=str)
