@@ -7,17 +7,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from orpo_mlx.config.reference_sync import Sync, sync_of
 from orpo_mlx.config.settings import (
     DEFAULT_LORA,
     DEFAULT_OPTIMIZER_CONFIG,
     OPTIMIZERS,
     SETTINGS,
-    Sync,
     TrainingConfig,
     data_reading,
     recipe,
     settings_with,
-    sync_of,
 )
 from orpo_mlx.config.traits import NOT_NEGATIVE, POSITIVE, SEED, Trait
 from orpo_mlx.engine.modes import MODES

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 
 from orpo_mlx.config.traits import (
     ALL_OR_COUNT,
@@ -30,7 +30,6 @@ from orpo_mlx.data.trained_turns import TRAINED_TURNS
 from orpo_mlx.data.truncation import TRUNCATIONS
 from orpo_mlx.device_profile import device_profile
 from orpo_mlx.engine.modes import MODES
-from orpo_mlx.errors import ConfigError
 from orpo_mlx.losses.recipe import PARAMETERS, Recipe, make_recipe
 from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES, FINE_TUNE_TYPES
 from orpo_mlx.reporting.services import SERVICES
@@ -412,36 +411,6 @@ def recipe(config: TrainingConfig) -> Recipe:
         ConfigError: see `losses.recipe.make_recipe`.
     """
     return make_recipe(config.method, {name: getattr(config, name) for name in PARAMETERS}, config.margin_scale)
-
-
-class Sync(NamedTuple):
-    """How the reference follows the policy (TR-DPO: Gorbatovski et al. 2024, arXiv:2404.09656)."""
-
-    tau: float
-    """The policy's share of the new reference, above 0 and at most 1."""
-    steps: int
-    """Optimiser steps from one time to the next."""
-
-
-def sync_of(config: TrainingConfig) -> Sync | None:
-    """What `sync_reference` says.
-
-    Raises:
-        ConfigError: it is not a share and a number of steps.
-    """
-    text = config.sync_reference
-    if text is None:
-        return None
-    try:
-        share, steps = text.split(",")
-        sync = Sync(float(share), int(steps))
-    except ValueError:
-        sync = Sync(0.0, 0)
-    if not 0 < sync.tau <= 1 or sync.steps < 1:
-        raise ConfigError(
-            f"`sync_reference`: found {text!r}, expected TAU,STEPS with TAU above 0 and at most 1, such as 0.6,512."
-        )
-    return sync
 
 
 def data_reading(config: TrainingConfig) -> Reading:

@@ -43,7 +43,7 @@ class TokenCodec:
         return [self._with_one_bos(tuple(row)) for row in rows]
 
     def starts(self, text: str) -> list[int] | None:
-        """Where in a text that a template has written each of its ids begins; None of a tokenizer that does not tell."""
+        """Where each id of a text that a template has written begins in it; None of a tokenizer that does not tell."""
         if self._backend is None:
             return None
         encoding = self._backend.encode(text, add_special_tokens=False)

@@ -181,7 +181,7 @@ class PairTokenizer:
     def _marked(
         self, row: Pair | Group, ids: Ids, text: str, of_text: Ids, begin: int, learned: Sequence[Stretch]
     ) -> Ids:
-        """A completion's ids, learned in some stretches of `text`, whose ids are `of_text`; it begins at a character."""
+        """The ids of a completion that begins at a character of `text`, learned in some stretches of that text."""
         starts = self._codec.starts(text)
         if starts is None:
             raise DataError(

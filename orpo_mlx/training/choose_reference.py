@@ -7,7 +7,8 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from orpo_mlx.config.settings import REFERENCES, TrainingConfig, sync_of
+from orpo_mlx.config.reference_sync import sync_of
+from orpo_mlx.config.settings import REFERENCES, TrainingConfig
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.errors import ConfigError, ModelError, did_you_mean
 from orpo_mlx.losses.recipe import Recipe
