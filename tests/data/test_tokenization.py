@@ -147,7 +147,7 @@ EACH = "{% for m in messages %}" + TURN + "{% endfor %}"
 
 
 def texts_of(tokenizer: Any, pair: Pair) -> list[str]:
-    return [tokenizer.decode(list(ids)) for ids in PairTokenizer(tokenizer)(pair)[:3]]
+    return [tokenizer.decode(list(ids)) for ids in PairTokenizer(tokenizer, "all")(pair)[:3]]
 
 
 def test_a_template_that_always_writes_the_next_header(tmp_path: Path) -> None:
