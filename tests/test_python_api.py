@@ -103,7 +103,7 @@ def test_the_result_is_what_the_run_wrote(settings: dict[str, Any], data: Path) 
         assert result.before[split].items() <= written[split][0].items()
         assert result.after[split].items() <= written[split][3].items()
     best = min(written["valid"], key=lambda step: float("inf") if step == 0 else written["valid"][step]["loss"])
-    assert result.best == (best, written["valid"][best]["loss"])
+    assert result.best == (best, written["valid"][best]["loss"], None)
     # Three steps of two of the six pairs: an epoch.
     ids = [
         len(row[key])

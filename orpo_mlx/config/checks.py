@@ -89,6 +89,12 @@ def check_together(config: TrainingConfig) -> None:
         raise ConfigError("`report=False`: `report_every` asks for reports; give one of them.")
     if config.sample_every is not None and config.samples == 0:
         raise ConfigError("`sample_every`: `samples=0` leaves no prompt to answer; give `samples=1` or more.")
+    if (config.evaluate_every is None) != (config.judge is None):
+        raise ConfigError("`evaluate_every` and `judge` say when replies are judged and by whom; give both or neither.")
+    if config.judge is not None and config.fine_tune_type == "full":
+        raise ConfigError("`fine_tune_type=full`: leaves no base to judge replies against; leave out `judge`.")
+    if config.best_by == "win_rate" and (config.judge is None or not config.save_best):
+        raise ConfigError("`best_by=win_rate`: needs `save_best`, `evaluate_every` and `judge`.")
     check_reporting(config.report_to, config.project_name)
     if not recipe(config).needs_reference and config.precompute_reference:
         raise ConfigError(f"`precompute_reference`: method {config.method} compares with no reference; leave it out.")

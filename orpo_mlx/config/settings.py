@@ -37,6 +37,7 @@ from orpo_mlx.reporting.services import SERVICES
 REFERENCES = "start, base, copy"
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 DEFAULT_MAX_SKIPPED = 10
+BEST_BY = ("loss", "win_rate")
 
 # As in mlx_lm.lora, like the defaults below that it has: its config files mean the same here.
 DEFAULT_LORA = {"rank": 8, "dropout": 0.0, "scale": 20.0}
@@ -82,12 +83,12 @@ class TrainingConfig:
     data: str = _what(
         "data",
         "folder of splits, file, or Hub id owner/name[:config][@revision]",
-        Trait.EVALUATED | Trait.BY_CONTENT | Trait.NOT_ON_CARD | Trait.PUBLISHED | Trait.INSPECTED,
+        Trait.OF_ROUNDS | Trait.EVALUATED | Trait.BY_CONTENT | Trait.NOT_ON_CARD | Trait.PUBLISHED | Trait.INSPECTED,
     )
     adapter_path: str = _what(
         "adapters",
         "folder to write adapters, metrics and settings into",
-        Trait.RESUMABLE | Trait.THIS_COMMAND | Trait.PER_RANK | Trait.COMPARED | Trait.NOT_ON_CARD,
+        Trait.OF_ROUNDS | Trait.RESUMABLE | Trait.THIS_COMMAND | Trait.PER_RANK | Trait.COMPARED | Trait.NOT_ON_CARD,
         aliases=("output_dir",),
         also=("--output-dir",),
     )
@@ -95,10 +96,12 @@ class TrainingConfig:
         False,
         "train nothing: evaluate the held-out splits with the adapters of --resume-adapter-file, or those in "
         "--adapter-path",
-        Trait.THIS_COMMAND | Trait.COMPARED,
+        Trait.OF_ROUNDS | Trait.THIS_COMMAND | Trait.COMPARED,
     )
 
-    columns: str | None = _data(None, "columns under other names: prompt=question,rejected=worse", Trait.INSPECTED)
+    columns: str | None = _data(
+        None, "columns under other names: prompt=question,rejected=worse", Trait.OF_ROUNDS | Trait.INSPECTED
+    )
     min_margin: float | None = _data(
         None, "least score of chosen above rejected; pairs below are left out", Trait.INSPECTED, range=NOT_NEGATIVE
     )
@@ -259,7 +262,9 @@ class TrainingConfig:
         DEFAULT_LORA, "rank, scale, dropout, keys", Trait.EVALUATED | Trait.ON_CARD | Trait.PUBLISHED
     )
     resume_adapter_file: str | None = _adapters(
-        None, "start from the weights of this adapter (mlx-lm or PEFT); --resume goes on with a run", Trait.COMPARED
+        None,
+        "start from the weights of this adapter (mlx-lm or PEFT); --resume goes on with a run",
+        Trait.OF_ROUNDS | Trait.COMPARED,
     )
     dtype: str | None = _adapters(
         None,
@@ -326,9 +331,17 @@ class TrainingConfig:
     keep_awake: bool = _reports(
         True, "keep a Mac from going to sleep while the run lasts", off_help="let a Mac go to sleep in the middle of it"
     )
-    save_best: bool = _reports(
-        False, "save and keep the checkpoint of the lowest validation loss as well; best/ leads to it"
+    save_best: bool = _reports(False, "save and keep the best checkpoint as well, see --best-by; best/ leads to it")
+    best_by: str = _reports(
+        "loss", "what --save-best goes by: validation loss, or the win rate of --evaluate-every", choices=BEST_BY
     )
+    evaluate_every: int | None = _reports(
+        None, "steps between judgements of replies against the base's, by --judge", Trait.TRAINING_ONLY, range=POSITIVE
+    )
+    judge: str | None = _reports(
+        None, "who judges with --evaluate-every: rule:plain, ..., a model, endpoint or an address", Trait.TRAINING_ONLY
+    )
+    judge_prompts: int = _reports(20, "held-out prompts that are judged with --evaluate-every", range=POSITIVE)
     samples: int = _reports(3, "sample replies before and after training", range=NOT_NEGATIVE)
     sample_every: int | None = _reports(
         None,
@@ -336,7 +349,7 @@ class TrainingConfig:
         Trait.TRAINING_ONLY,
         range=POSITIVE,
     )
-    sample_tokens: int = _reports(64, "tokens of a sample reply, at most", range=POSITIVE)
+    sample_tokens: int = _reports(64, "tokens of a sample or judged reply, at most", range=POSITIVE)
     report_to: str | None = _reports(
         None, f"services to report to, separated by commas: {', '.join(SERVICES)}", Trait.TRAINING_ONLY
     )

@@ -41,6 +41,8 @@ class Trait(enum.Flag):
     """Is no row of the model card's settings: it stands elsewhere on the card, or concerns nobody else."""
     PUBLISHED = enum.auto()
     """Stands in a published measurement of memory, since it decides the figures."""
+    OF_ROUNDS = enum.auto()
+    """Set by the rounds of `orpo-mlx iterate` themselves: refused among the settings of their trainings."""
     INSPECTED = enum.auto()
     """`orpo-mlx inspect` has it too."""
 
@@ -62,7 +64,7 @@ GROUPS = {
     "memory": Group("memory; changes no number but time and size", Trait.RESUMABLE | Trait.PER_RANK),
     "machines": Group("more than one machine", Trait.RESUMABLE | Trait.COMPARED),
     "reports": Group("reports and saves", Trait.RESUMABLE | Trait.COMPARED),
-    "resume": Group("going on with a run", Trait.RESUMABLE | Trait.THIS_COMMAND | Trait.COMPARED),
+    "resume": Group("going on with a run", Trait.OF_ROUNDS | Trait.RESUMABLE | Trait.THIS_COMMAND | Trait.COMPARED),
 }
 
 

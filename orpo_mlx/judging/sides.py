@@ -105,8 +105,8 @@ def draw(
     loaded: LoadedModel,
     prompts: Sequence[Prompt],
     sampling: Sampling,
-    rows: int,
-    progress: Progress,
+    rows: int = ROWS,
+    progress: Progress = lambda done: None,
     state: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[Generated]:
     """One reply of a model to every prompt, given in a `state` such as the one with the adapters off."""

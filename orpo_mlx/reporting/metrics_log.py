@@ -51,6 +51,9 @@ REWARDS = Chart(
     ("rewards/chosen", "rewards/rejected"),
     "The method's reward of each side: its margin, taken apart.",
 )
+WIN_RATE = Chart(
+    "win rate over the base (%)", ("win_rate",), "Replies judged against the base model's, ties counting half.", 100.0
+)
 LEARNING_RATE = Chart("learning rate", ("learning_rate",), "As of the last step of a report.")
 SPEED = Chart("throughput (pair tokens/s)", ("pair_tokens_per_s",), "Training, from report to report.")
 MEMORY = Chart("peak memory (GiB)", ("peak_memory_gib",), "MLX's peak since the run began.")
@@ -143,8 +146,8 @@ def read_run(folder: Path) -> RunLog:
         if found is None:
             unread += 1
         else:
-            # Of two reports of one step the later one holds: a run that went on after a crash took that step again.
-            reports.setdefault(found.split, {})[found.step] = found.numbers
+            # Of two values of one step the later one holds: a run that went on after a crash took that step again.
+            reports.setdefault(found.split, {}).setdefault(found.step, {}).update(found.numbers)
     if not reports:
         raise DataError(f"{path}: holds no report yet ({unread} lines that are none); train for a step first.")
     return RunLog(folder.resolve().name, reports, unread)

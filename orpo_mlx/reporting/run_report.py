@@ -18,6 +18,7 @@ from orpo_mlx.reporting.metrics_log import (
     MARGIN,
     SPEED,
     SPLITS,
+    WIN_RATE,
     Chart,
     Points,
     RunLog,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-_CHARTS = (LOSS, ACCURACY, MARGIN, SPEED)
+_CHARTS = (LOSS, ACCURACY, MARGIN, WIN_RATE, SPEED)
 
 
 class SplitLine(NamedTuple):

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from orpo_mlx.config.checks import check_settings, make_config
-from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.config.settings import TrainingConfig, settings_with
+from orpo_mlx.config.traits import Trait
 from orpo_mlx.data.pairs import parse_columns
 from orpo_mlx.errors import ConfigError, did_you_mean, reason_of
 from orpo_mlx.judging.generation import ROWS, Sampling
@@ -17,11 +18,6 @@ from orpo_mlx.judging.verdicts import Judge
 
 TRAIN = "train"
 """The key of the table of training settings."""
-# The rounds set these themselves.
-_SET_HERE = (
-    *("data", "adapter_path", "resume", "resume_with_changes", "overwrite", "resume_adapter_file", "test", "columns"),
-    *("push_to_hub", "watch", "skip_bad_rows", "pair_ratings"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +111,7 @@ def rounds_config(table: Any, location: str) -> RoundsConfig:
     train = table.get(TRAIN) or {}
     if not isinstance(train, dict):
         raise ConfigError(f"{location}: {TRAIN} is not a table of training settings.")
-    for key in _SET_HERE:
+    for key in settings_with(Trait.OF_ROUNDS):
         if key in train:
             raise ConfigError(f"{location}: {TRAIN}.{key}: is set by the rounds themselves; leave it out.")
     config = RoundsConfig(**values, train=check_settings(train, f"{location}: {TRAIN}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from orpo_mlx.training.checkpoints.save import CHECKPOINTS, how_to_go_on, is_gon
 from orpo_mlx.training.data_order import total_steps, training_order
 from orpo_mlx.training.evaluation import evaluate_splits
 from orpo_mlx.training.interrupts import StopSignals
+from orpo_mlx.training.judged import judged_line
 from orpo_mlx.training.reference_pass import save_reference
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.sinks import Sinks
@@ -184,7 +184,9 @@ class Loop:
         every = config.report_every
         if every is not None and step % every == 0 and not last and self.run.ranks.first:
             refresh_report(self.run.folder)
-        due = last or self._save_is_due or step % config.save_every == 0 or (config.save_best and evaluates)
+        judges = self._is_due(config.evaluate_every)
+        best_is_known = evaluates if config.best_by == "loss" else judges
+        due = last or self._save_is_due or step % config.save_every == 0 or (config.save_best and best_is_known)
         if due and self._saved_step != step:
             self.save()
             save_reference(self.run, self.sinks.reporter, sparingly=True)
@@ -192,9 +194,11 @@ class Loop:
         if last:
             self.record_rest_of_baseline()
         metrics = self.evaluate(("valid", "test") if last else ("valid",)) if evaluates else {}
-        if config.save_best and evaluates:
-            self._note_best(metrics["valid"]["loss"])
-        if config.sample_every is not None and (last or step % config.sample_every == 0):
+        if config.save_best and evaluates and config.best_by == "loss":
+            self._note_best(Best(step, metrics["valid"]["loss"]))
+        if judges:
+            self.judge()
+        if self._is_due(config.sample_every):
             self.sample()
         return metrics
 
@@ -261,6 +265,18 @@ class Loop:
         if self.progress.step < self.total:
             self.sinks.reporter.samples(self.progress.step, self._newest_replies)
 
+    def judge(self) -> None:
+        """Judge replies against the base's, and write that down beside the valid split's metrics."""
+        if self.sinks.judged is None:
+            return
+        with random_numbers_kept():
+            found = self.sinks.judged()
+        step = self.progress.step
+        self.sinks.metrics.write(step, "valid", found)
+        self.sinks.reporter.figures(judged_line(step, found))
+        if self.run.config.save_best and self.run.config.best_by == "win_rate":
+            self._note_best(Best(step, None, found["win_rate"]))
+
     def compare_with_baseline(self, after: EvalMetrics) -> None:
         """Say how metrics and replies after the last step compare with those before the first.
 
@@ -315,11 +331,14 @@ class Loop:
     def _mark_files(self) -> dict[str, FileMark]:
         return {name: file.mark() for name, file in self._files().items()}
 
-    def _note_best(self, loss: float) -> None:
-        """Remember this step if its validation loss is the lowest so far."""
-        best = self.progress.best
-        if math.isfinite(loss) and (best is None or loss < best.loss):
-            self.progress.best = Best(self.progress.step, loss)
+    def _is_due(self, every: int | None) -> bool:
+        """Whether what happens every so many steps, and after the last, happens after this one."""
+        return every is not None and (self.progress.step == self.total or self.progress.step % every == 0)
+
+    def _note_best(self, found: Best) -> None:
+        """Remember this step if it is the best so far."""
+        if found.is_finite and (self.progress.best is None or found.is_better_than(self.progress.best)):
+            self.progress.best = found
             mark_best(self.run, self.progress.step)
 
     @contextmanager

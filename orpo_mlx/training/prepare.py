@@ -22,6 +22,7 @@ from orpo_mlx.errors import ConfigError, DataError, reason_of
 from orpo_mlx.files import cache_folder
 from orpo_mlx.losses.recipe import Recipe
 from orpo_mlx.losses.registry import COMPLETION, LIST, PAIR
+from orpo_mlx.judging.judges import make_judge
 from orpo_mlx.models.adapters import add_adapters, load_adapter_file
 from orpo_mlx.models.loading import LoadedModel, ModelInfo, find, load
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
@@ -53,10 +54,12 @@ def find_data(config: TrainingConfig, ranks: Ranks) -> dict[str, Source]:
     # Made and thrown away: what is wrong with either is said before anything is read.
     make_optimizer(config)
     data_reading(config)
+    if config.judge is not None:
+        make_judge(config.judge)
     sources = find_splits(config.data, EVAL_SPLITS) if config.test else find_splits(config.data)
     if config.test:
         sources.pop("train", None)
-    elif config.save_best and (config.val_batches == 0 or "valid" not in sources):
+    elif config.save_best and config.best_by == "loss" and (config.val_batches == 0 or "valid" not in sources):
         raise ConfigError("`save_best` goes by the validation loss: give a valid split and `val_batches` other than 0.")
     if config.reference == "copy" and ranks.size > 1:
         raise ConfigError("`reference=copy`: is for comparisons on one process; leave it out under mlx.launch.")

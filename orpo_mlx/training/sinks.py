@@ -15,6 +15,7 @@ from orpo_mlx.reporting.services import parse_services
 from orpo_mlx.reporting.tracking import reporting_to
 from orpo_mlx.training.checkpoints.random_numbers import random_numbers_kept
 from orpo_mlx.training.checkpoints.resume import Resumed
+from orpo_mlx.training.judged import JudgedReplies, judged_replies
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.samples import Sampler, pick_prompts
 from orpo_mlx.types import Group, Pair
@@ -30,6 +31,8 @@ class Sinks(NamedTuple):
     metrics: MetricsFile
     sampler: Sampler
     callbacks: Callbacks
+    judged: JudgedReplies | None = None
+    """Judges replies with `evaluate_every`."""
 
 
 @contextmanager
@@ -76,7 +79,7 @@ def open_sinks(run: Run, reporter: Reporter, callbacks: Callbacks, resumed: Resu
             file,
             template_strings=run.config.template_strings,
         )
-        yield Sinks(reporter, metrics, sampler, callbacks)
+        yield Sinks(reporter, metrics, sampler, callbacks, judged_replies(run))
 
 
 def sample_prompts(run: Run, reporter: Reporter) -> list[Pair | Group]:

@@ -117,6 +117,8 @@ def say_goodbye(run: Run, result: TrainingResult, reporter: Reporter) -> None:
     if result.skipped:
         reporter.say(f"{result.skipped} steps were skipped, because a number in them was not finite.")
     if result.best is not None:
-        step, loss = result.best
-        reporter.say(f"The lowest validation loss, {loss:.4f}, was at step {step}: {run.folder / BEST}/.")
+        best = result.best
+        lowest = "" if best.loss is None else f"lowest validation loss, {best.loss:.4f}"
+        what = lowest or f"best win rate, {best.win_rate:.1%}"
+        reporter.say(f"The {what}, was at step {best.step}: {run.folder / BEST}/.")
     reporter.say(f"\nAdapters, metrics and settings are in {run.folder}/.")

@@ -6,9 +6,20 @@ import json
 
 from orpo_mlx.reporting.charts import style
 from orpo_mlx.reporting.html_page import read_asset, render_page
-from orpo_mlx.reporting.metrics_log import ACCURACY, KEY, LEARNING_RATE, LOSS, MARGIN, MEMORY, REWARDS, SPEED, SPLITS
+from orpo_mlx.reporting.metrics_log import (
+    ACCURACY,
+    KEY,
+    LEARNING_RATE,
+    LOSS,
+    MARGIN,
+    MEMORY,
+    REWARDS,
+    SPEED,
+    SPLITS,
+    WIN_RATE,
+)
 
-CHARTS = (LOSS, ACCURACY, MARGIN, REWARDS, LEARNING_RATE, SPEED, MEMORY)
+CHARTS = (LOSS, ACCURACY, MARGIN, WIN_RATE, REWARDS, LEARNING_RATE, SPEED, MEMORY)
 """What is drawn, in this order."""
 _COLOURS = 4
 

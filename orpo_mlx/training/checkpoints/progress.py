@@ -17,10 +17,28 @@ EvalMetrics = dict[str, dict[str, float]]
 
 
 class Best(NamedTuple):
-    """The evaluation with the lowest validation loss so far."""
+    """The best evaluation so far: of the lowest validation loss, or of the highest win rate."""
 
     step: int
-    loss: float
+    loss: float | None
+    """None where the best is the best by win rate; so is the next where it is not."""
+    win_rate: float | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether there is a number to compare."""
+        return math.isfinite(self._rank)
+
+    def is_better_than(self, other: Best) -> bool:
+        """Whether its loss is lower, or its win rate higher."""
+        return self._rank < other._rank
+
+    @property
+    def _rank(self) -> float:
+        """The lower the better."""
+        if self.win_rate is not None:
+            return -self.win_rate
+        return math.nan if self.loss is None else self.loss
 
 
 @dataclasses.dataclass
@@ -86,7 +104,7 @@ class Progress:
             training_seconds=float(value.get("training_seconds", 0.0)),
             means=MetricMeans.from_json(value["means"]),
             seconds=float(value["seconds"]),
-            best=None if best is None else Best(int(best["step"]), float(best["loss"])),
+            best=None if best is None else _best(best),
             before={
                 str(split): {str(key): math.nan if number is None else float(number) for key, number in metrics.items()}
                 for split, metrics in value["before"].items()
@@ -95,6 +113,12 @@ class Progress:
             resumed_at=[int(step) for step in value["resumed_at"]],
             watch=DivergenceWatch.from_json(value["watch"]),
         )
+
+
+def _best(value: Mapping[str, Any]) -> Best:
+    # Checkpoints of earlier versions know of losses alone.
+    loss, rate = value["loss"], value.get("win_rate")
+    return Best(int(value["step"]), None if loss is None else float(loss), None if rate is None else float(rate))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +136,7 @@ class TrainingResult:
     after: EvalMetrics
     """Held-out metrics after the last step; a split that is not there, or not asked for, has none."""
     best: Best | None
-    """Step and loss of the best evaluation, with `save_best`."""
+    """Step and loss, or win rate, of the best evaluation, with `save_best`."""
     trained_tokens: int
     """Tokens of prompts and completions in the steps."""
     training_seconds: float

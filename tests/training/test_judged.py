@@ -1,0 +1,97 @@
+"""Win rates in the middle of a run: written, drawn, resumed, and what the best checkpoint goes by."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from orpo_mlx.config.checks import make_config
+from orpo_mlx.errors import ConfigError
+from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.reporting.metrics_log import read_run
+from orpo_mlx.train import train
+from tests.conftest import write_id_rows, write_rows
+from tests.helpers.kill_and_resume import adapters, metrics
+from tests.helpers.tuned_adapters import ANSWER, PROMPT
+
+STEPS = 90
+
+
+@pytest.fixture
+def judged(tmp_path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    for split in ("train", "valid"):
+        rows = [{"prompt": PROMPT, "chosen": ANSWER, "rejected": "no"}] * 2
+        write_rows(tmp_path / "said" / f"{split}.jsonl", rows)
+    return settings | {
+        **{"data": str(tmp_path / "said"), "method": "sft", "iters": STEPS, "learning_rate": 1e-2},
+        **{"steps_per_report": 30, "steps_per_eval": STEPS, "sample_tokens": 8, "save_every": 30, "keep": 9},
+        **{"evaluate_every": 30, "judge": f"rule:regex=^{ANSWER}"},
+    }
+
+
+def run(settings: dict[str, Any]) -> tuple[Any, str]:
+    console = Console(record=True, quiet=False, file=io.StringIO())
+    result = train(make_config(settings), Reporter(console))
+    return result, console.export_text()
+
+
+def test_the_win_rate_stands_beside_the_loss_and_decides_what_is_best(tmp_path: Path, judged: dict[str, Any]) -> None:
+    result, said = run(judged | {"save_best": True, "best_by": "win_rate", "report": True})
+    log = read_run(tmp_path / "adapters")
+    rates = log.points("valid", "win_rate")
+    assert [step for step, _ in rates] == [30, 60, 90]
+    assert rates[-1][1] == 1
+    # The evaluation and the judgement of the last step are both there.
+    assert log.points("valid", "loss")[-1][0] == STEPS
+    assert log.points("valid", "judge_failures")[-1] == (STEPS, 0)
+    best = max(rates, key=lambda point: (point[1], -point[0]))
+    assert (result.best.step, result.best.win_rate, result.best.loss) == (best[0], best[1], None)
+    assert (tmp_path / "adapters" / "best").resolve().name.endswith(str(best[0]))
+    assert "win rate 100.0% over the base" in said
+    assert "best win rate" in said
+    assert "win rate over the base" in (tmp_path / "adapters" / "report.html").read_text()
+
+
+def test_judging_changes_no_number_and_is_the_same_after_resuming(tmp_path: Path, judged: dict[str, Any]) -> None:
+    lora = {"rank": 8, "dropout": 0.1, "scale": 20.0}
+    judged |= {"iters": 4, "evaluate_every": 2, "save_every": 2, "steps_per_report": 1, "lora_parameters": lora}
+    run(judged)
+    whole = metrics(tmp_path / "adapters")
+    cut = judged | {"adapter_path": str(tmp_path / "cut")}
+    run(cut | {"iters": 2})
+    run(cut | {"resume": True})
+    rates = [[row for row in rows if "win_rate" in row] for rows in (metrics(tmp_path / "cut"), whole)]
+    assert rates[0] == rates[1]
+    assert len(rates[1]) == 2
+    without = {name: value for name, value in judged.items() if name not in ("evaluate_every", "judge")}
+    run(without | {"adapter_path": str(tmp_path / "without")})
+    weights = [adapters(tmp_path / name) for name in ("adapters", "cut", "without")]
+    assert all((weights[0][name] == other[name]).all() for other in weights[1:] for name in other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"judge": None}, "`evaluate_every` and `judge`"),
+        ({"fine_tune_type": "full"}, "leaves no base to judge replies against"),
+        ({"best_by": "win_rate"}, "`best_by=win_rate`: needs `save_best`"),
+        ({"judge": "rule:no"}, "no rule 'no'"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(judged: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run({name: value for name, value in (judged | changes).items() if value is not None})
+    assert message in str(caught.value)
+
+
+def test_rows_of_token_ids_cannot_be_asked(tmp_path: Path, judged: dict[str, Any]) -> None:
+    from tests.conftest import make_pairs
+
+    for split in ("train", "valid"):
+        write_id_rows(tmp_path / "ids" / f"{split}.jsonl", make_pairs(4))
+    with pytest.raises(ConfigError, match="nothing to ask"):
+        run(judged | {"data": str(tmp_path / "ids")})
