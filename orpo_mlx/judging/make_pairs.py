@@ -142,15 +142,12 @@ def identity_of(plan: PairPlan, prompts: Sequence[Prompt]) -> dict[str, Any]:
     adapter = plan.side.adapter
     weights = None if adapter is None else adapter / "adapters.safetensors"
     return {
-        "model": plan.side.model,
+        **plan._asdict(),
+        "side": plan.side.model,
         "adapter": sha256_of(weights) if weights is not None and weights.is_file() else None,
         "judge": plan.judge.name,
         "sampling": plan.sampling._asdict(),
-        "samples": plan.samples,
-        "form": plan.form,
-        "min_gap": plan.min_gap,
-        "rows_together": plan.rows,
-        "dtype": plan.loading.dtype,
+        "loading": plan.loading.dtype,
         "prompts": sha256_of(head=repr([prompt.pair for prompt in prompts]).encode()),
     }
 
