@@ -20,9 +20,9 @@ from orpo_mlx.engine.memory_modes import Memory, spend_memory
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.errors import ConfigError, DataError, reason_of
 from orpo_mlx.files import cache_folder
+from orpo_mlx.judging.judges import make_judge
 from orpo_mlx.losses.recipe import Recipe
 from orpo_mlx.losses.registry import COMPLETION, LIST, PAIR
-from orpo_mlx.judging.judges import make_judge
 from orpo_mlx.models.adapters import add_adapters, load_adapter_file
 from orpo_mlx.models.loading import LoadedModel, ModelInfo, find, load
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
