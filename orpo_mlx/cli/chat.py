@@ -6,7 +6,6 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from orpo_mlx.cli.arguments import add_model_options, check_count
 from orpo_mlx.config.flags import OneLineParser, exit_status, naming_flags
@@ -17,8 +16,12 @@ PROG = "orpo-mlx chat"
 
 def build_parser() -> OneLineParser:
     """The command line of `chat`."""
-    parser = OneLineParser(prog=PROG, description="Talk with a tuned model. /reset forgets, /quit or Ctrl-D leaves.")
-    parser.add_argument("--adapter-path", required=True, metavar="FOLDER", help="folder that train wrote")
+    parser = OneLineParser(
+        prog=PROG, description="Talk with a model, tuned or not. /reset forgets, /quit or Ctrl-D leaves."
+    )
+    parser.add_argument(
+        "--adapter-path", metavar="FOLDER", help="folder that train wrote (default: adapters; with --model alone: none)"
+    )
     parser.add_argument("--compare", action="store_true", help="answer with the base model, too, beside it")
     parser.add_argument("--model", help="Hub id, local folder or .gguf file; default: what the adapters were made for")
     parser.add_argument("--prompt", help="answer this and leave")
@@ -48,10 +51,11 @@ def run(argv: Sequence[str] | None) -> None:
     from rich.console import Console
 
     from orpo_mlx.cli.conversation import open_chat, talk
+    from orpo_mlx.cli.run_folder import chosen_adapters
 
     with naming_flags(vars(args)):
         chat = open_chat(
-            Path(args.adapter_path).expanduser(),
+            chosen_adapters(args.adapter_path, args.model),
             Console(highlight=False),
             model=args.model,
             compare=args.compare,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -18,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from orpo_mlx.cli.run_folder import base_model
 from orpo_mlx.errors import ConfigError, ModelError
-from orpo_mlx.files import read_json_table
 from orpo_mlx.models.adapters import adapters_off, add_trained_adapters, has_switchable_adapters
 from orpo_mlx.models.loading import find, load
+from orpo_mlx.models.names import DEFAULT_MODEL
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 from orpo_mlx.text import printable_lines
 
@@ -168,31 +168,8 @@ def talk(chat: Chat, lines: Iterable[str]) -> None:
             chat.ask(line)
 
 
-def base_model(folder: Path) -> str:
-    """The model that the adapters in `folder` were made for, as its adapter_config.json or run.json names it.
-
-    Raises:
-        ModelError: there are no adapters, or neither file names a model.
-    """
-    if not (folder / "adapters.safetensors").is_file():
-        raise ModelError(f"`adapter_path` {folder}: holds no adapters.safetensors; give a folder that train wrote.")
-    config = _table(folder / "adapter_config.json").get("model")
-    name = config or _table(_table(folder / "run.json").get("settings")).get("model")
-    if not isinstance(name, str) or not name:
-        raise ModelError(f"{folder / 'adapter_config.json'}: names no model; say with `model` what it was made for.")
-    return name
-
-
-def _table(source: Any) -> dict[str, Any]:
-    """A JSON file's table, or `source` itself if it is one; empty where it is neither."""
-    if isinstance(source, Path):
-        with contextlib.suppress(ModelError):
-            source = read_json_table(source, ModelError)
-    return source if isinstance(source, dict) else {}
-
-
 def open_chat(
-    folder: Path,
+    folder: Path | None,
     console: Console,
     *,
     model: str | None,
@@ -202,10 +179,10 @@ def open_chat(
     dtype: str | None,
     trust_remote_code: bool,
 ) -> Chat:
-    """The tuned model of an adapter folder, ready to be asked.
+    """The tuned model of an adapter folder, or a model as it is, ready to be asked.
 
     Args:
-        folder: of adapters.
+        folder: of adapters; None for the model alone.
         console: where answers go; notes go to stderr.
         model: None for the one that the adapters were made for.
         compare: whether the base model answers as well.
@@ -217,19 +194,23 @@ def open_chat(
     Raises:
         UserError: model or adapters cannot be used.
     """
-    named = base_model(folder) if model is None else model
-    source = f"{folder / 'adapter_config.json'}: model" if model is None else "`model`"
+    if folder is None and compare:
+        raise ConfigError("`compare`: there are no adapters to compare with; give `adapter_path`, or leave it out.")
+    named = (base_model(folder) if folder else DEFAULT_MODEL) if model is None else model
+    source = f"{folder / 'adapter_config.json'}: model" if folder and model is None else "`model`"
     info = find(named, trust_remote_code=trust_remote_code, source=source)
     loaded = load(info, dtype=dtype, trust_remote_code=trust_remote_code)
     if loaded.tokenizer is None:
         raise ModelError(f"{loaded.path}: has no tokenizer, so nobody can talk with it; give a model that has one.")
-    add_trained_adapters(loaded.model, folder)
+    if folder is not None:
+        add_trained_adapters(loaded.model, folder)
     if compare and not has_switchable_adapters(loaded.model):
         raise ConfigError(
             f"`compare`: {folder} holds whole weights, which cannot be switched off; leave `compare` out, and ask the "
             "base model with mlx_lm generate."
         )
-    notes = [loaded.note] if loaded.note else []
+    notes = [f"{named}, with the adapters in {folder}." if folder else f"{named}, without adapters."]
+    notes += [loaded.note] if loaded.note else []
     if not loaded.tokenizer.has_chat_template:
         notes.append("This model has no chat template: each prompt stands alone, as raw text.")
     for note in notes:
@@ -238,4 +219,4 @@ def open_chat(
         Conversation, loaded.model, loaded.tokenizer, max_tokens=max_tokens, sampler=make_sampler(temperature)
     )
     sides = {"base": side(state=partial(adapters_off, loaded.model))} if compare else {}
-    return Chat({**sides, "tuned": side()}, console)
+    return Chat({**sides, "tuned" if folder else "base": side()}, console)

@@ -95,7 +95,7 @@ def sides_of(args: argparse.Namespace) -> tuple[Side, Side]:
     Raises:
         ConfigError: they are the same, or adapters are not there.
     """
-    from orpo_mlx.cli.conversation import base_model
+    from orpo_mlx.cli.run_folder import base_model
     from orpo_mlx.judging.sides import Side
     from orpo_mlx.models.names import DEFAULT_MODEL
 

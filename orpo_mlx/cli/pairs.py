@@ -62,7 +62,7 @@ def run(argv: Sequence[str] | None) -> None:
     if not (math.isfinite(args.min_gap) and args.min_gap >= 0):
         raise ConfigError(f"--min-gap: found {args.min_gap}, expected a number of 0 or more.")
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
-    from orpo_mlx.cli.conversation import base_model
+    from orpo_mlx.cli.run_folder import base_model
     from orpo_mlx.judging.make_pairs import PairPlan, make_pairs
     from orpo_mlx.judging.sides import Loading, Side
     from orpo_mlx.models.names import DEFAULT_MODEL

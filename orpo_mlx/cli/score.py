@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo_mlx.cli.arguments import add_model_options, check_count, check_output_file
+from orpo_mlx.cli.run_folder import base_model, chosen_adapters, held_out_file
 from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.data.pairs import Reading, load_pairs, parse_columns, parse_labels
 from orpo_mlx.data.trained_turns import TRAINED_TURNS, read_ids
@@ -49,11 +50,15 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 def build_parser() -> OneLineParser:
     """The command line of `score`."""
     parser = OneLineParser(prog=PROG, description="Log-probs of preference pairs under a model, a row each.")
+    parser.add_argument("--model", help="Hub id, local folder or .gguf file; default: what the adapters were made for")
     parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="Hub id, local folder or .gguf file (default: %(default)s)"
+        "--adapter-path", metavar="FOLDER", help="adapters to score with (default: adapters; with --model alone: none)"
     )
-    parser.add_argument("--adapter-path", help="folder of adapters to score with")
-    parser.add_argument("--data", required=True, metavar="FILE", help="file of any kind that train takes, a pair a row")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="file of any kind that train takes, a pair a row; default: the test file of the adapters' run",
+    )
     parser.add_argument("--columns", help="columns under other names: prompt=question,rejected=worse")
     parser.add_argument("--labels", help="words of the label column for a good and for a bad completion: good,bad")
     parser.add_argument(
@@ -68,7 +73,7 @@ def build_parser() -> OneLineParser:
         default=TRAINED_TURNS[0],
         help="what counts of completions of several turns, as in train (default: %(default)s)",
     )
-    parser.add_argument("--output", required=True, metavar="FILE", help="JSONL file to write")
+    parser.add_argument("--output", metavar="FILE", help="JSONL file to write; default: print the rows")
     parser.add_argument("--per-token", action="store_true", help="add the log-prob of every completion token")
     parser.add_argument(
         "--categories",
@@ -84,13 +89,19 @@ def run(argv: Sequence[str] | None) -> None:
     """Do what a command line asks; raises UserError."""
     args = build_parser().parse_args(argv)
     check_count("--batch-size", args.batch_size)
-    data = Path(args.data)
-    output = Path(args.output)
+    adapters = chosen_adapters(args.adapter_path, args.model)
+    data = Path(held_out_file(adapters) if args.data is None else args.data)
     if data.is_dir():
         raise DataError(f"--data {data}: is a folder; score takes one file, such as {data / 'test.jsonl'}.")
-    check_output_file("--output", output)
+    if args.output is not None:
+        check_output_file("--output", Path(args.output))
     if args.categories is not None and not Path(args.categories).is_dir():
         raise ConfigError(f"--categories {args.categories}: is not a folder; give one that exists.")
+    # What the rest of the command reads, whichever way it was found.
+    was_given = args.adapter_path is not None
+    args.data = str(data)
+    args.adapter_path = None if adapters is None else str(adapters)
+    args.model = args.model or (base_model(adapters) if adapters else DEFAULT_MODEL)
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from orpo_mlx.data.tokenization import PairTokenizer
     from orpo_mlx.engine.pair_scorer import PairScorer
@@ -104,18 +115,26 @@ def run(argv: Sequence[str] | None) -> None:
     to_ids = PairTokenizer(info.tokenizer, args.train_on, template_strings=args.template_strings)
     pairs = list(to_ids.each(raw))
     loaded = load(info, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    # What is said goes to stderr where the rows go to stdout.
+    out = sys.stdout if args.output is not None else sys.stderr
+    if adapters is not None and not was_given:
+        print(printable(f"{data} under {args.model} with the adapters in {adapters}"), file=out)
     if loaded.note:
-        print(printable(loaded.note))
+        print(printable(loaded.note), file=out)
     # mlx looks up an id beyond the embedding without complaint, and rows beyond the window without applying it.
     vocabulary = vocabulary_of(loaded.model)
     for pair in pairs:
         check_ids(vocabulary, [*pair.prompt_ids, *read_ids(list(itertools.chain(*pair.completions)))], pair.location)
     check_lengths(loaded, pairs)
-    if args.adapter_path is not None:
-        add_trained_adapters(loaded.model, Path(args.adapter_path))
+    if adapters is not None:
+        add_trained_adapters(loaded.model, adapters)
     rows = score_pairs(PairScorer(loaded.model), pairs, batch_size=args.batch_size, per_token=args.per_token)
-    write_text(output, "".join(json.dumps(row) + "\n" for row in rows))
-    print(summary(rows))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if args.output is None:
+        print(lines, end="")
+    else:
+        write_text(Path(args.output), lines)
+    print(summary(rows), file=out)
     if args.categories is not None:
         base = base_rows(loaded.model, pairs, args.batch_size) if args.adapter_path is not None else None
         report_categories(args, rows, base, [pair.location for pair in pairs])

@@ -57,8 +57,10 @@ def label(text: str, width: int = 40) -> str:
     return plain if len(plain) <= width else plain[: width - 1] + "…"
 
 
-def png(panels: Sequence[Panel], theme: Theme, *, columns: int = 1, height: float = _HEIGHT) -> bytes:
-    """The panels as one picture, `columns` side by side."""
+def png(
+    panels: Sequence[Panel], theme: Theme, *, columns: int = 1, height: float = _HEIGHT, heading: Sequence[str] = ()
+) -> bytes:
+    """The panels as one picture, `columns` side by side, below the lines of a heading."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -74,6 +76,10 @@ def png(panels: Sequence[Panel], theme: Theme, *, columns: int = 1, height: floa
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)
             panel(axes, theme)
+        if heading:
+            # As many characters as the width holds at this size.
+            lines = [label(line, 66 * columns) for line in heading]
+            figure.suptitle("\n".join(lines), fontsize=9, x=0.01, ha="left")
         target = io.BytesIO()
         figure.savefig(target, format="png", metadata={"Software": None})
     return target.getvalue()

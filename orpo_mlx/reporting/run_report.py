@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from orpo_mlx.errors import DataError
-from orpo_mlx.files import write_bytes, write_text
+from orpo_mlx.files import read_json_table, write_bytes, write_text
 from orpo_mlx.reporting.charts import DARK, LIGHT, Panel, Theme, label, legend, png, style, whole_steps
-from orpo_mlx.reporting.html_page import Picture, Table, TableCell, render_page
+from orpo_mlx.reporting.html_page import Picture, Table, TableCell, read_asset, render_page
 from orpo_mlx.reporting.metrics_log import (
     ACCURACY,
     KEY,
     LOSS,
     MARGIN,
+    RUN_FILE,
     SPEED,
     SPLITS,
     WIN_RATE,
@@ -26,12 +27,15 @@ from orpo_mlx.reporting.metrics_log import (
     read_run,
     read_samples,
 )
+from orpo_mlx.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 _CHARTS = (LOSS, ACCURACY, MARGIN, WIN_RATE, SPEED)
+# Runs that are named above a picture; more would leave it no room.
+_MOST_HEADINGS = 4
 
 
 class SplitLine(NamedTuple):
@@ -60,46 +64,79 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     runs = with_different_names(folders, [read_run(folder) for folder in folders])
     # A chart of nothing is left out: the cells of a comparison report fewer metrics.
     panels = {chart: metric_panel(runs, chart) for chart in _CHARTS if is_reported(runs, chart.keys[0])}
+    facts = [run_facts(folder) for folder in folders]
     page = render_page(
         "reporting/run_report.html.jinja",
         f"Training: {', '.join(run.name for run in runs)}",
+        style=read_asset("reporting", "run_report.css"),
+        facts=facts_table(runs, facts),
         summary=summary(runs),
         key=KEY,
         pictures=[
             Picture(chart.title, png([panel], LIGHT), png([panel], DARK), chart.caption)
             for chart, panel in panels.items()
         ],
-        sample_replies=sample_tables(runs, folders),
+        sample_replies=sample_replies(runs, folders),
         unread=[f"{run.name}: {lines(run.unread)} of metrics.jsonl passed over." for run in runs if run.unread],
     )
     write_text(output / "report.html", page)
-    write_bytes(output / "report.png", png(list(panels.values()), LIGHT, columns=min(2, len(panels))))
+    heading = [f"{run.name}: {', '.join(known.values())}" for run, known in zip(runs, facts, strict=True) if known]
+    write_bytes(
+        output / "report.png",
+        png(list(panels.values()), LIGHT, columns=min(2, len(panels)), heading=heading[:_MOST_HEADINGS]),
+    )
     return [output / "report.html", output / "report.png"]
 
 
-def sample_tables(runs: Sequence[RunLog], folders: Sequence[Path]) -> list[tuple[str, Table]]:
-    """Titles and tables of the sample replies of each run that has some."""
+def run_facts(folder: Path) -> dict[str, str]:
+    """What a run is, by what is said of it, from its `run.json`; empty where it has none."""
+    try:
+        table = read_json_table(folder / RUN_FILE, DataError)
+    except DataError:
+        return {}
+    settings = table.get("settings")
+    if not isinstance(settings, dict):
+        return {}
+    rate = settings.get("learning_rate")
+    facts = {
+        "method": settings.get("method"),
+        "model": settings.get("model"),
+        "data": settings.get("data"),
+        "learning rate": f"{rate:g}" if isinstance(rate, float) else None,
+        "pairs per step": settings.get("batch_size"),
+        "started": table.get("started"),
+    }
+    return {name: printable(str(value)) for name, value in facts.items() if value is not None}
+
+
+def facts_table(runs: Sequence[RunLog], facts: Sequence[Mapping[str, str]]) -> Table | None:
+    """A row for each run that says what it is; None where none does."""
+    columns = list(dict.fromkeys(name for known in facts for name in known))
+    rows = [
+        (TableCell(run.name), *(TableCell(known.get(name, "not recorded")) for name in columns))
+        for run, known in zip(runs, facts, strict=True)
+    ]
+    return Table(("run", *columns), tuple(rows), prose=True) if columns else None
+
+
+class PromptReplies(NamedTuple):
+    """The replies to one prompt, step by step."""
+
+    prompt: str
+    replies: list[Sample]
+
+
+def sample_replies(runs: Sequence[RunLog], folders: Sequence[Path]) -> list[tuple[str, list[PromptReplies]]]:
+    """Titles and replies of each run that has some."""
     found = []
     for run, folder in zip(runs, folders, strict=True):
         samples = read_samples(folder)
         if samples:
             title = "Sample replies" if len(runs) == 1 else f"Sample replies: {run.name}"
-            found.append((title, sample_table(samples)))
+            prompts = dict.fromkeys(sample.prompt for sample in samples)
+            own = [PromptReplies(each, [sample for sample in samples if sample.prompt == each]) for each in prompts]
+            found.append((title, own))
     return found
-
-
-def sample_table(samples: Sequence[Sample]) -> Table:
-    """A row for each reply."""
-    rows = [
-        (
-            TableCell(sample.prompt),
-            TableCell(str(sample.step), sample.step),
-            TableCell(str(sample.tokens), sample.tokens),
-            TableCell(sample.text),
-        )
-        for sample in samples
-    ]
-    return Table(("prompt", "step", "tokens", "reply"), tuple(rows), prose=True)
 
 
 def lines(count: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from orpo_mlx.data.batching import epoch_order
 from orpo_mlx.data.group_statistics import group_figures
 from orpo_mlx.files import write_text
@@ -122,3 +124,14 @@ def say_goodbye(run: Run, result: TrainingResult, reporter: Reporter) -> None:
         what = lowest or f"best win rate, {best.win_rate:.1%}"
         reporter.say(f"The {what}, was at step {best.step}: {run.folder / BEST}/.")
     reporter.say(f"\nAdapters, metrics and settings are in {run.folder}/.")
+    for what, command in next_commands(run).items():
+        reporter.say(f"{what}: {command}")
+
+
+def next_commands(run: Run) -> dict[str, str]:
+    """What one does with a run that is done, by what it is for."""
+    folder = shlex.quote(str(run.folder))
+    # Whole weights cannot be switched off.
+    beside = "" if run.config.fine_tune_type == "full" else " --compare"
+    look = f"{run.folder / 'report.html'}, in a browser" if run.config.report else f"orpo-mlx report {folder}"
+    return {"To look at it": look, "To talk with it": f"orpo-mlx chat --adapter-path {folder}{beside}"}

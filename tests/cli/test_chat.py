@@ -15,7 +15,8 @@ from rich.console import Console
 
 from orpo_mlx.cli import conversation as chat_module
 from orpo_mlx.cli.chat import main
-from orpo_mlx.cli.conversation import Chat, Conversation, base_model, talk
+from orpo_mlx.cli.conversation import Chat, Conversation, talk
+from orpo_mlx.cli.run_folder import base_model
 from orpo_mlx.errors import ModelError
 from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.loading import load
@@ -183,6 +184,28 @@ def test_input_that_is_not_text_is_refused(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
     assert main(["--adapter-path", str(adapters)]) == 2
     assert "standard input: is not text in utf-8" in capsys.readouterr().err
+
+
+def test_without_flags_the_folder_that_train_writes_is_taken(
+    adapters: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapters").symlink_to(adapters)
+    assert main(["--prompt", PROMPT, "--max-tokens", "12"]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{ANSWER}\n"
+    assert said.err == f"{model_folder}, with the adapters in adapters.\n"
+    # A model alone is the base.
+    assert main(["--model", str(model_folder), "--prompt", PROMPT, "--max-tokens", "5"]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{chat_module.shown(base_answer(model_folder, 5)).plain}\n"
+    assert said.err == f"{model_folder}, without adapters.\n"
+    assert main(["--model", str(model_folder), "--compare", "--prompt", PROMPT]) == 2
+    assert "--compare: there are no adapters to compare with" in capsys.readouterr().err
 
 
 def test_the_model_is_the_one_the_adapters_name(tmp_path: Path) -> None:

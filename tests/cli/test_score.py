@@ -14,6 +14,7 @@ from orpo_mlx.cli.score import main
 from orpo_mlx.models.adapters import adapter_weights, add_adapters
 from tests.conftest import make_model, make_pairs, model_config, write_id_rows, write_model_folder, write_rows
 from tests.engine.test_pair_scorer import oracle_logps
+from tests.helpers.tuned_adapters import tuned_adapters
 
 PARITY = ["gemma2", "llama_tied", "phi3", "qwen2", "granite", "qwen3_moe"]
 
@@ -71,6 +72,28 @@ def test_adapters_change_the_scores(tmp_path: Path, model_folder: Path) -> None:
     pair = make_pairs(3)[0]
     expected = oracle_logps(model, pair.prompt_ids, pair.chosen_ids).sum()
     assert tuned[0]["chosen_logps"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_without_flags_the_run_that_train_wrote_is_scored(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tuned_adapters(tmp_path, model_folder, iters=1)
+    monkeypatch.chdir(tmp_path)
+    folder.rename("adapters")
+    test = write_id_rows(tmp_path / "pairs" / "test.jsonl", make_pairs(3))
+    run_file = tmp_path / "adapters" / "run.json"
+    run_file.write_text(json.dumps({"settings": {"data": "pairs"}}))
+    assert main([]) == 0
+    said = capsys.readouterr()
+    rows = [json.loads(line) for line in said.out.splitlines()]
+    assert len(rows) == 3
+    assert said.err.startswith(f"pairs/test.jsonl under {model_folder} with the adapters in adapters\n3 pairs: ")
+    expected = run(tmp_path, "--model", str(model_folder), "--adapter-path", "adapters", "--data", str(test))
+    assert [row["margin"] for row in rows] == [row["margin"] for row in expected]
+    run_file.unlink()
+    capsys.readouterr()
+    assert main([]) == 2
+    assert "--data: says which pairs are scored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from orpo_mlx.reporting.html_page import (
     markdown_text,
     render_page,
 )
+from orpo_mlx.reporting.metrics_log import Sample
+from orpo_mlx.reporting.run_report import PromptReplies
 
 TABLE = Table(
     ("name <i>", "value"), ((TableCell("a|b\n*c*"), TableCell("1.5 s", 1.5)), (TableCell("\x1b[2J"), TableCell("–")))
@@ -117,7 +119,8 @@ def test_the_policy_allows_exactly_what_is_there() -> None:
         summary=TABLE,
         key="<key>",
         pictures=[Picture('a"b', b"light", b"dark", "<caption>")],
-        sample_replies=[("<replies>", TABLE)],
+        facts=None,
+        sample_replies=[("<replies>", [PromptReplies("<prompt>", [Sample(3, "<prompt>", "<reply>", 2)])])],
         unread=["<unread>"],
     )
     policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', document)[1])  # type: ignore[index]

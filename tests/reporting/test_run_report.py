@@ -58,9 +58,27 @@ def test_sample_replies_are_shown_as_text(tmp_path: Path) -> None:
     (one / "samples.jsonl").write_text(json.dumps(row) + "\n")
     page = write_report([one], tmp_path)[0].read_text()
     assert "<h2>Sample replies</h2>" in page
-    assert ["&lt;b&gt;who?&lt;/b&gt;", "5", "3", "&lt;script&gt;me&lt;/script&gt;"] in cells(page)
+    assert "<h3>&lt;b&gt;who?&lt;/b&gt;</h3>" in page
+    assert '<dt>step 5, 3 tokens</dt><dd tabindex="0">&lt;script&gt;me&lt;/script&gt;</dd>' in page
     page = write_report([one, two], tmp_path)[0].read_text()
     assert page.count("<h2>Sample replies: one</h2>") == page.count("Sample replies") == 1
+
+
+def test_a_run_says_what_it_is(tmp_path: Path) -> None:
+    one, two = metrics(tmp_path, "one", [3.0]), metrics(tmp_path, "two", [1.0])
+    settings = {"method": "dpo", "model": "<m>", "data": "d/", "learning_rate": 1e-5, "batch_size": 4}
+    (one / "run.json").write_text(json.dumps({"settings": settings, "started": "2026-11-26T10:00+00:00"}))
+    known = ["dpo", "&lt;m&gt;", "d/", "1e-05", "4", "2026-11-26T10:00+00:00"]
+    assert cells(write_report([one], tmp_path)[0].read_text())[0] == ["one", *known]
+    named = (tmp_path / "report.png").read_bytes()
+    assert cells(write_report([one, two], tmp_path)[0].read_text())[:2] == [
+        ["one", *known],
+        ["two", *["not recorded"] * 6],
+    ]
+    for text in ("{", "[]", '{"settings": 3}', '{"settings": {"learning_rate": "x"}, "started": 3}'):
+        (one / "run.json").write_text(text)
+        write_report([one], tmp_path)
+    assert (tmp_path / "report.png").read_bytes() != named
 
 
 def test_runs_of_one_name_go_by_their_paths_and_torn_lines_are_told(tmp_path: Path) -> None:
@@ -99,7 +117,9 @@ def test_train_writes_it(settings: dict[str, Any], monkeypatch: pytest.MonkeyPat
     # After step 1, when nothing has been reported, after step 2, and at the end.
     assert seen == [0, 1, 2]
     folder = Path(settings["adapter_path"])
-    assert cells((folder / "report.html").read_text())[0][:2] == ["adapters", "3"]
+    rows = cells((folder / "report.html").read_text())
+    assert rows[0][:2] == ["adapters", "orpo"]
+    assert next(row[:2] for row in rows[1:] if row[:1] == ["adapters"]) == ["adapters", "3"]
     assert (folder / "report.png").is_file()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,19 @@ def record_beginning(run: Run, progress: Progress) -> None:
             "model_digest": run.model_digest,
             "reference": run.reference_digest,
             _OVERWRITES: overwritten,
+            # To the minute: what tells runs apart on a page, and nothing that a resumed run must repeat.
+            "started": _started(path) if progress.step else datetime.now().astimezone().isoformat(timespec="minutes"),
             # The live page counts with these two: how many steps there will be, and where the run was taken up again.
             "total_steps": total_steps(run.config, len(run.splits["train"].pairs)),
             "resumed_at": progress.resumed_at,
         },
     )
+
+
+def _started(path: Path) -> str | None:
+    """When the run that goes on was begun."""
+    started = read_json_table(path, TrainingError).get("started") if path.is_file() else None
+    return started if isinstance(started, str) else None
 
 
 def find_beginning(folder: Path) -> Recorded | None:
