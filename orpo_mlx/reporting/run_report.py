@@ -80,7 +80,9 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
         unread=[f"{run.name}: {lines(run.unread)} of metrics.jsonl passed over." for run in runs if run.unread],
     )
     write_text(output / "report.html", page)
-    heading = [f"{run.name}: {', '.join(known.values())}" for run, known in zip(runs, facts, strict=True) if known]
+    # A number alone would not say what it is of.
+    said = [[f"{name} {value}" if " " in name else value for name, value in known.items()] for known in facts]
+    heading = [f"{run.name}: {', '.join(each)}" for run, each in zip(runs, said, strict=True) if each]
     write_bytes(
         output / "report.png",
         png(list(panels.values()), LIGHT, columns=min(2, len(panels)), heading=heading[:_MOST_HEADINGS]),

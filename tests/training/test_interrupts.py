@@ -80,11 +80,13 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
 def test_a_signal_before_the_first_step_says_that_nothing_was_saved(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def remind(*_: Any) -> list[Any]:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return []
+    from orpo_mlx.training.evaluation import evaluate
 
-    monkeypatch.setattr("orpo_mlx.training.samples.Sampler.__call__", remind)
+    def evaluating(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr("orpo_mlx.training.evaluation.evaluate", evaluating)
     assert main(flags(settings)) == 143
     assert "interrupted: nothing was saved." in capfd.readouterr().err
 
