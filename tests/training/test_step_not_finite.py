@@ -42,8 +42,8 @@ def spoil_row(monkeypatch: pytest.MonkeyPatch, chosen: tuple[int, ...]) -> None:
             bad = mx.array([tuple(ids[own].tolist()) == tuple(chosen) for own in np.array(batch.chosen)])
         return logps._replace(chosen=mx.where(bad, mx.nan, logps.chosen))
 
-    for module in ("gradients", "step_functions"):
-        monkeypatch.setattr(f"orpo_mlx.training.{module}.pair_logps", spoiled)
+    # Where `log_probs` finds it, which both the loss's gradient and the step take.
+    monkeypatch.setattr("orpo_mlx.engine.pair_scorer.pair_logps", spoiled)
 
 
 def spoil_gradient(run: Run) -> None:
