@@ -172,7 +172,7 @@ def test_an_evaluation_that_is_not_finite_names_the_pairs_and_goes_on(
         logps = good(*arguments, **options)
         return logps._replace(chosen=logps.chosen * mx.inf)
 
-    monkeypatch.setattr("orpo_mlx.training.evaluation.pair_logps", spoiled)
+    monkeypatch.setattr("orpo_mlx.engine.pair_scorer.pair_logps", spoiled)
     assert main([*flags(settings), "--save-best", "--test-batches", "0"]) == 0
     assert "Warning: not finite at step 3 on 6 valid pairs: " in capsys.readouterr().out
     folder = Path(settings["adapter_path"])
