@@ -47,6 +47,12 @@ def build_parser() -> OneLineParser:
         adapter.add_argument("source", metavar="SRC", help="adapter folder")
         add_destination(adapter)
         adapter.add_argument("--model", required=True, help="its base model: Hub id, folder or .gguf file")
+    to_gguf = add_command("mlx-to-gguf", "LoRA adapter of mlx-lm or orpo_mlx to a GGUF file for llama.cpp and others")
+    to_gguf.add_argument("source", metavar="SRC", help="adapter folder")
+    to_gguf.add_argument("destination", metavar="DST.gguf", help="file to write")
+    to_gguf.add_argument("--model", required=True, help="its base model: Hub id, folder or .gguf file")
+    to_gguf.add_argument("--overwrite", action="store_true", help="replace DST.gguf")
+    add_trust_remote_code(to_gguf)
     merge = add_command("merge", "model and adapter to one model in Hugging Face layout")
     merge.add_argument("--model", required=True, help="base model: Hub id, folder or .gguf file")
     merge.add_argument("--adapter-path", required=True, help="folder of adapters in mlx-lm's form")
@@ -98,6 +104,13 @@ def run(argv: Sequence[str] | None) -> None:
     from orpo_mlx.convert import conversions
 
     with naming_flags(vars(args)):
+        if args.command == "mlx-to-gguf":
+            from orpo_mlx.convert.gguf_adapter import convert_mlx_to_gguf
+
+            destination = Path(args.destination).expanduser()
+            trust = args.trust_remote_code
+            convert_mlx_to_gguf(args.source, args.model, destination, overwrite=args.overwrite, trust=trust)
+            return
         task = task_of(args)
         if args.command == "hf":
             conversions.convert_hf(args.source, task)
