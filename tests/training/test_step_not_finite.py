@@ -166,13 +166,13 @@ def test_steps_are_skipped_counted_and_too_many_end_the_run(
 def test_an_evaluation_that_is_not_finite_names_the_pairs_and_goes_on(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from orpo_mlx.engine.pair_scorer import pair_logps as good
+    from orpo_mlx.engine.pair_scorer import log_probs as good
 
     def spoiled(*arguments: Any, **options: Any) -> PairLogProbs:
         logps = good(*arguments, **options)
         return logps._replace(chosen=logps.chosen * mx.inf)
 
-    monkeypatch.setattr("orpo_mlx.engine.pair_scorer.pair_logps", spoiled)
+    monkeypatch.setattr("orpo_mlx.training.evaluation.log_probs", spoiled)
     assert main([*flags(settings), "--save-best", "--test-batches", "0"]) == 0
     assert "Warning: not finite at step 3 on 6 valid pairs: " in capsys.readouterr().out
     folder = Path(settings["adapter_path"])
