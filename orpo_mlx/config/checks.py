@@ -101,6 +101,10 @@ def check_together(config: TrainingConfig) -> None:
     check_unit(config)
     if config.max_skipped is not None and config.on_nonfinite != "skip":
         raise ConfigError("`max_skipped` bounds what `on_nonfinite=skip` skips; add that, or leave it out.")
+    if config.patience_on != "loss" and config.patience is None:
+        raise ConfigError("`patience_on` says what `patience` goes by; add that, or leave it out.")
+    if config.lora_plus_ratio is not None and config.fine_tune_type == "full":
+        raise ConfigError("`lora_plus_ratio` is about lora_b, and `fine_tune_type=full` has none; leave it out.")
     if config.resume_with_changes and not config.resume:
         raise ConfigError("`resume_with_changes` says how `resume` goes on; add that.")
     if config.resume and config.overwrite:

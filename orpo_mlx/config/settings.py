@@ -34,6 +34,7 @@ from orpo_mlx.losses.recipe import PARAMETERS, Recipe, make_recipe
 from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES, FINE_TUNE_TYPES
 from orpo_mlx.reporting.services import SERVICES
 
+PATIENCE_ON = ("loss", "accuracy")
 REFERENCES = "start, base, copy"
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 DEFAULT_MAX_SKIPPED = 10
@@ -207,6 +208,21 @@ class TrainingConfig:
     optimizer: str = _training("adamw", "optimiser", Trait.ON_CARD | Trait.PUBLISHED, choices=OPTIMIZERS, any_case=True)
     optimizer_config: dict[str, Any] = _training(
         DEFAULT_OPTIMIZER_CONFIG, "arguments of each optimiser", Trait.NOT_ON_CARD
+    )
+    lora_plus_ratio: float | None = _training(
+        None, "LoRA+: learning rate of lora_b, as a multiple of lora_a's; default: the same", range=POSITIVE
+    )
+    patience: int | None = _training(
+        None,
+        "end the run after so many validations in a row that were no better than the best; default: never",
+        Trait.RESUMABLE | Trait.COMPARED,
+        range=POSITIVE,
+    )
+    patience_on: str = _training(
+        "loss",
+        "what --patience goes by: the validation loss, or the accuracy of the method's reward",
+        Trait.RESUMABLE | Trait.COMPARED,
+        choices=PATIENCE_ON,
     )
     max_grad_norm: float | None = _training(
         None, "scale gradients down to this norm; default: as they are", range=POSITIVE

@@ -60,7 +60,8 @@ class Loop:
         self.run = run
         self.progress = progress
         self.sinks = sinks
-        self.total = total_steps(run.config, len(run.splits["train"].pairs))
+        total = total_steps(run.config, len(run.splits["train"].pairs))
+        self.total = progress.step if progress.out_of_patience else total
         self.peak_memory_gib = 0.0
         """MLX's peak since the first step."""
         self._stop = stop
@@ -173,19 +174,18 @@ class Loop:
         """Report, save, evaluate and sample, as the settings say for this step; the metrics of its evaluation."""
         # A checkpoint is written after a step's report and before its evaluation. What falls due after a step is
         # therefore done once more when a run is resumed from that step, and leaves the same lines.
-        config = self.run.config
-        step = self.progress.step
+        config, step = self.run.config, self.progress.step
         last = step == self.total
         evaluates = last or step % config.steps_per_eval == 0
-        if self.progress.reported < step and (last or step % config.steps_per_report == 0):
+        # Where the validation can end the run, nothing may be left to report after it.
+        reports = last or step % config.steps_per_report == 0 or (evaluates and config.patience)
+        if self.progress.reported < step and reports:
             self.report()
         # Taken before the evaluation writes: a run that goes on from here evaluates this step again.
         self._marks = Marks(step, self._mark_files())
-        every = config.report_every
-        if every is not None and step % every == 0 and not last and self.run.ranks.first:
+        if self._is_due(config.report_every) and not last and self.run.ranks.first:
             refresh_report(self.run.folder)
-        judges = self._is_due(config.evaluate_every)
-        best_is_known = evaluates if config.best_by == "loss" else judges
+        best_is_known = evaluates if config.best_by == "loss" else self._is_due(config.evaluate_every)
         due = last or self._save_is_due or step % config.save_every == 0 or (config.save_best and best_is_known)
         if due and self._saved_step != step:
             self.save()
@@ -196,7 +196,14 @@ class Loop:
         metrics = self.evaluate(("valid", "test") if last else ("valid",)) if evaluates else {}
         if config.save_best and evaluates and config.best_by == "loss":
             self._note_best(Best(step, metrics["valid"]["loss"]))
-        if judges:
+        if evaluates and not last and (said := self.progress.validated(metrics.get("valid", {}), config)):
+            self.sinks.reporter.say(f"Ended after step {step} of {self.total}: {said}.")
+            # This is the last step now; what is due after that one and was not after this follows.
+            self.total = step
+            self.save()
+            self.record_rest_of_baseline()
+            metrics |= self.evaluate(("test",))
+        if self._is_due(config.evaluate_every):
             self.judge()
         if self._is_due(config.sample_every):
             self.sample()

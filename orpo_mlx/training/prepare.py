@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
-from mlx_lm.tuner.utils import build_schedule
 
 from orpo_mlx.config.settings import TrainingConfig, data_reading, recipe
 from orpo_mlx.data.sources import Source, find_splits
@@ -18,7 +15,7 @@ from orpo_mlx.data.splits import Lengths, Split, tokenized_split
 from orpo_mlx.data.token_store import RATED
 from orpo_mlx.engine.memory_modes import Memory, spend_memory
 from orpo_mlx.engine.pair_scorer import PairScorer
-from orpo_mlx.errors import ConfigError, DataError, reason_of
+from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import cache_folder
 from orpo_mlx.judging.judges import make_judge
 from orpo_mlx.losses.recipe import Recipe
@@ -26,23 +23,15 @@ from orpo_mlx.losses.registry import COMPLETION, LIST, PAIR
 from orpo_mlx.models.adapters import add_adapters, load_adapter_file
 from orpo_mlx.models.loading import LoadedModel, ModelInfo, find, load
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
-from orpo_mlx.text import quoted
 from orpo_mlx.training.choose_reference import choose_reference, find_other_model, names_a_path
 from orpo_mlx.training.distributed import Ranks
+from orpo_mlx.training.optimizers import make_optimizer
 from orpo_mlx.training.reference_store import weights_fingerprint
 from orpo_mlx.training.row_values import find_weighted
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step_functions import StepFunctions
 
 EVAL_SPLITS = ("test", "valid")
-
-_OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
-    "adam": optim.Adam,
-    "adamw": optim.AdamW,
-    "muon": optim.Muon,
-    "sgd": optim.SGD,
-    "adafactor": optim.Adafactor,
-}
 
 
 def find_data(config: TrainingConfig, ranks: Ranks) -> dict[str, Source]:
@@ -59,8 +48,15 @@ def find_data(config: TrainingConfig, ranks: Ranks) -> dict[str, Source]:
     sources = find_splits(config.data, EVAL_SPLITS) if config.test else find_splits(config.data)
     if config.test:
         sources.pop("train", None)
-    elif config.save_best and config.best_by == "loss" and (config.val_batches == 0 or "valid" not in sources):
-        raise ConfigError("`save_best` goes by the validation loss: give a valid split and `val_batches` other than 0.")
+    elif config.val_batches == 0 or "valid" not in sources:
+        for name, asked, measure in (
+            ("save_best", config.save_best and config.best_by == "loss", "loss"),
+            ("patience", config.patience is not None, config.patience_on),
+        ):
+            if asked:
+                raise ConfigError(
+                    f"`{name}` goes by the validation {measure}: give a valid split and `val_batches` other than 0."
+                )
     if config.reference == "copy" and ranks.size > 1:
         raise ConfigError("`reference=copy`: is for comparisons on one process; leave it out under mlx.launch.")
     return sources
@@ -203,27 +199,6 @@ def spend_memory_as(config: TrainingConfig, model: nn.Module) -> tuple[PairScore
         split_head=not config.plain_head,
         segment_layers=config.segment_layers or 1,
     )
-
-
-def make_optimizer(config: TrainingConfig) -> optim.Optimizer:
-    """The optimiser with its schedule; ConfigError where mlx-lm or MLX has no such schedule or arguments."""
-    schedule: Any = config.learning_rate
-    if config.lr_schedule is not None:
-        try:
-            schedule = build_schedule(config.lr_schedule)
-            # Some wrong arguments show only when a schedule is asked for a rate.
-            float(schedule(mx.array(1)))
-        except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"lr_schedule: {quoted(config.lr_schedule)} is not a schedule of mlx-lm ({reason_of(error)})."
-            ) from None
-    arguments = config.optimizer_config[config.optimizer]
-    try:
-        return _OPTIMIZERS[config.optimizer](learning_rate=schedule, **arguments)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"optimizer_config.{config.optimizer}: {quoted(arguments)} does not fit ({reason_of(error)})."
-        ) from None
 
 
 def data_lengths(config: TrainingConfig, exact_tokens: int | None) -> Lengths:

@@ -29,7 +29,7 @@ from orpo_mlx.models.adapters import adapter_weights, add_trained_adapters, load
 from orpo_mlx.training.checkpoints.folders import CheckpointFolder, defect, whole_checkpoints, write_checkpoint
 from orpo_mlx.training.checkpoints.resume import settings_to_resume
 from orpo_mlx.training.checkpoints.state import read_state
-from orpo_mlx.training.prepare import make_optimizer
+from orpo_mlx.training.optimizers import make_optimizer
 from orpo_mlx.types import TokenizedPair
 from tests.conftest import make_model
 from tests.training.checkpoints.test_resume import LONG, interrupted

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.losses.metrics import MetricMeans
 from orpo_mlx.training.divergence_watch import DivergenceWatch
+from orpo_mlx.training.patience import Patience
 from orpo_mlx.types import Reply
 
 EvalMetrics = dict[str, dict[str, float]]
@@ -66,6 +68,20 @@ class Progress:
     resumed_at: list[int] = dataclasses.field(default_factory=list)
     """Steps at which the run was taken up again."""
     watch: DivergenceWatch = dataclasses.field(default_factory=DivergenceWatch)
+    patience: Patience = Patience()
+    out_of_patience: bool = False
+    """Whether the run has ended before its last step because it no longer got better."""
+
+    def validated(self, metrics: Mapping[str, float], config: TrainingConfig) -> str:
+        """Take in a validation's metrics; why the run ends, where there have been as many as `patience` says without a
+        better one, as text, and empty elsewhere."""
+        if config.patience is None:
+            return ""
+        self.patience = self.patience.after(self.step, metrics, config.patience_on)
+        _, best, waited, _ = self.patience
+        self.out_of_patience = waited >= config.patience
+        said = f"{waited} validations in a row were no better than {config.patience_on} {best:.4f}"
+        return f"{said} (`patience={config.patience}`)" if self.out_of_patience else ""
 
     def start_report(self) -> None:
         """Begin new means after a report."""
@@ -88,6 +104,7 @@ class Progress:
             "best": self.best and self.best._asdict(),
             "replies_before": [reply._asdict() for reply in self.replies_before],
             "watch": self.watch.to_json(),
+            "patience": self.patience._asdict(),
         }
 
     @classmethod
@@ -112,6 +129,9 @@ class Progress:
             replies_before=[Reply(str(r["prompt"]), str(r["text"]), int(r["tokens"])) for r in value["replies_before"]],
             resumed_at=[int(step) for step in value["resumed_at"]],
             watch=DivergenceWatch.from_json(value["watch"]),
+            # Nor these two.
+            patience=Patience.from_json(value["patience"]) if "patience" in value else Patience(),
+            out_of_patience=bool(value.get("out_of_patience", False)),
         )
 
 

@@ -30,6 +30,7 @@ from orpo_mlx.training.checkpoints.save import (
 from orpo_mlx.training.checkpoints.state import Recorded, State, read_state
 from orpo_mlx.training.data_order import order_digest
 from orpo_mlx.training.distributed import Ranks
+from orpo_mlx.training.optimizers import set_learning_rate
 from orpo_mlx.training.other_references import SyncedReference
 from orpo_mlx.training.run import Run, versions
 
@@ -261,8 +262,7 @@ def _restore_optimizer(run: Run, path: Path) -> list[str]:
     run.optimizer.state = tree_unflatten(list(found.items()))
     # Once more: MLX's setter marks the optimiser as not initialised, and flattening has dropped empty states.
     run.optimizer.init(run.loaded.model.trainable_parameters())
-    if run.config.lr_schedule is None:
-        run.optimizer.learning_rate = run.config.learning_rate
+    set_learning_rate(run.optimizer, run.config)
     return []
 
 

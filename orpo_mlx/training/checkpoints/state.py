@@ -56,8 +56,8 @@ class State(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether all steps had been taken."""
-        return self.progress.step >= self.total
+        """Whether all steps had been taken, or the run had ended by itself before that."""
+        return self.progress.step >= self.total or self.progress.out_of_patience
 
 
 def describe(
