@@ -30,6 +30,7 @@ from orpo_mlx.config.settings import TrainingConfig, settings_for_card
 from orpo_mlx.folder_lock import locked
 from orpo_mlx.interrupts import Interrupted
 from orpo_mlx.memory.choose_mode import plan_memory
+from orpo_mlx.memory.rehearse import rehearse
 from orpo_mlx.process_memory import configure_allocator
 from orpo_mlx.reporting.callbacks import NamedCallback, TrainingCallback, named_callbacks
 from orpo_mlx.reporting.console import Reporter
@@ -76,7 +77,8 @@ def train(
 ) -> TrainingResult:
     """Train adapters with one method and write them, checkpoints, `metrics.jsonl` and `run.json` into
     `config.adapter_path`; with `config.resume`, go on from the newest whole checkpoint there. With
-    `config.test`, nothing is trained and the adapters that are there are evaluated.
+    `config.test`, nothing is trained and the adapters that are there are evaluated; with `config.dry_run`, it is said
+    what the run would come to, and nothing is kept.
 
     Where `mlx.launch` has started several processes (`ranks`), they train as one, and rank 0 writes, speaks and calls
     `callbacks`, after the services of `config.report_to`. An exception in one of them ends the run, saved.
@@ -97,6 +99,9 @@ def train(
         require_installed(parse_services(config.report_to))
     if config.test:
         return evaluate_only(config, reporter, ranks)
+    if config.dry_run:
+        rehearse(config, reporter, ranks)
+        return TrainingResult(Path(config.adapter_path), 0, 0, {}, {}, None, 0, 0.0, mx.get_peak_memory() / 2**30)
     folder = Path(config.adapter_path).expanduser()
     with ExitStack() as stack:
         config, reporter = stack.enter_context(own_output(config, reporter, ranks))

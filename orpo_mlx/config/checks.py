@@ -107,6 +107,8 @@ def check_together(config: TrainingConfig) -> None:
         raise ConfigError("`lora_plus_ratio` is about lora_b, and `fine_tune_type=full` has none; leave it out.")
     if config.resume_with_changes and not config.resume:
         raise ConfigError("`resume_with_changes` says how `resume` goes on; add that.")
+    if config.dry_run and config.resume:
+        raise ConfigError("`dry_run` looks at a run from its beginning; leave out `resume`.")
     if config.resume and config.overwrite:
         raise ConfigError("`resume` goes on with a run and `overwrite` starts anew; give one of them.")
     for name in settings_with(Trait.TRAINING_ONLY):

@@ -99,6 +99,11 @@ class TrainingConfig:
         "--adapter-path",
         Trait.OF_ROUNDS | Trait.THIS_COMMAND | Trait.COMPARED,
     )
+    dry_run: bool = _what(
+        False,
+        "say what the run will take: steps, tokens, memory and time; a few steps are taken and not kept",
+        Trait.THIS_COMMAND | Trait.COMPARED | Trait.TRAINING_ONLY | Trait.NOT_ON_CARD,
+    )
 
     columns: str | None = _data(
         None, "columns under other names: prompt=question,rejected=worse", Trait.OF_ROUNDS | Trait.INSPECTED
