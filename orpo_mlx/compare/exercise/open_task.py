@@ -1,0 +1,230 @@
+"""Tier 2: SmolLM2's own replies to open prompts, ranked by a scorer that has seen no language model."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from orpo_mlx.compare.exercise.prompts import open_prompts
+from orpo_mlx.compare.exercise.task import PerPrompt, Size
+from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.engine.pair_scorer import PairScorer
+from orpo_mlx.engine.score import score_pairs
+from orpo_mlx.errors import ConfigError
+from orpo_mlx.judging.generation import Generated, Generator, Sampling
+from orpo_mlx.models.adapters import adapters_off, in_evaluation
+from orpo_mlx.models.loading import load
+from orpo_mlx.models.names import DEFAULT_MODEL
+from orpo_mlx.types import TokenizedPair
+
+CLEAN, FLIPPED, LONGER = "clean", "25 % flipped", "80 % longer chosen"
+VARIANTS = (CLEAN, FLIPPED, LONGER)
+SAMPLES = 4
+"""Replies to each prompt of which pairs are made."""
+REPLY_TOKENS = 40
+_CLOSE_LENGTHS = 3
+# Of the 80 % variant: pairs whose lengths a model could tell apart.
+_FAR_LENGTHS = 4
+_LONGER_SHARE, _FLIPPED_SHARE = 0.8, 0.25
+# Scores are -1 to 1; a smaller difference is a word's.
+_LEAST_DIFFERENCE = 0.1
+_ROWS = 8
+_SEEDS = {"train": 1, "valid": 2, "test": 3}
+
+# Plain prose by the authors of this package: is what a model knew of language still there?
+HELD_OUT_TEXT = (
+    "The river rises in the hills to the north and reaches the sea after some two hundred miles. For most of that way "
+    "it is too shallow for boats, so the towns along it grew around bridges and mills rather than harbours. In dry "
+    "summers the upper reaches disappear into gravel, and farmers dig wells in the bed itself. When the rain returns "
+    "in October, the water comes down within a day, brown and loud, and carries branches past the windows of people "
+    "who have moved their chairs upstairs. Nobody remembers a year without a flood, and nobody has ever left."
+)
+
+
+class Answer(NamedTuple):
+    """A reply with what it is compared by."""
+
+    ids: tuple[int, ...]
+    text: str
+    gold: float
+
+
+def sentiment_scorer() -> Callable[[str], float]:
+    """VADER's compound score of a text, -1 to 1 (Hutto & Gilbert 2014): a lexicon with rules for negation and emphasis.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+    # Deterministic, offline, and made by people who rated words: it shares no data with the model that it scores.
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError:
+        raise ConfigError("the exercise's scorer is missing: pip install 'orpo-mlx[exercise]'.") from None
+    analyzer = SentimentIntensityAnalyzer()
+    return lambda text: float(analyzer.polarity_scores(text)["compound"])
+
+
+class OpenTask:
+    """Pairs of one model's replies to the same prompt, the better one by VADER chosen.
+
+    Variants: of `clean` and `25 % flipped` a pair is the best and the worst of four replies whose lengths differ by at
+    most three tokens; of `80 % longer chosen` by at least four, and the better one is the longer one in 80 % of them.
+    Valid and test are prompts alone, so nothing about length is in them.
+    """
+
+    name = "open"
+    bound = 5.0
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        self.loaded = load(DEFAULT_MODEL)
+        self._tokenizer: Any = self.loaded.tokenizer
+        self._score = sentiment_scorer()
+        self._prompts = {
+            "train": open_prompts("train", size.pairs),
+            "valid": open_prompts("valid", size.valid_prompts),
+            "test": open_prompts("test", size.test_prompts),
+        }
+        self._ids = {split: [self._prompt_ids(text) for text in texts] for split, texts in self._prompts.items()}
+        self._answers = {split: self._answer(split, SAMPLES, seed=_SEEDS[split]) for split in ("train", "valid")}
+        self._pairs = {variant: make_pairs(self._ids["train"], self._answers["train"], variant) for variant in VARIANTS}
+        self._held_out = make_pairs(self._ids["valid"], self._answers["valid"], CLEAN)
+        self._base_logps = self._logps()
+        self._base_gold = {split: self._golds(split) for split in ("valid", "test")}
+
+    def shared(self) -> TrainingConfig:
+        """The settings that hold for all methods."""
+        lora = {"rank": 8, "scale": 20.0, "dropout": 0.0}
+        return TrainingConfig(batch_size=self.size.batch_size, lora_parameters=lora, num_layers=-1, memory="fast")
+
+    def train_pairs(self, variant: str) -> list[TokenizedPair]:
+        """Pairs of the train prompts; a prompt whose replies make none of a variant is left out (`facts` counts)."""
+        return self._pairs[variant]
+
+    def held_out_pairs(self) -> list[TokenizedPair]:
+        """Clean pairs of the valid prompts."""
+        return self._held_out
+
+    def look(self, split: str) -> PerPrompt:
+        """One reply to each prompt, drawn at temperature 1: gold, KL, length, win over the base; and log-probs."""
+        answers = [each[0] for each in self._answer(split, 1, seed=100 + _SEEDS[split])]
+        gold = [answer.gold for answer in answers]
+        drift = [after - before for after, before in zip(self._logps(), self._base_logps, strict=True)]
+        return {
+            "gold": gold,
+            "kl": self._kl(self._ids[split], answers),
+            "tokens": [float(len(answer.ids)) for answer in answers],
+            "win": [1.0 if g > b else 0.5 if g == b else 0.0 for g, b in zip(gold, self._base_gold[split], strict=True)],
+            "chosen_drift": [drift[place] for place in range(0, len(drift), 2)],
+            "rejected_drift": [drift[place] for place in range(1, len(drift), 2)],
+            "text_nll": [self._text_nll()],
+        }
+
+    def replies(self, split: str = "test", count: int = 4) -> list[dict[str, str]]:
+        """The first replies to a split's prompts, with the draws that `look` scores."""
+        answers = self._answer(split, 1, seed=100 + _SEEDS[split])
+        shown = list(zip(self._prompts[split], answers, strict=True))[:count]
+        return [{"prompt": prompt, "reply": each[0].text} for prompt, each in shown]
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader has to know of the data: how many pairs, how far apart their gold and their lengths are."""
+        found: dict[str, Any] = {"model": DEFAULT_MODEL, "scorer": "VADER compound (vaderSentiment)"}
+        golds = {answer.ids: answer.gold for answers in self._answers["train"] for answer in answers}
+        for variant, pairs in self._pairs.items():
+            longer = [len(pair.chosen_ids) > len(pair.rejected_ids) for pair in pairs]
+            apart = [abs(golds[pair.chosen_ids] - golds[pair.rejected_ids]) for pair in pairs]
+            found[variant] = {
+                "pairs": len(pairs),
+                "prompts_without_a_pair": len(self._ids["train"]) - len(pairs),
+                "longer_chosen": statistics.fmean(longer) if longer else 0.0,
+                "gold_difference": statistics.fmean(apart) if apart else 0.0,
+            }
+        return found
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        turns = [{"role": "user", "content": text}]
+        return list(self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True))
+
+    def _answer(self, split: str, samples: int, seed: int) -> list[list[Answer]]:
+        sampling = Sampling(max_tokens=REPLY_TOKENS, temperature=1.0, seed=seed)
+        generator = Generator(self.loaded.model, self._tokenizer, sampling, samples=samples, rows=_ROWS * SAMPLES)
+        return [[self._scored(reply) for reply in replies] for replies in generator.replies(self._ids[split])]
+
+    def _scored(self, reply: Generated) -> Answer:
+        # The token that ends a reply is trained on as well: how long to speak is part of what is said.
+        end = (int(self._tokenizer.eos_token_id),) if reply.finished else ()
+        return Answer((*reply.ids, *end), reply.text, self._score(reply.text))
+
+    def _golds(self, split: str) -> list[float]:
+        return [each[0].gold for each in self._answer(split, 1, seed=100 + _SEEDS[split])]
+
+    def _kl(self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> list[float]:
+        """KL(model ‖ base) of each reply: summed over its positions and the whole vocabulary, nats."""
+        found = []
+        with in_evaluation(self.loaded.model):
+            for prompt, answer in zip(prompts, answers, strict=True):
+                ids = mx.array([[*prompt, *answer.ids]])
+                places = slice(len(prompt) - 1, ids.shape[1] - 1)
+                policy = nn.log_softmax(self.loaded.model(ids)[0, places].astype(mx.float32), axis=-1)
+                with adapters_off(self.loaded.model):
+                    base = nn.log_softmax(self.loaded.model(ids)[0, places].astype(mx.float32), axis=-1)
+                found.append(float((mx.exp(policy) * (policy - base)).sum()))
+        return found
+
+    def _logps(self) -> list[float]:
+        """Summed log-probs of chosen and rejected of each held-out pair, in turn."""
+        self.loaded.model.eval()
+        rows = score_pairs(PairScorer(self.loaded.model), self._held_out, batch_size=_ROWS)
+        return [row[key] for row in rows for key in ("chosen_logps", "rejected_logps")]
+
+    def _text_nll(self) -> float:
+        """Nats per token of `HELD_OUT_TEXT`."""
+        ids = mx.array([self._tokenizer.encode(HELD_OUT_TEXT)])
+        with in_evaluation(self.loaded.model):
+            logits = self.loaded.model(ids[:, :-1]).astype(mx.float32)
+        return float(nn.losses.cross_entropy(logits, ids[:, 1:]).mean())
+
+
+def make_pairs(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Answer]], variant: str
+) -> list[TokenizedPair]:
+    """A pair of each prompt whose answers make one of a variant; see `OpenTask`."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for row, (prompt, drawn) in enumerate(zip(prompts, answers, strict=True)):
+        # Drawn for every prompt, used or not, so that one prompt's pair does not depend on the others'.
+        flips, longer = rng.random() < _FLIPPED_SHARE, rng.random() < _LONGER_SHARE
+        found = best_and_worst(drawn, longer if variant == LONGER else None)
+        if found is not None:
+            better, worse = found[::-1] if variant == FLIPPED and flips else found
+            pairs.append(TokenizedPair(tuple(prompt), better.ids, worse.ids, f"train:{row}"))
+    return pairs
+
+
+def best_and_worst(answers: Sequence[Answer], longer: bool | None) -> tuple[Answer, Answer] | None:
+    """The two answers that gold parts the most, the better first; None where there are no two that fit.
+
+    Args:
+        answers: to one prompt.
+        longer: whether the better one must be longer (or shorter) by four tokens; None: they must be of nearly one
+            length.
+    """
+
+    def fits(better: Answer, worse: Answer) -> bool:
+        extra = len(better.ids) - len(worse.ids)
+        if longer is None:
+            return abs(extra) <= _CLOSE_LENGTHS
+        return (extra if longer else -extra) >= _FAR_LENGTHS
+
+    found = [
+        (better.gold - worse.gold, better, worse)
+        for better, worse in itertools.permutations(answers, 2)
+        if better.gold - worse.gold >= _LEAST_DIFFERENCE and fits(better, worse)
+    ]
+    return max(found, key=lambda each: each[0])[1:] if found else None

@@ -1,0 +1,204 @@
+"""A tier of the exercise: tuning, final trainings under several seeds, and sanity checks, cell by cell."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from orpo_mlx.compare.exercise.cells import Cells
+from orpo_mlx.compare.exercise.contenders import CONTENDERS, LIKELIHOOD_ALONE, Contender, Setting, grid
+from orpo_mlx.compare.exercise.halving import successive_halving
+from orpo_mlx.compare.exercise.task import PerPrompt, Task
+from orpo_mlx.compare.exercise.trainer import fresh_run, put_back, reward_margins, train
+from orpo_mlx.compare.pair_sets import swapped
+from orpo_mlx.training.run import Run
+from orpo_mlx.types import TokenizedPair
+
+GIVEN, SWAPPED = "given", "swapped"
+
+
+def run_study(task: Task, cells: Cells) -> dict[str, Any]:
+    """All trainings of a tier; docs/results.md has the keys."""
+    by_name = {contender.name: contender for contender in CONTENDERS}
+    contenders = [by_name[name] for name in task.size.contenders]
+    base = cells.get({"tier": task.name, "what": "base model"}, lambda: {"test": measured_base(task)})
+    variants = {variant: run_variant(task, cells, variant, contenders) for variant in task.size.variants}
+    found = {"facts": task.facts(), "size": size_record(task), "base": base["test"], "variants": variants}
+    if task.size.shuffles:
+        clean = variants[task.size.variants[0]]
+        found["sanity"] = [sanity_cells(task, cells, contender, clean) for contender in contenders]
+    return found
+
+
+def size_record(task: Task) -> dict[str, Any]:
+    """How large the tier was run."""
+    size = task.size
+    rounds = [each._asdict() for each in size.rounds]
+    return {**size._asdict(), "rounds": rounds, "kl_bound": task.bound, "replies_per_prompt": size.samples}
+
+
+def measured_base(task: Task) -> PerPrompt:
+    """The base model on the test prompts, with adapters that do nothing yet."""
+    with fresh_run(task.loaded, task.shared()):
+        return task.look("test")
+
+
+def run_variant(task: Task, cells: Cells, variant: str, contenders: Sequence[Contender]) -> dict[str, Any]:
+    """Every method tuned on one variant of the labels, then trained under all seeds at its best setting."""
+    return {contender.name: run_contender(task, cells, variant, contender) for contender in contenders}
+
+
+def run_contender(task: Task, cells: Cells, variant: str, contender: Contender) -> dict[str, Any]:
+    """One method on one variant: its tuning, its choice, its final trainings."""
+    size = task.size
+    tuning: list[dict[str, Any]] = []
+
+    def score(setting: Setting, steps: int) -> float:
+        cell = training(task, cells, variant, contender, setting, 0, steps)
+        best = cell["curve"][cell["best"]]
+        tuning.append({**setting._asdict(), "steps": steps, "score": best["gold"], "kl": best["kl"], **cell})
+        return float(best["gold"])
+
+    entries = successive_halving(grid(contender, size.rates, size.rounds[0].settings), size.rounds, score)
+    chosen = entries[-1].setting
+    finals = [
+        training(task, cells, variant, contender, chosen, seed, size.rounds[-1].steps, test=True)
+        for seed in range(size.seeds)
+    ]
+    kept = ("rate", "strength", "steps", "score", "kl", "best", "failed", "valid_gold")
+    return {
+        "strength": contender.strength,
+        "likelihood": contender.likelihood,
+        "chosen": chosen._asdict(),
+        "tuning": [{key: entry[key] for key in kept} for entry in tuning],
+        "seeds": finals,
+    }
+
+
+def training(
+    task: Task,
+    cells: Cells,
+    variant: str,
+    contender: Contender,
+    setting: Setting,
+    seed: int,
+    steps: int,
+    *,
+    test: bool = False,
+) -> dict[str, Any]:
+    """One training, looked at on the way, and where `test` judged on the test prompts at its best step."""
+    identity = _identity(task, variant, contender, setting, seed, steps)
+
+    def compute() -> dict[str, Any]:
+        # Finals of seed 0 repeat a training of the tuning: it takes seconds, and its adapters were not kept.
+        with fresh_run(task.loaded, contender.config(setting, task.shared(), seed)) as run:
+            seen: list[PerPrompt] = []
+
+            def look(run: Run) -> dict[str, float]:
+                seen.append(task.look("valid"))
+                return means(seen[-1])
+
+            found = train(run, contender, task.train_pairs(variant), look_steps(task, steps), look, task.bound)
+            result = {
+                "losses": found.losses,
+                "accuracies": found.accuracies,
+                "curve": found.curve,
+                "best": found.best,
+                "failed": found.failed,
+                "valid_gold": list(seen[found.best]["gold"]),
+            }
+            if test:
+                put_back(run, found.adapters)
+                result["test"] = task.look("test")
+            return result
+
+    return cells.get({**identity, "what": "final" if test else "tuning"}, compute)
+
+
+def sanity_cells(task: Task, cells: Cells, contender: Contender, clean: Mapping[str, Any]) -> dict[str, Any]:
+    """Trainings of one method on the given, the swapped and shuffled labels, judged by its own reward.
+
+    `wins` are 1 where training raised the method's own reward of the held-out pair's better side by more than that of
+    the worse one; the change, since a reward that has no reference prefers one side before any training.
+    """
+    setting = Setting(**clean[contender.name]["chosen"])
+    labels = [GIVEN, SWAPPED, *shuffles(task.size.shuffles)]
+    found = {"name": contender.name, "likelihood": contender.likelihood, **setting._asdict()}
+    found["wins"] = {each: own_reward(task, cells, contender, setting, each)["wins"] for each in labels}
+    if contender.likelihood:
+        # What the likelihood term does by itself, at the same rate, on the same shuffles.
+        alone = next(each for each in CONTENDERS if each.name == LIKELIHOOD_ALONE)
+        same_rate = Setting(setting.rate, None)
+        found["likelihood_wins"] = {each: own_reward(task, cells, alone, same_rate, each)["wins"] for each in labels[2:]}
+    return found
+
+
+def own_reward(task: Task, cells: Cells, contender: Contender, setting: Setting, labels: str) -> dict[str, Any]:
+    """One training on some labels to its last step, judged by the method's own reward on the held-out pairs."""
+    steps = task.size.rounds[-1].steps
+    variant = task.size.variants[0]
+    identity = {**_identity(task, variant, contender, setting, 0, steps), "what": "own reward", "labels": labels}
+
+    def compute() -> dict[str, Any]:
+        held_out = task.held_out_pairs()
+        pairs = relabelled(task.train_pairs(variant), labels)
+        with fresh_run(task.loaded, contender.config(setting, task.shared(), 0)) as run:
+            before = reward_margins(run, held_out)
+            # Not its best step: choosing one by gold would let the right labels in by the back door.
+            found = train(run, contender, pairs, (steps,), lambda run: {"gold": 0.0, "kl": 0.0}, task.bound)
+            change = reward_margins(run, held_out) - before
+        return {"wins": [int(value > 0) for value in change], "failed": found.failed}
+
+    return cells.get(identity, compute)
+
+
+def relabelled(pairs: Sequence[TokenizedPair], labels: str) -> list[TokenizedPair]:
+    """Pairs with their labels as given, all swapped, or (`shuffle N`) half of them, drawn by N, swapped.
+
+    `shuffle N mirrored` swaps the other half. A shuffle agrees with the truth somewhat more or less than by half, and
+    its mirror image by as much less or more: their mean is free of it.
+    """
+    if labels == GIVEN:
+        return list(pairs)
+    if labels == SWAPPED:
+        return [swapped(pair) for pair in pairs]
+    _, number, *mirrored = labels.split()
+    rng = np.random.default_rng((int(number), len(pairs)))
+    flipped = set(rng.permutation(len(pairs))[: len(pairs) // 2].tolist())
+    return [swapped(pair) if (place in flipped) != bool(mirrored) else pair for place, pair in enumerate(pairs)]
+
+
+def shuffles(count: int) -> list[str]:
+    """The names of `count` shuffles and their mirror images, side by side."""
+    return [f"shuffle {number}{mirrored}" for number in range(count) for mirrored in ("", " mirrored")]
+
+
+def look_steps(task: Task, steps: int) -> list[int]:
+    """The steps at which a training is looked at."""
+    count = min(task.size.looks, steps)
+    return [steps * (number + 1) // count for number in range(count)]
+
+
+def means(measures: PerPrompt) -> dict[str, float]:
+    """The mean over prompts of each measure that has a value for each."""
+    return {key: statistics.fmean(values) for key, values in measures.items()}
+
+
+def count_cells(task: Task) -> int:
+    """How many cells `run_study` will ask for."""
+    size = task.size
+    contenders = [each for each in CONTENDERS if each.name in size.contenders]
+    one = sum(each.settings for each in size.rounds) + size.seeds
+    shuffled = 2 * size.shuffles
+    sane = (2 + shuffled) * len(contenders) + shuffled * sum(each.likelihood for each in contenders)
+    return 1 + len(size.variants) * len(contenders) * one + (sane if size.shuffles else 0)
+
+
+def _identity(
+    task: Task, variant: str, contender: Contender, setting: Setting, seed: int, steps: int
+) -> dict[str, Any]:
+    named = {"tier": task.name, "variant": variant, "method": contender.name, **setting._asdict()}
+    return {**named, "seed": seed, "steps": steps}

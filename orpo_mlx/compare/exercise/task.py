@@ -1,0 +1,63 @@
+"""What a tier of the exercise has to provide, and how large it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from orpo_mlx.compare.exercise.halving import Round
+from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.models.loading import LoadedModel
+from orpo_mlx.types import TokenizedPair
+
+PerPrompt = Mapping[str, Sequence[float]]
+"""Measures of a model, a value for each prompt: `gold` (the reward) and `kl` (nats per reply) among them."""
+
+
+class Size(NamedTuple):
+    """How large a tier is run."""
+
+    pairs: int
+    """To train on."""
+    batch_size: int
+    rates: tuple[float, ...]
+    rounds: tuple[Round, ...]
+    """Of the tuning; the last one's steps are those of the final trainings."""
+    looks: int
+    """Times a training is looked at, evenly spread over its steps."""
+    seeds: int
+    valid_prompts: int
+    test_prompts: int
+    samples: int
+    """Replies to each test prompt."""
+    held_out: int
+    """Labelled pairs that nothing is trained on, for the methods' own rewards."""
+    shuffles: int
+    """Of the labels, each trained on with its mirror image, for each method; 0: no sanity checks."""
+    variants: tuple[str, ...]
+    contenders: tuple[str, ...]
+
+
+class Task(Protocol):
+    """A tier: a model, pairs of its own replies, and a reward that no method sees."""
+
+    name: str
+    loaded: LoadedModel
+    size: Size
+    bound: float
+    """The largest KL to the base model, nats per reply."""
+
+    def shared(self) -> TrainingConfig:
+        """The settings that hold for all methods."""
+
+    def train_pairs(self, variant: str) -> list[TokenizedPair]:
+        """What is trained on, with the labels of a variant."""
+
+    def held_out_pairs(self) -> list[TokenizedPair]:
+        """Pairs labelled by the reward itself; the base model prefers the chosen side in exactly half of them."""
+
+    def look(self, split: str) -> PerPrompt:
+        """Measures of the model as it is, on the prompts of "valid" or "test"."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader has to know of the data."""

@@ -1,0 +1,122 @@
+"""One training within this process, looked at on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.utils import remove_lora_layers
+
+from orpo_mlx.compare.exercise.contenders import Contender
+from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.data.batching import TrainingOrder
+from orpo_mlx.engine.pair_scorer import pair_logps
+from orpo_mlx.errors import TrainingError
+from orpo_mlx.models.loading import LoadedModel
+from orpo_mlx.training.prepare import assemble
+from orpo_mlx.training.reference import with_reference
+from orpo_mlx.training.run import Run
+from orpo_mlx.types import TokenizedPair
+
+Look = Callable[[Run], Mapping[str, Any]]
+"""What is measured of a run: `gold` and `kl`, means over prompts, among it."""
+
+
+class Trained(NamedTuple):
+    """A training and what was seen on its way."""
+
+    losses: list[float]
+    accuracies: list[float]
+    curve: list[dict[str, Any]]
+    """What each look found, with its `step`; the first is of step 0."""
+    best: int
+    """The place in `curve` of the highest gold at a KL of at most the bound."""
+    adapters: dict[str, mx.array]
+    """Of that step."""
+    failed: str | None
+    """Why it ended early."""
+
+
+@contextmanager
+def fresh_run(loaded: LoadedModel, config: TrainingConfig) -> Iterator[Run]:
+    """A run with new adapters on a model without any, which it is without again at the end."""
+    mx.random.seed(config.seed)
+    run = assemble(config, Path(), {}, loaded)
+    run.optimizer.init(loaded.model.trainable_parameters())
+    try:
+        yield run
+    finally:
+        remove_lora_layers(loaded.model)
+        loaded.model.freeze()
+        loaded.model.eval()
+
+
+def train(
+    run: Run, contender: Contender, pairs: Sequence[TokenizedPair], looks: Sequence[int], look: Look, bound: float
+) -> Trained:
+    """Train until the last step of `looks`, looking at each of them and at step 0.
+
+    The best step, rather than the last, is what a training is worth: how long to train is tuned as well, by the same
+    rule for every method. Step 0 is among them, so that a training which leaves the bound at once is worth nothing.
+
+    Args:
+        run: from `fresh_run`.
+        contender: whose steps are taken.
+        pairs: to train on.
+        looks: steps, rising.
+        look: measures the run.
+        bound: the largest KL to the base model, in nats per reply.
+    """
+    losses: list[float] = []
+    accuracies: list[float] = []
+    curve = [{"step": 0, **look(run)}]
+    best, adapters, failed = 0, trained_weights(run), None
+    order = TrainingOrder(pairs, run.config.batch_size, seed=run.config.seed, shuffle=True)
+    for step, indices in enumerate(order, 1):
+        # Looking leaves the model in evaluation mode.
+        run.loaded.model.train()
+        try:
+            found = contender.step(run, [pairs[index] for index in indices], step)
+        except TrainingError as error:
+            # A rate that is too high is a result, and no end of the exercise.
+            failed = str(error)
+            break
+        losses.append(found["loss"])
+        accuracies.append(found["accuracy"])
+        if step in looks:
+            curve.append({"step": step, **look(run)})
+            if curve[-1]["kl"] <= bound and curve[-1]["gold"] > curve[best]["gold"]:
+                best, adapters = len(curve) - 1, trained_weights(run)
+        if step >= looks[-1]:
+            break
+    return Trained(losses, accuracies, curve, best, adapters, failed)
+
+
+def trained_weights(run: Run) -> dict[str, mx.array]:
+    """The adapters as they are now; arrays are never changed in place, so these stay."""
+    return dict(tree_flatten(run.loaded.model.trainable_parameters()))
+
+
+def put_back(run: Run, adapters: Mapping[str, mx.array]) -> None:
+    """Set the adapters to what they were at some step."""
+    run.loaded.model.update(tree_unflatten(list(adapters.items())))
+    mx.eval(run.loaded.model.parameters())
+
+
+def reward_margins(run: Run, pairs: Sequence[TokenizedPair], batch_size: int = 64) -> npt.NDArray[np.float64]:
+    """The method's own reward of each pair's chosen side minus that of its rejected side, (N,), as the loss has it."""
+    run.loaded.model.eval()
+    margins = []
+    for start in range(0, len(pairs), batch_size):
+        group = pairs[start : start + batch_size]
+        batch = run.scorer.collate(group)
+        reference = run.reference(group, batch) if run.reference else None
+        output = run.method.loss(with_reference(pair_logps(run.scorer, batch, gradient=False), reference))
+        margins.append(np.array(output.chosen_rewards - output.rejected_rewards, np.float64))
+    return np.concatenate(margins)

@@ -1,0 +1,160 @@
+"""The course chapter's five claims, each a sentence with figures and a named limit."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from orpo_mlx.compare.exercise.significance import mean_with_error, paired_bootstrap
+
+ORPO, DPO = "orpo", "dpo"
+Variant = Mapping[str, Mapping[str, Any]]
+"""A variant of a tier in `results.json`: methods by name."""
+
+CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "not decided"
+
+
+class Verdict(NamedTuple):
+    """One claim."""
+
+    claim: str
+    verdict: str
+    measured: str
+    limit: str
+    """What the measurement does not say."""
+
+
+def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
+    """All five, from raw figures alone; none of them holds a time, which differs from run to run."""
+    exact = results["tiers"]["exact"]
+    first = next(iter(exact["variants"].values()))
+    return [
+        reference(results["cost"]),
+        phases(results["cost"]),
+        memory(results["cost"]),
+        convergence(first, exact["size"]),
+        sensitivity(exact["variants"]),
+    ]
+
+
+def reference(cost: Mapping[str, Any]) -> Verdict:
+    """Whether DPO needs a second model."""
+    own = cost["measured"]
+    return Verdict(
+        "DPO needs a reference model, ORPO does not",
+        f"{CONFIRMED} for reference log-probs, {REFUTED} for a second model",
+        f"DPO's reference is its own weights with the adapters off: a step's peak is {own[DPO]['peak_gib']:.2f} GiB, "
+        f"ORPO's {own[ORPO]['peak_gib']:.2f}",
+        "LoRA; full fine-tuning computes the reference before the first step instead",
+    )
+
+
+def phases(cost: Mapping[str, Any]) -> Verdict:
+    """Whether DPO takes two phases."""
+    own = cost["measured"]
+    return Verdict(
+        "DPO takes two phases, ORPO one",
+        f"{REFUTED} for a second training, {CONFIRMED} for a second forward pass",
+        f"one command and one loop; over the same {own[DPO]['steps']} steps DPO runs {own[DPO]['forward_tokens']} tokens "
+        f"forward without gradient, ORPO {own[ORPO]['forward_tokens']}; once per pair, however many epochs",
+        "the supervised training that a chapter puts before DPO is a choice of data, needed by neither loss",
+    )
+
+
+def memory(cost: Mapping[str, Any]) -> Verdict:
+    """Where a second copy of the weights doubles the peak."""
+    own = cost["measured"]
+    shared, copied = (own[name]["peak_gib"] / own[ORPO]["peak_gib"] for name in (DPO, "dpo --reference copy"))
+    rows = cost["predicted"]
+    reach = [row for row in rows if row["copy_ratio"] >= 1.9]
+    most = max(rows, key=lambda row: row["copy_ratio"])
+    where = (
+        "twice within a tenth for " + ", ".join(f"{row['model']} at {row['tokens']} tokens a side" for row in reach)
+        if reach
+        else f"nowhere twice: at most {most['copy_ratio']:.2f} times, {most['model']} at {most['tokens']} tokens a side"
+    )
+    return Verdict(
+        "DPO takes twice the memory",
+        f"{REFUTED} as run here; a second copy approaches it only where weights outweigh activations",
+        f"measured on {cost['model']}: DPO {shared:.2f} times ORPO's peak, with a second copy {copied:.2f} times; "
+        f"predicted with a second copy: {where}",
+        "predictions are of MLX's peak, within a tenth; none was measured on a Mac",
+    )
+
+
+def convergence(variant: Variant, size: Mapping[str, Any]) -> Verdict:
+    """Which of the two reaches more reward after as many steps and pair tokens."""
+    claim = "ORPO converges faster"
+    gaps = [
+        [ours["gold"] - theirs["gold"] for ours, theirs in zip(a["curve"][1:], b["curve"][1:], strict=False)]
+        for a, b in zip(variant[ORPO]["seeds"], variant[DPO]["seeds"], strict=True)
+    ]
+    steps = [point["step"] for point in variant[ORPO]["seeds"][0]["curve"][1:]][: min(map(len, gaps))]
+    found = [seed_interval([row[place] for row in gaps]) for place in range(len(steps))]
+    ahead = sum(low > 0 for _, low, _ in found)
+    behind = sum(high < 0 for _, _, high in found)
+    shown = "; ".join(
+        f"step {step}: {mean:+.2f} ({low:+.2f} to {high:+.2f})"
+        for step, (mean, low, high) in zip(steps, found, strict=True)
+    )
+    verdict = CONFIRMED if ahead and not behind else REFUTED if behind and not ahead else OPEN
+    count = f"ORPO is ahead at {ahead} and behind at {behind} of {len(found)} looks"
+    return Verdict(
+        claim,
+        verdict if verdict != OPEN else f"{OPEN}: {count}; see what the design could find",
+        f"gold of ORPO minus DPO on valid prompts, each at its tuned rate, with 95 % intervals over {len(gaps)} seeds: "
+        f"{shown}",
+        "the same steps are the same pair tokens; seconds are in the costs. DPO moves further from the base in as many "
+        "steps, so this is no comparison at equal KL",
+    )
+
+
+def seed_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95 % interval over seeds by Student's t; without bounds for one seed."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, -math.inf, math.inf
+    # The 97.5 % points for few degrees of freedom (any table of Student's t), else the normal one, which is within 5 %.
+    points = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+    point = points[len(values) - 2] if len(values) - 2 < len(points) else 2.093
+    half = point * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def sensitivity(variants: Mapping[str, Variant]) -> Verdict:
+    """Which of the two loses more by a setting that was not tuned."""
+    parts, signs = [], []
+    for name, variant in variants.items():
+        lost = {method: shortfall(variant[method]["tuning"]) for method in (ORPO, DPO)}
+        gap = paired_bootstrap([lost[ORPO]], [lost[DPO]])
+        signs.append(-1 if gap.high < 0 else 1 if gap.low > 0 else 0)
+        means = {method: mean_with_error([values])[0] for method, values in lost.items()}
+        best = {method: max(entry["score"] for entry in variant[method]["tuning"]) for method in (ORPO, DPO)}
+        parts.append(
+            f"{name}: {means[ORPO]:.2f} of {best[ORPO]:.2f} for ORPO, {means[DPO]:.2f} of {best[DPO]:.2f} for DPO "
+            f"(difference {gap.low:+.2f} to {gap.high:+.2f})"
+        )
+    settings = sum(entry["steps"] == min_steps(variant) for entry in variant[ORPO]["tuning"])
+    verdict = CONFIRMED if set(signs) == {-1} else REFUTED if set(signs) == {1} else OPEN
+    return Verdict(
+        "DPO's sensitivity to hyper-parameters is moderate, ORPO's low",
+        verdict if verdict != OPEN else f"{OPEN}: the variants do not agree, or their intervals hold 0",
+        f"gold lost by the average of {settings} settings of learning rate and β against the best of them, within the "
+        f"KL bound: {'; '.join(parts)}",
+        "a method that gains little can lose little: compare with the best of each. One seed; intervals over prompts",
+    )
+
+
+def min_steps(variant: Variant) -> int:
+    """The length of the first round's trainings, in which the whole grid took part."""
+    return min(entry["steps"] for entry in variant[ORPO]["tuning"])
+
+
+def shortfall(tuning: Sequence[Mapping[str, Any]]) -> list[float]:
+    """For each valid prompt, the gold of the grid's best setting minus the mean over the grid."""
+    first = min(entry["steps"] for entry in tuning)
+    grid = [entry for entry in tuning if entry["steps"] == first]
+    best = max(grid, key=lambda entry: entry["score"])["valid_gold"]
+    return [top - statistics.fmean(column) for top, column in zip(best, zip(*(e["valid_gold"] for e in grid)))]
