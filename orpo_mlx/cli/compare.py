@@ -7,11 +7,12 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from orpo_mlx.compare.plan import BUDGETS, PROG, Budget, Plan, check_shared, make_arm
 from orpo_mlx.config.command_line import resolve
 from orpo_mlx.config.flags import OneLineParser, exit_status, naming_flags, with_flags
-from orpo_mlx.errors import ConfigError
+from orpo_mlx.errors import ConfigError, TrainingError
 
 _OWN = ("methods", "learning_rates", "output")
 """Flags of this command that messages of the room mention."""
@@ -37,6 +38,16 @@ def build_parser() -> OneLineParser:
         default="orpo,dpo",
         help="methods with commas between, each with flags of its own if need be: 'orpo,dpo,dpo --reference copy' "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quick",
+        dest="extent",
+        action="store_const",
+        const="quick",
+        help="the chapter's exercise, small: gold reward against KL, with sanity checks; takes --output alone",
+    )
+    parser.add_argument(
+        "--full", dest="extent", action="store_const", const="full", help="the same, all methods and seeds: a night"
     )
     parser.add_argument("--steps", type=count, metavar="N", help="budget: optimiser steps")
     parser.add_argument("--pair-tokens", type=count, metavar="N", help="budget: tokens of pairs trained on")
@@ -70,6 +81,36 @@ def build_parser() -> OneLineParser:
     return parser
 
 
+class ExerciseRequest(NamedTuple):
+    """The chapter's exercise was asked for."""
+
+    extent: str
+    """A key of `compare.exercise.sizes.EXTENTS`."""
+    output: Path
+
+
+@naming_flags(_OWN)
+def parse_request(argv: Sequence[str] | None) -> Plan | ExerciseRequest:
+    """What a command line asks for; ConfigError as of `parse_plan`."""
+    own, rest = build_parser().parse_known_args(argv)
+    if own.extent is None:
+        return parse_plan(argv)
+    defaults = build_parser().parse_args(["--output", own.output])
+    given = [name for name, value in vars(own).items() if value != getattr(defaults, name) and name != "extent"]
+    if rest or given:
+        what = rest[0] if rest else f"--{given[0].replace('_', '-')}"
+        raise ConfigError(f"{what}: --quick and --full set everything themselves; give --output alone with them.")
+    return ExerciseRequest(own.extent, output_folder(own.output))
+
+
+def output_folder(name: str) -> Path:
+    """The folder of `--output`; ConfigError where it is a file."""
+    output = Path(name)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output}: is a file; give a folder.")
+    return output
+
+
 @naming_flags(_OWN)
 def parse_plan(argv: Sequence[str] | None) -> Plan:
     """A plan from the command line.
@@ -91,9 +132,6 @@ def parse_plan(argv: Sequence[str] | None) -> Plan:
     for arm in sanity:
         if arm not in arms:
             raise ConfigError(f"--sanity {arm.name}: is not among --methods.")
-    output = Path(own.output)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output {output}: is a file; give a folder.")
     return Plan(
         arguments=arguments,
         config=config,
@@ -107,7 +145,7 @@ def parse_plan(argv: Sequence[str] | None) -> Plan:
         test_pairs=own.test_pairs,
         curve_points=own.curve_points,
         accuracy=own.accuracy,
-        output=output,
+        output=output_folder(own.output),
     )
 
 
@@ -157,7 +195,10 @@ def parse_numbers(listed: str, flag: str) -> tuple[float, ...]:
 
 def run(argv: Sequence[str]) -> None:
     """Do what a command line asks; raises UserError."""
-    plan = parse_plan(argv)
+    plan = parse_request(argv)
+    if isinstance(plan, ExerciseRequest):
+        run_request(plan, argv)
+        return
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from orpo_mlx.compare.report import write_comparison
     from orpo_mlx.compare.runner import run_comparison
@@ -171,6 +212,28 @@ def run(argv: Sequence[str]) -> None:
         raise KeyboardInterrupt(f"what is finished is in {plan.output}/, the same command goes on") from None
     for path in write_comparison(results, plan.output):
         reporter.say(str(path))
+
+
+def run_request(request: ExerciseRequest, argv: Sequence[str]) -> None:
+    """The chapter's exercise; raises UserError, also where a sanity check fails."""
+    # Only now: a mistyped flag need not wait for mlx-lm and transformers.
+    from orpo_mlx.compare.exercise.page import write_page
+    from orpo_mlx.compare.exercise.run import failures, run_exercise
+    from orpo_mlx.reporting.console import Reporter
+
+    reporter = Reporter(render=with_flags)
+    try:
+        with naming_flags(_OWN):
+            results = run_exercise(request.extent, request.output, argv, reporter)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what is finished is in {request.output}/, the same command goes on") from None
+    for path in write_page(results, request.output):
+        reporter.say(str(path))
+    failed = failures(results)
+    if failed:
+        raise TrainingError(
+            f"a sanity check failed ({'; '.join(failed)}): see the first line of {request.output / 'report.md'}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

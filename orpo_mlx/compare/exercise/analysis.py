@@ -62,8 +62,9 @@ def analyse_sanity(sanity: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     - mirror: the share of held-out pairs that a method's own reward ranks right after training on the given labels is
       higher than after training on swapped ones (paired bootstrap over pairs, interval above 0).
-    - shuffled: over several shuffles, each with its mirror image, the mean share is 50 %. Of a method with a likelihood term, whose effect does not
-      depend on the labels, the share minus that of the term alone on the same shuffles is 0; Student's t.
+    - shuffled: over several shuffles, each with its mirror image, the mean share is 50 %. Of a method with a likelihood
+      term, whose effect does not depend on the labels, the share minus that of the term alone on the same shuffles is
+      0; Student's t.
 
     A p value of the second that is below `SANITY_ALPHA` after Holm's correction is a failure.
     """
@@ -103,7 +104,9 @@ def mirrored_means(wins: Mapping[str, Sequence[int]]) -> list[float]:
     """The mean share of each shuffle and its mirror image."""
     shares = {labels: statistics.fmean(each) for labels, each in wins.items() if labels.startswith("shuffle")}
     return [
-        (share + shares[f"{labels} mirrored"]) / 2 for labels, share in shares.items() if not labels.endswith("mirrored")
+        (share + shares[f"{labels} mirrored"]) / 2
+        for labels, share in shares.items()
+        if not labels.endswith("mirrored")
     ]
 
 

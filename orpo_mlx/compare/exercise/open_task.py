@@ -120,7 +120,9 @@ class OpenTask:
             "gold": gold,
             "kl": self._kl(self._ids[split], answers),
             "tokens": [float(len(answer.ids)) for answer in answers],
-            "win": [1.0 if g > b else 0.5 if g == b else 0.0 for g, b in zip(gold, self._base_gold[split], strict=True)],
+            "win": [
+                1.0 if g > b else 0.5 if g == b else 0.0 for g, b in zip(gold, self._base_gold[split], strict=True)
+            ],
             "chosen_drift": [drift[place] for place in range(0, len(drift), 2)],
             "rejected_drift": [drift[place] for place in range(1, len(drift), 2)],
             "text_nll": [self._text_nll()],

@@ -132,7 +132,9 @@ def sanity_cells(task: Task, cells: Cells, contender: Contender, clean: Mapping[
         # What the likelihood term does by itself, at the same rate, on the same shuffles.
         alone = next(each for each in CONTENDERS if each.name == LIKELIHOOD_ALONE)
         same_rate = Setting(setting.rate, None)
-        found["likelihood_wins"] = {each: own_reward(task, cells, alone, same_rate, each)["wins"] for each in labels[2:]}
+        found["likelihood_wins"] = {
+            each: own_reward(task, cells, alone, same_rate, each)["wins"] for each in labels[2:]
+        }
     return found
 
 

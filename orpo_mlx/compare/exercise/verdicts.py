@@ -57,7 +57,7 @@ def phases(cost: Mapping[str, Any]) -> Verdict:
     return Verdict(
         "DPO takes two phases, ORPO one",
         f"{REFUTED} for a second training, {CONFIRMED} for a second forward pass",
-        f"one command and one loop; over the same {own[DPO]['steps']} steps DPO runs {own[DPO]['forward_tokens']} tokens "
+        f"one command and one loop; over {own[DPO]['steps']} steps DPO runs {own[DPO]['forward_tokens']} tokens "
         f"forward without gradient, ORPO {own[ORPO]['forward_tokens']}; once per pair, however many epochs",
         "the supervised training that a chapter puts before DPO is a choice of data, needed by neither loss",
     )
@@ -157,4 +157,5 @@ def shortfall(tuning: Sequence[Mapping[str, Any]]) -> list[float]:
     first = min(entry["steps"] for entry in tuning)
     grid = [entry for entry in tuning if entry["steps"] == first]
     best = max(grid, key=lambda entry: entry["score"])["valid_gold"]
-    return [top - statistics.fmean(column) for top, column in zip(best, zip(*(e["valid_gold"] for e in grid)))]
+    columns = zip(*(entry["valid_gold"] for entry in grid), strict=True)
+    return [top - statistics.fmean(column) for top, column in zip(best, columns, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -62,6 +63,7 @@ def run_exercise(extent_name: str, output: Path, argv: Sequence[str], reporter: 
         "seconds": round(time.perf_counter() - started),
         "machine": machine(),
         "versions": versions(),
+        "commit": commit(),
         "tiers": tiers,
         "cost": cost(output, decisive, reporter),
     }
@@ -82,6 +84,21 @@ def cost(output: Path, decisive: Mapping[str, Any], reporter: Reporter) -> dict[
     return {**shape, "measured": measured, "predicted": predicted["rows"]}
 
 
+def commit() -> str | None:
+    """The commit of the checkout that this package is run from, with `+` where files differ from it."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    found = git("rev-parse", "--short=12", "HEAD")
+    return None if found is None else found + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
 def failures(results: Mapping[str, Any]) -> list[str]:
     """The sanity checks that failed, as words; none where all hold."""
     found = []
@@ -94,7 +111,7 @@ def failures(results: Mapping[str, Any]) -> list[str]:
 def without_times(results: Mapping[str, Any]) -> dict[str, Any]:
     """What two runs of one command must have in common: all but when and how long they ran, and where they were asked
     to write."""
-    kept = {key: value for key, value in results.items() if key not in ("date", "seconds", "command")}
+    kept = {key: value for key, value in results.items() if key not in ("date", "seconds", "command", "commit")}
     measured = results["cost"]["measured"]
     bare = {arm: {key: value for key, value in found.items() if key not in TIMES} for arm, found in measured.items()}
     return {**kept, "cost": {**results["cost"], "measured": bare}}

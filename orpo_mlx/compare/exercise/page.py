@@ -1,0 +1,148 @@
+"""The exercise as report.md, report.html and pictures, from its `results.json` alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from orpo_mlx.compare.exercise import tables
+from orpo_mlx.compare.exercise.run import failures
+from orpo_mlx.files import write_bytes, write_text
+from orpo_mlx.reporting.charts import DARK, LIGHT, Panel, label, legend, png, style
+from orpo_mlx.reporting.html_page import Picture, Table, render_markdown, render_page
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from orpo_mlx.reporting.charts import Theme
+
+TITLE = "The chapter's exercise: reward against distance"
+
+Results = Mapping[str, Any]
+
+
+class Section(NamedTuple):
+    """A table with what is to be known about it."""
+
+    title: str
+    text: str
+    table: Table
+
+
+def write_page(results: Results, folder: Path) -> list[Path]:
+    """Write report.md, report.html and gold_kl.png into `folder`; the paths written."""
+    panels = frontier_panels(results)
+    write_bytes(folder / "gold_kl.png", png(panels, LIGHT, columns=min(2, len(panels))))
+    write_text(folder / "report.md", markdown(results))
+    write_text(folder / "report.html", html(results))
+    return [folder / name for name in ("results.json", "gold_kl.png", "report.md", "report.html")]
+
+
+def markdown(results: Results) -> str:
+    """The report as Markdown."""
+    return render_markdown("compare/exercise/report.md.jinja", **_values(results))
+
+
+def html(results: Results) -> str:
+    """The report as one page that needs nothing beside it."""
+    pictures = [
+        Picture(_CAPTION, png([panel], LIGHT), png([panel], DARK), _CAPTION) for panel in frontier_panels(results)
+    ]
+    return render_page("compare/exercise/report.html.jinja", pictures=pictures, **_values(results))
+
+
+def first_line(results: Results) -> str:
+    """What stands before anything else: whether the sanity checks hold."""
+    failed = failures(results)
+    if failed:
+        return f"A SANITY CHECK FAILED ({'; '.join(failed)}): believe nothing below before you know why."
+    checked = sum(len(tier["analysis"].get("sanity", {"methods": []})["methods"]) for tier in results["tiers"].values())
+    return f"Sanity: swapped labels mirror and shuffled labels teach nothing, for all of {checked} methods."
+
+
+def facts(results: Results) -> dict[str, str]:
+    """What was run where and when, as text."""
+    versions = {key: value for key, value in results["versions"].items() if key not in ("platform", "device")}
+    return {
+        "extent": results["extent"],
+        "command": results["command"],
+        "machine": ", ".join(f"{key} {value}" for key, value in results["machine"].items()),
+        "versions": ", ".join(f"{key} {value}" for key, value in versions.items()),
+        "commit": results["commit"] or "not from a checkout",
+        "date": results["date"],
+        "seconds, this call": str(results["seconds"]),
+    }
+
+
+def sections_of(results: Results) -> list[Section]:
+    """All tables in the order of the report."""
+    found = [
+        Section(
+            "What the design could find",
+            "The smallest true difference in gold to DPO that is found with a chance of 80 %, at 5 % for any false "
+            "finding among all methods of a row (Holm). Read this before the results.",
+            tables.power(results),
+        ),
+        Section("The chapter's claims", "", tables.claims(results)),
+    ]
+    for tier in results["tiers"]:
+        for variant in results["tiers"][tier]["variants"]:
+            text = (
+                "Means over seeds and test prompts, standard errors over both in brackets; each method at its tuned "
+                "setting and its best step within the KL bound. p: paired bootstrap over prompts and seeds, after Holm."
+            )
+            found.append(Section(f"{tier} tier, {variant}", text, tables.quality(results, tier, variant)))
+    found.append(
+        Section(
+            "Sanity",
+            "Share of held-out pairs whose better side a method's own reward was moved towards. Swapped must be below "
+            "given; shuffled must be 50 %, or, with a likelihood term, that term's own share on the same shuffles.",
+            tables.sanity(results),
+        )
+    )
+    found.append(Section("Costs of a step", "Measured; seconds are of a shared machine.", tables.costs(results)))
+    found.append(Section("A second copy of the weights", "Predicted peaks of a step.", tables.copies(results)))
+    return found
+
+
+_CAPTION = (
+    "Gold against KL to the base model: each training of the tuning at its best step (small), final means over seeds "
+    "(large), and, in the exact tier, the highest gold there is at a KL (line)."
+)
+
+
+def frontier_panels(results: Results) -> list[Panel]:
+    """Gold against KL, a panel for each tier and variant."""
+    return [frontier_panel(tier, variant) for tier in results["tiers"].values() for variant in tier["variants"]]
+
+
+def frontier_panel(tier: Mapping[str, Any], variant: str) -> Panel:
+    """Gold against KL of every method on one variant."""
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        best = tier["facts"].get("frontier", [])
+        # Of the line, the part that methods could reach: beyond twice the bound it would flatten everything else.
+        shown = [point for point in best if point["kl"] <= 2 * tier["size"]["kl_bound"]]
+        axes.plot([p["kl"] for p in shown], [p["gold"] for p in shown], color=theme.ink, linewidth=1)
+        for number, (name, method) in enumerate(tier["variants"][variant].items()):
+            look = style(number)
+            points = [(entry["kl"], entry["score"]) for entry in method["tuning"]]
+            axes.scatter(*zip(*points, strict=True), color=look.color, marker=look.marker, s=10, alpha=0.5)
+            means = [statistics.fmean(statistics.fmean(seed["test"][key]) for seed in method["seeds"]) for key in _AXES]
+            axes.scatter(*([mean] for mean in means), color=look.color, marker=look.marker, s=60, label=label(name, 24))
+        axes.set_title(label(variant))
+        axes.set_xlabel("KL to the base model (nats per reply)")
+        axes.set_ylabel("gold")
+        legend(axes)
+
+    return draw
+
+
+_AXES = ("kl", "gold")
+
+
+def _values(results: Results) -> dict[str, Any]:
+    shown = {"first": first_line(results), "facts": facts(results), "sections": sections_of(results)}
+    return {"title": TITLE, "caption": _CAPTION, **shown}

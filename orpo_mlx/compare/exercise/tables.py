@@ -1,0 +1,145 @@
+"""The tables of the exercise, for Markdown and HTML alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from orpo_mlx.compare.tables import number
+from orpo_mlx.reporting.html_page import Table, TableCell
+
+Results = Mapping[str, Any]
+
+_MEASURES = {
+    "gold": "gold",
+    "kl": "KL to base, nats/reply",
+    "win": "wins over base",
+    "tokens": "reply, tokens",
+    "entropy": "entropy, nats/token",
+    "chosen_drift": "log-prob of chosen, change",
+    "rejected_drift": "of rejected, change",
+    "text_nll": "NLL of a text, nats/token",
+}
+_FORMS = {"gold": "{:.3f}", "text_nll": "{:.3f}"}
+
+
+def mean_cell(found: Mapping[str, float] | None, form: str) -> TableCell:
+    """A mean with its standard error."""
+    if found is None:
+        return number(None, form)
+    shown = form.format(found["mean"])
+    if found["standard_error"]:
+        shown += f" ({form.format(found['standard_error'])})"
+    return TableCell(shown, found["mean"])
+
+
+def quality(results: Results, tier: str, variant: str) -> Table:
+    """What each method reached on a variant, the base model first."""
+    analysis = results["tiers"][tier]["analysis"]
+    methods = analysis["variants"][variant]["methods"]
+    differences = analysis["variants"][variant].get("differences", {})
+    raw = results["tiers"][tier]["variants"][variant]
+    keys = [key for key in _MEASURES if key in next(iter(methods.values()))]
+    header = ("method", "rate", "strength", *(_MEASURES[key] for key in keys), "gold minus DPO's", "p")
+    rows = [_row("base model", {}, keys, analysis["base"], None)]
+    rows += [_row(name, raw[name]["chosen"], keys, found, differences.get(name)) for name, found in methods.items()]
+    return Table(header, tuple(rows))
+
+
+def _row(
+    name: str, chosen: Mapping[str, Any], keys: list[str], found: Mapping[str, Any], gap: Mapping[str, Any] | None
+) -> tuple[TableCell, ...]:
+    cells = [mean_cell(found.get(key), _FORMS.get(key, "{:.2f}")) for key in keys]
+    between = (
+        TableCell("–")
+        if gap is None
+        else TableCell(f"{gap['mean']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})", gap["mean"])
+    )
+    setting = (number(chosen.get("rate"), "{:g}"), number(chosen.get("strength"), "{:g}"))
+    return (TableCell(name), *setting, *cells, between, number(None if gap is None else gap["p_holm"], "{:.4f}"))
+
+
+def power(results: Results) -> Table:
+    """What each tier and variant could have found."""
+    rows = []
+    for name, tier in results["tiers"].items():
+        size = tier["size"]
+        for variant, found in tier["analysis"]["variants"].items():
+            budget = " then ".join(f"{each['settings']} settings of {each['steps']} steps" for each in size["rounds"])
+            rows.append(
+                (
+                    TableCell(name),
+                    TableCell(variant),
+                    number(found.get("detectable"), "{:.3f}"),
+                    number(size["seeds"], "{:.0f}"),
+                    number(size["test_prompts"] * size["samples"], "{:.0f}"),
+                    number(size["kl_bound"], "{:g}"),
+                    TableCell(f"{budget}; {size['batch_size']} pairs a step"),
+                )
+            )
+    header = ("tier", "variant", "detectable", "seeds", "test replies", "KL bound", "tuning of every method")
+    return Table(header, tuple(rows))
+
+
+def claims(results: Results) -> Table:
+    """The five claims."""
+    keys = ("claim", "verdict", "measured", "limit")
+    rows = tuple(tuple(TableCell(verdict[key]) for key in keys) for verdict in results["verdicts"])
+    return Table(("the chapter says", "verdict", "measured", "what this does not say"), rows, prose=True)
+
+
+def sanity(results: Results) -> Table:
+    """Swapped and shuffled labels, method by method."""
+    rows = []
+    for name, tier in results["tiers"].items():
+        for row in tier["analysis"].get("sanity", {"methods": []})["methods"]:
+            null, shuffled = row["null"], row["shuffled"]
+            rows.append(
+                (
+                    TableCell(name),
+                    TableCell(row["name"]),
+                    number(row["given"], "{:.1%}"),
+                    number(row["swapped"], "{:.1%}"),
+                    TableCell(
+                        f"{shuffled['mean']:.1%} ({shuffled['low']:.1%} to {shuffled['high']:.1%})", shuffled["mean"]
+                    ),
+                    number(row.get("likelihood_alone"), "{:.1%}"),
+                    number(None if null is None else null["p_holm"], "{:.3f}"),
+                    TableCell("yes" if row["holds"] else "NO"),
+                )
+            )
+    header = ("tier", "method", "given", "swapped", "shuffled", "likelihood term alone", "p", "holds")
+    return Table(header, tuple(rows))
+
+
+def costs(results: Results) -> Table:
+    """Peaks and seconds of a step."""
+    cost = results["cost"]
+    rows = tuple(
+        (
+            TableCell(name),
+            number(found["peak_gib"], "{:.2f}"),
+            number(found["step_s"], "{:.2f}"),
+            number(found["reference_s"], "{:.2f}"),
+            number(found["forward_tokens"], "{:.0f}"),
+        )
+        for name, found in cost["measured"].items()
+    )
+    shape = f"{cost['pairs']} pairs of {cost['tokens']} tokens a side"
+    return Table((shape, "peak, GiB (MLX)", "step, s", "of it reference, s", "tokens without gradient"), rows)
+
+
+def copies(results: Results) -> Table:
+    """Where a second copy of the weights doubles the peak."""
+    rows = tuple(
+        (
+            TableCell(row["model"]),
+            TableCell(row["memory"]),
+            number(row["tokens"], "{:.0f}"),
+            number(row["weights_gib"], "{:.2f}"),
+            number(row["peak_gib"], "{:.2f}"),
+            number(row["copy_ratio"], "{:.2f}"),
+        )
+        for row in results["cost"]["predicted"]
+    )
+    return Table(("model", "--memory", "tokens a side", "weights, GiB", "peak, GiB", "with a copy, times"), rows)
