@@ -35,7 +35,7 @@ _TOPICS = {
     "train": (
         "rainy mornings", "a long train ride", "the first day at a new job", "an old bookshop",
         "cooking for ten people", "a broken bicycle", "winter evenings", "a crowded bus", "learning to swim",
-        "the neighbour's dog",        "a visit to the dentist", "moving to a new town",
+        "the neighbour's dog", "a visit to the dentist", "moving to a new town",
         "a power cut", "a school concert", "growing tomatoes",
         "a lost wallet", "the night sky", "waiting in a queue", "a family dinner", "repairing a roof",
     ),
