@@ -129,6 +129,10 @@ class GoldTask:
         prompts, samples = {"valid": (size.valid_prompts, 1), "test": (size.test_prompts, size.samples)}[split]
         return {key: values.tolist() for key, values in self.measure(split, prompts, samples)._asdict().items()}
 
+    def replies(self) -> list[dict[str, str]]:
+        """None: its replies are made-up tokens."""
+        return []
+
     def facts(self) -> dict[str, Any]:
         """What a reader has to know of the data: how good its labels are, how far a model could come, and lengths."""
         pairs = self.train_pairs("0 %")

@@ -35,6 +35,7 @@ _LONGER_SHARE, _FLIPPED_SHARE = 0.8, 0.25
 # Scores are -1 to 1; a smaller difference is a word's.
 _LEAST_DIFFERENCE = 0.1
 _ROWS = 8
+_SHOWN = 4
 _SEEDS = {"train": 1, "valid": 2, "test": 3}
 
 # Plain prose by the authors of this package: is what a model knew of language still there?
@@ -86,6 +87,7 @@ class OpenTask:
         self.loaded = load(DEFAULT_MODEL)
         self._tokenizer: Any = self.loaded.tokenizer
         self._score = sentiment_scorer()
+        self._seen: list[Answer] = []
         self._prompts = {
             "train": open_prompts("train", size.pairs),
             "valid": open_prompts("valid", size.valid_prompts),
@@ -114,6 +116,7 @@ class OpenTask:
     def look(self, split: str) -> PerPrompt:
         """One reply to each prompt, drawn at temperature 1: gold, KL, length, win over the base; and log-probs."""
         answers = [each[0] for each in self._answer(split, 1, seed=100 + _SEEDS[split])]
+        self._seen = answers
         gold = [answer.gold for answer in answers]
         drift = [after - before for after, before in zip(self._logps(), self._base_logps, strict=True)]
         return {
@@ -128,11 +131,10 @@ class OpenTask:
             "text_nll": [self._text_nll()],
         }
 
-    def replies(self, split: str = "test", count: int = 4) -> list[dict[str, str]]:
-        """The first replies to a split's prompts, with the draws that `look` scores."""
-        answers = self._answer(split, 1, seed=100 + _SEEDS[split])
-        shown = list(zip(self._prompts[split], answers, strict=True))[:count]
-        return [{"prompt": prompt, "reply": each[0].text} for prompt, each in shown]
+    def replies(self) -> list[dict[str, str]]:
+        """The first of the replies that the last `look` scored."""
+        shown = zip(self._prompts["test"], self._seen[:_SHOWN], strict=False)
+        return [{"prompt": prompt, "reply": answer.text} for prompt, answer in shown]
 
     def facts(self) -> dict[str, Any]:
         """What a reader has to know of the data: how many pairs, how far apart their gold and their lengths are."""

@@ -113,6 +113,7 @@ def training(
             if test:
                 put_back(run, found.adapters)
                 result["test"] = task.look("test")
+                result["replies"] = task.replies()
             return result
 
     return cells.get({**identity, "what": "final" if test else "tuning"}, compute)

@@ -59,5 +59,8 @@ class Task(Protocol):
     def look(self, split: str) -> PerPrompt:
         """Measures of the model as it is, on the prompts of "valid" or "test"."""
 
+    def replies(self) -> list[dict[str, str]]:
+        """Some of what the model said when it was last looked at: `prompt` and `reply`."""
+
     def facts(self) -> dict[str, Any]:
         """What a reader has to know of the data."""
