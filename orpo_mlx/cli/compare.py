@@ -212,6 +212,7 @@ def run(argv: Sequence[str]) -> None:
         raise KeyboardInterrupt(f"what is finished is in {plan.output}/, the same command goes on") from None
     for path in write_comparison(results, plan.output):
         reporter.say(str(path))
+    fail_if_wrong([f"{row['name']}, labels {row['labels']}" for row in results["sanity"] if row["holds"] is False], plan)
 
 
 def run_request(request: ExerciseRequest, argv: Sequence[str]) -> None:
@@ -229,7 +230,11 @@ def run_request(request: ExerciseRequest, argv: Sequence[str]) -> None:
         raise KeyboardInterrupt(f"what is finished is in {request.output}/, the same command goes on") from None
     for path in write_page(results, request.output):
         reporter.say(str(path))
-    failed = failures(results)
+    fail_if_wrong(failures(results), request)
+
+
+def fail_if_wrong(failed: Sequence[str], request: Plan | ExerciseRequest) -> None:
+    """Raise TrainingError where sanity checks failed; the reports are written all the same."""
     if failed:
         raise TrainingError(
             f"a sanity check failed ({'; '.join(failed)}): see the first line of {request.output / 'report.md'}"

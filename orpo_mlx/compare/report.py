@@ -68,8 +68,8 @@ _SECTIONS: tuple[tuple[str, Callable[[Results], Table], str], ...] = (
         "Sanity",
         tables.sanity,
         "The same training on wrong labels. Swapped: the accuracy must fall below the base model's. Shuffled (half of "
-        "each batch swapped at random): it should stay within the base model's interval; a likelihood term learns from "
-        "both sides all the same, and may move it.",
+        "each batch swapped at random): shown beside it; whether it is chance takes several shuffles and each method's "
+        "own reward, which `compare --quick` and `--full` test.",
     ),
     ("Replies before and after", tables.replies, "Greedy, to ten held-out prompts, under seed 0."),
 )
@@ -87,11 +87,20 @@ def write_comparison(results: Results, folder: Path) -> list[Path]:
     return written
 
 
+def first_line(results: Results) -> str:
+    """What stands before anything else: whether a sanity check failed."""
+    failed = [f"{row['name']}, labels {row['labels']}" for row in results["sanity"] if row["holds"] is False]
+    if failed:
+        return f"A SANITY CHECK FAILED ({'; '.join(failed)}): believe nothing below before you know why."
+    return f"Sanity: {len(results['sanity'])} trainings on wrong labels, no check failed."
+
+
 def markdown(results: Results) -> str:
     """The report as Markdown, with its pictures beside it."""
     return render_markdown(
         "compare/report.md.jinja",
         title=TITLE,
+        first=first_line(results),
         facts=facts(results),
         sections=sections_of(results),
         pictures=pictures_of(results),
@@ -103,6 +112,7 @@ def html(results: Results) -> str:
     return render_page(
         "compare/report.html.jinja",
         TITLE,
+        first=first_line(results),
         facts=facts(results),
         sections=sections_of(results),
         # One panel a picture, so that each is as wide as a phone.

@@ -81,6 +81,8 @@ def test_what_was_not_run_is_said_and_nothing_is_empty(results: dict[str, Any]) 
 def test_a_wrong_label_arm_that_does_not_hold_is_loud(results: dict[str, Any]) -> None:
     results["sanity"][0]["holds"] = False
     assert tables.sanity(results).rows[0][-1].text == "NO"
+    assert markdown(results).startswith(f"A SANITY CHECK FAILED ({results['sanity'][0]['name']}, labels swapped)")
+    assert "A SANITY CHECK FAILED" in html(results)
 
 
 def test_every_key_is_documented(results: dict[str, Any]) -> None:

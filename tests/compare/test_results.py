@@ -93,14 +93,11 @@ def test_when_the_target_was_reached(tmp_path: Path) -> None:
 def test_sanity(tmp_path: Path) -> None:
     worse, best = [1] + [0] * 9, [1] * 10
 
-    def holds(**arms: list[int]) -> list[bool]:
+    def holds(**arms: list[int]) -> list[bool | None]:
         return [row["holds"] for row in collected(tmp_path, 0.4, [[point(1, 0.5)]], **arms)["sanity"]]
 
-    assert holds(swapped=worse) == [True, True]
-    assert holds(swapped=WINS, shuffled=best) == [False, False]
-    # 6 of 10 is 31 % to 83 % by Wilson.
-    assert holds(swapped=worse, shuffled=[1] * 8 + [0] * 2) == [True, True]
-    assert holds(swapped=worse, shuffled=[1] * 9 + [0]) == [True, False]
+    assert holds(swapped=worse) == [True, None]
+    assert holds(swapped=WINS, shuffled=best) == [False, None]
 
 
 def test_one_setting_is_no_grid(tmp_path: Path) -> None:
