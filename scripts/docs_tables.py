@@ -9,6 +9,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from orpo_mlx.compare import tables
+from orpo_mlx.compare.exercise import page as exercise
+from orpo_mlx.compare.exercise import tables as exercise_tables
 from orpo_mlx.compare.report import facts
 from orpo_mlx.compare.tables import number
 from orpo_mlx.config.flags import OneLineParser, exit_status
@@ -69,7 +71,53 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "sanity": lambda results: tables.sanity(results).markdown(),
     "replies": lambda results: tables.replies(results).markdown(),
 }
-"""What may stand after a result's name in a marker."""
+"""What may stand after a comparison's name in a marker."""
+
+
+def _exercise_facts(results: Mapping[str, Any]) -> str:
+    found = {"sanity": exercise.first_line(results), **exercise.facts(results)}
+    return "\n".join(f"- {key}: {markdown_text(value)}" for key, value in found.items())
+
+
+def _exercise_taken(results: Mapping[str, Any]) -> str:
+    """One sentence on how and where the figures were taken."""
+    size, machine, versions = results["tiers"]["exact"]["size"], results["machine"], results["versions"]
+    kept = ", ".join(f"{name} {versions[name]}" for name in ("orpo-mlx", "mlx", "mlx-lm", "python"))
+    return (
+        f"{size['seeds']} seeds, {size['test_prompts'] * size['samples']} replies each; standard errors in brackets. "
+        f"Taken {results['date'][:10]} on {machine['cores']} cores of "
+        f"{machine.get('device_name') or machine['platform']}, commit {results['commit']}, {kept}, "
+        f"by `{results['command']}`."
+    )
+
+
+def _exercise_quality(results: Mapping[str, Any]) -> str:
+    """Every tier and variant, a table each."""
+    return "\n\n".join(
+        f"{tier} tier, {variant}:\n\n{exercise_tables.quality(results, tier, variant).markdown()}"
+        for tier, found in results["tiers"].items()
+        for variant in found["variants"]
+    )
+
+
+EXERCISE_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "facts": _exercise_facts,
+    "taken": _exercise_taken,
+    "overview": lambda results: exercise_tables.overview(results).markdown(),
+    "power": lambda results: exercise_tables.power(results).markdown(),
+    "claims": lambda results: exercise_tables.claims(results).markdown(),
+    "verdicts": lambda results: exercise_tables.claims(results, short=True).markdown(),
+    "quality": _exercise_quality,
+    "sanity": lambda results: exercise_tables.sanity(results).markdown(),
+    "costs": lambda results: exercise_tables.costs(results).markdown(),
+    "copies": lambda results: exercise_tables.copies(results).markdown(),
+}
+"""What may stand after the name of results of the exercise."""
+
+
+def tables_for(results: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+    """The tables that can be made of some results."""
+    return EXERCISE_TABLES if results.get("kind") == "exercise" else TABLES
 
 
 def memory_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -240,11 +288,11 @@ def add_results(source: Path, root: Path, name: str, *, replies: bool) -> Path:
         raise ConfigError(f"--name {name}: expected small letters, digits, - and _, and no name of another table.")
     results = dict(read_json_table(source, DataError))
     try:
-        for make in TABLES.values():
+        for make in tables_for(results).values():
             make(results)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{source}: is not a results.json of compare_methods.py ({error!r}).") from None
-    if not replies:
+    if not replies and tables_for(results) is TABLES:
         results["base"] = {**results["base"], "replies": []}
         results["methods"] = [{**arm, "replies": []} for arm in results["methods"]]
     target = root / FOLDER / f"{name}.json"
@@ -292,10 +340,12 @@ def _block(what: str, root: Path) -> str:
     elif name == "figures":
         body = figures(read_json_table(root / FOLDER / "figures" / f"{table}.json", DataError))
     else:
-        if table not in TABLES:
-            raise DataError(f"<!-- results: {what} -->: no table {table!r}, expected one of {', '.join(TABLES)}.")
         file = root / FOLDER / f"{name}.json"
-        body = TABLES[table](read_json_table(file, DataError)) if file.is_file() else "Not measured yet."
+        results = read_json_table(file, DataError) if file.is_file() else None
+        known = {**EXERCISE_TABLES, **TABLES} if results is None else tables_for(results)
+        if table not in known:
+            raise DataError(f"<!-- results: {what} -->: no table {table!r}, expected one of {', '.join(known)}.")
+        body = "Not measured yet." if results is None else known[table](results)
     return f"<!-- results: {what} -->\n{body}\n<!-- end of results -->"
 
 

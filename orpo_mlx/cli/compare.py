@@ -212,7 +212,9 @@ def run(argv: Sequence[str]) -> None:
         raise KeyboardInterrupt(f"what is finished is in {plan.output}/, the same command goes on") from None
     for path in write_comparison(results, plan.output):
         reporter.say(str(path))
-    fail_if_wrong([f"{row['name']}, labels {row['labels']}" for row in results["sanity"] if row["holds"] is False], plan)
+    fail_if_wrong(
+        [f"{row['name']}, labels {row['labels']}" for row in results["sanity"] if row["holds"] is False], plan
+    )
 
 
 def run_request(request: ExerciseRequest, argv: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.cli.compare import parse_plan
+from orpo_mlx.cli.compare import parse_request
 from orpo_mlx.cli.fit import fit_request
 from orpo_mlx.cli.main import COMMANDS
 from orpo_mlx.cli.memory import benchmark_request
@@ -39,7 +39,7 @@ def parse_training(words: Sequence[str]) -> object:
 
 # Commands whose flags are checked by more than their own parser.
 PARSE: dict[str, Callable[[Sequence[str]], object]] = {
-    "train": parse_training, "fit": lambda words: fit_request(without_files(words)), "compare": parse_plan,
+    "train": parse_training, "fit": lambda words: fit_request(without_files(words)), "compare": parse_request,
     "memory": benchmark_request,
 }  # fmt: skip
 

@@ -28,7 +28,8 @@ def test_every_marker_has_an_end_and_every_result_a_marker() -> None:
         text = (ROOT / name).read_text(encoding="utf-8")
         assert len(MARK.findall(text)) == text.count("<!-- end of results -->")
         found += MARK.findall(text)
-    assert "demo claims" in found
+    assert "demo quality" in found
+    assert "exercise claims" in found
     for file in (ROOT / "docs" / "results").glob("*.json"):
         assert any(mark.split()[0] == file.stem for mark in found), file
     for file in (ROOT / "docs" / "results" / "figures").glob("*.json"):

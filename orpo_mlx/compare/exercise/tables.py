@@ -50,13 +50,8 @@ def _row(
     name: str, chosen: Mapping[str, Any], keys: list[str], found: Mapping[str, Any], gap: Mapping[str, Any] | None
 ) -> tuple[TableCell, ...]:
     cells = [mean_cell(found.get(key), _FORMS.get(key, "{:.2f}")) for key in keys]
-    between = (
-        TableCell("–")
-        if gap is None
-        else TableCell(f"{gap['mean']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})", gap["mean"])
-    )
     setting = (number(chosen.get("rate"), "{:g}"), number(chosen.get("strength"), "{:g}"))
-    return (TableCell(name), *setting, *cells, between, number(None if gap is None else gap["p_holm"], "{:.4f}"))
+    return (TableCell(name), *setting, *cells, gap_cell(gap), number(None if gap is None else gap["p_holm"], "{:.4f}"))
 
 
 def power(results: Results) -> Table:
@@ -81,11 +76,36 @@ def power(results: Results) -> Table:
     return Table(header, tuple(rows))
 
 
-def claims(results: Results) -> Table:
-    """The five claims."""
-    keys = ("claim", "verdict", "measured", "limit")
-    rows = tuple(tuple(TableCell(verdict[key]) for key in keys) for verdict in results["verdicts"])
-    return Table(("the chapter says", "verdict", "measured", "what this does not say"), rows, prose=True)
+def overview(results: Results) -> Table:
+    """Gold and KL of each method on the exact tier's labels as drawn and at the most noise."""
+    variants = results["tiers"]["exact"]["analysis"]["variants"]
+    names = list(dict.fromkeys([next(iter(variants)), list(variants)[-1]]))
+    header = ["", *(f"{key}, {name}" for name in names for key in ("gold", "KL", "gold minus DPO's (95 %)"))]
+    rows = []
+    for method in variants[names[0]]["methods"]:
+        cells = [TableCell(method)]
+        for name in names:
+            found, gap = variants[name]["methods"][method], variants[name].get("differences", {}).get(method)
+            cells += [mean_cell(found["gold"], "{:.3f}"), mean_cell(found["kl"], "{:.2f}"), gap_cell(gap)]
+        rows.append(tuple(cells))
+    return Table(tuple(header), tuple(rows))
+
+
+def gap_cell(gap: Mapping[str, Any] | None) -> TableCell:
+    """A difference with its interval; a star where p is below 5 % after Holm's correction."""
+    if gap is None:
+        return TableCell("–")
+    star = "*" if gap["p_holm"] < 0.05 else ""
+    return TableCell(f"{gap['mean']:+.3f}{star} ({gap['low']:+.3f} to {gap['high']:+.3f})", gap["mean"])
+
+
+def claims(results: Results, *, short: bool = False) -> Table:
+    """The five claims; `short` leaves out what each verdict does not say."""
+    shown = {"claim": "the chapter says", "measured": "measured", "verdict": "verdict"}
+    if not short:
+        shown["limit"] = "what this does not say"
+    rows = tuple(tuple(TableCell(verdict[key]) for key in shown) for verdict in results["verdicts"])
+    return Table(tuple(shown.values()), rows, prose=True)
 
 
 def sanity(results: Results) -> Table:

@@ -71,7 +71,7 @@ def test_every_figure_is_recomputed_by_another_script(results: Path) -> None:
     spoiled = copy.deepcopy(found)
     spoiled["tiers"]["exact"]["analysis"]["variants"]["20 % flipped"]["methods"]["orpo"]["gold"]["mean"] += 0.001
     assert len(check(spoiled)[1]) == 1
-    with pytest.raises(DataError, match=r"results\.json"):
+    with pytest.raises(DataError, match="cannot be read"):
         read(results.parent / "progress.html")
 
 
