@@ -14,7 +14,7 @@ from orpo_mlx.text import printable
 from orpo_mlx.training.checkpoints.progress import TrainingResult
 from orpo_mlx.training.checkpoints.resume import Resumed
 from orpo_mlx.training.checkpoints.save import BEST
-from orpo_mlx.training.data_order import pairs_per_step
+from orpo_mlx.training.data_order import evaluation_pairs, pairs_per_step
 from orpo_mlx.training.reference_pass import pass_on_notes
 from orpo_mlx.training.run import Run
 
@@ -29,6 +29,7 @@ def announce(run: Run, reporter: Reporter, resumed: Resumed | None) -> None:
     announce_labels(run, reporter)
     if "valid" not in run.splits:
         reporter.say("No valid split: training without validation.")
+    announce_evaluation(run, reporter)
     for note in run.memory.notes:
         reporter.say(note)
     announce_reference(run, reporter)
@@ -76,6 +77,15 @@ def announce_labels(run: Run, reporter: Reporter) -> None:
 def weights_of(run: Run) -> list[dict[str, float]]:
     """Parameters of the terms that weigh good and bad completions."""
     return [table for table in run.method.parameters.values() if "desirable_weight" in table]
+
+
+def announce_evaluation(run: Run, reporter: Reporter) -> None:
+    """Say which held-out pairs are passed over, and how to have them evaluated."""
+    for name, pairs in evaluation_pairs(run).items():
+        total = len(run.splits[name].pairs)
+        if len(pairs) < total:
+            setting = {"valid": "val_batches", "test": "test_batches"}[name]
+            reporter.say(f"Of {total} {name} pairs the first {len(pairs)} are evaluated; `{setting}=-1` takes all.")
 
 
 def announce_reference(run: Run, reporter: Reporter) -> None:

@@ -58,8 +58,9 @@ def first_line(results: Results) -> str:
     failed = failures(results)
     if failed:
         return f"A SANITY CHECK FAILED ({'; '.join(failed)}): believe nothing below before you know why."
+    waiting = f" Not finished: {', '.join(results['unfinished'])} tier." if results["unfinished"] else ""
     checked = sum(len(tier["analysis"].get("sanity", {"methods": []})["methods"]) for tier in results["tiers"].values())
-    return f"Sanity: swapped labels mirror and shuffled labels teach nothing, for all of {checked} methods."
+    return f"Sanity: swapped labels mirror and shuffled labels teach nothing, for all of {checked} methods.{waiting}"
 
 
 def facts(results: Results) -> dict[str, str]:

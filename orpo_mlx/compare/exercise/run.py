@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from orpo_mlx.compare.exercise.cost import measured_steps, predicted_copies
 from orpo_mlx.compare.exercise.progress import ProgressPage
 from orpo_mlx.compare.exercise.sizes import EXTENTS, make_tasks
 from orpo_mlx.compare.exercise.study import count_cells, run_study, size_record
+from orpo_mlx.compare.exercise.task import Task
 from orpo_mlx.compare.exercise.verdicts import verdicts
 from orpo_mlx.compare.runner import machine
 from orpo_mlx.files import save_json
@@ -29,6 +30,8 @@ SCHEMA = 1
 RESULTS = "results.json"
 TIMES = ("step_s", "reference_s")
 """Keys of a cost that differ from run to run."""
+# What no training depends on: methods, seeds, settings can be added to what is there.
+_MAY_GROW = ("rates", "rounds", "seeds", "shuffles", "variants", "contenders")
 _COST_TOKENS, _COST_PAIRS, _COST_STEPS = 128, 2, 2
 
 
@@ -43,33 +46,41 @@ def run_exercise(extent_name: str, output: Path, argv: Sequence[str], reporter: 
     tasks = make_tasks(EXTENTS[extent_name])
     decisive = {name: versions()[name] for name in ("orpo-mlx", "mlx", "mlx-lm", "device")}
     tiers: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, make in tasks.items():
-        reporter.say(f"{name}: drawing prompts and replies")
-        task = make()
-        page = ProgressPage(output, name, count_cells(task), reporter)
-        cells = Cells(output / "cells" / name, {"size": size_record(task), "versions": decisive}, page.tell)
-        study = run_study(task, cells)
-        tiers[name] = {**study, "analysis": analyse(study)}
-        # One line before any result: what could have been found at all.
-        for variant, found in tiers[name]["analysis"]["variants"].items():
-            if "detectable" in found:
-                reporter.say(f"{name}, {variant}: differences in gold of {found['detectable']:.2f} would be found")
-    results = {
-        "schema": SCHEMA,
-        "kind": "exercise",
-        "extent": extent_name,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "scripts/compare_methods.py", *argv]),
-        "seconds": round(time.perf_counter() - started),
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "tiers": tiers,
-        "cost": cost(output, decisive, reporter),
-    }
-    results["verdicts"] = [verdict._asdict() for verdict in verdicts(results)]
-    save_json(output / RESULTS, results)
+        tiers[name] = run_tier(make, output, decisive, reporter)
+        results = {
+            "schema": SCHEMA,
+            "kind": "exercise",
+            "extent": extent_name,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": shlex.join(["python", "scripts/compare_methods.py", *argv]),
+            "seconds": round(time.perf_counter() - started),
+            "machine": machine(),
+            "versions": versions(),
+            "commit": commit(),
+            "unfinished": [other for other in tasks if other not in tiers],
+            "tiers": tiers,
+            "cost": cost(output, decisive, reporter),
+        }
+        results["verdicts"] = [verdict._asdict() for verdict in verdicts(results)]
+        # After each tier: the second one may take a night.
+        save_json(output / RESULTS, results)
     return results
+
+
+def run_tier(make: Callable[[], Task], output: Path, decisive: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
+    """One tier with its analysis, and a line of what it could find."""
+    reporter.say("Drawing prompts and replies")
+    task = make()
+    page = ProgressPage(output, task.name, count_cells(task), reporter)
+    common = {key: value for key, value in size_record(task).items() if key not in _MAY_GROW}
+    study = run_study(task, Cells(output / "cells" / task.name, {**common, "versions": decisive}, page.tell))
+    analysis = analyse(study)
+    for variant, found in analysis["variants"].items():
+        if "detectable" in found:
+            reporter.say(f"{task.name}, {variant}: differences in gold of {found['detectable']:.2f} would be found")
+    return {**study, "analysis": analysis}
 
 
 def cost(output: Path, decisive: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:

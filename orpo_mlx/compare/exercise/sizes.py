@@ -26,7 +26,7 @@ QUICK_EXACT = Size(
     held_out=1024,
     shuffles=3,
     variants=("0 % flipped", "20 % flipped"),
-    contenders=("orpo", "dpo", "simpo", "sft"),
+    contenders=("orpo", "dpo", "sft"),
 )
 FULL_EXACT = Size(
     pairs=4096,
