@@ -149,7 +149,7 @@ def sensitivity(variants: Mapping[str, Variant]) -> Verdict:
 
 def min_steps(variant: Variant) -> int:
     """The length of the first round's trainings, in which the whole grid took part."""
-    return min(entry["steps"] for entry in variant[ORPO]["tuning"])
+    return min(int(entry["steps"]) for entry in variant[ORPO]["tuning"])
 
 
 def shortfall(tuning: Sequence[Mapping[str, Any]]) -> list[float]:
