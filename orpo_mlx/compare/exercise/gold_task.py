@@ -182,7 +182,7 @@ class GoldTask:
         first = gold[0] > gold[1] if exact else chance < preferred
         first = np.where(flips < flipped, ~first, first)
         return [
-            TokenizedPair(*(tuple(map(int, ids)) for ids in (prompt, *((a, b) if wins else (b, a)))), f"{split}:{row}")
+            TokenizedPair(_ids(prompt), _ids(a if wins else b), _ids(b if wins else a), f"{split}:{row}")
             for row, (prompt, a, b, wins) in enumerate(zip(prompts, *sides, first, strict=True))
         ]
 
@@ -236,3 +236,7 @@ def _by_prompt(values: mx.array, prompts: int) -> Floats:
     """Sums over positions, means over the samples of each prompt."""
     totals: Any = np.array(values, np.float64).sum(axis=1)
     return np.asarray(totals.reshape(prompts, -1).mean(axis=1))
+
+
+def _ids(row: Ids) -> tuple[int, ...]:
+    return tuple(row.tolist())

@@ -1,4 +1,4 @@
-"""The exercise from end to end on its exact tier: resumable, the same twice, recomputed by another script."""
+"""What is said of raw figures: recomputed by another script, loud where a check fails. Runs of the exercise: slow."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -18,7 +20,8 @@ from orpo_mlx.compare.exercise import sizes, study
 from orpo_mlx.compare.exercise.analysis import analyse
 from orpo_mlx.compare.exercise.gold_task import GoldTask
 from orpo_mlx.compare.exercise.halving import Round
-from orpo_mlx.compare.exercise.page import first_line, html, markdown
+from orpo_mlx.compare.exercise.page import first_line, markdown
+from orpo_mlx.compare.exercise.verdicts import verdicts
 from orpo_mlx.errors import ConfigError, DataError, TrainingError
 from orpo_mlx.reporting.console import Reporter
 from scripts.check_comparison import check, differing, read
@@ -26,16 +29,18 @@ from scripts.check_comparison import check, differing, read
 TINY = sizes.QUICK_EXACT._replace(
     pairs=64,
     batch_size=16,
-    rounds=(Round(4, 2), Round(1, 3)),
-    looks=2,
+    rounds=(Round(2, 1), Round(1, 2)),
+    looks=1,
     seeds=2,
     valid_prompts=8,
     test_prompts=6,
     samples=2,
     held_out=40,
-    contenders=("orpo", "dpo", "sft", "chapter's step"),
-    variants=("0 % flipped", "20 % flipped"),
+    contenders=("orpo", "dpo", "chapter's step"),
+    variants=("0 % flipped",),
 )
+ARMS = ("orpo", "dpo", "dpo --reference copy")
+ROW = {"model": "m", "memory": "fast", "tokens": 8, "weights_gib": 1.0, "peak_gib": 2.0, "copy_ratio": 1.5}
 COST = {"steps": 2, "forward_tokens": 512, "peak_gib": 1.25, "step_s": 0.5, "reference_s": 0.1}
 
 
@@ -45,10 +50,8 @@ def tiny() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exercise, "make_tasks", lambda extent: {"exact": lambda: GoldTask(TINY)})
         patch.setattr(exercise, "load", lambda name: None)
-        arms = ("orpo", "dpo", "dpo --reference copy")
-        patch.setattr(exercise, "measured_steps", lambda *shape: {name: dict(COST) for name in arms})
-        row = {"model": "m", "memory": "fast", "tokens": 8, "weights_gib": 1.0, "peak_gib": 2.0, "copy_ratio": 1.5}
-        patch.setattr(exercise, "predicted_copies", lambda: [row])
+        patch.setattr(exercise, "measured_steps", lambda *shape: {name: dict(COST) for name in ARMS})
+        patch.setattr(exercise, "predicted_copies", lambda: [ROW])
         yield patch
 
 
@@ -57,88 +60,136 @@ def quiet() -> Reporter:
 
 
 @pytest.fixture(scope="module")
-def results(tiny: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(tiny: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the exact tier, a few steps each."""
     folder = tmp_path_factory.mktemp("exercise")
     exercise.run_exercise("quick", folder, ["--quick", "--output", "out"], quiet())
-    return folder / "results.json"
+    return folder
 
 
-def test_every_figure_is_recomputed_by_another_script(results: Path) -> None:
-    found = read(results)
-    count, wrong = check(found)
+@pytest.fixture
+def made() -> dict[str, Any]:
+    """Results with made-up raw figures in the place of trainings."""
+    rng = np.random.default_rng(0)
+
+    def some(*shape: int) -> Any:
+        return rng.normal(size=shape).round(5).tolist()
+
+    def seed() -> dict[str, Any]:
+        curve = [{"step": step, "gold": gold, "kl": 0.1} for step, gold in zip((0, 4, 8), some(3), strict=True)]
+        return {"curve": curve, "test": {"gold": some(7), "kl": some(7), "text_nll": some(1)}}
+
+    def method(name: str) -> dict[str, Any]:
+        tuning = [
+            {"rate": 1e-3, "strength": 1.0, "steps": steps, "score": 0.0, "kl": 0.1, "valid_gold": some(9)}
+            for steps in (4, 4, 4, 8)
+        ]
+        for entry in tuning:
+            entry["score"] = round(float(np.mean(entry["valid_gold"])), 5)
+        chosen = {"rate": 1e-3, "strength": 1.0}
+        return {"likelihood": name == "orpo", "chosen": chosen, "tuning": tuning, "seeds": [seed() for _ in range(3)]}
+
+    def wins(share: float) -> list[int]:
+        return [int(value < share) for value in rng.random(200)]
+
+    def sane(name: str) -> dict[str, Any]:
+        shuffled = {each: wins(0.5) for each in study.shuffles(3)}
+        found = {"name": name, "likelihood": name == "orpo"}
+        found["wins"] = {"given": wins(0.8), "swapped": wins(0.2), **shuffled}
+        return found | ({"likelihood_wins": {each: wins(0.5) for each in shuffled}} if name == "orpo" else {})
+
+    names = ("orpo", "dpo", "chapter's step")
+    tier: dict[str, Any] = {
+        "facts": {"frontier": [{"kl": 0.5, "gold": 1.0}]},
+        "size": study.size_record(SimpleNamespace(size=TINY, bound=1.0)),  # type: ignore[arg-type]
+        "base": {"gold": some(7), "kl": [0.0] * 7},
+        "variants": {variant: {name: method(name) for name in names} for variant in ("0 % flipped", "20 % flipped")},
+        "sanity": [sane(name) for name in names],
+    }
+    results: dict[str, Any] = {
+        "kind": "exercise", "extent": "quick", "date": "2026-01-01", "command": "c", "seconds": 1, "commit": None,
+        "machine": {"cores": 2}, "versions": {"mlx": "0"}, "unfinished": ["open"],
+        "tiers": {"exact": {**tier, "analysis": analyse(tier)}},
+        "cost": {"model": "m", "tokens": 8, "pairs": 2, "measured": {n: dict(COST) for n in ARMS}, "predicted": [ROW]},
+    }  # fmt: skip
+    results["verdicts"] = [each._asdict() for each in verdicts(results)]
+    return dict(json.loads(json.dumps(results)))
+
+
+def test_every_figure_is_recomputed_by_another_script(made: dict[str, Any], tmp_path: Path) -> None:
+    count, wrong = check(made)
     assert wrong == []
     assert count > 100
-    spoiled = copy.deepcopy(found)
-    spoiled["tiers"]["exact"]["analysis"]["variants"]["20 % flipped"]["methods"]["orpo"]["gold"]["mean"] += 0.001
-    assert len(check(spoiled)[1]) == 1
-    with pytest.raises(DataError, match="cannot be read"):
-        read(results.parent / "progress.html")
-
-
-def test_what_was_done_is_not_done_again_and_a_second_run_is_the_same(
-    results: Path, tiny: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    first = read(results)
-    cells = results.parent / "cells" / "exact"
-    trained: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "train", lambda *a: trained.append("again"))
-        exercise.run_exercise("quick", results.parent, [], quiet())
-    assert trained == []
-    assert list(differing(first, read(results))) == []
-    # Interrupted: some cells are gone, one was cut off while it was written.
-    files = sorted(cells.glob("*.json"))
-    for file in files[::4]:
-        if file.name != "exercise.json":
-            file.unlink()
-    files[1].write_text(files[1].read_text()[:50])
-    exercise.run_exercise("quick", results.parent, [], quiet())
-    assert list(differing(first, read(results))) == []
-    assert len(sorted(cells.glob("*.json"))) == len(files)
-
-
-def test_cells_of_another_exercise_are_not_taken(results: Path, tiny: pytest.MonkeyPatch) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exercise, "make_tasks", lambda extent: {"exact": lambda: GoldTask(TINY._replace(pairs=48))})
-        with pytest.raises(ConfigError, match="another exercise"):
-            exercise.run_exercise("quick", results.parent, [], quiet())
+    made["tiers"]["exact"]["analysis"]["variants"]["20 % flipped"]["methods"]["orpo"]["gold"]["mean"] += 0.001
+    assert len(check(made)[1]) == 1
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(DataError, match="is not"):
+        read(tmp_path / "other.json")
 
 
 def test_a_failed_sanity_check_fails_the_command_and_stands_on_the_first_line(
-    results: Path, tiny: pytest.MonkeyPatch, tmp_path: Path
+    made: dict[str, Any], tmp_path: Path
 ) -> None:
-    found = read(results)
-    raw = found["tiers"]["exact"]
+    assert first_line(made).startswith("Sanity: swapped labels mirror")
+    raw = made["tiers"]["exact"]
     # As if the shuffled labels had been learned from: by much the same under every shuffle.
     for number, wins in enumerate(raw["sanity"][1]["wins"].values()):
-        wins[:] = [1] * (len(wins) - 2 - number) + [0] * (2 + number)
+        wins[:] = [1] * (len(wins) - 20 * (number == 1) - number) + [0] * (20 * (number == 1) + number)
     raw["analysis"] = analyse(raw)
     assert raw["analysis"]["sanity"]["failed"] == ["dpo"]
-    assert markdown(found).startswith("A SANITY CHECK FAILED (exact tier, dpo)")
-    assert first_line(found) in html(found)
+    assert raw["analysis"]["sanity"]["methods"][1]["mirrors"]
+    assert markdown(made).startswith("A SANITY CHECK FAILED (exact tier, dpo)")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exercise, "run_exercise", lambda *a: found)
+        patch.setattr(exercise, "run_exercise", lambda *a: made)
         with pytest.raises(TrainingError, match="sanity check failed"):
             command.run(["--quick", "--output", str(tmp_path)])
     assert (tmp_path / "report.md").read_text().startswith("A SANITY CHECK FAILED")
+    assert first_line(made) in (tmp_path / "report.html").read_text()
 
 
-def test_the_page_has_the_power_before_the_results(results: Path) -> None:
-    text = markdown(read(results))
+def test_the_page_has_the_power_before_the_results(made: dict[str, Any]) -> None:
+    text = markdown(made)
     assert text.index("What the design could find") < text.index("The chapter's claims") < text.index("exact tier")
     assert "chapter's step" in text
 
 
-def test_what_differs_is_named(results: Path) -> None:
-    found: dict[str, Any] = read(results)
-    other = json.loads(json.dumps(found))
+def test_what_differs_is_named(made: dict[str, Any]) -> None:
+    other = copy.deepcopy(made)
     other["date"], other["cost"]["measured"]["dpo"]["step_s"] = "tomorrow", 9.0
-    assert list(differing(found, other)) == []
+    assert list(differing(made, other)) == []
     other["verdicts"][0]["verdict"] = "?"
-    assert list(differing(found, other)) == ["/verdicts/0/verdict"]
+    assert list(differing(made, other)) == ["/verdicts/0/verdict"]
 
 
 @pytest.mark.parametrize("words", [["--steps", "3"], ["--methods", "orpo"], ["--batch-size", "2"]])
 def test_the_exercise_sets_everything_itself(words: list[str]) -> None:
     with pytest.raises(ConfigError, match="give --output alone"):
         command.parse_request(["--quick", "--output", "x", *words])
+
+
+@pytest.mark.slow
+def test_what_was_done_is_not_done_again_and_a_second_run_is_the_same(run_folder: Path, tmp_path: Path) -> None:
+    first = read(run_folder / "results.json")
+    assert check(first)[1] == []
+    cells = run_folder / "cells" / "exact"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "train", None)
+        exercise.run_exercise("quick", run_folder, [], quiet())
+    assert list(differing(first, read(run_folder / "results.json"))) == []
+    # Interrupted: some cells are gone, one was cut off while it was written.
+    files = sorted(path for path in cells.glob("*.json") if path.name != "exercise.json")
+    for file in files[::4]:
+        file.unlink()
+    files[1].write_text(files[1].read_text()[:50])
+    exercise.run_exercise("quick", run_folder, [], quiet())
+    exercise.run_exercise("quick", tmp_path, [], quiet())
+    for folder in (run_folder, tmp_path):
+        assert list(differing(first, read(folder / "results.json"))) == []
+
+
+@pytest.mark.slow
+def test_cells_of_another_exercise_are_not_taken(run_folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exercise, "make_tasks", lambda extent: {"exact": lambda: GoldTask(TINY._replace(pairs=48))})
+        with pytest.raises(ConfigError, match="another exercise"):
+            exercise.run_exercise("quick", run_folder, [], quiet())
