@@ -39,6 +39,9 @@ class Contender(NamedTuple):
     likelihood: bool
     """Whether its loss raises the chosen side's likelihood whatever the rejected side is."""
     step: Callable[[Run, Sequence[TokenizedPair], int], StepResult]
+    reward: str
+    """The method whose reward of a pair is its own; of one that has none of pairs, that with its reward of a
+    completion."""
 
     def config(self, setting: Setting, shared: TrainingConfig, seed: int) -> TrainingConfig:
         """The settings of one of its trainings."""
@@ -60,8 +63,11 @@ def chapter_step(run: Run, pairs: Sequence[TokenizedPair], step: int) -> StepRes
     return {"loss": found["loss"], "accuracy": found["accuracy"]}
 
 
-def _contender(name: str, strengths: tuple[float, ...], *, likelihood: bool = False) -> Contender:
-    return Contender(name, {"method": name}, "beta", strengths, likelihood, library_step)
+def _contender(
+    name: str, strengths: tuple[float, ...], *, likelihood: bool = False, reward: str | None = None
+) -> Contender:
+    strength = "beta" if strengths else None
+    return Contender(name, {"method": name}, strength, strengths, likelihood, library_step, reward or name)
 
 
 # Around each method's default, a factor of about three apart; where the first trials found a method best at an end of
@@ -73,10 +79,12 @@ CONTENDERS = (
     _contender("simpo", (0.5, 2.0, 5.0, 10.0)),
     _contender("ipo", (0.03, 0.1, 0.3, 1.0)),
     _contender("cpo", (0.03, 0.1, 0.3, 1.0), likelihood=True),
-    Contender("sft", {"method": "sft"}, None, (), True, library_step),
+    _contender("sft", (), likelihood=True),
     _contender("robust", (0.03, 0.1, 0.3, 1.0)),
+    # Of a completion both have β times its log ratio.
+    _contender("kto", (0.03, 0.1, 0.3, 1.0), reward="dpo"),
     # Its function has no argument for β: it is always 0.5.
-    Contender("chapter's step", {"method": "orpo_style"}, None, (), False, chapter_step),
+    Contender("chapter's step", {"method": "orpo_style"}, None, (), False, chapter_step, "orpo_style"),
 )
 
 BASELINE = "dpo"

@@ -129,19 +129,17 @@ def frontier_panel(tier: Mapping[str, Any], variant: str) -> Panel:
         axes.plot([p["kl"] for p in shown], [p["gold"] for p in shown], color=theme.ink, linewidth=1)
         for number, (name, method) in enumerate(tier["variants"][variant].items()):
             look = style(number)
-            points = [(entry["kl"], entry["score"]) for entry in method["tuning"]]
-            axes.scatter(*zip(*points, strict=True), color=look.color, marker=look.marker, s=10, alpha=0.5)
-            means = [statistics.fmean(statistics.fmean(seed["test"][key]) for seed in method["seeds"]) for key in _AXES]
-            axes.scatter(*([mean] for mean in means), color=look.color, marker=look.marker, s=60, label=label(name, 24))
+            kl, gold = ([entry[key] for entry in method["tuning"]] for key in ("kl", "score"))
+            axes.scatter(kl, gold, s=10, color=look.color, marker=look.marker, alpha=0.5)
+            tests = [seed["test"] for seed in method["seeds"]]
+            kl, gold = ([statistics.fmean(statistics.fmean(test[key]) for test in tests)] for key in ("kl", "gold"))
+            axes.scatter(kl, gold, s=60, color=look.color, marker=look.marker, label=label(name, 24))
         axes.set_title(label(variant))
         axes.set_xlabel("KL to the base model (nats per reply)")
         axes.set_ylabel("gold")
         legend(axes)
 
     return draw
-
-
-_AXES = ("kl", "gold")
 
 
 def _values(results: Results) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from orpo_mlx.compare.exercise.contenders import CONTENDERS, LIKELIHOOD_ALONE, C
 from orpo_mlx.compare.exercise.halving import successive_halving
 from orpo_mlx.compare.exercise.task import PerPrompt, Task
 from orpo_mlx.compare.exercise.trainer import fresh_run, put_back, reward_margins, train
-from orpo_mlx.compare.pair_sets import swapped
 from orpo_mlx.training.run import Run
 from orpo_mlx.types import TokenizedPair
 
@@ -149,10 +148,10 @@ def own_reward(task: Task, cells: Cells, contender: Contender, setting: Setting,
         held_out = task.held_out_pairs()
         pairs = relabelled(task.train_pairs(variant), labels)
         with fresh_run(task.loaded, contender.config(setting, task.shared(), 0)) as run:
-            before = reward_margins(run, held_out)
+            before = reward_margins(run, contender.reward, held_out)
             # Not its best step: choosing one by gold would let the right labels in by the back door.
             found = train(run, contender, pairs, (steps,), lambda run: {"gold": 0.0, "kl": 0.0}, task.bound)
-            change = reward_margins(run, held_out) - before
+            change = reward_margins(run, contender.reward, held_out) - before
         return {"wins": [int(value > 0) for value in change], "failed": found.failed}
 
     return cells.get(identity, compute)
@@ -167,11 +166,11 @@ def relabelled(pairs: Sequence[TokenizedPair], labels: str) -> list[TokenizedPai
     if labels == GIVEN:
         return list(pairs)
     if labels == SWAPPED:
-        return [swapped(pair) for pair in pairs]
+        return [_swapped(pair) for pair in pairs]
     _, number, *mirrored = labels.split()
     rng = np.random.default_rng((int(number), len(pairs)))
     flipped = set(rng.permutation(len(pairs))[: len(pairs) // 2].tolist())
-    return [swapped(pair) if (place in flipped) != bool(mirrored) else pair for place, pair in enumerate(pairs)]
+    return [_swapped(pair) if (place in flipped) != bool(mirrored) else pair for place, pair in enumerate(pairs)]
 
 
 def shuffles(count: int) -> list[str]:
@@ -205,3 +204,7 @@ def _identity(
 ) -> dict[str, Any]:
     named = {"tier": task.name, "variant": variant, "method": contender.name, **setting._asdict()}
     return {**named, "seed": seed, "steps": steps}
+
+
+def _swapped(pair: TokenizedPair) -> TokenizedPair:
+    return pair._replace(chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids)

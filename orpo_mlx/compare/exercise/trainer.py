@@ -18,6 +18,7 @@ from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.batching import TrainingOrder
 from orpo_mlx.engine.pair_scorer import pair_logps
 from orpo_mlx.errors import TrainingError
+from orpo_mlx.losses.recipe import make_recipe
 from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.training.prepare import assemble
 from orpo_mlx.training.reference import with_reference
@@ -109,14 +110,20 @@ def put_back(run: Run, adapters: Mapping[str, mx.array]) -> None:
     mx.eval(run.loaded.model.parameters())
 
 
-def reward_margins(run: Run, pairs: Sequence[TokenizedPair], batch_size: int = 64) -> npt.NDArray[np.float64]:
-    """The method's own reward of each pair's chosen side minus that of its rejected side, (N,), as the loss has it."""
+def reward_margins(
+    run: Run, reward: str, pairs: Sequence[TokenizedPair], batch_size: int = 64
+) -> npt.NDArray[np.float64]:
+    """A method's own reward of each pair's chosen side minus that of its rejected side, (N,), as its loss has it.
+
+    With the method's default parameters, which scale a reward and change no order.
+    """
     run.loaded.model.eval()
+    loss = make_recipe(reward, {}).loss
     margins = []
     for start in range(0, len(pairs), batch_size):
         group = pairs[start : start + batch_size]
         batch = run.scorer.collate(group)
         reference = run.reference(group, batch) if run.reference else None
-        output = run.method.loss(with_reference(pair_logps(run.scorer, batch, gradient=False), reference))
+        output = loss(with_reference(pair_logps(run.scorer, batch, gradient=False), reference))
         margins.append(np.array(output.chosen_rewards - output.rejected_rewards, np.float64))
     return np.concatenate(margins)

@@ -101,7 +101,7 @@ def made() -> dict[str, Any]:
     names = ("orpo", "dpo", "chapter's step")
     tier: dict[str, Any] = {
         "facts": {"frontier": [{"kl": 0.5, "gold": 1.0}]},
-        "size": study.size_record(SimpleNamespace(size=TINY, bound=1.0)),  # type: ignore[arg-type]
+        "size": study.size_record(SimpleNamespace(size=TINY, bound=1.0)),
         "base": {"gold": some(7), "kl": [0.0] * 7},
         "variants": {variant: {name: method(name) for name in names} for variant in ("0 % flipped", "20 % flipped")},
         "sanity": [sane(name) for name in names],

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
+from orpo_mlx.compare.exercise.contenders import CONTENDERS, Contender, grid
 from orpo_mlx.compare.exercise.gold_task import REPLY_TOKENS, GoldTask
 from orpo_mlx.compare.exercise.sizes import QUICK_EXACT
 from orpo_mlx.compare.exercise.study import relabelled, shuffles
-from orpo_mlx.compare.exercise.trainer import fresh_run, reward_margins
+from orpo_mlx.compare.exercise.trainer import fresh_run, reward_margins, train
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.types import TokenizedPair
@@ -75,12 +78,12 @@ def test_measures_are_those_of_the_drawn_tokens_on_average(task: GoldTask) -> No
     assert found.gold.mean() == pytest.approx(of_drawn.mean(), abs=4 * of_drawn.std() / np.sqrt(256))
 
 
-def _moved(tree: object) -> object:
+def _moved(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _moved(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_moved(value) for value in tree]
-    return tree + 0.03  # type: ignore[operator]
+    return tree + 0.03
 
 
 def test_the_frontier_is_the_best_there_is(task: GoldTask) -> None:
@@ -94,7 +97,7 @@ def test_a_model_is_left_as_it_was_found(task: GoldTask) -> None:
     before = score_pairs(PairScorer(task.loaded.model), pairs)
     with fresh_run(task.loaded, task.shared()) as run:
         run.loaded.model.update(_moved(run.loaded.model.trainable_parameters()))
-        assert reward_margins(run, pairs).any()
+        assert reward_margins(run, "sft", pairs).any()
     assert score_pairs(PairScorer(task.loaded.model), pairs) == before
 
 
@@ -108,3 +111,18 @@ def test_shuffles_and_their_mirror_images_swap_each_pair_once(task: GoldTask) ->
         assert sum(kept) * 2 == len(pairs)
         assert kept == [a != b for a, b in zip(pairs, other, strict=True)]
     assert found[0] != found[2]
+
+
+@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda contender: contender.name)
+def test_every_contender_takes_steps_and_ranks_pairs_by_its_own_reward(task: GoldTask, contender: Contender) -> None:
+    config = contender.config(grid(contender, (1e-3, 3e-3), 2)[1], task.shared(), 0)
+    pairs = task.train_pairs("0 % flipped")[:16]
+    with fresh_run(task.loaded, config) as run:
+        before = reward_margins(run, contender.reward, pairs)
+        found = train(run, contender, pairs * 4, (1, 2), lambda run: {"gold": 0.0, "kl": 0.0}, 1.0)
+        after = reward_margins(run, contender.reward, pairs)
+    assert found.failed is None
+    assert np.isfinite(found.losses).all()
+    assert [point["step"] for point in found.curve] == [0, 1, 2]
+    # The very pairs it was trained on.
+    assert (after - before).mean() > 0
