@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orpo_mlx.cli.arguments import add_trust_remote_code
-from orpo_mlx.config.flags import OneLineParser, exit_status, naming_flags
-from orpo_mlx.convert.quantisation import AFFINE_BITS, AFFINE_GROUPS, QUANTISATION_MODES, quantisation
+from orpo_mlx.config.flags import OneLineParser, exit_status, naming_flags, with_flags
+from orpo_mlx.convert.quantisation import AFFINE_BITS, AFFINE_GROUPS, MIXED, QUANTISATION_MODES, quantisation
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.models.names import DTYPES
 
@@ -56,8 +56,9 @@ def build_parser() -> OneLineParser:
     merge = add_command("merge", "model and adapter to one model in Hugging Face layout")
     merge.add_argument("--model", required=True, help="base model: Hub id, folder or .gguf file")
     merge.add_argument("--adapter-path", required=True, help="folder of adapters in mlx-lm's form")
+    merge.add_argument("--data", metavar="FILE", help="pairs to measure on how much of the adapter's effect is kept")
     add_destination(merge)
-    add_shrinking(merge)
+    add_shrinking(merge, (*QUANTISATION_MODES, MIXED))
     return parser
 
 
@@ -74,13 +75,13 @@ def add_destination(parser: argparse.ArgumentParser) -> None:
     add_trust_remote_code(parser)
 
 
-def add_shrinking(parser: argparse.ArgumentParser) -> None:
+def add_shrinking(parser: argparse.ArgumentParser, modes: Sequence[str] = QUANTISATION_MODES) -> None:
     """Another dtype, or fewer bits."""
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of floating-point weights (default: as they are)")
     parser.add_argument("--quantize", action="store_true", help="quantise every layer that can be")
     parser.add_argument("--bits", type=int, choices=AFFINE_BITS, help="default: 4")
     parser.add_argument("--group-size", type=int, choices=(16, *AFFINE_GROUPS), help="default: 64")
-    parser.add_argument("--mode", choices=QUANTISATION_MODES, help="default: affine")
+    parser.add_argument("--mode", choices=modes, help="default: affine")
 
 
 def task_of(args: argparse.Namespace) -> Task:
@@ -112,6 +113,9 @@ def run(argv: Sequence[str] | None) -> None:
             convert_mlx_to_gguf(args.source, args.model, destination, overwrite=args.overwrite, trust=trust)
             return
         task = task_of(args)
+        if args.command == "merge" and args.data is not None and not Path(args.data).is_file():
+            # Said before the work, not after it.
+            raise ConfigError(f"`data` {args.data}: no such file; give a file of pairs.")
         if args.command == "hf":
             conversions.convert_hf(args.source, task)
         elif args.command == "gguf":
@@ -122,6 +126,17 @@ def run(argv: Sequence[str] | None) -> None:
             conversions.convert_mlx_to_peft(args.source, args.model, task)
         else:
             conversions.convert_merge(args.model, args.adapter_path, task)
+            if args.data is not None:
+                say_effect(args, task.destination)
+
+
+def say_effect(args: argparse.Namespace, merged: Path) -> None:
+    """Measure what a merged model keeps of its adapter's effect, and print it."""
+    from orpo_mlx.convert.effect import effect_text, measure_effect
+
+    adapter = Path(args.adapter_path).expanduser()
+    effect = measure_effect(args.model, adapter, merged, Path(args.data), trust_remote_code=args.trust_remote_code)
+    print(with_flags(effect_text(effect), ("mode", "bits")))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from orpo_mlx.convert.peft_adapters import (
     read_adapter,
     write_adapter,
 )
+from orpo_mlx.convert.quantisation import MIXED, Quantisation
 from orpo_mlx.convert.task import SCRATCH, Task, report, with_dtype, write_model
 from orpo_mlx.convert.verify import (
     MERGED,
@@ -178,7 +179,7 @@ def convert_merge(model_name: str, adapter_path: str, task: Task) -> None:
         replaced |= fuse(model, DTYPES[task.dtype] if task.dtype else None, str(adapter))
         exact = all(array.dtype == mx.float32 for array in dict(tree_flatten(model.parameters())).values())
         if task.how is not None:
-            written = write_model(task, folder, model, config)
+            written = write_model(task._replace(how=mixed(task.how, replaced)), folder, model, config)
         elif quantised or not base.files:
             written = write_tensors(task, folder, model_tensors(model, str(adapter)), config)
         else:
@@ -188,6 +189,13 @@ def convert_merge(model_name: str, adapter_path: str, task: Task) -> None:
         limit = allowed_difference(task, unchanged=MERGED if exact else ROUNDED)
         verify_model(task, folder, baseline, limit, folder if task.how is None else None)
     report(task, written)
+
+
+def mixed(how: Quantisation, replaced: Collection[str]) -> Quantisation:
+    """A mixed form as affine, with the layers finer whose weights, `replaced`, an adapter has changed."""
+    if how.mode != MIXED:
+        return how
+    return how._replace(mode="affine", finer=tuple(name.removesuffix(".weight") for name in replaced))
 
 
 @contextmanager

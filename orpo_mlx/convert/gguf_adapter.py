@@ -125,7 +125,8 @@ def permuted(matrix: Array, stem: str, architecture: Architecture, config: Mappi
     if part == "attn_k":
         heads = int(config.get("num_key_value_heads") or heads)
     rows = matrix.shape[0]
-    return matrix.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(matrix.shape)
+    found: Array = matrix.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(matrix.shape)
+    return found
 
 
 def write_gguf_adapter(path: Path, adapter: GgufAdapter) -> None:
