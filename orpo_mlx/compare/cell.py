@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from orpo_mlx.compare.pair_sets import Pairs, relabel, spread_out, three_splits
+from orpo_mlx.compare.pair_sets import Pairs, judged_pair, relabel, spread_out, three_splits
 from orpo_mlx.compare.plan import PROG, Budget
 from orpo_mlx.config.command_line import resolve
 from orpo_mlx.config.flags import exit_status
@@ -154,7 +154,8 @@ class Clock:
         self.pairs += len(step_batch)
         self.peak = max(self.peak, mx.get_peak_memory())
         self.losses.append(means["loss"])
-        self.accuracies.append(means["accuracies/mean_logps"])
+        # Of single completions, how often the reward tells good from bad: they have no pairs.
+        self.accuracies.append(means.get("accuracies/mean_logps", means["rewards/accuracies"]))
         return {**means, "pair_tokens_per_s": tokens / (ended - started), "peak_memory_gib": self.peak / _GIB}
 
     def figures(self) -> dict[str, Any]:
@@ -221,9 +222,9 @@ def judge(run: Run, pairs: Pairs) -> dict[str, float]:
 
 
 def score(run: Run, pairs: Pairs) -> list[dict[str, Any]]:
-    """A row of log-probs for each pair."""
+    """A row of log-probs for each pair, of a group for its best and worst completion."""
     run.loaded.model.eval()
-    return score_pairs(run.scorer, pairs, batch_size=_PAIRS_SCORED_TOGETHER)
+    return score_pairs(run.scorer, list(map(judged_pair, pairs)), batch_size=_PAIRS_SCORED_TOGETHER)
 
 
 def means_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

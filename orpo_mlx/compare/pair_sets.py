@@ -7,6 +7,7 @@ from typing import overload
 
 import numpy as np
 
+from orpo_mlx.data.batching import best_and_worst
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.training.run import Run
 from orpo_mlx.types import Example, TokenizedPair
@@ -76,6 +77,23 @@ def relabel(step_batch: Pairs, labels: str, step: int, seed: int) -> list[Exampl
     half = (len(step_batch) + int(generator.integers(2))) // 2
     chosen = set(generator.permutation(len(step_batch))[:half].tolist())
     return [swapped(pair) if number in chosen else pair for number, pair in enumerate(step_batch)]
+
+
+def judged_pair(example: Example) -> TokenizedPair:
+    """The pair by which a model is judged: of a group its best completion and its worst.
+
+    Raises:
+        TrainingError: there are no two that differ.
+    """
+    if isinstance(example, TokenizedPair):
+        return example
+    best, worst = best_and_worst(example)
+    if example.scores[best] == example.scores[worst]:
+        raise TrainingError(
+            f"{example.location}: models are compared by what they prefer, and the row has no better and no worse "
+            "completion; give valid and test splits of pairs"
+        )
+    return TokenizedPair(example.prompt_ids, example.completions[best], example.completions[worst], example.location)
 
 
 def swapped(example: Example) -> Example:

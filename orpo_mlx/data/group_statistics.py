@@ -70,9 +70,11 @@ def group_lines(table: Mapping[str, Any]) -> list[str]:
     if "completions" not in table:
         return []
     spread = table["completions_per_row"]
+    paired = f", in {table['pairs_of_groups']} pairs" if table["pairs_of_groups"] else ""
     lines = [
         f"completions: {table['completions']}, {spread['min']:.0f} to {spread['max']:.0f} a row "
-        f"(median {spread['median']:.0f}), in {table['pairs_of_groups']} pairs"
+        f"(median {spread['median']:.0f})"
+        + (f", in {table['pairs_of_groups']} pairs" if table["pairs_of_groups"] else "")
     ]
     if "labels" in table:
         labels = table["labels"]
@@ -82,5 +84,5 @@ def group_lines(table: Mapping[str, Any]) -> list[str]:
             missing = "good" if bad else "bad"
             lines.append(f"balance: there is no {missing} completion; kto learns little from one kind alone")
         for name, value in labels["proposal"].items():
-            lines.append(f"balance: `{name}={value:g}` gives both kinds the same weight in kto")
+            lines.append(f"balance: `{name}={value:g}` gives both the same weight in kto")
     return lines

@@ -61,7 +61,8 @@ class Split:
     def summary(self, name: str) -> str:
         """What was read and what was left out, in one line."""
         report = self.report
-        return f"{name}: {len(self.pairs)} pairs from {self.source.name} ({report.shape}){report.summary()}"
+        what = "pairs" if self.pairs.groups is None else "rows"
+        return f"{name}: {len(self.pairs)} {what} from {self.source.name} ({report.shape}){report.summary()}"
 
     def raw(self) -> Iterator[Pair | Group]:
         """Its pairs and groups that are text, read again."""

@@ -204,7 +204,8 @@ def as_text(figures: Mapping[str, Any]) -> str:
 def _split_lines(table: Mapping[str, Any], batch_size: int) -> list[str]:
     lines = [
         f"shape: {table['shape']}",
-        f"rows: {table['rows_read']} read, {table['rows_kept']} kept, {table['pairs']} pairs",
+        f"rows: {table['rows_read']} read, {table['rows_kept']} kept"
+        + ("" if "completions" in table else f", {table['pairs']} pairs"),
     ]
     if len(table["shapes"]) > 1:
         lines.append("shapes: " + "; ".join(f"{count} {shape}" for shape, count in table["shapes"].items()))

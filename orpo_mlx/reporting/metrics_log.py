@@ -54,6 +54,7 @@ REWARDS = Chart(
 WIN_RATE = Chart(
     "win rate over the base (%)", ("win_rate",), "Replies judged against the base model's, ties counting half.", 100.0
 )
+KL = Chart("KL estimate (nats)", ("kl",), "From what the rewards of kto are measured: KL(π ‖ π_ref), at least 0.")
 LEARNING_RATE = Chart("learning rate", ("learning_rate",), "As of the last step of a report.")
 SPEED = Chart("throughput (pair tokens/s)", ("pair_tokens_per_s",), "Training, from report to report.")
 MEMORY = Chart("peak memory (GiB)", ("peak_memory_gib",), "MLX's peak since the run began.")

@@ -14,6 +14,7 @@ from orpo_mlx.reporting.html_page import Picture, Table, TableCell, read_asset, 
 from orpo_mlx.reporting.metrics_log import (
     ACCURACY,
     KEY,
+    KL,
     LOSS,
     MARGIN,
     RUN_FILE,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-_CHARTS = (LOSS, ACCURACY, MARGIN, WIN_RATE, SPEED)
+_CHARTS = (LOSS, ACCURACY, MARGIN, KL, WIN_RATE, SPEED)
 # Runs that are named above a picture; more would leave it no room.
 _MOST_HEADINGS = 4
 

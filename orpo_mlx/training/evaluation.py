@@ -89,9 +89,7 @@ def evaluate(
         suspects(list(dict.fromkeys(pair for pair, good in zip(of_each, finite, strict=True) if not good)))
     means = MetricMeans()
     means.add_array(metrics)
-    if values.kl is not None:
-        means.add_step({"kl": max(0.0, float(values.kl))})
-    return means.means()
+    return {**means.means(), **values.metrics()}
 
 
 def evaluate_splits(

@@ -31,6 +31,7 @@ class StepGradient(NamedTuple):
     norm: float
     """Euclidean, over all trained parameters."""
     means: MetricMeans
+    values: StepValues
 
 
 def step_gradient(run: Run, step_batch: Sequence[Example]) -> StepGradient:
@@ -66,10 +67,7 @@ def step_gradient(run: Run, step_batch: Sequence[Example]) -> StepGradient:
     means = MetricMeans()
     for metrics in metrics_of:
         means.add_array(np.array(metrics))
-    means = means_of_step or _means_of_all_ranks(run, means)
-    if values.kl is not None:
-        means.add_step({"kl": max(0.0, float(values.kl))})
-    return StepGradient(gradients, norm.item(), means)
+    return StepGradient(gradients, norm.item(), means_of_step or _means_of_all_ranks(run, means), values)
 
 
 def step_values(run: Run, step_batch: Sequence[Example]) -> StepValues:

@@ -32,7 +32,7 @@ def optimiser_step(run: Run, step_batch: Sequence[Example], step: int) -> Metric
     """
     found = step_gradient(run, step_batch)
     require_finite(run, step_batch, step, found)
-    found.means.add_step({"grad_norm": found.norm})
+    found.means.add_step({"grad_norm": found.norm, **found.values.metrics()})
     most = run.config.max_grad_norm
     try:
         run.functions.update(found.gradients, 1.0 if most is None else clip_factor(found.norm, most))

@@ -27,6 +27,10 @@ class StepValues(NamedTuple):
     """See `GroupLogProbs`; so is the next."""
     running: mx.array | None = None
 
+    def metrics(self) -> dict[str, float]:
+        """What of it is logged: the KL estimate as TRL logs it, at least 0."""
+        return {} if self.kl is None else {"kl": max(0.0, float(self.kl))}
+
 
 @dataclasses.dataclass
 class RunningMean:

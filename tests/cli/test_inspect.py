@@ -35,6 +35,32 @@ def test_text_json_and_picture(
     assert json.loads((tmp_path / "f.json").read_text()) == figures
 
 
+def test_labels_and_ratings_show_their_balance(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labelled = [{"prompt": "Q", "completion": "A" * (1 + number), "label": number == 0} for number in range(5)]
+    rated = [{"prompt": "Q", "completions": ["A", "B", "C"], "scores": [1, 2, 2]}]
+    for name, rows, expected in (
+        (
+            "labelled",
+            labelled,
+            ["labels: 1 good, 4 bad (20.0% good)", "--desirable-weight 4 gives both the same weight"],
+        ),
+        ("rated", rated, ["completions: 3, 3 to 3 a row (median 3), in 2 pairs", "2         ⟦B"]),
+        ("one kind", labelled[1:], ["there is no good completion"]),
+    ):
+        path = write_rows(tmp_path / f"{name}.jsonl", rows)
+        command = ["--data", str(path), "--model", str(model_folder), "--pairs", "adjacent"]
+        assert main([*command, "--png", str(tmp_path / "h.png")]) == 0
+        text = capsys.readouterr().out
+        assert all(part in text for part in expected), text
+        assert main([*command, "--json"]) == 0
+        figures = json.loads(capsys.readouterr().out)["splits"]["train"]
+        assert figures["completions"] == sum(len(row.get("completions", "1")) for row in rows)
+        if name == "labelled":
+            assert figures["labels"] == {"good": 1, "bad": 4, "proposal": {"desirable_weight": 4.0}}
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -85,7 +85,9 @@ def night(settings: dict[str, Any], data: Path) -> dict[str, Any]:
     return {**settings, **MANY}
 
 
-@pytest.mark.parametrize("method", ["orpo", "dpo", pytest.param("aot", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["orpo", "dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot", "kto", "bco"))]
+)
 def test_two_ranks_are_one_run_and_one_goes_on_for_two(
     night: dict[str, Any], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,7 +73,8 @@ def test_the_loss_of_a_step_is_the_papers(
         x["kl"] = float((others["s"] - others["ref"]).mean())
         x["running"] = (run.rewards.mean, run.rewards.count)
         expected = oracle.ORACLES[method].loss(x, **run.method.parameters[method])
-        means = step_gradient(run, examples).means.means()
+        found = step_gradient(run, examples)
+        means = {**found.means.means(), **found.values.metrics()}
         assert means["loss"] == pytest.approx(expected.sum() / run.method.count(examples), rel=1e-4)
         if method == "kto":
             assert means["kl"] == pytest.approx(max(0.0, x["kl"]), rel=1e-3, abs=1e-5)
@@ -123,7 +124,8 @@ def test_labels_of_one_kind_train_and_say_so(
 ) -> None:
     settings |= {"data": write(tmp_path / "rows.jsonl", labelled_rows(6, (True,))), "method": "kto"}
     argv = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if not isinstance(value, bool)]
-    assert main([*argv, "--no-memory-check", "--no-report"]) == 0
+    assert main([*argv, "--no-memory-check"]) == 0
+    assert (Path(settings["adapter_path"]) / "report.html").is_file()
     said = " ".join(capsys.readouterr().out.split())
     assert "6 good and 0 bad completions" in said
     assert "3 of 3 steps of an epoch have only good or only bad completions" in said
