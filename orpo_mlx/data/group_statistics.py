@@ -73,8 +73,7 @@ def group_lines(table: Mapping[str, Any]) -> list[str]:
     paired = f", in {table['pairs_of_groups']} pairs" if table["pairs_of_groups"] else ""
     lines = [
         f"completions: {table['completions']}, {spread['min']:.0f} to {spread['max']:.0f} a row "
-        f"(median {spread['median']:.0f})"
-        + (f", in {table['pairs_of_groups']} pairs" if table["pairs_of_groups"] else "")
+        f"(median {spread['median']:.0f}){paired}"
     ]
     if "labels" in table:
         labels = table["labels"]
