@@ -170,6 +170,7 @@ def test_an_evaluation_that_is_not_finite_names_the_pairs_and_goes_on(
 
     def spoiled(*arguments: Any, **options: Any) -> PairLogProbs:
         logps = good(*arguments, **options)
+        assert isinstance(logps, PairLogProbs)
         return logps._replace(chosen=logps.chosen * mx.inf)
 
     monkeypatch.setattr("orpo_mlx.training.evaluation.log_probs", spoiled)
