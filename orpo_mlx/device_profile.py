@@ -73,27 +73,35 @@ class DeviceProfile(NamedTuple):
     """Whether the gated delta rule is MLX's kernel where it has one, forward and backward."""
     native_cross_entropy: bool
     """Whether log-probs of logits in one piece are MLX's kernel, which sums in float32."""
-    compiled: bool
-    """Whether a step's forward and backward pass, its norm and its update are compiled (`mx.compile`)."""
     most_traces: int
-    """Shapes for which a compiled function is kept; beyond, the one that was used longest ago is traced again."""
+    """Shapes for which a compiled function is kept; beyond, the one that was used longest ago is traced again. 0:
+    nothing is compiled."""
     handovers: int
     """Times that the device is given a part of a backward pass in segments while the host builds the rest; 0 evaluates
     each segment before the next is built."""
     layout: RowLayout
 
+    @property
+    def compiled(self) -> bool:
+        """Whether a step's forward and backward pass, its norm and its update are compiled (`mx.compile`)."""
+        return self.most_traces > 0
+
 
 CPU = DeviceProfile(
     name="cpu",
+    # MLX's own makes all scores at once on a CPU, and keeps them for the backward pass.
     native_attention=False,
+    # Blocks whose scores stay in a core's cache.
     attention_rows=32,
     attention_block_mib=2,
     kept_attention=True,
     # Memory is all that running layers again is for, where a step is bound by its products.
     kept_width=0.0,
+    # 2 MiB of logits: they are read again while they are in the cache.
     head_tile_rows=256,
     head_tile_tokens=2048,
     head_chunk_mib=4,
+    # Larger ones take more memory and gain no time on a CPU.
     micro_batch_tokens=1024,
     cache_share=None,
     polynomial_exp=True,
@@ -103,15 +111,16 @@ CPU = DeviceProfile(
     # There it sums in the logits' dtype, and in one level.
     native_cross_entropy=False,
     # MLX compiles CPU kernels with the system's C++ compiler, about a second each, and gains nothing here.
-    compiled=False,
     most_traces=0,
     handovers=0,
+    # Nothing is compiled, so shapes need not repeat, and padding is work.
     layout=RowLayout(share_prompt=True, multiple=1, row_multiple=8, joined=False, token_multiple=1, few_shapes=False),
 )
 
 GPU = DeviceProfile(
     name="gpu",
     native_attention=True,
+    # Where MLX's cannot be taken: fewer, larger blocks, since each costs launches.
     attention_rows=512,
     attention_block_mib=64,
     kept_attention=False,
@@ -129,9 +138,10 @@ GPU = DeviceProfile(
     half_products=True,
     native_gated_delta=True,
     native_cross_entropy=True,
-    compiled=True,
+    # Shapes come in sizes (`few_shapes`): a night of training meets a few dozen. Each trace holds its graph, not arrays.
     most_traces=32,
     handovers=2,
+    # Metal's matrix kernels work on tiles of 32 rows or more: padding up to there costs nothing that was not idle.
     layout=RowLayout(share_prompt=True, multiple=32, row_multiple=32, joined=True, token_multiple=128, few_shapes=True),
 )
 

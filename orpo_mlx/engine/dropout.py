@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+# Taken before anybody replaces it: `dropout_from` may be entered within itself.
 _bernoulli = mx.random.bernoulli
 
 

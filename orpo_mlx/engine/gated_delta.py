@@ -16,7 +16,10 @@ from mlx_lm.models import gated_delta as model_module
 
 from orpo_mlx.device_profile import DeviceProfile
 
+# As in the paper's own kernels: longer chunks are more work within them, shorter ones more steps between them. A power
+# of two, which `inverse_by_halves` needs.
 CHUNK = 64
+# The only head width that MLX's kernel is made for.
 _NATIVE_WIDTH = 128
 # (key heads, value heads) for which MLX 0.32.4 has kernels; for others its function runs token by token.
 _NATIVE_HEADS = ((16, 16), (16, 32), (16, 48), (16, 64), (24, 24), (32, 32))

@@ -21,6 +21,7 @@ Head = Callable[[mx.array], mx.array]
 """Hidden states (..., H) to logits (..., V)."""
 
 _SUM_BLOCK = 128
+# However large the vocabulary: fewer rows than this make a product that waits for memory alone.
 _FEWEST_ROWS = 16
 
 

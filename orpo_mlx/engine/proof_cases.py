@@ -25,7 +25,7 @@ from orpo_mlx.engine.patched_layers import ATTENTION, GATED_DELTA, LORA, SWIGLU,
 _TOKENS, _EARLIER = 12, 4
 _WINDOW = 7
 _HEAD_TOKENS = 4096
-# More than the rows of a trained head's smallest chunk.
+# More than the rows of a trained head's smallest chunk: it is proven in two, the second one short.
 _CHUNK_ROWS = 20
 # Gradients of more numbers than this, as of a trained embedding, are sums of the others' parts, and take their time.
 _MOST_NUMBERS = 1 << 22

@@ -102,9 +102,14 @@ class SegmentedBackward:
     def value_and_grad(self, batch: Batch, extra: Extra, share: Share) -> tuple[tuple[mx.array, Any], Gradients]:
         """Value and gradients of `share`, as `whole_value_and_grad` gives them."""
         sequences = self._recorder.record(batch)
+        # Layers before the first trained one pass no gradient on: they are run once, and nothing of them is needed
+        # again.
         first = next(number for number, layer in enumerate(self._layers) if trained_names(layer))
+        # From here on layers run in one piece with the head and are not run again.
         kept_from = max(first, len(self._layers) - self._kept_layers)
         size = self._segment_layers
+        # Segments begin anew at the first trained layer, so that none is half trained; kept layers end the last one,
+        # however long it is.
         bounds = sorted({*range(0, first, size), *range(first, kept_from, size), kept_from})
         work = Handover(2 * len(bounds) - 1, self.scorer.profile.handovers)
         streams = tuple(sequence.entering for sequence in sequences)
@@ -131,6 +136,7 @@ class SegmentedBackward:
     ) -> tuple[list[Entered], Streams]:
         """The forward pass: the segments from layer `first`, to be run again, and the states that leave the last."""
         entered: list[Entered] = []
+        # There is one key more than segments: the last is for the kept layers.
         for segment, key in zip(segments, keys, strict=False):
             leaving, kept = self._forward(segment, streams, key)
             if segment.low >= first:
@@ -336,6 +342,7 @@ def find_segmented(
         try:
             segmented = SegmentedBackward(scorer, segment_layers=segment_layers, kept_layers=kept_layers)
             (_, states), gradients = segmented.value_and_grad(batch, (), _probe_share)
+            # The probe is a batch of its own shapes: what was traced for it would never be used again.
             segmented.forget()
             (_, expected_states), expected = whole_value_and_grad(scorer, batch, (), _probe_share)
             rounding = expected_states.dtype
