@@ -9,6 +9,7 @@ from typing import NamedTuple
 from orpo_mlx.compare import tables
 from orpo_mlx.compare.charts import accuracy_panel, loss_panels, memory_panel, sensitivity_panels, time_panel
 from orpo_mlx.compare.results import Results
+from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.files import write_bytes, write_text
 from orpo_mlx.reporting.charts import DARK, LIGHT, Panel, png
 from orpo_mlx.reporting.html_page import Picture, Table, TableCell, render_markdown, render_page
@@ -33,12 +34,17 @@ class PanelPicture(NamedTuple):
     caption: str
 
 
+_CHAPTER = (
+    "The chapter's table, verified",
+    tables.claims,
+    "Each claim of the course chapter on ORPO with what was measured here, by the command above.",
+)
+_OWN_DATA = (
+    "Five claims about ORPO and DPO, on this data",
+    tables.claims,
+    "What a course chapter on ORPO says of the two, with what was measured here, by the command above.",
+)
 _SECTIONS: tuple[tuple[str, Callable[[Results], Table], str], ...] = (
-    (
-        "The chapter's table, verified",
-        tables.claims,
-        "Each claim of the course chapter on ORPO with what was measured here, by the command above.",
-    ),
     (
         "What each method reached",
         tables.quality,
@@ -145,7 +151,9 @@ def facts(results: Results) -> dict[str, str]:
 def sections_of(results: Results) -> list[Section]:
     """Sections that have something to show; where no sanity check was run, that is said."""
     found = []
-    for title, build, text in _SECTIONS:
+    # The chapter's own task is the demo's; on other data its table is one more thing to know.
+    demo = results["settings"]["data"] == TrainingConfig.data and results["settings"]["model"] == TrainingConfig.model
+    for title, build, text in (_CHAPTER if demo else _OWN_DATA, *_SECTIONS):
         table = build(results)
         if table.rows:
             found.append(Section(title, table, text))

@@ -185,6 +185,12 @@ def cell_name(arm: Arm, seed: int, rate: float, factor: float, labels: str) -> s
     return "_".join(parts)
 
 
+def started_as() -> list[str]:
+    """The words that began the command that was typed."""
+    script = Path(sys.argv[0]).name == "compare_methods.py"
+    return ["python", "scripts/compare_methods.py"] if script else ["orpo-mlx", "compare"]
+
+
 def run_comparison(plan: Plan, argv: Sequence[str], reporter: Reporter) -> dict[str, Any]:
     """Run what is missing of a plan and collect its results.
 
@@ -201,7 +207,7 @@ def run_comparison(plan: Plan, argv: Sequence[str], reporter: Reporter) -> dict[
     results = {
         "schema": 1,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "scripts/compare_methods.py", *argv]),
+        "command": shlex.join([*started_as(), *argv]),
         "machine": machine(),
         "versions": versions(),
         **collect(plan, cells),

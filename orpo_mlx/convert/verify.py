@@ -58,6 +58,11 @@ REPORTED = Limit()
 """Fewer bits: whatever comes out is reported, as long as it is a number."""
 
 
+_BAD_SIGN = 0.3
+"""Mean difference, nats per token, from which what was reported needs a word: a token's probability is then off by a
+third on average, and greedy replies are others."""
+
+
 class Difference(NamedTuple):
     """How far two sets of log-probs are apart, nats per token."""
 
@@ -256,4 +261,9 @@ def _compare_and_check(task: Task, what: str, one: Logps, other: Logps, limit: L
     """Print how far log-probs are apart, and make sure that it is within `limit`."""
     difference = difference_of(one, other)
     print(f"compared with {what}: {difference}")
+    if math.isinf(limit.mean) and difference.mean > _BAD_SIGN:
+        print(
+            f"A mean of {difference.mean:.2f} is a bad sign: a token's probability is off by a factor of "
+            f"{math.exp(difference.mean):.1f} on average; take more --bits, or a smaller --group-size."
+        )
     _check_within(difference, limit, str(task.destination))
