@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 # Where a null may be data: elsewhere in a row, nulls say nothing in any kind of file.
-_HOLD_DATA = ("tools", "tool_calls", "function_call", "chat_template_kwargs")
+_HOLD_DATA = ("tools", "functions", "tool_calls", "function_call", "chat_template_kwargs")
 
 
 class ArrowRow(NamedTuple):

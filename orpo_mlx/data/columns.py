@@ -22,6 +22,7 @@ COLUMNS = (
 # Columns whose text may be messages as JSON.
 _TEXTS = (
     *("prompt", "chosen", "rejected", "system", "system_prompt", "question", "instruction", "input"),
+    *("preferred_output", "non_preferred_output", "rejected_response", "rejected_messages"),
     *("conversations", "messages", "completion", "response", "answer", "generation", "output"),
 )
 _SYSTEM = ("system", "system_prompt")
@@ -43,7 +44,7 @@ COMPLETION_IDS = "completion_ids"
 
 # Columns that hold lists, whose text can only be JSON.
 _LISTS = ("history", COMPLETION_IDS, *COMPLETION_LISTS, *LIST_SCORES, *PAIR_ID_COLUMNS)
-_RECOGNISED = {*COLUMNS, *_TEXTS, *_LISTS}
+_RECOGNISED = {*COLUMNS, *_TEXTS, *_LISTS, "functions"}
 # Arguments of transformers' `apply_chat_template` that are not for the template.
 _NOT_A_ROWS = {
     *(
@@ -145,9 +146,17 @@ def _system_text(value: Any, name: str, location: str) -> str:
     return text_of(value, name, location)
 
 
+def _from_functions(row: Columns, location: str) -> list[Any]:
+    """Tools out of `functions`, OpenAI's older name for them, which are not in an envelope."""
+    functions = from_json(row.get("functions"), "functions", location) or []
+    if not (isinstance(functions, list) and all(isinstance(function, dict) for function in functions)):
+        raise DataError(f"{location}: 'functions' must be a list of descriptions of functions (objects).")
+    return [{"type": "function", "function": function} for function in functions]
+
+
 def extras(row: Columns, location: str) -> Extras:
     """The row's `tools` and `chat_template_kwargs`."""
-    tools = from_json(row.get("tools"), "tools", location) or []
+    tools = from_json(row.get("tools"), "tools", location) or _from_functions(row, location)
     if isinstance(tools, list):
         tools = [from_json(tool, "tools", location) for tool in tools]
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):

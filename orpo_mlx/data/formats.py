@@ -6,7 +6,7 @@ that fits reads the row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, NoReturn
 
 from orpo_mlx.data.columns import (
@@ -184,6 +184,33 @@ def earlier_turns(row: Columns, location: str) -> Sides:
     return _completed(texts(row[name], name, location), row, location)
 
 
+def openai_preference(row: Columns, location: str, options: Options) -> Found:
+    """`input` with messages and tools, `preferred_output` and `non_preferred_output`."""
+    asked = row["input"]
+    if not isinstance(asked, dict) or "messages" not in asked:
+        raise DataError(f"{location}: 'input' must be an object with messages beside preferred_output.")
+    given = {name: asked[name] for name in ("messages", "tools") if asked.get(name) is not None}
+    sides = {"chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
+    return _TWO_ANSWERS.read({**_rest(row, _OPENAI), **given, **sides}, location, options)
+
+
+def rejected_response(row: Columns, location: str, options: Options) -> Found:
+    """`messages` that end in the better answer, and the worse one by itself or in a conversation of its own."""
+    messages = row["messages"]
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise DataError(f"{location}: 'messages' must be a conversation that ends in the better answer.")
+    name = next(name for name in _SWIFT if name in row)
+    rest = _rest(row, ("messages", *_SWIFT))
+    if name == "rejected_messages":
+        return _CONVERSATIONS.read({**rest, "chosen": messages, "rejected": row[name]}, location, options)
+    sides = {"chosen": messages[-1:], "rejected": row[name]}
+    return _TWO_ANSWERS.read({**rest, "messages": messages[:-1], **sides}, location, options)
+
+
+def _rest(row: Columns, names: Collection[str]) -> dict[str, Any]:
+    return {name: row[name] for name in row if name not in names}
+
+
 def pair_shape(
     name: str,
     fits: Callable[[Columns], bool],
@@ -243,7 +270,19 @@ def _is_conversation(value: Any) -> bool:
 SINGLE = Shape("single completions", holds_single_completion, single_completion)
 """Read where the method looks at one side alone: it would otherwise hide that a column has another name."""
 
+_CONVERSATIONS = pair_shape("conversational, implicit prompt", whole_conversations, implicit_turns)
+_TWO_ANSWERS = pair_shape("messages and two answers", has("messages"), earlier_turns)
+# Columns of OpenAI's preference fine-tuning, and those in which ms-swift has the worse side.
+_OPENAI = ("input", "preferred_output", "non_preferred_output")
+_SWIFT = ("rejected_response", "rejected_messages")
+
 SHAPES = (
+    Shape("preferred output (OpenAI)", lambda row: all(name in row for name in _OPENAI), openai_preference),
+    Shape(
+        "messages and a rejected response (ms-swift)",
+        lambda row: "messages" in row and not has_sides(row) and has(*_SWIFT)(row),
+        rejected_response,
+    ),
     Shape("token ids of completions", lambda row: COMPLETION_IDS in row, group_token_ids),
     Shape("token ids", has(*PAIR_ID_COLUMNS), token_ids),
     Shape(
@@ -269,11 +308,11 @@ SHAPES = (
         explicit,
     ),
     pair_shape("conversational, explicit prompt", has("prompt"), explicit),
-    pair_shape("conversational, implicit prompt", whole_conversations, implicit_turns),
+    _CONVERSATIONS,
     pair_shape("conversations with from and value (ShareGPT)", has("conversations"), earlier_turns),
     pair_shape("instruction and input (Alpaca)", has("instruction"), alpaca),
     pair_shape("question with system (orca_dpo_pairs)", has("question", "input"), question),
-    pair_shape("messages and two answers", has("messages"), earlier_turns),
+    _TWO_ANSWERS,
     pair_shape("dialogue strings (hh-rlhf)", lambda row: all(is_dialogue(row[side]) for side in _SIDES), dialogues),
     pair_shape(
         "conversational, implicit prompt",

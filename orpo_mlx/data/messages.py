@@ -10,21 +10,15 @@ from orpo_mlx.data.tool_calls import tool_calls_of
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Message, Text
 
-# ShareGPT's names. A `role` under that name is left to the chat template, which may know more of them.
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
-
-_SPEAKERS = (
-    "system",
-    "developer",
-    "user",
-    "assistant",
-    "tool",
-    "function",
-    "function_call",
-    "human",
-    "gpt",
-    "observation",
-)
+# What data sets call the speakers of a chat, by what chat templates call them. Templates print a name they do not know
+# as it stands, where it begins a turn of nobody.
+_CALLED = {
+    "user": ("human",),
+    "assistant": ("gpt", "chatgpt", "bing", "bard", "bot", "ai", "model", "function_call"),
+    "tool": ("observation", "function_response"),
+}
+_ROLES = {name: role for role, names in _CALLED.items() for name in names}
+_SPEAKERS = ("system", "developer", "user", "assistant", "tool", "function", *_ROLES)
 # Text that begins as messages do when a table's cell holds them: as JSON, or as Python and NumPy print them.
 _BRACKET = re.compile(r"""\s*(?:array\()?["\[{]""")
 _SPEAKER = re.compile(rf"""\\?(["'])(?:role|from)\\?\1\s*:\s*\\?\1(?:{"|".join(_SPEAKERS)})\\?\1""")
@@ -110,6 +104,7 @@ def message(value: Any, name: str, location: str) -> Message:
     role = turn.get("role")
     if not isinstance(role, str):
         raise DataError(f"{location}: {name}.role must be a string, found {_found(turn, 'role')}.")
+    turn["role"] = _role_of(role)
     calls = tool_calls_of(turn, name, location)
     content = turn.get("content")
     # OpenAI's form of a turn that only calls tools.
@@ -157,7 +152,9 @@ def _sharegpt_message(turn: dict[str, Any], name: str, location: str) -> Message
     value = turn.get("value")
     if not isinstance(said, str) or not isinstance(value, str):
         raise DataError(f"{location}: {name} must have 'from' and 'value' as strings, found {_found(turn, 'value')}.")
-    role = _ROLES.get(said, said)
+    role = _role_of(said)
+    if role not in _SPEAKERS:
+        raise DataError(f"{location}: {name}.from is {said[:40]!r}, expected a speaker: {', '.join(_SPEAKERS)}.")
     if said != "function_call":
         return {"role": role, "content": _encodable(value, f"{name}.value", location)}
     try:
@@ -170,9 +167,17 @@ def _sharegpt_message(turn: dict[str, Any], name: str, location: str) -> Message
     return {"role": role, "content": "", "tool_calls": calls}
 
 
+def _role_of(name: str) -> str:
+    """What chat templates call a speaker; a name that is not known here is left to the template, which may know it."""
+    plain = name.strip().lower()
+    return _ROLES.get(plain, plain if plain in _SPEAKERS else name)
+
+
 def _part(part: Any, name: str, location: str) -> str:
     """The text of one part of a content that is a list, as vision-language data has it."""
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+    # The last two are those of OpenAI's Responses.
+    texts_of = ("text", "input_text", "output_text")
+    if isinstance(part, dict) and part.get("type") in texts_of and isinstance(part.get("text"), str):
         return str(part["text"])
     found = part.get("type", "no type") if isinstance(part, dict) else kind(part)
     raise DataError(f"{location}: {name} is of type {str(found)[:40]!r}; only text can be trained on here.")

@@ -113,6 +113,10 @@ def _json_line(text: bytes, location: str) -> Any:
     except UnicodeDecodeError:
         raise not_utf8(location) from None
     except (ValueError, RecursionError) as error:
+        if text.strip() == b"[":
+            raise DataError(
+                f"{location}: found a JSON list, expected one JSON object per line; name it .json."
+            ) from None
         reason = json_reason(error)
         raise DataError(f"{location}: invalid JSON ({reason}); expected one JSON object per line.") from None
 
@@ -288,6 +292,7 @@ def not_utf8(location: str) -> DataError:
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": jsonl_rows,
+    ".ndjson": jsonl_rows,
     ".json": json_rows,
     ".csv": csv_rows,
     ".tsv": tsv_rows,

@@ -30,6 +30,9 @@ def _tool_call(call: dict[str, Any], name: str, location: str) -> dict[str, Any]
     if isinstance(call.get("function"), dict):
         return {**call, "function": _tool_call(call["function"], name, location)}
     arguments = call.get("arguments")
+    if arguments is None and "name" in call:
+        # Of a function that takes none; templates that write them fail where the key is not there.
+        return {**call, "arguments": {}}
     plain_json(arguments, f"{name}.tool_calls", location)
     if not isinstance(arguments, str):
         return call

@@ -117,6 +117,20 @@ def rated(question: str, chosen: str, rejected: str) -> Row:
     return {"prompt": question, "completions": [rejected, "A third.", chosen], "scores": [1, 2, 3]}
 
 
+def openai(question: str, chosen: str, rejected: str) -> Row:
+    sides = {"preferred_output": [said("assistant", chosen)], "non_preferred_output": [said("assistant", rejected)]}
+    return {"input": {"messages": turns(question), "tools": [], "parallel_tool_calls": True}, **sides}
+
+
+def swift(question: str, chosen: str, rejected: str) -> Row:
+    return {"messages": [*turns(question, history=True), said("assistant", chosen)], "rejected_response": rejected}
+
+
+def swift_messages(question: str, chosen: str, rejected: str) -> Row:
+    row = whole(question, chosen, rejected)
+    return {"messages": row["chosen"], "rejected_messages": row["rejected"]}
+
+
 CASES: list[tuple[str, Callable[[str, str, str], Row], dict[str, Any]]] = [
     ("strings, explicit prompt", strings, {}),
     ("conversational, explicit prompt", messages, {}),
@@ -132,6 +146,9 @@ CASES: list[tuple[str, Callable[[str, str, str], Row], dict[str, Any]]] = [
     ("instruction and input (Alpaca)", alpaca_history, {"history": True}),
     ("conversational, implicit prompt", capybara, {"history": True}),
     ("rated completions", rated, {}),
+    ("preferred output (OpenAI)", openai, {}),
+    ("messages and a rejected response (ms-swift)", swift, {"history": True}),
+    ("messages and a rejected response (ms-swift)", swift_messages, {}),
 ]
 
 
@@ -270,7 +287,10 @@ def test_tools_and_template_arguments_travel_along() -> None:
         assert isinstance(pair, Pair)
         assert pair.tools == (tool,)
         assert pair.template_kwargs == {"enable_thinking": False}
-    call = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]
+    (pair,) = read_row({**messages("Q", "A", "B"), "functions": json.dumps([function])}, "f:1").pairs
+    assert isinstance(pair, Pair)
+    assert pair.tools == ({"type": "function", "function": function},)
+    call = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]
     (pair,) = read_row({**messages("Q", "A", "B"), "chosen": call, "tools": None}, "f:1").pairs
     assert isinstance(pair, Pair)
     assert pair.chosen == ({**call[0], "content": ""},)
@@ -382,3 +402,87 @@ def test_rows_that_cannot_be_used(row: Row, expected: str) -> None:
         read_row(row, "f:1", pair_ratings="all")
     assert str(caught.value).startswith("f:1: ")
     assert expected in str(caught.value)
+
+
+SYSTEM = [
+    {"system": "S", "prompt": "Q", "chosen": "A", "rejected": "B"},
+    {"system_prompt": "S", "chosen": dialogue([*turns("Q"), said("assistant", "A")]),
+     "rejected": dialogue([*turns("Q"), said("assistant", "B")])},
+    {"system": "S", **whole("Q", "A", "B")},
+    {"system": "S", "prompt": "Q", **whole("Q", "A", "B")},
+    {"system": "S", **whole("Q", "A", "B", system="S")},
+    {"system": "S", "system_prompt": " S ", "prompt": turns("Q", system="S"), "chosen": "A", "rejected": "B"},
+    {"system": [said("system", "S")], "conversations": sharegpt(turns("Q")), "chosen": "A", "rejected": "B"},
+    {"system": "S", "messages": turns("Q"), "chosen": "A", "rejected": "B"},
+    {"system": "S", "instruction": "Q", "input": "", "chosen": "A", "rejected": "B"},
+    {"system": "S", "question": "Q", "chosen": "A", "rejected": "B"},
+    {"system": "S", "prompt": "Q", "completions": ["A", "B"], "scores": [2, 1]},
+    {"system": "S", "input": {"messages": turns("Q")}, "preferred_output": "A", "non_preferred_output": "B"},
+    {"system": "S", "messages": [*turns("Q"), said("assistant", "A")], "rejected_response": "B"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", SYSTEM, ids=lambda row: "+".join(row))
+def test_a_system_text_is_one_turn_in_every_shape(row: Row) -> None:
+    (pair,) = read_row(row, "f:1", pair_ratings="best_worst").pairs
+    assert as_conversation(pair) == (
+        (said("system", "S"), said("user", "Q")), (said("assistant", "A"),), (said("assistant", "B"),)
+    )  # fmt: skip
+
+
+def test_two_system_texts_are_refused() -> None:
+    for row in (
+        {"system": "S", **messages("Q", "A", "B", system="other")},
+        {"system": "S", "system_prompt": "T", **strings("Q", "A", "B")},
+    ):
+        with pytest.raises(DataError, match=r"f:1: .* are different system texts, expected one"):
+            read_row(row, "f:1")
+
+
+def test_columns_that_a_row_has_no_use_for_are_noted() -> None:
+    assert read_row({**strings("Q", "A", "B"), "question": "R", "history": [["a", "b"]]}, "f:1").notes == (
+        "without their history and question, which the rest of the row has no use for",
+    )
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    assert "system" in read_row({**ids, "system": "S"}, "f:1").notes[0]
+    assert read_row({**ids, "system": "", "tools": None}, "f:1").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "Q", "completion": "A"}, "the row is one answer to imitate"),
+        ({"messages": turns("Q")}, "the row is one conversation to imitate"),
+        ({"text": "Q"}, "the row is one text"),
+        ({**strings("Q", "A", "B"), "images": ["x.png"]}, "the row has 'images'; only text"),
+        ({"prompt": None, "chosen": "The A", "rejected": "The B"}, "'prompt' is a JSON null"),
+    ],
+)
+def test_rows_that_are_no_pairs_are_called_what_they_are(row: Row, expected: str) -> None:
+    with pytest.raises(DataError, match=f"f:1: {expected}"):
+        read_row(row, "f:1")
+    assert read_row({**strings("Q", "A", "B"), "images": []}, "f:1").pairs
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("Eine 👩\u200d🚀 natürlich.", "Eine 👩\u200d🔬 vielleicht.", "Eine"),
+        ("Red? 🇩🇰 it is.", "Red? 🇩🇪 it is.", "Red?"),
+        ("Hi 👍🏽 you", "Hi 👍🏿 you", "Hi"),
+        ("वह घर कि ओर गया।", "वह घर की छत पर गया।", "वह घर"),
+        ("Say it: cafe\u0301 noir", "Say it: cafe latte", "Say it:"),
+        ("He can't swim.", "He can walk.", "He"),
+        ("Pi is about 3.14", "Pi is about 3.2", "Pi is about"),
+        ("call my_value()", "call my_vault()", "call"),
+        ("see https://a.b/c?d=1", "see https://a.b/c?d=2", "see"),
+        ("a well-known man", "a well-made car", "a"),
+        ("costs $46", "costs $47", "costs"),
+        ("你好吗？我很好。", "你好吗？我不好。", "你好吗？"),
+        ("a \u0301b", "a c", "a"),
+    ],
+)
+def test_an_implicit_prompt_ends_between_words(chosen: str, rejected: str, prompt: str) -> None:
+    (pair,) = read_row({"chosen": chosen, "rejected": rejected}, "f:1").pairs
+    assert isinstance(pair, Pair)
+    assert (pair.prompt, pair.chosen) == (prompt, chosen[len(prompt) :])

@@ -28,7 +28,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
         return path
     kind = path.suffix
     table = pa.Table.from_pylist(rows)
-    if kind == ".jsonl":
+    if kind in (".jsonl", ".ndjson"):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif kind == ".json":
         path.write_text(json.dumps(rows, indent=1))
@@ -157,7 +157,11 @@ def test_a_damaged_archive(tmp_path: Path, cut: int) -> None:
         ("x.csv", b'a,b\n1,"2" 3\n', "x.csv:2: not valid CSV"),
         ("x.csv", b"a,b, a\n1,2,3\n", "x.csv:1: two columns are called 'a'"),
         ("x.csv", b"prompt;chosen\na;b\n", "x.csv:1: the columns are separated by ';', expected commas"),
-        ("x.txt", b"", "x.txt: files of this kind are not read, expected .jsonl, .json, .csv, .tsv, .parquet, .arrow"),
+        (
+            "x.txt",
+            b"",
+            "x.txt: files of this kind are not read, expected .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
@@ -181,6 +185,12 @@ def test_broken_rows_are_handed_on_and_the_rest_read(tmp_path: Path) -> None:
     assert rows[0] == {"a": "1", "b": "2"}
     assert "x.csv:3: found 1 cells, expected 2 (a, b)" in str(rows[1])
     assert rows[2] == {"a": "3", "b": "4"}
+
+
+def test_a_list_under_the_name_of_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('[\n{"a": 1}\n]')
+    first = next(read_rows(tmp_path / "x.jsonl"))
+    assert "x.jsonl:1: found a JSON list, expected one JSON object per line; name it .json" in str(first.value)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
