@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+from orpo_mlx.data.other_rows import OtherRowsError
 from orpo_mlx.data.tool_calls import tool_calls_of
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Message, Text
@@ -180,7 +181,7 @@ def _part(part: Any, name: str, location: str) -> str:
     if isinstance(part, dict) and part.get("type") in texts_of and isinstance(part.get("text"), str):
         return str(part["text"])
     found = part.get("type", "no type") if isinstance(part, dict) else kind(part)
-    raise DataError(f"{location}: {name} is of type {str(found)[:40]!r}; only text can be trained on here.")
+    raise OtherRowsError(f"{location}: {name} is of type {str(found)[:40]!r}; only text can be trained on here.")
 
 
 def _found(turn: dict[str, Any], key: str) -> str:
