@@ -138,7 +138,7 @@ GPU = DeviceProfile(
     half_products=True,
     native_gated_delta=True,
     native_cross_entropy=True,
-    # Shapes come in sizes (`few_shapes`): a night of training meets a few dozen. Each trace holds its graph, not arrays.
+    # Shapes come in sizes (`few_shapes`): a night of training meets a few dozen. A trace holds a graph, not arrays.
     most_traces=32,
     handovers=2,
     # Metal's matrix kernels work on tiles of 32 rows or more: padding up to there costs nothing that was not idle.

@@ -62,7 +62,7 @@ def test_every_method_learns_its_train_split(settings: dict[str, Any], method: s
     reports = rows(settings, "train")
     assert [row["step"] for row in reports] == list(range(1, 31))
     first, last = (np.mean([row["loss"] for row in part]) for part in (reports[:3], reports[-3:]))
-    # The weights of wpo are next to nothing on texts that a random model would never sample, and rise as it learns them.
+    # The weights of wpo are next to nothing on texts that a random model would never sample, and rise as it learns.
     assert last < first - 0.1 or method == "wpo"
     if method != "sft":
         assert np.mean([row["rewards/accuracies"] for row in reports[-3:]]) > 0.8

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from orpo_mlx.config.settings import SETTINGS
-from orpo_mlx.errors import UserError
+from orpo_mlx.errors import TrainingError, UserError
 from orpo_mlx.interrupts import Interrupted, finished, raising_interrupts
 from orpo_mlx.text import clipped, printable, spell_unprintable
 
@@ -22,6 +22,7 @@ _MENTION = re.compile(r"`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>[^`]*))?`")
 
 _MOST = 399
 """Characters of a sentence on stderr: what it quotes of a flag or a file may have millions."""
+_MOST_OF_A_RUN = 1200
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -135,7 +136,9 @@ def _tell_error(prog: str, error: UserError | OSError) -> None:
     else:  # A full disk, or a folder that cannot be written, wherever a command meets it.
         location = f"{error.filename}: " if error.filename else ""
         message = printable(f"{location}{error.strerror or error}; free space or choose another folder.")
-    _print(clipped(f"{prog}: error: {message}", _MOST))
+    # A run that fails says what is saved, where, and how it goes on: several paths, and nothing that a stranger wrote.
+    most = _MOST_OF_A_RUN if isinstance(error, TrainingError) else _MOST
+    _print(clipped(f"{prog}: error: {message}", most))
 
 
 def _tell_interrupt(prog: str, interrupt: KeyboardInterrupt, number: int | None) -> int:
