@@ -14,6 +14,7 @@ Floats = npt.NDArray[np.float64]
 
 _NORMAL = NormalDist()
 RESAMPLES = 4000
+_ZERO = 1e-12
 # Steps of the numerical integral of Student's density; its error is below 1e-8 for 2 and more degrees of freedom.
 _INTEGRAL_STEPS = 20_000
 
@@ -75,6 +76,8 @@ def paired_bootstrap(
     by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
     by_prompt = rng.multinomial(prompts, np.full(prompts, 1 / prompts), resamples) / prompts
     means = np.einsum("rs,sp,rp->r", by_seed, table, by_prompt, optimize=True)
+    # A mean that is 0 but for the order of its sum counts on both sides, whoever adds it up.
+    means = np.where(np.abs(means) < _ZERO, 0.0, means)
     low, high = np.quantile(means, (0.025, 0.975))
     beyond = min((means <= 0).sum(), (means >= 0).sum())
     p = min(1.0, 2 * (int(beyond) + 1) / (resamples + 1))
