@@ -124,7 +124,7 @@ def _sanity(raw: list[dict[str, Any]], published: dict[str, Any]) -> Iterator[tu
     ps: dict[str, float] = {}
     rows = {row["name"]: row for row in published["methods"]}
     for method in raw:
-        name, row, wins = method["name"], rows[method["name"]], method["wins"]
+        name, row, wins = method["name"], rows[method["name"]], _bits(method["wins"])
         yield f"sanity {name} given", row["given"], sum(wins["given"]) / len(wins["given"])
         yield f"sanity {name} swapped", row["swapped"], sum(wins["swapped"]) / len(wins["swapped"])
         mirror = _bootstrap(np.array([wins["given"]], float) - np.array([wins["swapped"]], float))
@@ -134,7 +134,7 @@ def _sanity(raw: list[dict[str, Any]], published: dict[str, Any]) -> Iterator[tu
         yield f"sanity {name} shuffled", row["shuffled"]["mean"], sum(shuffled) / len(shuffled)
         values = [each - 0.5 for each in shuffled]
         if method["likelihood"]:
-            alone = _with_mirrors(method["likelihood_wins"])
+            alone = _with_mirrors(_bits(method["likelihood_wins"]))
             values = [ours - theirs for ours, theirs in zip(shuffled, alone, strict=True)]
         if row["null"] is not None:
             mean, error = sum(values) / len(values), math.sqrt(_variance_of_mean(values))
@@ -142,6 +142,10 @@ def _sanity(raw: list[dict[str, Any]], published: dict[str, Any]) -> Iterator[tu
             yield f"sanity {name} null p", row["null"]["p"], ps[name]
     for name, value in _holm(ps).items():
         yield f"sanity {name} null p_holm", rows[name]["null"]["p_holm"], value
+
+
+def _bits(wins: dict[str, str]) -> dict[str, list[int]]:
+    return {labels: [int(bit) for bit in each] for labels, each in wins.items()}
 
 
 def _with_mirrors(wins: dict[str, list[int]]) -> list[float]:

@@ -71,12 +71,13 @@ def analyse_sanity(sanity: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = []
     nulls: dict[str, NullTest] = {}
     for method in sanity:
-        shares = {labels: statistics.fmean(wins) for labels, wins in method["wins"].items()}
-        mirror = paired_bootstrap([method["wins"]["given"]], [method["wins"]["swapped"]])
+        wins = {labels: list(map(int, each)) for labels, each in method["wins"].items()}
+        shares = {labels: statistics.fmean(each) for labels, each in wins.items()}
+        mirror = paired_bootstrap([wins["given"]], [wins["swapped"]])
         shuffled = mirrored_means(method["wins"])
         row = {
             "name": method["name"],
-            "pairs": len(method["wins"]["given"]),
+            "pairs": len(wins["given"]),
             "given": shares["given"],
             "swapped": shares["swapped"],
             "mirror": mirror._asdict(),
@@ -100,9 +101,9 @@ def analyse_sanity(sanity: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"alpha": SANITY_ALPHA, "methods": rows, "failed": [row["name"] for row in rows if not row["holds"]]}
 
 
-def mirrored_means(wins: Mapping[str, Sequence[int]]) -> list[float]:
+def mirrored_means(wins: Mapping[str, str]) -> list[float]:
     """The mean share of each shuffle and its mirror image."""
-    shares = {labels: statistics.fmean(each) for labels, each in wins.items() if labels.startswith("shuffle")}
+    shares = {labels: statistics.fmean(map(int, each)) for labels, each in wins.items() if labels.startswith("shuffle")}
     return [
         (share + shares[f"{labels} mirrored"]) / 2
         for labels, share in shares.items()

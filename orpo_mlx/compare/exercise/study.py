@@ -23,8 +23,8 @@ def run_study(task: Task, cells: Cells) -> dict[str, Any]:
     """All trainings of a tier; docs/results.md has the keys."""
     by_name = {contender.name: contender for contender in CONTENDERS}
     contenders = [by_name[name] for name in task.size.contenders]
-    base = cells.get({"tier": task.name, "what": "base model"}, lambda: {"test": measured_base(task)})
-    variants = {variant: run_variant(task, cells, variant, contenders) for variant in task.size.variants}
+    base = cells.get({"tier": task.name, "what": "base model on both splits"}, lambda: measured_base(task))
+    variants = {variant: run_variant(task, cells, variant, contenders, base["valid"]) for variant in task.size.variants}
     found = {"facts": task.facts(), "size": size_record(task), "base": base["test"], "variants": variants}
     if task.size.shuffles:
         clean = variants[task.size.variants[0]]
@@ -39,24 +39,26 @@ def size_record(task: Task) -> dict[str, Any]:
     return {**size._asdict(), "rounds": rounds, "kl_bound": task.bound, "replies_per_prompt": size.samples}
 
 
-def measured_base(task: Task) -> PerPrompt:
-    """The base model on the test prompts, with adapters that do nothing yet."""
+def measured_base(task: Task) -> dict[str, PerPrompt]:
+    """The base model on both splits, with adapters that do nothing yet: what every training looks like at step 0."""
     with fresh_run(task.loaded, task.shared()):
-        return task.look("test")
+        return {split: task.look(split) for split in ("valid", "test")}
 
 
-def run_variant(task: Task, cells: Cells, variant: str, contenders: Sequence[Contender]) -> dict[str, Any]:
+def run_variant(
+    task: Task, cells: Cells, variant: str, contenders: Sequence[Contender], start: PerPrompt
+) -> dict[str, Any]:
     """Every method tuned on one variant of the labels, then trained under all seeds at its best setting."""
-    return {contender.name: run_contender(task, cells, variant, contender) for contender in contenders}
+    return {contender.name: run_contender(task, cells, variant, contender, start) for contender in contenders}
 
 
-def run_contender(task: Task, cells: Cells, variant: str, contender: Contender) -> dict[str, Any]:
+def run_contender(task: Task, cells: Cells, variant: str, contender: Contender, start: PerPrompt) -> dict[str, Any]:
     """One method on one variant: its tuning, its choice, its final trainings."""
     size = task.size
     tuning: list[dict[str, Any]] = []
 
     def score(setting: Setting, steps: int) -> float:
-        cell = training(task, cells, variant, contender, setting, 0, steps)
+        cell = training(task, cells, variant, contender, setting, 0, steps, start)
         best = cell["curve"][cell["best"]]
         tuning.append({**setting._asdict(), "steps": steps, "score": best["gold"], "kl": best["kl"], **cell})
         return float(best["gold"])
@@ -64,7 +66,7 @@ def run_contender(task: Task, cells: Cells, variant: str, contender: Contender) 
     entries = successive_halving(grid(contender, size.rates, size.rounds[0].settings), size.rounds, score)
     chosen = entries[-1].setting
     finals = [
-        training(task, cells, variant, contender, chosen, seed, size.rounds[-1].steps, test=True)
+        training(task, cells, variant, contender, chosen, seed, size.rounds[-1].steps, start, test=True)
         for seed in range(size.seeds)
     ]
     kept = ("rate", "strength", "steps", "score", "kl", "best", "failed", "valid_gold")
@@ -85,22 +87,28 @@ def training(
     setting: Setting,
     seed: int,
     steps: int,
+    start: PerPrompt,
     *,
     test: bool = False,
 ) -> dict[str, Any]:
-    """One training, looked at on the way, and where `test` judged on the test prompts at its best step."""
+    """One training, looked at on the way, and where `test` judged on the test prompts at its best step.
+
+    `start` is what the base model looks like on the valid prompts.
+    """
     identity = _identity(task, variant, contender, setting, seed, steps)
 
     def compute() -> dict[str, Any]:
         # Finals of seed 0 repeat a training of the tuning: it takes seconds, and its adapters were not kept.
         with fresh_run(task.loaded, contender.config(setting, task.shared(), seed)) as run:
-            seen: list[PerPrompt] = []
+            seen: list[PerPrompt] = [start]
 
             def look(run: Run) -> dict[str, float]:
                 seen.append(task.look("valid"))
                 return means(seen[-1])
 
-            found = train(run, contender, task.train_pairs(variant), look_steps(task, steps), look, task.bound)
+            found = train(
+                run, contender, task.train_pairs(variant), look_steps(task, steps), look, task.bound, means(start)
+            )
             result = {
                 "losses": found.losses,
                 "accuracies": found.accuracies,
@@ -121,25 +129,23 @@ def training(
 def sanity_cells(task: Task, cells: Cells, contender: Contender, clean: Mapping[str, Any]) -> dict[str, Any]:
     """Trainings of one method on the given, the swapped and shuffled labels, judged by its own reward.
 
-    `wins` are 1 where training raised the method's own reward of the held-out pair's better side by more than that of
-    the worse one; the change, since a reward that has no reference prefers one side before any training.
+    `wins` have a 1 where training raised the method's own reward of the held-out pair's better side by more than that
+    of the worse one; the change, since a reward that has no reference prefers one side before any training.
     """
     setting = Setting(**clean[contender.name]["chosen"])
     labels = [GIVEN, SWAPPED, *shuffles(task.size.shuffles)]
     found = {"name": contender.name, "likelihood": contender.likelihood, **setting._asdict()}
-    found["wins"] = {each: own_reward(task, cells, contender, setting, each)["wins"] for each in labels}
+    found["wins"] = {each: own_reward(task, cells, contender, setting, each) for each in labels}
     if contender.likelihood:
         # What the likelihood term does by itself, at the same rate, on the same shuffles.
         alone = next(each for each in CONTENDERS if each.name == LIKELIHOOD_ALONE)
         same_rate = Setting(setting.rate, None)
-        found["likelihood_wins"] = {
-            each: own_reward(task, cells, alone, same_rate, each)["wins"] for each in labels[2:]
-        }
+        found["likelihood_wins"] = {each: own_reward(task, cells, alone, same_rate, each) for each in labels[2:]}
     return found
 
 
-def own_reward(task: Task, cells: Cells, contender: Contender, setting: Setting, labels: str) -> dict[str, Any]:
-    """One training on some labels to its last step, judged by the method's own reward on the held-out pairs."""
+def own_reward(task: Task, cells: Cells, contender: Contender, setting: Setting, labels: str) -> str:
+    """One training on some labels to its last step, judged by its own reward: 1 or 0 for each held-out pair."""
     steps = task.size.rounds[-1].steps
     variant = task.size.variants[0]
     identity = {**_identity(task, variant, contender, setting, 0, steps), "what": "own reward", "labels": labels}
@@ -147,14 +153,16 @@ def own_reward(task: Task, cells: Cells, contender: Contender, setting: Setting,
     def compute() -> dict[str, Any]:
         held_out = task.held_out_pairs()
         pairs = relabelled(task.train_pairs(variant), labels)
+        unseen = {"gold": 0.0, "kl": 0.0}
         with fresh_run(task.loaded, contender.config(setting, task.shared(), 0)) as run:
             before = reward_margins(run, contender.reward, held_out)
             # Not its best step: choosing one by gold would let the right labels in by the back door.
-            found = train(run, contender, pairs, (steps,), lambda run: {"gold": 0.0, "kl": 0.0}, task.bound)
+            found = train(run, contender, pairs, (steps,), lambda run: unseen, task.bound, unseen)
             change = reward_margins(run, contender.reward, held_out) - before
         return {"wins": [int(value > 0) for value in change], "failed": found.failed}
 
-    return cells.get(identity, compute)
+    # A character each: a list of numbers, a line each, would be most of results.json.
+    return "".join(map(str, cells.get(identity, compute)["wins"]))
 
 
 def relabelled(pairs: Sequence[TokenizedPair], labels: str) -> list[TokenizedPair]:

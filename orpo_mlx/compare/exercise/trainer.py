@@ -59,9 +59,15 @@ def fresh_run(loaded: LoadedModel, config: TrainingConfig) -> Iterator[Run]:
 
 
 def train(
-    run: Run, contender: Contender, pairs: Sequence[TokenizedPair], looks: Sequence[int], look: Look, bound: float
+    run: Run,
+    contender: Contender,
+    pairs: Sequence[TokenizedPair],
+    looks: Sequence[int],
+    look: Look,
+    bound: float,
+    start: Mapping[str, Any],
 ) -> Trained:
-    """Train until the last step of `looks`, looking at each of them and at step 0.
+    """Train until the last step of `looks`, looking at each of them.
 
     The best step, rather than the last, is what a training is worth: how long to train is tuned as well, by the same
     rule for every method. Step 0 is among them, so that a training which leaves the bound at once is worth nothing.
@@ -73,10 +79,11 @@ def train(
         looks: steps, rising.
         look: measures the run.
         bound: the largest KL to the base model, in nats per reply.
+        start: what a look at the base model finds, which is step 0 of every training.
     """
     losses: list[float] = []
     accuracies: list[float] = []
-    curve = [{"step": 0, **look(run)}]
+    curve: list[dict[str, Any]] = [{"step": 0, **start}]
     best, adapters, failed = 0, trained_weights(run), None
     order = TrainingOrder(pairs, run.config.batch_size, seed=run.config.seed, shuffle=True)
     for step, indices in enumerate(order, 1):

@@ -99,15 +99,19 @@ def convergence(variant: Variant, size: Mapping[str, Any]) -> Verdict:
         f"step {step}: {mean:+.2f} ({low:+.2f} to {high:+.2f})"
         for step, (mean, low, high) in zip(steps, found, strict=True)
     )
-    verdict = CONFIRMED if ahead and not behind else REFUTED if behind and not ahead else OPEN
-    count = f"ORPO is ahead at {ahead} and behind at {behind} of {len(found)} looks"
+    if ahead and behind:
+        verdict = f"depends on the budget: ORPO is ahead at {ahead} and behind at {behind} of {len(found)} looks"
+    elif ahead or behind:
+        verdict = CONFIRMED if ahead else REFUTED
+    else:
+        verdict = f"{OPEN}: no look parts them; see what the design could find"
     return Verdict(
         claim,
-        verdict if verdict != OPEN else f"{OPEN}: {count}; see what the design could find",
+        verdict,
         f"gold of ORPO minus DPO on valid prompts, each at its tuned rate, with 95 % intervals over {len(gaps)} seeds: "
         f"{shown}",
         "the same steps are the same pair tokens; seconds are in the costs. DPO moves further from the base in as many "
-        "steps, so this is no comparison at equal KL",
+        "steps and is tuned to a lower rate for it, so this is no comparison at equal KL",
     )
 
 
@@ -143,7 +147,8 @@ def sensitivity(variants: Mapping[str, Variant]) -> Verdict:
         verdict if verdict != OPEN else f"{OPEN}: the variants do not agree, or their intervals hold 0",
         f"gold lost by the average of {settings} settings of learning rate and β against the best of them, within the "
         f"KL bound: {'; '.join(parts)}",
-        "a method that gains little can lose little: compare with the best of each. One seed; intervals over prompts",
+        "a setting that is beyond the KL bound at its first look is worth what the base model is; a method that gains "
+        "little can lose little. One seed; intervals over prompts",
     )
 
 

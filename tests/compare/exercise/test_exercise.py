@@ -89,8 +89,8 @@ def made() -> dict[str, Any]:
         chosen = {"rate": 1e-3, "strength": 1.0}
         return {"likelihood": name == "orpo", "chosen": chosen, "tuning": tuning, "seeds": [seed() for _ in range(3)]}
 
-    def wins(share: float) -> list[int]:
-        return [int(value < share) for value in rng.random(200)]
+    def wins(share: float) -> str:
+        return "".join(str(int(value < share)) for value in rng.random(200))
 
     def sane(name: str) -> dict[str, Any]:
         shuffled = {each: wins(0.5) for each in study.shuffles(3)}
@@ -133,8 +133,8 @@ def test_a_failed_sanity_check_fails_the_command_and_stands_on_the_first_line(
     assert first_line(made).startswith("Sanity: swapped labels mirror")
     raw = made["tiers"]["exact"]
     # As if the shuffled labels had been learned from: by much the same under every shuffle.
-    for number, wins in enumerate(raw["sanity"][1]["wins"].values()):
-        wins[:] = [1] * (len(wins) - 20 * (number == 1) - number) + [0] * (20 * (number == 1) + number)
+    for number, labels in enumerate(raw["sanity"][1]["wins"]):
+        raw["sanity"][1]["wins"][labels] = ("0" * (30 * (labels == "swapped") + number)).ljust(200, "1")
     raw["analysis"] = analyse(raw)
     assert raw["analysis"]["sanity"]["failed"] == ["dpo"]
     assert raw["analysis"]["sanity"]["methods"][1]["mirrors"]

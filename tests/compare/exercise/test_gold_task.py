@@ -117,9 +117,10 @@ def test_shuffles_and_their_mirror_images_swap_each_pair_once(task: GoldTask) ->
 def test_every_contender_takes_steps_and_ranks_pairs_by_its_own_reward(task: GoldTask, contender: Contender) -> None:
     config = contender.config(grid(contender, (1e-3, 3e-3), 2)[1], task.shared(), 0)
     pairs = task.train_pairs("0 % flipped")[:16]
+    unseen = {"gold": 0.0, "kl": 0.0}
     with fresh_run(task.loaded, config) as run:
         before = reward_margins(run, contender.reward, pairs)
-        found = train(run, contender, pairs * 4, (1, 2), lambda run: {"gold": 0.0, "kl": 0.0}, 1.0)
+        found = train(run, contender, pairs * 4, (1, 2), lambda run: unseen, 1.0, unseen)
         after = reward_margins(run, contender.reward, pairs)
     assert found.failed is None
     assert np.isfinite(found.losses).all()
