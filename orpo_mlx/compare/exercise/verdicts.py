@@ -78,8 +78,8 @@ def memory(cost: Mapping[str, Any]) -> Verdict:
     return Verdict(
         "DPO takes twice the memory",
         CONFIRMED if shared >= _TWICE else f"{REFUTED}; a second copy nears it only where weights outweigh the rest",
-        f"measured on {cost['model']}, {cost['tokens']} tokens a side: DPO {shared:.2f} times ORPO's peak, with a second "
-        f"copy {copied:.2f} times; predicted with a second copy, the most: {shown}",
+        f"measured on {cost['model']}, {cost['tokens']} tokens a side: DPO {shared:.2f} times ORPO's peak, with a "
+        f"second copy {copied:.2f} times; predicted with a second copy, the most: {shown}",
         "one model, of 135M; larger ones in 4 bits were not predicted here. Predictions are within a tenth; no Mac",
     )
 
