@@ -47,7 +47,7 @@ def test_twelve_steps_are_trls(tmp_path: Path) -> None:
         {
             **{name: given[name] for name in same}, "method": "kto", "model": str(gguf), "data": str(data),
             "adapter_path": str(tmp_path / "run"), "batch_size": given["per_device_train_batch_size"],
-            "iters": given["max_steps"], "shuffle": False, "steps_per_report": 1, "samples": 0,
+            "iters": given["max_steps"], "shuffle": False, "steps_per_report": 1, "samples": 0, "report": False,
             "resume_adapter_file": first_adapter(tmp_path / "first", rank, record["alpha"]),
             "lora_parameters": {
                 "rank": rank, "scale": record["alpha"] / rank, "keys": ["self_attn.q_proj", "self_attn.v_proj"],
