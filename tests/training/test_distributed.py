@@ -73,7 +73,9 @@ def assert_close(first: Path, second: Path, tolerance: float = 1e-5) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
         for key in mine.keys() - {*TIMED, "split"}:
-            assert mine[key] == pytest.approx(other[key], rel=tolerance, abs=2e-6), (key, mine["step"], mine["split"])
+            # A mean of small differences of large sums, which other batches round otherwise.
+            rel = 1e-4 if key == "kl" else tolerance
+            assert mine[key] == pytest.approx(other[key], rel=rel, abs=2e-6), (key, mine["step"], mine["split"])
     for name, value in adapters(first).items():
         np.testing.assert_allclose(value, adapters(second)[name], rtol=2e-3, atol=2e-4, err_msg=name)
 
