@@ -53,6 +53,27 @@ def test_token_logps_are_left_out_unless_asked_for(tmp_path: Path, model_folder:
     assert "chosen_token_logps" not in row
 
 
+def test_a_row_for_each_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_model_folder(tmp_path / "bare", tokenizer=False)
+    rated = {"prompt_ids": [5, 6, 7], "completion_ids": [[8], [9, 10], [11, 3, 4]], "scores": [2, 3, 1]}
+    given = [rated, {"prompt_ids": [5, 6], "completion_ids": [9, 9], "label": "no"}]
+    data = write_rows(tmp_path / "rows.jsonl", given)
+    ranked, labelled = run(tmp_path, "--model", str(folder), "--data", str(data), "--labels", "yes,no", "--per-token")
+    model = make_model()
+    for row, source in ((ranked, rated["completion_ids"]), (labelled, [[9, 9]])):
+        prompt = given[row["index"]]["prompt_ids"]
+        for logps, ids, total in zip(row["token_logps"], source, row["logps"], strict=True):
+            expected = oracle_logps(model, tuple(prompt), tuple(ids))
+            np.testing.assert_allclose(logps, expected, atol=2e-5)
+            assert total == pytest.approx(expected.sum(), abs=1e-4)
+    assert (ranked["scores"], ranked["tokens"], labelled["scores"]) == ([2.0, 3.0, 1.0], [1, 2, 3], [0.0])
+    assert ranked["margin"] == pytest.approx(ranked["mean_logps"][1] - ranked["mean_logps"][2])
+    assert (labelled["margin"], labelled["prefers_best"]) == (None, None)
+    assert "1 groups: best preferred in" in capsys.readouterr().out
+    assert main(["--model", str(folder), "--data", str(data), "--output", str(tmp_path / "x")]) == 2
+    assert "'label': found string 'no'" in capsys.readouterr().err
+
+
 def test_adapters_change_the_scores(tmp_path: Path, model_folder: Path) -> None:
     data = write_id_rows(tmp_path / "rows.jsonl", make_pairs(3))
     lora = {"rank": 2, "scale": 4.0, "dropout": 0.0}
