@@ -60,8 +60,8 @@ def positive_part(x: mx.array) -> mx.array:
 def power_gain(logs: mx.array, power: float) -> mx.array:
     """(1 - u^-power) / power of u = exp(logs), and `logs`, its limit, at power 0.
 
-    Where u^-power is above e⁸⁰ it is taken for that, as in TRL: float32 ends at e⁸⁸, and a loss that is infinite says
-    less than one that is merely absurd. There is no gradient beyond.
+    Where u^-power is above e⁸⁰ it is taken for that, as TRL does for its α-divergence: float32 ends at e⁸⁸, and a loss
+    that is infinite says less than one that is merely absurd. There is no gradient beyond.
     """
     if power == 0:
         return logs
