@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orpo_mlx.cli.arguments import add_model_options, check_output_file
+from orpo_mlx.cli.arguments import add_model_options, check_count, check_output_file
 from orpo_mlx.cli.judging import (
     EVALUATED,
     adapter_folder,
@@ -37,10 +37,14 @@ def build_parser() -> OneLineParser:
     what.add_argument("--adapter-path", metavar="FOLDER", help="adapters of the candidate")
     what.add_argument("--baseline-model", metavar="MODEL", help="default: the candidate's model")
     what.add_argument("--baseline-adapter", metavar="FOLDER", help="adapters of the baseline; default: none")
-    add_prompt_options(parser)
-    add_judge_options(parser)
+    add_prompt_options(parser, required=False)
+    add_judge_options(parser, required=False)
     parser.add_argument("--check-judge", metavar="RULE", help="hold the judge against a rule, such as rule:plain")
     add_sampling_options(parser, temperature=0.0)
+    tasks = parser.add_argument_group("tasks, instead of a judge: what was unlearnt")
+    tasks.add_argument("--tasks", metavar="NAME,NAME", help="tasks of lm-evaluation-harness, adapters off and on")
+    tasks.add_argument("--tasks-path", metavar="FOLDER", help="further tasks, as YAML files of lm-eval's")
+    tasks.add_argument("--limit", type=int, metavar="N", help="items of each task, at most")
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write the figures as JSON")
     output.add_argument("--replies", metavar="FILE", help="write every comparison as a line of JSON")
@@ -54,6 +58,11 @@ def run(argv: Sequence[str] | None) -> None:
     for flag, name in (("--json", args.json), ("--replies", args.replies)):
         if name is not None:
             check_output_file(flag, Path(name))
+    if args.tasks is not None:
+        run_tasks_of(args)
+        return
+    if args.data is None or args.judge is None:
+        raise ConfigError("give --data and --judge, to have replies compared, or --tasks.")
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from orpo_mlx.files import save_json
     from orpo_mlx.judging.evaluate import Plan, as_text, evaluate, failure_warning, write_replies
@@ -87,6 +96,36 @@ def run(argv: Sequence[str] | None) -> None:
         raise DataError(f"{warning}; there is no win rate")
     if warning is not None:
         print(printable_lines(f"Warning: {warning}."), file=sys.stderr)
+
+
+def run_tasks_of(args: argparse.Namespace) -> None:
+    """What `--tasks` asks for; raises UserError."""
+    for flag in ("data", "judge", "replies", "baseline_model", "baseline_adapter", "check_judge"):
+        if getattr(args, flag) is not None:
+            raise ConfigError(f"--{flag.replace('_', '-')}: has no meaning with --tasks; leave it out.")
+    if args.limit is not None:
+        check_count("--limit", args.limit)
+    adapter = adapter_folder("--adapter-path", args.adapter_path)
+    if adapter is None:
+        raise ConfigError("--tasks: compares a model with its adapters and without; give --adapter-path.")
+    if args.tasks_path is not None and not Path(args.tasks_path).is_dir():
+        raise ConfigError(f"--tasks-path {args.tasks_path}: is not a folder.")
+    from orpo_mlx.cli.run_folder import base_model
+    from orpo_mlx.files import save_json
+    from orpo_mlx.judging.regression import regression_figures, regression_line
+    from orpo_mlx.judging.sides import Loading, Side
+    from orpo_mlx.judging.tasks import TaskPlan, run_tasks
+
+    with naming_flags(vars(args)):
+        side = Side(args.model or base_model(adapter), adapter)
+        folder = None if args.tasks_path is None else Path(args.tasks_path)
+        names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+        loading = Loading(args.dtype, args.trust_remote_code)
+        found = run_tasks(TaskPlan(side, names, folder, args.limit, loading))
+    for name, regression in found.items():
+        print(printable_lines(regression_line(name, regression)))
+    if args.json is not None:
+        save_json(Path(args.json), {name: regression_figures(each) for name, each in found.items()})
 
 
 def sides_of(args: argparse.Namespace) -> tuple[Side, Side]:

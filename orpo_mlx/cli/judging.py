@@ -21,11 +21,11 @@ EVALUATED = ("test", "valid", "train")
 TRAINED = ("train",)
 
 
-def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+def add_prompt_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Where prompts come from."""
     group = parser.add_argument_group("prompts")
     group.add_argument(
-        "--data", required=True, metavar="DATA", help="folder of splits, file, or Hub id; prompts suffice"
+        "--data", required=required, metavar="DATA", help="folder of splits, file, or Hub id; prompts suffice"
     )
     group.add_argument("--columns", help="columns under other names: prompt=question")
     group.add_argument("--prompts", type=int, metavar="N", help="take this many, spread evenly; default: all")
@@ -45,12 +45,12 @@ def add_sampling_options(parser: argparse.ArgumentParser, temperature: float) ->
     )
 
 
-def add_judge_options(parser: argparse.ArgumentParser) -> None:
+def add_judge_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Who judges."""
     group = parser.add_argument_group("judge")
     group.add_argument(
         "--judge",
-        required=True,
+        required=required,
         help="rule:plain, rule:length=5-20, rule:regex=PATTERN, rule:json=KEY,KEY, rule:exact; or a model to load; or "
         "endpoint (an OpenAI-style server at 127.0.0.1:8080), or such a server's address",
     )
