@@ -13,6 +13,8 @@ ORPO, DPO = "orpo", "dpo"
 Variant = Mapping[str, Mapping[str, Any]]
 """A variant of a tier in `results.json`: methods by name."""
 
+# Settings from which a grid says something of a method: four rates by three strengths.
+_REAL_GRID = 12
 # "Twice", of peaks that are predicted within a tenth.
 _TWICE = 1.9
 
@@ -142,6 +144,8 @@ def sensitivity(variants: Mapping[str, Variant]) -> Verdict:
         )
     settings = sum(entry["steps"] == min_steps(variant) for entry in variant[ORPO]["tuning"])
     verdict = CONFIRMED if set(signs) == {-1} else REFUTED if set(signs) == {1} else OPEN
+    if verdict != OPEN and settings < _REAL_GRID:
+        verdict = f"{verdict} on {settings} settings; a grid of {_REAL_GRID} and more is needed to say so in general"
     return Verdict(
         "DPO's sensitivity to hyper-parameters is moderate, ORPO's low",
         verdict if verdict != OPEN else f"{OPEN}: the variants do not agree, or their intervals hold 0",
