@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -84,8 +85,12 @@ def read_json_table(path: Path, error: type[UserError]) -> dict[str, Any]:
         error: it is missing, cannot be read, is too large, not JSON, or not an object.
     """
     try:
-        if path.stat().st_size > _MOST_JSON:
-            raise error(f"{path}: {path.stat().st_size} bytes is no JSON settings file.")
+        found = path.stat()
+        # Reading a pipe would wait for somebody to write into it.
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            raise error(f"{path}: is no regular file.")
+        if found.st_size > _MOST_JSON:
+            raise error(f"{path}: {found.st_size} bytes is no JSON settings file.")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path}: no such file.") from None

@@ -250,6 +250,9 @@ def read_config_file(path: Path, flags: Mapping[str, Any] | None = None) -> dict
     # mlx-lm's loader reads 1e-5 as a number, which PyYAML alone does not.
     from mlx_lm.lora import yaml_loader
 
+    # Reading a pipe would wait for somebody to write into it; one of the shell's own, `-c <(...)`, has a writer.
+    if path.exists() and not (path.is_file() or path.is_dir() or path.is_relative_to("/dev")):
+        raise ConfigError(f"--config {path}: is no regular file, expected YAML.")
     try:
         table = yaml.load(path.read_text(encoding="utf-8"), yaml_loader)
     except OSError as error:

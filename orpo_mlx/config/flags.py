@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
+import os
 import re
 import signal
 import sys
@@ -133,12 +135,22 @@ def _tell_error(prog: str, error: UserError | OSError) -> None:
     if isinstance(error, UserError):
         message = printable(str(error)).rstrip(".")
         message += "" if message.endswith("?") else "."
+    elif error.errno == errno.ENOENT and not error.filename and _current_folder_is_gone():
+        message = "the current folder was removed; change into one that is there."
     else:  # A full disk, or a folder that cannot be written, wherever a command meets it.
         location = f"{error.filename}: " if error.filename else ""
         message = printable(f"{location}{error.strerror or error}; free space or choose another folder.")
     # A run that fails says what is saved, where, and how it goes on: several paths, and nothing that a stranger wrote.
     most = _MOST_OF_A_RUN if isinstance(error, TrainingError) else _MOST
     _print(clipped(f"{prog}: error: {message}", most))
+
+
+def _current_folder_is_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _tell_interrupt(prog: str, interrupt: KeyboardInterrupt, number: int | None) -> int:
