@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from orpo_mlx.config.flags import OneLineParser, exit_status
@@ -36,6 +38,16 @@ def test_a_file_that_cannot_be_written_is_one_sentence(capsys: pytest.CaptureFix
         "prog: error: a/b.json: No space left on device; free space or choose another folder.",
         "prog: error: odd; free space or choose another folder.",
     ]
+
+
+def test_a_current_folder_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert exit_status("prog", Path.cwd) == 2
+    assert capsys.readouterr().err == "prog: error: the current folder was removed; change into one that is there.\n"
 
 
 def test_a_defect_is_not_hidden() -> None:

@@ -314,7 +314,8 @@ class Loop:
         progress.means.merge(means)
         progress.pair_tokens += tokens
         progress.trained_tokens += tokens
-        for warning in progress.watch.add(means.means()):
+        # A method that looks at one side alone promises nothing of the other, which rows may not even have.
+        for warning in () if self.run.method.one_sided else progress.watch.add(means.means()):
             self.sinks.reporter.say(f"Warning, step {progress.step}: {warning}")
 
     def _agree(self) -> None:

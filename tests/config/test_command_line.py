@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from orpo_mlx.config.command_line import given_settings, merge_settings, read_co
 from orpo_mlx.config.settings import SETTINGS, TrainingConfig, recipe
 from orpo_mlx.device_profile import VARIABLE, DeviceProfile, RowLayout, device_profile
 from orpo_mlx.errors import ConfigError
+from orpo_mlx.files import read_json_table
 from orpo_mlx.losses.recipe import PARAMETERS
 from orpo_mlx.losses.registry import METHODS
 
@@ -105,6 +107,14 @@ def test_numbers_that_no_library_holds(tmp_path: Path) -> None:
     assert resolve(["--seed", str(2**64 - 1)]).seed == 2**64 - 1
     with pytest.raises(ConfigError, match=r"config\.yaml: model: is empty"):
         read_config_file(Path(write(tmp_path, "model: ''\n")))
+
+
+def test_a_pipe_is_no_config_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match=r"--config .*pipe.yaml: is no regular file"):
+        read_config_file(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match=r"pipe.yaml: is no regular file"):
+        read_json_table(tmp_path / "pipe.yaml", ConfigError)
 
 
 def test_an_earlier_run_comes_between_the_file_and_the_defaults(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from orpo_mlx.training.checkpoints.random_numbers import random_state, set_rando
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.step import optimiser_step
 from tests.conftest import make_pairs, write_id_rows
-from tests.helpers.kill_and_resume import adapters, kill_and_resume, metrics, records
+from tests.helpers.kill_and_resume import adapters, kill_and_resume, metrics, records, signal_and_resume
 from tests.helpers.quiet_training import run_quietly
 from tests.test_train import flags
 
@@ -99,6 +99,13 @@ def test_killed_at_random_and_resumed_until_done(
     outcome = kill_and_resume(settings, tmp_path, runs=runs, seed=7)
     assert outcome.equal == outcome.runs
     assert outcome.kills >= outcome.runs
+
+
+@pytest.mark.slow
+def test_signalled_at_any_moment_and_resumed(settings: dict[str, Any], tmp_path: Path) -> None:
+    ends = signal_and_resume({**settings, **LONG, "lora_parameters": {"dropout": 0.1}}, tmp_path, runs=8, seed=5)
+    assert ends.faults == []
+    assert ends.equal == ends.runs
 
 
 def test_random_numbers_go_on_where_they_were() -> None:
