@@ -55,8 +55,8 @@ def test_token_logps_are_left_out_unless_asked_for(tmp_path: Path, model_folder:
 
 def test_a_row_for_each_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_model_folder(tmp_path / "bare", tokenizer=False)
-    rated = {"prompt_ids": [5, 6, 7], "completion_ids": [[8], [9, 10], [11, 3, 4]], "scores": [2, 3, 1]}
-    given = [rated, {"prompt_ids": [5, 6], "completion_ids": [9, 9], "label": "no"}]
+    rated: dict[str, Any] = {"prompt_ids": [5, 6, 7], "completion_ids": [[8], [9, 10], [11, 3, 4]], "scores": [2, 3, 1]}
+    given: list[dict[str, Any]] = [rated, {"prompt_ids": [5, 6], "completion_ids": [9, 9], "label": "no"}]
     data = write_rows(tmp_path / "rows.jsonl", given)
     ranked, labelled = run(tmp_path, "--model", str(folder), "--data", str(data), "--labels", "yes,no", "--per-token")
     model = make_model()
