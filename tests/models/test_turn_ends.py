@@ -37,7 +37,7 @@ def test_the_end_of_a_turn_ends_an_answer_also_where_only_the_template_knows_it(
     assert set(info.tokenizer.eos_token_ids) == {PAD, END}
     assert "closes a turn with <|end|>" in str(info.note)
     pair = Pair("Hi", "There", "Here", "rows:1")
-    (row,) = PairTokenizer(info.tokenizer).each([pair])
+    row = PairTokenizer(info.tokenizer)(pair)
     # The template ends a turn with a line break behind the mark.
     assert row.chosen_ids[-2] == END
     assert PAD not in row.chosen_ids
