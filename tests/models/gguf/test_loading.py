@@ -137,7 +137,7 @@ def test_weights_come_back_in_hugging_face_order(tmp_path: Path) -> None:
 
 
 def test_the_end_of_a_turn_is_an_end_beside_that_of_a_text(tmp_path: Path) -> None:
-    stated = {
+    stated: dict[str, Any] = {
         "tokenizer.ggml.eos_token_id": mx.array(5, mx.uint32),
         "tokenizer.ggml.eot_token_id": mx.array(2, mx.uint32),
     }
@@ -145,7 +145,7 @@ def test_the_end_of_a_turn_is_an_end_beside_that_of_a_text(tmp_path: Path) -> No
     assert info.tokenizer is not None
     assert {2, 5} <= set(info.tokenizer.eos_token_ids)
     assert info.config["eos_token_id"] == [5, 2]
-    wrong = {"tokenizer.ggml.eot_token_id": mx.array(10**6, mx.uint32)}
+    wrong: dict[str, Any] = {"tokenizer.ggml.eot_token_id": mx.array(10**6, mx.uint32)}
     with pytest.raises(ModelError, match="an end of turn is token 1000000"):
         find(str(write_gguf(tmp_path / "wrong.gguf", **wrong)))
 
