@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.models.names import DTYPES
+from orpo_mlx.models.names import LOAD_DTYPES
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The flags of a command that loads a model as it is."""
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the checkpoint's, float32 on a CPU")
+    parser.add_argument("--dtype", choices=LOAD_DTYPES, help="default: the checkpoint's, float32 on a CPU")
     add_trust_remote_code(parser)
 
 

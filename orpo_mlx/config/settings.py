@@ -31,7 +31,7 @@ from orpo_mlx.data.truncation import TRUNCATIONS
 from orpo_mlx.device_profile import device_profile
 from orpo_mlx.engine.modes import MODES
 from orpo_mlx.losses.recipe import PARAMETERS, Recipe, make_recipe
-from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES, FINE_TUNE_TYPES
+from orpo_mlx.models.names import DEFAULT_MODEL, FINE_TUNE_TYPES, LOAD_DTYPES
 from orpo_mlx.reporting.services import SERVICES
 
 PATIENCE_ON = ("loss", "accuracy")
@@ -291,7 +291,7 @@ class TrainingConfig:
         None,
         "weights' dtype; default: the checkpoint's, float32 on a CPU",
         Trait.EVALUATED | Trait.PUBLISHED,
-        choices=tuple(DTYPES),
+        choices=LOAD_DTYPES,
     )
     memory_check: bool = _adapters(
         True,

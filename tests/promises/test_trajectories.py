@@ -29,6 +29,8 @@ def test_losses_and_final_adapter_are_trls(
         "method": method, "nll": nll, "model": str(gguf), "data": str(folder / "tokens.jsonl"),
         "adapter_path": str(tmp_path), "resume_adapter_file": str(folder / "adapter_initial"),
         "lora_parameters": {"rank": 4, "scale": 2.0, "keys": ["self_attn.q_proj", "self_attn.v_proj"]},
+        # The weights that the trajectories were made with.
+        "dtype": "float16-in-float32",
         "shuffle": False, "batch_size": 2, "iters": 12, "learning_rate": 5e-4, "steps_per_report": 1, "samples": 0,
     }  # fmt: skip
     run_quietly(settings)

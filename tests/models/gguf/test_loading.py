@@ -17,6 +17,7 @@ from mlx_lm.models.rope_utils import Llama3RoPE
 from orpo_mlx.cli.convert import main
 from orpo_mlx.errors import ModelError
 from orpo_mlx.models.gguf.architectures import read_config
+from orpo_mlx.models.gguf.blocks import expand
 from orpo_mlx.models.gguf.file import read_gguf
 from orpo_mlx.models.gguf.loading import read_gguf_info, read_weights
 from orpo_mlx.models.gguf.tokenizer import build_tokenizer
@@ -291,3 +292,17 @@ def test_the_real_tokenizer_gives_the_reference_ids(shared: Path) -> None:
         for side in ("chosen", "rejected"):
             full = tokenizer.apply_chat_template(pair["prompt"] + pair[side])
             assert full == expected["prompt_ids"] + expected[f"{side}_ids"]
+
+
+def test_blocks_are_exact_in_float32_and_rounded_where_that_is_asked_for(tmp_path: Path) -> None:
+    """Against the blocks' own numbers in float64: scale and offset are float16, their product with a number is not."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (48, 1, 20), dtype=np.uint8)
+    blocks[..., :4] = np.array([0.0123, -0.0871], np.float16).view(np.uint8)
+    scale, offset = (float(value) for value in np.array([0.0123, -0.0871], np.float16))
+    low, high = blocks[..., 4:] & 15, blocks[..., 4:] >> 4
+    exact = (np.concatenate([low, high], axis=-1).astype(np.float64) * scale + offset).reshape(48, 32)
+    found = np.array(expand("Q4_1", blocks.reshape(-1), (48, 32), mx.float32), np.float64)
+    rounded = np.array(expand("Q4_1", blocks.reshape(-1), (48, 32), mx.float16), np.float64)
+    assert np.abs(found - exact).max() < 1e-8
+    assert np.abs(rounded - exact).max() > 1e-6
