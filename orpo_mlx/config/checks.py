@@ -91,6 +91,8 @@ def check_together(config: TrainingConfig) -> None:
         raise ConfigError("`sample_every`: `samples=0` leaves no prompt to answer; give `samples=1` or more.")
     if (config.evaluate_every is None) != (config.judge is None):
         raise ConfigError("`evaluate_every` and `judge` say when replies are judged and by whom; give both or neither.")
+    if config.full_model and config.fine_tune_type != "full":
+        raise ConfigError("`full_model`: says what `fine_tune_type=full` trains; add that, or leave it out.")
     if config.judge is not None and config.fine_tune_type == "full":
         raise ConfigError("`fine_tune_type=full`: leaves no base to judge replies against; leave out `judge`.")
     if config.best_by == "win_rate" and (config.judge is None or not config.save_best):

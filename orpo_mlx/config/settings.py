@@ -272,6 +272,11 @@ class TrainingConfig:
         choices=FINE_TUNE_TYPES,
         aliases=("use_dora", "train_type"),
     )
+    full_model: bool = _adapters(
+        False,
+        "with --fine-tune-type full, train embeddings, final norm and head as well; it leaves them frozen otherwise",
+        Trait.EVALUATED | Trait.ON_CARD | Trait.PUBLISHED,
+    )
     num_layers: int = _adapters(
         -1,
         "blocks to train, from the last; -1: all",

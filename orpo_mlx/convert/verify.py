@@ -180,6 +180,8 @@ class Baseline(NamedTuple):
     pairs: list[TokenizedPair]
     logps: Logps
     """Of the model before it was converted."""
+    without_adapter: Logps | None = None
+    """Of a merged model before its adapter was put on."""
 
 
 def record_baseline(task: Task, info: ModelInfo, adapter: Path | None = None) -> Baseline | None:
@@ -190,9 +192,11 @@ def record_baseline(task: Task, info: ModelInfo, adapter: Path | None = None) ->
     in_float32 = info.path.is_file() and loaded_dtype(None) == mx.float32
     model = load(info, dtype=FLOAT16_IN_FLOAT32 if in_float32 else None, trust_remote_code=task.trust_remote_code).model
     pairs = probe_pairs(info.tokenizer, vocabulary_of(model), info.config)
-    if adapter is not None:
-        add_trained_adapters(model, adapter)
-    return Baseline(pairs, model_logps(model, pairs))
+    if adapter is None:
+        return Baseline(pairs, model_logps(model, pairs))
+    plain = model_logps(model, pairs)
+    add_trained_adapters(model, adapter)
+    return Baseline(pairs, model_logps(model, pairs), plain)
 
 
 def allowed_difference(task: Task, *, unchanged: Limit = EXACT) -> Limit:
@@ -212,6 +216,8 @@ def verify_model(task: Task, folder: Path, baseline: Baseline | None, limit: Lim
         return
     after = folder_logps(folder, baseline.pairs, trust_remote_code=task.trust_remote_code)
     _compare_and_check(task, "the model as it was", baseline.logps, after, limit)
+    if task.how is not None:
+        print(scale_of(baseline, after))
     if original is None or not has_torch():
         return
     try:
@@ -220,6 +226,26 @@ def verify_model(task: Task, folder: Path, baseline: Baseline | None, limit: Lim
         print(f"not compared with transformers: {error}")
         return
     _compare_and_check(task, "transformers on PyTorch", theirs, after, limit)
+
+
+def scale_of(baseline: Baseline, after: Logps) -> str:
+    """What to hold a difference of log-probs against: how large they are, or what an adapter did, and how much is left.
+
+    With b the log-probs of the base model, t of the tuned and a of the written one, (a - b)·(t - b) / |t - b|²: 100 %
+    where quantising changed nothing, 0 % where nothing of the adapter's direction is left.
+    """
+    if baseline.without_adapter is None:
+        return f"for scale: these tokens had a mean log-prob of {baseline.logps.mean():.2f} nats"
+    effect = baseline.logps - baseline.without_adapter
+    size = float(np.abs(effect).mean())
+    if size == 0:
+        return "for scale: the adapter itself changes nothing here"
+    left = float(np.dot(after - baseline.without_adapter, effect) / np.dot(effect, effect))
+    noise = float(np.abs(after - baseline.logps).mean()) / size
+    return (
+        f"for scale: the adapter itself moves them by mean {size:.2e}; {left:.0%} of that is left, under a change by "
+        f"quantising of {noise:.2g} times its size"
+    )
 
 
 def verify_round_trip(task: Task, one: Adapter, back: Adapter) -> None:

@@ -20,12 +20,20 @@ from orpo_mlx.models.peft_names import PREFIX, read_peft_tensors
 from orpo_mlx.models.safetensors_files import read_header
 
 
-def add_adapters(model: nn.Module, fine_tune_type: str, num_layers: int, lora_parameters: Mapping[str, Any]) -> None:
+def add_adapters(
+    model: nn.Module,
+    fine_tune_type: str,
+    num_layers: int,
+    lora_parameters: Mapping[str, Any],
+    *,
+    full_model: bool = False,
+) -> None:
     """Freeze the model and make the last `num_layers` blocks (-1: all) trainable as `fine_tune_type` says.
 
     Args:
         model: an mlx-lm model.
         fine_tune_type: "lora", "dora" or "full" (the blocks' own weights).
+        full_model: with "full", also what is outside of the blocks: embeddings, final norm, head.
         num_layers: how many blocks, counted from the last.
         lora_parameters: mlx-lm's `rank`, `scale`, `dropout` and optional `keys` (module names within a block).
 
@@ -40,7 +48,11 @@ def add_adapters(model: nn.Module, fine_tune_type: str, num_layers: int, lora_pa
         )
     model.freeze()
     if fine_tune_type == "full":
-        # [-0:] is all of them, as -1 asks for.
+        if full_model:
+            model.unfreeze()
+            for block in model.layers:
+                block.freeze()
+        # [-0:] is all of them, as -1 asks for. What is outside of the blocks stays frozen otherwise: mlx-lm's rule.
         for block in model.layers[-max(num_layers, 0) :]:
             block.unfreeze()
         if any(array.dtype == mx.uint32 for array in adapter_weights(model).values()):

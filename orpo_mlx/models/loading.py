@@ -21,6 +21,7 @@ from orpo_mlx.models.hf_config import normalise_config, rope_note, unseen_window
 from orpo_mlx.models.model_classes import model_classes
 from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES, FLOAT16_IN_FLOAT32
 from orpo_mlx.models.shared_keys import share_keys
+from orpo_mlx.models.stored_formats import check_format
 from orpo_mlx.models.stored_weights import class_for_stored
 from orpo_mlx.models.tied_head import settle_tie
 from orpo_mlx.models.turn_ends import with_turn_end
@@ -200,6 +201,7 @@ def _folder_info(path: Path, trust_remote_code: bool) -> tuple[TokenizerWrapper 
         config = load_config(path)
         if "model_file" not in config:
             config = settle_tie(normalise_config(config, str(path / "config.json")), path)
+            check_format(config, path)
         elif not trust_remote_code:
             code = config["model_file"]
             raise ModelError(f"{path}: would run its own Python code ({code}); read it, then give `trust_remote_code`.")

@@ -175,7 +175,13 @@ def assemble(
 
     `other` is the model that `reference` names, where it names one.
     """
-    add_adapters(loaded.model, config.fine_tune_type, config.num_layers, config.lora_parameters)
+    add_adapters(
+        loaded.model,
+        config.fine_tune_type,
+        config.num_layers,
+        config.lora_parameters,
+        full_model=config.full_model,
+    )
     if config.resume_adapter_file is not None and not config.resume:
         load_adapter_file(loaded.model, config.resume_adapter_file, config.lora_parameters["scale"])
     scorer, memory = spend_memory_as(config, loaded.model)

@@ -80,6 +80,13 @@ def test_full_trains_the_blocks_own_weights() -> None:
     names = set(adapter_weights(model))
     assert "model.layers.0.self_attn.q_proj.weight" in names
     assert "model.embed_tokens.weight" not in names
+    model = make_model()
+    everything = set(dict(tree_flatten(model.parameters())))
+    add_adapters(model, "full", -1, LORA, full_model=True)
+    assert set(adapter_weights(model)) == everything
+    model = make_model()
+    add_adapters(model, "full", 1, LORA, full_model=True)
+    assert set(adapter_weights(model)) == {name for name in everything if not name.startswith("model.layers.0.")}
 
 
 def test_more_layers_than_there_are_and_keys_that_match_nothing() -> None:
