@@ -29,10 +29,10 @@ def check_format(config: Mapping[str, Any], folder: Path) -> None:
     if "quantization" in config:
         return
     stated = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
-    method = stated.get("quant_method") if isinstance(stated, dict) else None
-    found = _NAMES.get(str(method), str(method)) if method and method not in (*_READ, "fp8") else None
-    if found is None and (method == "fp8" or method is None):
-        found = _by_tensors(folder, method)
+    form = stated.get("quant_method") if isinstance(stated, dict) else None
+    found = _NAMES.get(str(form), str(form)) if form and form not in (*_READ, "fp8") else None
+    if found is None and (form == "fp8" or form is None):
+        found = _by_tensors(folder, form)
         if found == "FP8" and _reads_fp8(config, stated):
             found = None
     if found is not None:
@@ -43,7 +43,7 @@ def check_format(config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def _by_tensors(folder: Path, method: Any) -> str | None:
+def _by_tensors(folder: Path, form: Any) -> str | None:
     """The form that tensors show: bitsandbytes' statistics beside them, or 8-bit floats."""
     for file in sorted(folder.glob("model*.safetensors")):
         for name, tensor in read_header(file).tensors.items():
@@ -51,7 +51,7 @@ def _by_tensors(folder: Path, method: Any) -> str | None:
                 return "bitsandbytes"
             if tensor.dtype.startswith("F8_E"):
                 return "FP8"
-    return "FP8" if method == "fp8" else None
+    return "FP8" if form == "fp8" else None
 
 
 def _reads_fp8(config: Mapping[str, Any], stated: Mapping[str, Any]) -> bool:
