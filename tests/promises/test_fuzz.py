@@ -40,6 +40,8 @@ COUNTS = [SUITE, pytest.param(NIGHT, marks=pytest.mark.slow)]
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
 NAMES = ["prompt", "chosen", "rejected", "messages", "role", "content", "prompt_ids", "chosen_ids", "rejected_ids"]
 NAMES += ["question", "score_chosen", "completions", "tools", "rank", "scale", "files", "step", "sha256", "bytes"]
+NAMES += ["system", "tool_calls", "function_call", "function", "arguments", "functions", "parameters", "from", "value"]
+NAMES += ["chat_template_kwargs", "history", "label", "completion", "input", "preferred_output", "rejected_response"]
 KEYS = st.sampled_from(NAMES) | st.text(max_size=6)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=5), max_leaves=12
@@ -114,9 +116,13 @@ def test_data_rows(tmp_path: Path, model_folder: Path, count: int) -> None:
     path = tmp_path / "rows.jsonl"
     turns = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]) | SCALARS,
                                             "content": SCALARS}), max_size=3)  # fmt: skip
-    sides = st.text(max_size=8) | turns | VALUES
+    # As JSON in a text too, which is how tables hold them.
+    sides = st.text(max_size=8) | turns | VALUES | (turns | VALUES).map(json.dumps)
     good = st.fixed_dictionaries({"prompt": sides, "chosen": sides, "rejected": sides})
-    rows = st.lists(texts(good | st.dictionaries(KEYS, VALUES, max_size=5)), min_size=1, max_size=3)
+    other = st.dictionaries(KEYS, VALUES | sides, max_size=5)
+    rows = st.lists(
+        texts(good | other | st.tuples(good, other).map(lambda both: {**both[0], **both[1]})), min_size=1, max_size=3
+    )
 
     def body(lines: list[bytes]) -> None:
         path.write_bytes(b"\n".join(lines))
