@@ -49,7 +49,7 @@ def _from_columns(row: Columns, location: str) -> Completed:
 
 
 def _from_turns(row: Columns, location: str) -> Completed:
-    """A conversation up to its last turn, and that turn, as `mlx_lm.lora --mask-prompt` divides it."""
+    """A conversation up to its first answer, and all from there; which turns of it are learned, `train_on` says."""
     name = _first(row, _TURNS)
     assert name is not None
     turns = texts(row[name], name, location)
@@ -58,9 +58,10 @@ def _from_turns(row: Columns, location: str) -> Completed:
             f"{location}: {name!r} ends with a turn of the {turns[-1]['role']}, expected the assistant's, which is "
             "what is learned."
         )
-    if len(turns) < 2:
-        raise DataError(f"{location}: {name!r} holds an answer alone, expected what it answers before it.")
-    return completed(as_turns(turns[:-1], "user"), [list(turns[-1:])], [name], row, location)
+    first = next(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
+    if first == 0:
+        raise DataError(f"{location}: {name!r} begins with an answer, expected what it answers before it.")
+    return completed(as_turns(turns[:first], "user"), [list(turns[first:])], [name], row, location)
 
 
 def _first(row: Columns, names: tuple[str, ...]) -> str | None:

@@ -7,12 +7,13 @@ completion, cut or stored or moved, keeps with each token whether it is learned.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, NamedTuple
 
 from orpo_mlx.types import Message
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 TRAINED_TURNS = ("assistant", "last", "all")
 """What of a completion is learned: the assistant's turns, its last turn, or all tokens."""
@@ -40,6 +41,9 @@ def read_ids(ids: Ids) -> list[int]:
 
 def learned_places(ids: Ids) -> npt.NDArray[np.int64]:
     """Where in a completion the learned tokens stand."""
+    # Here, for the settings take a name from this module, and --help waits for no library.
+    import numpy as np
+
     return np.flatnonzero(np.array(ids, np.int64) >= 0)
 
 

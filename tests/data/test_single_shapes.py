@@ -31,7 +31,7 @@ SYSTEM = {"role": "system", "content": "s"}
         ({"instruction": "q", "input": "", "output": "a"}, "q", "a"),
         ({"question": "q", "answer": "a", "id": 3}, "q", "a"),
         ({"messages": [USER, ASSISTANT]}, (USER,), (ASSISTANT,)),
-        ({"messages": [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]}, (SYSTEM, USER, ASSISTANT, USER), (ASSISTANT,)),
+        ({"messages": [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]}, (SYSTEM, USER), (ASSISTANT, USER, ASSISTANT)),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, (USER,), (ASSISTANT,)),
     ],
 )
@@ -47,7 +47,7 @@ def test_a_row_of_one_completion(row: dict[str, Any], prompt: Any, completion: A
     ("row", "expected"),
     [
         ({"messages": [USER]}, "'messages' ends with a turn of the user, expected the assistant's"),
-        ({"messages": [ASSISTANT]}, "'messages' holds an answer alone"),
+        ({"messages": [ASSISTANT]}, "'messages' begins with an answer"),
         ({"prompt": "q", "completion": [USER]}, "'completion' begins with a turn of the user"),
         # A column under another name is not passed over.
         ({"prompt": "q", "completion": "a", "rejected": "b"}, "the row has no 'chosen'"),
