@@ -87,9 +87,15 @@ EXTENTS: Mapping[str, Extent] = {"quick": Extent(QUICK_EXACT, QUICK_OPEN), "full
 
 
 def make_tasks(extent: Extent) -> dict[str, Callable[[], Task]]:
-    """The tiers by name; each is made when it is called, which takes a while."""
+    """The tiers by name; each is made when it is called, which takes a while.
+
+    Raises:
+        ConfigError: the second tier's scorer is not installed.
+    """
     # Only now: the second tier needs a model and a package that the first does not.
     from orpo_mlx.compare.exercise.gold_task import GoldTask
-    from orpo_mlx.compare.exercise.open_task import OpenTask
+    from orpo_mlx.compare.exercise.open_task import OpenTask, sentiment_scorer
 
+    # A package that is missing is said now, and not after the first tier's hours.
+    sentiment_scorer()
     return {"exact": lambda: GoldTask(extent.exact), "open": lambda: OpenTask(extent.open)}
