@@ -18,6 +18,7 @@ from orpo_mlx.data.chat_template import (
     WORDS_LEFT_OUT,
 )
 from orpo_mlx.data.tokenization import PairTokenizer
+from orpo_mlx.data.trained_turns import read_ids
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Message, Pair
 from tests.conftest import write_model_folder
@@ -51,7 +52,7 @@ class Reading:
 
     def __init__(self, tokenizer: Any, pair: Pair) -> None:
         to_ids = PairTokenizer(tokenizer)
-        self.prompt, self.chosen, self.rejected = (tokenizer.decode(list(ids)) for ids in to_ids(pair)[:3])
+        self.prompt, self.chosen, self.rejected = (tokenizer.decode(read_ids(ids)) for ids in to_ids(pair)[:3])
         self.notes = to_ids.notes.get(pair.location, ())
 
 

@@ -164,7 +164,6 @@ PEFT: dict[str, tuple[Damage, str]] = {
     "another kind": (change_json("adapter_config.json", peft_type="IA3"), "'IA3'"),
     "trained biases": (change_json("adapter_config.json", bias="all"), "bias"),
     "ranks that differ": (change_json("adapter_config.json", rank_pattern={"q_proj": 7}), "rank_pattern"),
-    "modules saved whole": (change_json("adapter_config.json", modules_to_save=["lm_head"]), "modules_to_save"),
     "a changed base": (change_json("adapter_config.json", init_lora_weights="pissa"), "init_lora_weights"),
     "rank zero": (change_json("adapter_config.json", r=0), "not numbers"),
     "no file": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter folder"),
