@@ -134,7 +134,10 @@ def test_tables_come_from_the_file_and_keep_the_other_defaults(tmp_path: Path) -
 
 
 _TEXTS = {"columns": "prompt=text", "labels": "good,bad", "report_to": "wandb,tensorboard"}
-_ALONE = ("epochs", "fine_tune_type", "full_model", "lora_plus_ratio", "method", "reference", "sync_reference", "report_every", "test", *PARAMETERS)
+_ALONE = (
+    *("epochs", "fine_tune_type", "full_model", "lora_plus_ratio", "method", "reference", "sync_reference"),
+    *("report_every", "test", *PARAMETERS),
+)
 
 
 def test_every_flag_sets_its_field() -> None:
