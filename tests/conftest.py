@@ -275,12 +275,19 @@ def _flat(model: nn.Module) -> list[tuple[str, mx.array]]:
     return [(str(name), value) for name, value in dict(tree_flatten(model.parameters())).items()]
 
 
+SLOW_FIXTURES = ("comparison", "examined", "adapters", "task", "run_folder", "sft", "deep_model")
+
+
+# Before pytest-xdist looks at the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share what takes long to make run on one worker, so that it is made once."""
     for item in items:
-        for fixture in ("comparison", "examined"):
+        for fixture in SLOW_FIXTURES:
             if fixture in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(fixture))
+                # Of one name there may be several, each of a module.
+                home = "" if fixture in ("comparison", "examined") else item.nodeid.split("::")[0]
+                item.add_marker(pytest.mark.xdist_group(f"{fixture} {home}"))
 
 
 @pytest.fixture(scope="session")
