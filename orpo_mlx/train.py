@@ -26,7 +26,8 @@ import mlx.core as mx
 from rich.console import Console
 
 from orpo_mlx.config.checks import checked_config
-from orpo_mlx.config.settings import TrainingConfig, settings_for_card
+from orpo_mlx.config.derived import settings_for_card
+from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.folder_lock import locked
 from orpo_mlx.interrupts import Interrupted
 from orpo_mlx.memory.choose_mode import plan_memory
@@ -57,12 +58,12 @@ from orpo_mlx.training.checkpoints.resume import (
 from orpo_mlx.training.checkpoints.save import BEST, CHECKPOINTS, how_to_go_on
 from orpo_mlx.training.data_order import steps_of_adapter_file
 from orpo_mlx.training.distributed import Ranks, find_ranks
-from orpo_mlx.training.evaluate_only import evaluate_only
+from orpo_mlx.training.evaluating.evaluate_only import evaluate_only
 from orpo_mlx.training.interrupts import StopSignals
 from orpo_mlx.training.keep_awake import kept_awake
 from orpo_mlx.training.loop import Loop
 from orpo_mlx.training.prepare import find_data, load_run, make_output_folder
-from orpo_mlx.training.reference_pass import precompute_reference, save_reference
+from orpo_mlx.training.references.reference_pass import precompute_reference, save_reference
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.sinks import open_callbacks, open_sinks
 from orpo_mlx.training.summaries import announce, say_goodbye

@@ -27,12 +27,12 @@ from orpo_mlx.memory.predict import Prediction
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.train import train
 from orpo_mlx.training.data_order import total_steps
-from orpo_mlx.training.gradients import step_gradient
 from orpo_mlx.training.prepare import prepare
-from orpo_mlx.training.reference import ReferenceLogProbs
+from orpo_mlx.training.references.reference import ReferenceLogProbs
 from orpo_mlx.training.run import Run
-from orpo_mlx.training.step import optimiser_step
-from orpo_mlx.training.step_functions import StepFunctions
+from orpo_mlx.training.steps.gradients import step_gradient
+from orpo_mlx.training.steps.step import optimiser_step
+from orpo_mlx.training.steps.step_functions import StepFunctions
 from orpo_mlx.types import Batch, LossOutput, PairLogProbs, TokenizedPair
 from tests.conftest import make_pairs, write_id_rows, write_model_folder, write_rows
 from tests.helpers.quiet_training import run_quietly
@@ -179,7 +179,7 @@ def fail_at(step: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) ->
             raise error
         return step_gradient(*args)
 
-    monkeypatch.setattr("orpo_mlx.training.step.step_gradient", gradient)
+    monkeypatch.setattr("orpo_mlx.training.steps.step.step_gradient", gradient)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 
-from orpo_mlx.cli.arguments import add_model_options, check_count
+from orpo_mlx.cli.common.arguments import add_model_options, check_count
 from orpo_mlx.config.flags import OneLineParser, exit_status, naming_flags
 from orpo_mlx.errors import ConfigError
 
@@ -50,8 +50,8 @@ def run(argv: Sequence[str] | None) -> None:
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from rich.console import Console
 
-    from orpo_mlx.cli.conversation import open_chat, talk
-    from orpo_mlx.cli.run_folder import chosen_adapters
+    from orpo_mlx.cli.common.conversation import open_chat, talk
+    from orpo_mlx.cli.common.run_folder import chosen_adapters
 
     with naming_flags(vars(args)):
         chat = open_chat(

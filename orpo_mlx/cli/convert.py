@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orpo_mlx.cli.arguments import add_trust_remote_code
+from orpo_mlx.cli.common.arguments import add_trust_remote_code
 from orpo_mlx.config.flags import OneLineParser, exit_status, naming_flags, with_flags
 from orpo_mlx.convert.quantisation import AFFINE_BITS, AFFINE_GROUPS, MIXED, QUANTISATION_MODES, quantisation
 from orpo_mlx.errors import ConfigError

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orpo_mlx.cli.arguments import check_output_file
+from orpo_mlx.cli.common.arguments import check_output_file
 from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.files import write_text
 from orpo_mlx.text import printable

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orpo_mlx.cli.arguments import add_model_options, check_count, check_output_file
-from orpo_mlx.cli.judging import (
+from orpo_mlx.cli.common.arguments import add_model_options, check_count, check_output_file
+from orpo_mlx.cli.common.judging import (
     EVALUATED,
     adapter_folder,
     add_judge_options,
@@ -66,7 +66,7 @@ def run(argv: Sequence[str] | None) -> None:
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from orpo_mlx.files import save_json
     from orpo_mlx.judging.evaluate import Plan, as_text, evaluate, failure_warning, write_replies
-    from orpo_mlx.judging.judges import rule_of
+    from orpo_mlx.judging.judges.judges import rule_of
     from orpo_mlx.judging.sides import Loading
     from orpo_mlx.process_memory import configure_allocator
     from orpo_mlx.reporting.console import Reporter
@@ -110,7 +110,7 @@ def run_tasks_of(args: argparse.Namespace) -> None:
         raise ConfigError("--tasks: compares a model with its adapters and without; give --adapter-path.")
     if args.tasks_path is not None and not Path(args.tasks_path).is_dir():
         raise ConfigError(f"--tasks-path {args.tasks_path}: is not a folder.")
-    from orpo_mlx.cli.run_folder import base_model
+    from orpo_mlx.cli.common.run_folder import base_model
     from orpo_mlx.files import save_json
     from orpo_mlx.judging.regression import regression_figures, regression_line
     from orpo_mlx.judging.sides import Loading, Side
@@ -134,7 +134,7 @@ def sides_of(args: argparse.Namespace) -> tuple[Side, Side]:
     Raises:
         ConfigError: they are the same, or adapters are not there.
     """
-    from orpo_mlx.cli.run_folder import base_model
+    from orpo_mlx.cli.common.run_folder import base_model
     from orpo_mlx.judging.sides import Side
     from orpo_mlx.models.names import DEFAULT_MODEL
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from orpo_mlx.cli.heartbeat import heartbeat
+from orpo_mlx.cli.common.heartbeat import heartbeat
 from orpo_mlx.config.command_line import resolve
 from orpo_mlx.config.flags import OneLineParser, exit_status, flag_of
 from orpo_mlx.config.settings import TrainingConfig

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from orpo_mlx.cli.arguments import check_output_file
+from orpo_mlx.cli.common.arguments import check_output_file
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.config.command_line import add_settings, parse_settings
+from orpo_mlx.config.derived import data_reading
 from orpo_mlx.config.flags import OneLineParser, exit_status, with_flags
-from orpo_mlx.config.settings import data_reading, settings_with
+from orpo_mlx.config.settings import settings_with
 from orpo_mlx.config.traits import Trait
 from orpo_mlx.files import json_text, write_text
 from orpo_mlx.text import printable, printable_lines

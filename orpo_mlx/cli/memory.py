@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from orpo_mlx.cli.arguments import check_output_file
+from orpo_mlx.cli.common.arguments import check_output_file
 from orpo_mlx.config.command_line import resolve
 from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.errors import ConfigError, TrainingError

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from orpo_mlx.cli.arguments import add_model_options, check_count, check_output_file
-from orpo_mlx.cli.judging import (
+from orpo_mlx.cli.common.arguments import add_model_options, check_count, check_output_file
+from orpo_mlx.cli.common.judging import (
     TRAINED,
     adapter_folder,
     add_judge_options,
@@ -62,7 +62,7 @@ def run(argv: Sequence[str] | None) -> None:
     if not (math.isfinite(args.min_gap) and args.min_gap >= 0):
         raise ConfigError(f"--min-gap: found {args.min_gap}, expected a number of 0 or more.")
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
-    from orpo_mlx.cli.run_folder import base_model
+    from orpo_mlx.cli.common.run_folder import base_model
     from orpo_mlx.judging.make_pairs import PairPlan, make_pairs
     from orpo_mlx.judging.sides import Loading, Side
     from orpo_mlx.models.names import DEFAULT_MODEL

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orpo_mlx.cli.arguments import add_model_options, check_count, check_output_file
-from orpo_mlx.cli.run_folder import base_model, chosen_adapters, held_out_file
+from orpo_mlx.cli.common.arguments import add_model_options, check_count, check_output_file
+from orpo_mlx.cli.common.run_folder import base_model, chosen_adapters, held_out_file
 from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.data.pairs import Reading, load_pairs, parse_columns, parse_labels
-from orpo_mlx.data.trained_turns import TRAINED_TURNS, read_ids
+from orpo_mlx.data.tokens.trained_turns import TRAINED_TURNS, read_ids
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import write_text
 from orpo_mlx.judging.intervals import wilson
@@ -103,7 +103,7 @@ def run(argv: Sequence[str] | None) -> None:
     args.adapter_path = None if adapters is None else str(adapters)
     args.model = args.model or (base_model(adapters) if adapters else DEFAULT_MODEL)
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
-    from orpo_mlx.data.tokenization import PairTokenizer
+    from orpo_mlx.data.tokens.tokenization import PairTokenizer
     from orpo_mlx.engine.pair_scorer import PairScorer
     from orpo_mlx.engine.score import score_pairs
     from orpo_mlx.models.adapters import add_trained_adapters

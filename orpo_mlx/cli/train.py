@@ -38,7 +38,7 @@ def run(argv: Sequence[str] | None) -> None:
 def earlier_settings(given: GivenSettings, ranks: Ranks) -> dict[str, Any]:
     """Settings of what the run goes on from: the adapters that `--test` evaluates, or the checkpoint of `--resume`."""
     from orpo_mlx.training.checkpoints.resume import settings_to_resume
-    from orpo_mlx.training.evaluate_only import settings_of_adapters
+    from orpo_mlx.training.evaluating.evaluate_only import settings_of_adapters
 
     values = given.values
     if values.get("test"):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orpo_mlx.config.command_line import resolve
-from orpo_mlx.config.settings import TrainingConfig, recipe, settings_with
+from orpo_mlx.config.derived import recipe
+from orpo_mlx.config.settings import TrainingConfig, settings_with
 from orpo_mlx.config.traits import Trait
 from orpo_mlx.errors import ConfigError
 

@@ -7,17 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from orpo_mlx.config.defaults import DEFAULT_LORA, DEFAULT_OPTIMIZER_CONFIG, OPTIMIZERS
+from orpo_mlx.config.derived import data_reading, recipe
 from orpo_mlx.config.reference_sync import Sync, sync_of
-from orpo_mlx.config.settings import (
-    DEFAULT_LORA,
-    DEFAULT_OPTIMIZER_CONFIG,
-    OPTIMIZERS,
-    SETTINGS,
-    TrainingConfig,
-    data_reading,
-    recipe,
-    settings_with,
-)
+from orpo_mlx.config.settings import SETTINGS, TrainingConfig, settings_with
 from orpo_mlx.config.traits import NOT_NEGATIVE, POSITIVE, SEED, Trait
 from orpo_mlx.engine.modes import MODES
 from orpo_mlx.errors import ConfigError, did_you_mean

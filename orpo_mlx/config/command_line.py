@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orpo_mlx.config.checks import check_settings, coerce, make_config, parse_number
+from orpo_mlx.config.defaults import DEFAULT_LORA
 from orpo_mlx.config.flags import OneLineParser, naming_flags
 from orpo_mlx.config.mlx_lm_keys import KEYS, without_mlx_lm_keys
 from orpo_mlx.config.print_config import SourcedConfig, as_yaml
-from orpo_mlx.config.settings import DEFAULT_LORA, SETTINGS, TrainingConfig
+from orpo_mlx.config.settings import SETTINGS, TrainingConfig
 from orpo_mlx.config.traits import GROUPS, Setting
 from orpo_mlx.errors import ConfigError, reason_of
 from orpo_mlx.losses.recipe import describe_methods

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from orpo_mlx.config.settings import SETTINGS, TrainingConfig, recipe
+from orpo_mlx.config.derived import recipe
+from orpo_mlx.config.settings import SETTINGS, TrainingConfig
 from orpo_mlx.config.traits import GROUPS
 from orpo_mlx.device_profile import VARIABLE, device_profile
 from orpo_mlx.losses.recipe import PARAMETERS

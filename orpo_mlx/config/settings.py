@@ -2,16 +2,15 @@
 
 Adding a setting is a field here: flag, help, checks, `--print-config`, resuming, comparisons and the model card follow
 from it. `traits.py` says what can be declared. A run reads it as `config.NAME`; what contradicts another setting is
-said in `checks.py`; a loss's parameter (`_parameter`) is also a keyword argument of the losses that have it.
+said in `checks.py`; a loss's parameter (`in_parameter`) is also a keyword argument of the losses that have it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from functools import partial
 from typing import Any, get_type_hints
 
+from orpo_mlx.config import defaults
 from orpo_mlx.config.traits import (
     ALL_OR_COUNT,
     ALL_OR_SOME,
@@ -21,45 +20,25 @@ from orpo_mlx.config.traits import (
     SEED,
     Setting,
     Trait,
-    option,
+    in_adapters,
+    in_data,
+    in_loss,
+    in_machines,
+    in_memory,
+    in_parameter,
+    in_reports,
+    in_resume,
+    in_training,
+    in_what,
     setting_of,
 )
-from orpo_mlx.data.pairs import Reading, parse_columns, parse_labels
-from orpo_mlx.data.ratings import PAIRINGS
-from orpo_mlx.data.trained_turns import TRAINED_TURNS
-from orpo_mlx.data.truncation import TRUNCATIONS
+from orpo_mlx.data.shapes.ratings import PAIRINGS
+from orpo_mlx.data.tokens.trained_turns import TRAINED_TURNS
+from orpo_mlx.data.tokens.truncation import TRUNCATIONS
 from orpo_mlx.device_profile import device_profile
 from orpo_mlx.engine.modes import MODES
-from orpo_mlx.losses.recipe import PARAMETERS, Recipe, make_recipe
 from orpo_mlx.models.names import DEFAULT_MODEL, FINE_TUNE_TYPES, LOAD_DTYPES
 from orpo_mlx.reporting.services import SERVICES
-
-PATIENCE_ON = ("loss", "accuracy")
-REFERENCES = "start, base, copy"
-OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
-DEFAULT_MAX_SKIPPED = 10
-BEST_BY = ("loss", "win_rate")
-
-# As in mlx_lm.lora, like the defaults below that it has: its config files mean the same here.
-DEFAULT_LORA = {"rank": 8, "dropout": 0.0, "scale": 20.0}
-DEFAULT_OPTIMIZER_CONFIG: dict[str, dict[str, Any]] = {
-    "adam": {"bias_correction": True},
-    "adamw": {"bias_correction": True, "weight_decay": 0.0},
-    "muon": {},
-    "sgd": {},
-    "adafactor": {},
-}
-
-_what = partial(option, "what")
-_data = partial(option, "data")
-_loss = partial(option, "loss")
-_parameter = partial(option, "loss", None, traits=Trait.OF_METHOD | Trait.COMPARED)
-_training = partial(option, "training")
-_adapters = partial(option, "adapters")
-_memory = partial(option, "memory")
-_machines = partial(option, "machines")
-_reports = partial(option, "reports")
-_resume = partial(option, "resume")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,108 +48,110 @@ class TrainingConfig:
     `iters` counts optimiser steps, each on `batch_size * grad_accumulation_steps` pairs.
     """
 
-    method: str = _what(
+    method: str = in_what(
         "orpo",
         "how to learn from the pairs, or a sum such as 'sigmoid + 0.2*sft'",
         Trait.EVALUATED | Trait.COMPARED | Trait.NOT_ON_CARD | Trait.INSPECTED,
         any_case=True,
         aliases=("train_mode",),
     )
-    model: str = _what(
+    model: str = in_what(
         DEFAULT_MODEL,
         "Hub id, local folder or .gguf file",
         Trait.EVALUATED | Trait.BY_CONTENT | Trait.NOT_ON_CARD | Trait.PUBLISHED | Trait.INSPECTED,
     )
-    data: str = _what(
+    data: str = in_what(
         "data",
         "folder of splits, file, or Hub id owner/name[:config][@revision]",
         Trait.OF_ROUNDS | Trait.EVALUATED | Trait.BY_CONTENT | Trait.NOT_ON_CARD | Trait.PUBLISHED | Trait.INSPECTED,
     )
-    adapter_path: str = _what(
+    adapter_path: str = in_what(
         "adapters",
         "folder to write adapters, metrics and settings into",
         Trait.OF_ROUNDS | Trait.RESUMABLE | Trait.THIS_COMMAND | Trait.PER_RANK | Trait.COMPARED | Trait.NOT_ON_CARD,
         aliases=("output_dir",),
         also=("--output-dir",),
     )
-    test: bool = _what(
+    test: bool = in_what(
         False,
         "train nothing: evaluate the held-out splits with the adapters of --resume-adapter-file, or those in "
         "--adapter-path",
         Trait.OF_ROUNDS | Trait.THIS_COMMAND | Trait.COMPARED,
     )
-    dry_run: bool = _what(
+    dry_run: bool = in_what(
         False,
         "say what the run will take: steps, tokens, memory and time; a few steps are taken and not kept",
         Trait.THIS_COMMAND | Trait.COMPARED | Trait.TRAINING_ONLY | Trait.NOT_ON_CARD,
     )
 
-    columns: str | None = _data(
+    columns: str | None = in_data(
         None, "columns under other names: prompt=question,rejected=worse", Trait.OF_ROUNDS | Trait.INSPECTED
     )
-    min_margin: float | None = _data(
+    min_margin: float | None = in_data(
         None, "least score of chosen above rejected; pairs below are left out", Trait.INSPECTED, range=NOT_NEGATIVE
     )
-    pair_ratings: str | None = _data(
+    pair_ratings: str | None = in_data(
         None,
         "make pairs of rows of rated completions, each of them run once: best and worst, all, or neighbours in rank",
         Trait.INSPECTED,
         choices=PAIRINGS,
         also=("--pairs",),
     )
-    labels: str | None = _data(
+    labels: str | None = in_data(
         None, "words of the label column for a good and for a bad completion: good,bad", Trait.INSPECTED
     )
-    train_on: str = _data(
+    train_on: str = in_data(
         TRAINED_TURNS[0],
         "what is learned of completions of several turns: the assistant's turns, its last one alone, or everything, "
         "turns of users and tools as well",
         Trait.INSPECTED,
         choices=TRAINED_TURNS,
     )
-    max_seq_length: int = _data(
+    max_seq_length: int = in_data(
         2048,
         "tokens of prompt and completion, at most",
         Trait.ON_CARD | Trait.PUBLISHED | Trait.INSPECTED,
         range=POSITIVE,
         aliases=("max_length",),
     )
-    truncate: str = _data(
+    truncate: str = in_data(
         "drop",
         "what becomes of longer pairs: left out, cut at the completions' ends (as TRL does), or at the prompt's start",
         Trait.INSPECTED,
         choices=TRUNCATIONS,
     )
-    template_strings: bool = _data(
+    template_strings: bool = in_data(
         True,
         "put strings into the chat template, as one turn of the user and one of the assistant",
         Trait.INSPECTED,
         off_help="take strings as they stand, as TRL does; conversations are put into the chat template in any case",
     )
-    skip_bad_rows: bool = _data(False, "leave out rows that cannot be used, and list them", Trait.INSPECTED)
+    skip_bad_rows: bool = in_data(False, "leave out rows that cannot be used, and list them", Trait.INSPECTED)
 
-    beta: float | None = _parameter("β of the method; default: the method's own, as for those below")
-    label_smoothing: float | None = _parameter("ε: share of pairs taken to be labelled wrongly")
-    gamma: float | None = _parameter("γ: target margin of simpo")
-    alpha: float | None = _parameter("α: weight of the likelihood term of cpo, rrhf, slic; power of alphapo, dpo_alpha")
-    ld_alpha: float | None = _parameter("λ of ld_dpo: weight of tokens beyond the shorter completion's length")
-    delta: float | None = _parameter("δ: margin of slic, shift of bco_pair, penalty of dpop")
-    tau: float | None = _parameter("τ: temperature of discopop's blend")
-    margin_scale: float = _loss(
+    beta: float | None = in_parameter("β of the method; default: the method's own, as for those below")
+    label_smoothing: float | None = in_parameter("ε: share of pairs taken to be labelled wrongly")
+    gamma: float | None = in_parameter("γ: target margin of simpo")
+    alpha: float | None = in_parameter(
+        "α: weight of the likelihood term of cpo, rrhf, slic; power of alphapo, dpo_alpha"
+    )
+    ld_alpha: float | None = in_parameter("λ of ld_dpo: weight of tokens beyond the shorter completion's length")
+    delta: float | None = in_parameter("δ: margin of slic, shift of bco_pair, penalty of dpop")
+    tau: float | None = in_parameter("τ: temperature of discopop's blend")
+    margin_scale: float = in_loss(
         0.0,
         "loss margin for each point of score that chosen has above rejected, where a method takes one",
         Trait.OF_METHOD | Trait.COMPARED,
         range=NOT_NEGATIVE,
     )
-    desirable_weight: float | None = _parameter("λ_D: weight of good completions in kto and apo_zero_unpaired")
-    undesirable_weight: float | None = _parameter("λ_U: weight of bad completions there")
-    nll: str = _loss(
+    desirable_weight: float | None = in_parameter("λ_D: weight of good completions in kto and apo_zero_unpaired")
+    undesirable_weight: float | None = in_parameter("λ_U: weight of bad completions there")
+    nll: str = in_loss(
         "completion",
         "tokens of the NLL term: the chosen completion's, or prompt and chosen as in TRL",
         choices=("completion", "sequence"),
     )
 
-    iters: int | None = _training(
+    iters: int | None = in_training(
         None,
         "optimiser steps",
         Trait.RESUMABLE | Trait.COMPARED | Trait.PUBLISHED,
@@ -178,7 +159,7 @@ class TrainingConfig:
         aliases=("max_steps",),
         replaces=("epochs",),
     )
-    epochs: float | None = _training(
+    epochs: float | None = in_training(
         None,
         "passes over the train split, instead of --iters; default 1",
         Trait.RESUMABLE | Trait.COMPARED,
@@ -187,130 +168,132 @@ class TrainingConfig:
         also=("--epoch",),
         replaces=("iters",),
     )
-    batch_size: int = _training(
+    batch_size: int = in_training(
         4,
         "pairs per optimiser step",
         Trait.EVALUATED | Trait.ON_CARD | Trait.PUBLISHED | Trait.INSPECTED,
         range=POSITIVE,
     )
-    grad_accumulation_steps: int = _training(
+    grad_accumulation_steps: int = in_training(
         1,
         "multiplies --batch-size, as in mlx_lm.lora",
         Trait.ON_CARD | Trait.PUBLISHED,
         range=POSITIVE,
         aliases=("gradient_accumulation_steps",),
     )
-    micro_batch_tokens: int = _training(
+    micro_batch_tokens: int = in_training(
         None,
         "padded tokens run at one time; bounds memory, changes no number; default: as suits the device",
         Trait.RESUMABLE | Trait.PER_RANK | Trait.PUBLISHED | Trait.INSPECTED,
         range=POSITIVE,
     )
-    learning_rate: float = _training(
+    learning_rate: float = in_training(
         1e-4, "learning rate", Trait.COMPARED | Trait.ON_CARD, range=POSITIVE, also=("--lr",)
     )
-    lr_schedule: dict[str, Any] | None = _training(None, "mlx-lm's schedule: name, arguments, warmup", Trait.COMPARED)
-    optimizer: str = _training("adamw", "optimiser", Trait.ON_CARD | Trait.PUBLISHED, choices=OPTIMIZERS, any_case=True)
-    optimizer_config: dict[str, Any] = _training(
-        DEFAULT_OPTIMIZER_CONFIG, "arguments of each optimiser", Trait.NOT_ON_CARD
+    lr_schedule: dict[str, Any] | None = in_training(None, "mlx-lm's schedule: name, arguments, warmup", Trait.COMPARED)
+    optimizer: str = in_training(
+        "adamw", "optimiser", Trait.ON_CARD | Trait.PUBLISHED, choices=defaults.OPTIMIZERS, any_case=True
     )
-    lora_plus_ratio: float | None = _training(
+    optimizer_config: dict[str, Any] = in_training(
+        defaults.DEFAULT_OPTIMIZER_CONFIG, "arguments of each optimiser", Trait.NOT_ON_CARD
+    )
+    lora_plus_ratio: float | None = in_training(
         None, "LoRA+: learning rate of lora_b, as a multiple of lora_a's; default: the same", range=POSITIVE
     )
-    patience: int | None = _training(
+    patience: int | None = in_training(
         None,
         "end the run after so many validations in a row that were no better than the best; default: never",
         Trait.RESUMABLE | Trait.COMPARED,
         range=POSITIVE,
     )
-    patience_on: str = _training(
+    patience_on: str = in_training(
         "loss",
         "what --patience goes by: the validation loss, or the accuracy of the method's reward",
         Trait.RESUMABLE | Trait.COMPARED,
-        choices=PATIENCE_ON,
+        choices=defaults.PATIENCE_ON,
     )
-    max_grad_norm: float | None = _training(
+    max_grad_norm: float | None = in_training(
         None, "scale gradients down to this norm; default: as they are", range=POSITIVE
     )
-    on_nonfinite: str = _training(
+    on_nonfinite: str = in_training(
         "stop",
         "what a NaN or infinity in a step does: end the run, or skip the step and count it",
         Trait.RESUMABLE | Trait.COMPARED,
         choices=("stop", "skip"),
     )
-    max_skipped: int | None = _training(
+    max_skipped: int | None = in_training(
         None,
-        f"steps skipped before the run ends, with --on-nonfinite skip; default {DEFAULT_MAX_SKIPPED}",
+        f"steps skipped before the run ends, with --on-nonfinite skip; default {defaults.DEFAULT_MAX_SKIPPED}",
         Trait.RESUMABLE | Trait.COMPARED,
         range=NOT_NEGATIVE,
     )
-    precompute_reference: bool = _training(
+    precompute_reference: bool = in_training(
         False, "compute the reference log-probs of all pairs before the first step", Trait.RESUMABLE | Trait.COMPARED
     )
-    reference: str = _training(
+    reference: str = in_training(
         "start",
-        f"reference model, where one is needed: {REFERENCES}, or another model of the same tokenizer (as for --model), "
-        "or a folder of adapters on this one; start is what the run starts from, base the model without adapters, copy "
-        "a second copy of start, run at every step, for comparison",
+        f"reference model, where one is needed: {defaults.REFERENCES}, or another model of the same tokenizer (as for "
+        "--model), or a folder of adapters on this one; start is what the run starts from, base the model without "
+        "adapters, copy a second copy of start, run at every step, for comparison",
         Trait.COMPARED | Trait.OF_METHOD | Trait.EVALUATED | Trait.BY_CONTENT,
         former={"shared": "start"},
     )
-    sync_reference: str | None = _training(
+    sync_reference: str | None = in_training(
         None,
         "TAU,STEPS: every STEPS steps the reference becomes TAU of the policy and 1 - TAU of itself (TR-DPO)",
         Trait.OF_METHOD | Trait.COMPARED,
     )
-    shuffle: bool = _training(True, "take the pairs in another order in every epoch", off_help="train in file order")
-    seed: int = _training(
+    shuffle: bool = in_training(True, "take the pairs in another order in every epoch", off_help="train in file order")
+    seed: int = in_training(
         0, "seed of adapters, order and dropout", Trait.COMPARED | Trait.ON_CARD | Trait.INSPECTED, range=SEED
     )
 
-    fine_tune_type: str = _adapters(
+    fine_tune_type: str = in_adapters(
         "lora",
         "what is trained",
         Trait.EVALUATED | Trait.ON_CARD | Trait.PUBLISHED,
         choices=FINE_TUNE_TYPES,
         aliases=("use_dora", "train_type"),
     )
-    full_model: bool = _adapters(
+    full_model: bool = in_adapters(
         False,
         "with --fine-tune-type full, train embeddings, final norm and head as well; it leaves them frozen otherwise",
         Trait.EVALUATED | Trait.ON_CARD | Trait.PUBLISHED,
     )
-    num_layers: int = _adapters(
+    num_layers: int = in_adapters(
         -1,
         "blocks to train, from the last; -1: all",
         Trait.EVALUATED | Trait.ON_CARD | Trait.PUBLISHED,
         range=ALL_OR_COUNT,
         aliases=("lora_layers",),
     )
-    lora_parameters: dict[str, Any] = _adapters(
-        DEFAULT_LORA, "rank, scale, dropout, keys", Trait.EVALUATED | Trait.ON_CARD | Trait.PUBLISHED
+    lora_parameters: dict[str, Any] = in_adapters(
+        defaults.DEFAULT_LORA, "rank, scale, dropout, keys", Trait.EVALUATED | Trait.ON_CARD | Trait.PUBLISHED
     )
-    resume_adapter_file: str | None = _adapters(
+    resume_adapter_file: str | None = in_adapters(
         None,
         "start from the weights of this adapter (mlx-lm or PEFT); --resume goes on with a run",
         Trait.OF_ROUNDS | Trait.COMPARED,
     )
-    dtype: str | None = _adapters(
+    dtype: str | None = in_adapters(
         None,
         "weights' dtype; default: the checkpoint's, float32 on a CPU",
         Trait.EVALUATED | Trait.PUBLISHED,
         choices=LOAD_DTYPES,
     )
-    memory_check: bool = _adapters(
+    memory_check: bool = in_adapters(
         True,
         "predict the peak of memory first, and stop where this machine does not hold it",
         Trait.RESUMABLE | Trait.PER_RANK | Trait.COMPARED,
         off_help="train without predicting the peak of memory first",
     )
-    trust_remote_code: bool = _adapters(
+    trust_remote_code: bool = in_adapters(
         False,
         "run Python code that comes with the checkpoint",
         Trait.RESUMABLE | Trait.THIS_COMMAND | Trait.PER_RANK | Trait.INSPECTED,
     )
 
-    memory: str = _memory(
+    memory: str = in_memory(
         "auto",
         "; ".join(
             [
@@ -321,90 +304,94 @@ class TrainingConfig:
         choices=("auto", *MODES),
         replaces=("grad_checkpoint", "segment_layers"),
     )
-    segment_layers: int | None = _memory(
+    segment_layers: int | None = in_memory(
         None,
         "layers run and freed together with --memory thrift or balanced; default 1",
         Trait.PUBLISHED,
         range=POSITIVE,
     )
-    clear_cache_threshold: int | None = _memory(
+    clear_cache_threshold: int | None = in_memory(
         None,
         "clear MLX's cache after a step that leaves more than this in it, in bytes or as 500MB, 4GB; default: as the "
         "allocator does",
         range=NOT_NEGATIVE,
         is_size=True,
     )
-    grad_checkpoint: bool = _memory(False, "mlx_lm.lora's name for --memory thrift", replaces=("memory",))
-    share_prompt: bool = _memory(
+    grad_checkpoint: bool = in_memory(False, "mlx_lm.lora's name for --memory thrift", replaces=("memory",))
+    share_prompt: bool = in_memory(
         True,
         "run each prompt once for both completions",
         Trait.PUBLISHED,
         off_help="run each prompt once per completion, for comparison",
     )
-    plain_head: bool = _memory(False, "compute the logits of every position, for comparison", Trait.PUBLISHED)
+    plain_head: bool = in_memory(False, "compute the logits of every position, for comparison", Trait.PUBLISHED)
 
-    rank_timeout: float = _machines(300.0, "seconds to wait for the other processes of mlx.launch", range=POSITIVE)
+    rank_timeout: float = in_machines(300.0, "seconds to wait for the other processes of mlx.launch", range=POSITIVE)
 
-    steps_per_report: int = _reports(10, "steps between reports", range=POSITIVE)
-    steps_per_eval: int = _reports(200, "steps between validations", range=POSITIVE)
-    val_batches: int = _reports(25, "validation batches; -1: all, 0: no validation", Trait.EVALUATED, range=ALL_OR_SOME)
-    test_batches: int = _reports(500, "test batches; -1: all, 0: no test", Trait.EVALUATED, range=ALL_OR_SOME)
-    save_every: int = _reports(100, "steps between checkpoints", range=POSITIVE)
-    save_minutes: float = _reports(
+    steps_per_report: int = in_reports(10, "steps between reports", range=POSITIVE)
+    steps_per_eval: int = in_reports(200, "steps between validations", range=POSITIVE)
+    val_batches: int = in_reports(
+        25, "validation batches; -1: all, 0: no validation", Trait.EVALUATED, range=ALL_OR_SOME
+    )
+    test_batches: int = in_reports(500, "test batches; -1: all, 0: no test", Trait.EVALUATED, range=ALL_OR_SOME)
+    save_every: int = in_reports(100, "steps between checkpoints", range=POSITIVE)
+    save_minutes: float = in_reports(
         10.0, "minutes after which one is saved whatever the step; 0: by steps alone", range=NOT_NEGATIVE
     )
-    keep: int = _reports(3, "checkpoints that are kept, the newest ones", range=POSITIVE)
-    keep_awake: bool = _reports(
+    keep: int = in_reports(3, "checkpoints that are kept, the newest ones", range=POSITIVE)
+    keep_awake: bool = in_reports(
         True, "keep a Mac from going to sleep while the run lasts", off_help="let a Mac go to sleep in the middle of it"
     )
-    save_best: bool = _reports(False, "save and keep the best checkpoint as well, see --best-by; best/ leads to it")
-    best_by: str = _reports(
-        "loss", "what --save-best goes by: validation loss, or the win rate of --evaluate-every", choices=BEST_BY
+    save_best: bool = in_reports(False, "save and keep the best checkpoint as well, see --best-by; best/ leads to it")
+    best_by: str = in_reports(
+        "loss",
+        "what --save-best goes by: validation loss, or the win rate of --evaluate-every",
+        choices=defaults.BEST_BY,
     )
-    evaluate_every: int | None = _reports(
+    evaluate_every: int | None = in_reports(
         None, "steps between judgements of replies against the base's, by --judge", Trait.TRAINING_ONLY, range=POSITIVE
     )
-    judge: str | None = _reports(
+    judge: str | None = in_reports(
         None, "who judges with --evaluate-every: rule:plain, ..., a model, endpoint or an address", Trait.TRAINING_ONLY
     )
-    judge_prompts: int = _reports(20, "held-out prompts that are judged with --evaluate-every", range=POSITIVE)
-    samples: int = _reports(3, "sample replies before and after training", range=NOT_NEGATIVE)
-    sample_every: int | None = _reports(
+    judge_prompts: int = in_reports(20, "held-out prompts that are judged with --evaluate-every", range=POSITIVE)
+    samples: int = in_reports(3, "sample replies before and after training", range=NOT_NEGATIVE)
+    sample_every: int | None = in_reports(
         None,
         "steps between sample replies during training; default: before and after only",
         Trait.TRAINING_ONLY,
         range=POSITIVE,
     )
-    sample_tokens: int = _reports(64, "tokens of a sample or judged reply, at most", range=POSITIVE)
-    report_to: str | None = _reports(
+    sample_tokens: int = in_reports(64, "tokens of a sample or judged reply, at most", range=POSITIVE)
+    report_to: str | None = in_reports(
         None, f"services to report to, separated by commas: {', '.join(SERVICES)}", Trait.TRAINING_ONLY
     )
-    project_name: str | None = _reports(None, "project that --report-to files the run under")
-    report: bool = _reports(True, "write report.html and report.png", off_help="write no report.html and report.png")
-    report_every: int | None = _reports(
+    project_name: str | None = in_reports(None, "project that --report-to files the run under")
+    report: bool = in_reports(True, "write report.html and report.png", off_help="write no report.html and report.png")
+    report_every: int | None = in_reports(
         None, "steps between writing report.html and report.png; default: at the end only", range=POSITIVE
     )
-    watch: int | None = _reports(
+    watch: int | None = in_reports(
         None,
         "serve a page that draws the run as it goes on, on this machine only, at this port; 0: any that is free",
         Trait.THIS_COMMAND | Trait.TRAINING_ONLY,
         range=PORT,
     )
-    push_to_hub: str | None = _reports(
+    push_to_hub: str | None = in_reports(
         None,
         "owner/name: send adapters, model card and figures to this model repository at the end",
         Trait.TRAINING_ONLY | Trait.NOT_ON_CARD,
     )
 
-    resume: bool = _resume(
+    resume: bool = in_resume(
         False,
         "go on from the newest whole checkpoint in --adapter-path, with its settings",
         Trait.TRAINING_ONLY | Trait.NOT_ON_CARD,
     )
-    resume_with_changes: bool = _resume(
+    resume_with_changes: bool = in_resume(
         False, "let --resume go on where settings, data or model differ from the checkpoint's"
     )
-    overwrite: bool = _resume(
+    overwrite: bool = in_resume(
         False, "start anew where --adapter-path holds an unfinished run", Trait.TRAINING_ONLY | Trait.NOT_ON_CARD
     )
 
@@ -429,44 +416,3 @@ SETTINGS: dict[str, Setting] = {
 def settings_with(traits: Trait) -> tuple[str, ...]:
     """Names of the settings that have one of these traits."""
     return tuple(name for name, setting in SETTINGS.items() if setting.traits & traits)
-
-
-def settings_for_card(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a run's settings that its model card lists: not the defaults, except where they always matter."""
-    always = settings_with(Trait.ON_CARD)
-    never = settings_with(Trait.NOT_ON_CARD)
-    defaults = TrainingConfig().settings()
-    return {
-        name: value
-        for name, value in settings.items()
-        if name in always or (name not in never and value != defaults.get(name))
-    }
-
-
-def recipe(config: TrainingConfig) -> Recipe:
-    """The method of a run with its parameters.
-
-    Raises:
-        ConfigError: see `losses.recipe.make_recipe`.
-    """
-    return make_recipe(config.method, {name: getattr(config, name) for name in PARAMETERS}, config.margin_scale)
-
-
-def data_reading(config: TrainingConfig) -> Reading:
-    """How a run's rows are read.
-
-    Raises:
-        ConfigError: see `data.pairs.parse_columns` and `parse_labels`.
-    """
-    columns = parse_columns(config.columns)
-    labels = parse_labels(config.labels)
-    return Reading(
-        columns,
-        config.pair_ratings,
-        config.min_margin,
-        labels,
-        skip_bad_rows=config.skip_bad_rows,
-        template_strings=config.template_strings,
-        one_sided=recipe(config).one_sided,
-        train_on=config.train_on,
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping
+from functools import partial
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, get_args, get_origin
 
@@ -128,3 +129,16 @@ def setting_of(field: dataclasses.Field[Any], annotation: Any) -> Setting:
         default = field.default_factory()
     setting: Setting = field.metadata["setting"]
     return dataclasses.replace(setting, name=field.name, kind=get_origin(annotation) or annotation, default=default)
+
+
+# A field of each group, as `settings.py` declares it.
+in_what = partial(option, "what")
+in_data = partial(option, "data")
+in_loss = partial(option, "loss")
+in_parameter = partial(option, "loss", None, traits=Trait.OF_METHOD | Trait.COMPARED)
+in_training = partial(option, "training")
+in_adapters = partial(option, "adapters")
+in_memory = partial(option, "memory")
+in_machines = partial(option, "machines")
+in_reports = partial(option, "reports")
+in_resume = partial(option, "resume")

@@ -13,7 +13,7 @@ import numpy as np
 
 from orpo_mlx.data.pairs import load_pairs
 from orpo_mlx.data.prompts import spread
-from orpo_mlx.data.tokenization import PairTokenizer
+from orpo_mlx.data.tokens.tokenization import PairTokenizer
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import DataError

@@ -13,10 +13,10 @@ from mlx.utils import tree_flatten
 
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.files import check_space, read_json_table, save_safetensors
-from orpo_mlx.models.hf_config import normalise_config
 from orpo_mlx.models.loading import ModelInfo, find, load_lazily, locate
-from orpo_mlx.models.safetensors_files import read_header, safetensors_shards, shard_names
-from orpo_mlx.models.tied_head import settle_tie
+from orpo_mlx.models.stored.hf_config import normalise_config
+from orpo_mlx.models.stored.safetensors_files import read_header, safetensors_shards, shard_names
+from orpo_mlx.models.stored.tied_head import settle_tie
 
 # How pickled weights are called, by transformers, PyTorch and Meta.
 _PICKLED = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "consolidated*.pth")

@@ -39,7 +39,7 @@ from orpo_mlx.models.peft_names import (
     stored_names,
     their_module,
 )
-from orpo_mlx.models.safetensors_files import read_header
+from orpo_mlx.models.stored.safetensors_files import read_header
 
 CONFIG = "adapter_config.json"
 MLX_WEIGHTS = "adapters.safetensors"

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from orpo_mlx.files import check_space, save_safetensors
-from orpo_mlx.models.safetensors_files import INDEX_FILE
+from orpo_mlx.models.stored.safetensors_files import INDEX_FILE
 
 SHARD_GIB = 2
 """A shard's size: what is in memory at once, and read again if one is damaged."""

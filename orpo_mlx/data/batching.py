@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from orpo_mlx.data.token_store import TokenStore
-from orpo_mlx.data.trained_turns import learned_ids, learned_places, read_ids
+from orpo_mlx.data.tokens.token_store import TokenStore
+from orpo_mlx.data.tokens.trained_turns import learned_ids, learned_places, read_ids
 from orpo_mlx.device_profile import RowLayout, device_profile
 from orpo_mlx.types import Batch, Example, GroupMembers
 

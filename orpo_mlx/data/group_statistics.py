@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orpo_mlx.data.token_store import LABELLED, TokenStore
+from orpo_mlx.data.tokens.token_store import LABELLED, TokenStore
 
 # Ethayarajh et al. 2024, eq. 8: λ_D n_D / (λ_U n_U) should lie between 1 and 4/3.
 _BALANCED = 4 / 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, TypeVar
 
-from orpo_mlx.data.messages import is_empty
+from orpo_mlx.data.shapes.messages import is_empty
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Group, Pair, TokenizedGroup, TokenizedPair
 

@@ -7,16 +7,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from orpo_mlx.data.columns import COLUMNS
-from orpo_mlx.data.formats import ReadRow, read_row
 from orpo_mlx.data.groups import COMPLETIONS_LEFT_OUT, pair_count, usable_group
-from orpo_mlx.data.messages import is_empty
-from orpo_mlx.data.other_rows import OtherRowsError
 from orpo_mlx.data.readers import Row
 from orpo_mlx.data.row_counts import RowReport
-from orpo_mlx.data.row_parts import RowData
+from orpo_mlx.data.shapes.columns import COLUMNS
+from orpo_mlx.data.shapes.formats import ReadRow, read_row
+from orpo_mlx.data.shapes.messages import is_empty
+from orpo_mlx.data.shapes.other_rows import OtherRowsError
+from orpo_mlx.data.shapes.row_parts import RowData
 from orpo_mlx.data.sources import FileSource, Source
-from orpo_mlx.data.trained_turns import TRAINED_TURNS
+from orpo_mlx.data.tokens.trained_turns import TRAINED_TURNS
 from orpo_mlx.errors import ConfigError, DataError, did_you_mean
 from orpo_mlx.types import Group, Pair, TokenizedGroup, TokenizedPair
 

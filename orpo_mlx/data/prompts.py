@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from orpo_mlx.data.columns import COMPLETION_IDS, PAIR_ID_COLUMNS
-from orpo_mlx.data.formats import has_sides, read_row
-from orpo_mlx.data.messages import is_empty, kind
 from orpo_mlx.data.pairs import raise_no_rows, renamed
+from orpo_mlx.data.shapes.columns import COMPLETION_IDS, PAIR_ID_COLUMNS
+from orpo_mlx.data.shapes.formats import has_sides, read_row
+from orpo_mlx.data.shapes.messages import is_empty, kind
 from orpo_mlx.data.sources import Source
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Pair, Text

@@ -17,9 +17,9 @@ from orpo_mlx.data.groups import COMPLETIONS_LEFT_OUT, pair_count
 from orpo_mlx.data.pairs import PairsOfRow, Reading, read_pairs, with_remedy
 from orpo_mlx.data.row_counts import MAX_SEQ_LENGTH, RowReport
 from orpo_mlx.data.sources import Source
-from orpo_mlx.data.token_store import StoreWriter, TokenStore
-from orpo_mlx.data.tokenization import Outcome, PairTokenizer
-from orpo_mlx.data.truncation import Fitted, fit
+from orpo_mlx.data.tokens.token_store import StoreWriter, TokenStore
+from orpo_mlx.data.tokens.tokenization import Outcome, PairTokenizer
+from orpo_mlx.data.tokens.truncation import Fitted, fit
 from orpo_mlx.errors import DataError
 from orpo_mlx.files import cache_folder
 from orpo_mlx.types import Example, Group, Pair

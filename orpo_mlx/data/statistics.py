@@ -13,9 +13,9 @@ import numpy.typing as npt
 from orpo_mlx.data.batching import epoch_order, micro_batches, padded_tokens, real_tokens
 from orpo_mlx.data.group_statistics import compared_lengths, completion_lengths, group_figures, group_lines
 from orpo_mlx.data.splits import Split
-from orpo_mlx.data.token_codec import show_tokens
-from orpo_mlx.data.token_store import TokenStore
-from orpo_mlx.data.trained_turns import read_ids
+from orpo_mlx.data.tokens.token_codec import show_tokens
+from orpo_mlx.data.tokens.token_store import TokenStore
+from orpo_mlx.data.tokens.trained_turns import read_ids
 from orpo_mlx.text import printable
 from orpo_mlx.types import Example, TokenizedPair
 

@@ -28,7 +28,7 @@ from orpo_mlx.models.adapters import adapter_weights, add_adapters
 from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.training.prepare import assemble
 from orpo_mlx.training.run import Run
-from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.training.steps.step import optimiser_step
 from orpo_mlx.types import TokenizedPair
 
 MEMORY_MODES = tuple(MODES)

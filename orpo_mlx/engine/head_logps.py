@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from orpo_mlx.device_profile import DeviceProfile
-from orpo_mlx.engine.dropout import dropout_from, dropout_keys, has_dropout
-from orpo_mlx.engine.fast_exp import exp
+from orpo_mlx.engine.functions.dropout import dropout_from, dropout_keys, has_dropout
+from orpo_mlx.engine.functions.fast_exp import exp
 from orpo_mlx.engine.lm_head import ModelHead
 
 Head = Callable[[mx.array], mx.array]

@@ -16,6 +16,8 @@ import mlx.nn as nn
 from orpo_mlx.data.batching import collate
 from orpo_mlx.device_profile import DeviceProfile, device_profile
 from orpo_mlx.engine.equivalence import probe_pairs, same_states, without_dropout
+from orpo_mlx.engine.functions.patched_layers import patched_layers
+from orpo_mlx.engine.functions.proofs import HEAD, Proofs, prove_functions
 from orpo_mlx.engine.head_logps import (
     add_collisions,
     head_log_collisions,
@@ -24,8 +26,6 @@ from orpo_mlx.engine.head_logps import (
     trained_head_logps,
 )
 from orpo_mlx.engine.lm_head import find_head
-from orpo_mlx.engine.patched_layers import patched_layers
-from orpo_mlx.engine.proofs import HEAD, Proofs, prove_functions
 from orpo_mlx.engine.shared_prompt import PrefixCaches
 from orpo_mlx.types import SUMS_ALONE, Batch, Example, GroupLogProbs, LogProbs, PairLogProbs, Wanted
 

@@ -19,8 +19,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from orpo_mlx.engine.compiled import CompiledByShape
-from orpo_mlx.engine.dropout import dropout_from, dropout_keys, has_dropout
 from orpo_mlx.engine.equivalence import close, probe_pairs, without_dropout
+from orpo_mlx.engine.functions.dropout import dropout_from, dropout_keys, has_dropout
 from orpo_mlx.engine.handover import Handover
 from orpo_mlx.engine.kept_outputs import keeping, taking
 from orpo_mlx.engine.layer_calls import (

@@ -7,8 +7,8 @@ from typing import Any
 
 from orpo_mlx.data.prompts import Prompt, prompt_key, spread
 from orpo_mlx.judging.contest import Judged, compare_replies, order_figures, share_figures
-from orpo_mlx.judging.rules import Rule
-from orpo_mlx.judging.verdicts import FIRST, SECOND, TIE, Judge, Question
+from orpo_mlx.judging.judges.rules import Rule
+from orpo_mlx.judging.judges.verdicts import FIRST, SECOND, TIE, Judge, Question
 from orpo_mlx.judging.win_rate import mean_interval
 
 PROMPTS = 20

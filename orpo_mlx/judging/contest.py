@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from orpo_mlx.data.prompts import Prompt, prompt_key
 from orpo_mlx.judging.intervals import Interval
-from orpo_mlx.judging.verdicts import (
+from orpo_mlx.judging.judges.verdicts import (
     FAILURES,
     FIRST,
     SECOND,

@@ -18,10 +18,10 @@ from orpo_mlx.data.prompts import Prompt, distinct
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import read_json_table, save_json, sha256_of
 from orpo_mlx.judging.generation import ROWS, Generator, Sampling
+from orpo_mlx.judging.judges.rules import Rule
+from orpo_mlx.judging.judges.verdicts import Judge, Question, ballots, check_references
 from orpo_mlx.judging.ranking import Sample, Scored, different, make_rows
-from orpo_mlx.judging.rules import Rule
 from orpo_mlx.judging.sides import Loading, Side, load_side, prompt_ids
-from orpo_mlx.judging.verdicts import Judge, Question, ballots, check_references
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.resumable_jsonl import FileMark, LineFile
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from orpo_mlx.data.prompts import Prompt, spread
-from orpo_mlx.data.tokenization import PairTokenizer
+from orpo_mlx.data.tokens.tokenization import PairTokenizer
 from orpo_mlx.errors import DataError, ModelError
 from orpo_mlx.judging.divergence import Divergence, sampled_kl
 from orpo_mlx.judging.generation import ROWS, Generated, Generator, Sampling

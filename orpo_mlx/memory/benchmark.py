@@ -29,9 +29,9 @@ from orpo_mlx.errors import ConfigError
 from orpo_mlx.files import save_json
 from orpo_mlx.process_memory import configure_allocator, process_footprint
 from orpo_mlx.training.prepare import prepare
-from orpo_mlx.training.reference_store import ReferenceTable
+from orpo_mlx.training.references.reference_store import ReferenceTable
 from orpo_mlx.training.run import Run, versions
-from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.training.steps.step import optimiser_step
 from orpo_mlx.types import Example
 
 PROG = "orpo-mlx memory"

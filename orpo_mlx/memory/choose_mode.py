@@ -12,7 +12,7 @@ from orpo_mlx.memory.predict import TOLERANCE, Prediction, device_working_set, h
 from orpo_mlx.memory.skeleton import read_blueprint
 from orpo_mlx.training.prepare import spend_memory_as
 from orpo_mlx.training.run import Run
-from orpo_mlx.training.step_functions import StepFunctions
+from orpo_mlx.training.steps.step_functions import StepFunctions
 
 _GIB = 2**30
 

@@ -28,9 +28,9 @@ from orpo_mlx.memory.skeleton import Blueprint, build, read_blueprint, weight_by
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.process_memory import working_set_bytes
-from orpo_mlx.training.choose_reference import is_adapter, names_a_path
 from orpo_mlx.training.prepare import assemble
-from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.training.references.choose_reference import is_adapter, names_a_path
+from orpo_mlx.training.steps.step import optimiser_step
 from orpo_mlx.types import Example, TokenizedPair
 
 _GIB = 2**30

@@ -15,10 +15,10 @@ from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.training.data_order import evaluation_pairs, pairs_per_step, total_steps, training_order
 from orpo_mlx.training.distributed import Ranks
-from orpo_mlx.training.evaluation import evaluate
+from orpo_mlx.training.evaluating.evaluation import evaluate
 from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.run import Run
-from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.training.steps.step import optimiser_step
 from orpo_mlx.types import Example
 
 # The first step compiles, and reads the weights for the first time.

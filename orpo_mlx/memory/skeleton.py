@@ -16,11 +16,11 @@ from mlx_lm.utils import load_config
 
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.models.gguf.loading import gguf_config
-from orpo_mlx.models.hf_config import normalise_config
 from orpo_mlx.models.loading import LOADING_ERRORS, loaded_dtype, locate
-from orpo_mlx.models.model_classes import model_classes
-from orpo_mlx.models.safetensors_files import read_header
-from orpo_mlx.models.tied_head import settle_tie
+from orpo_mlx.models.stored.hf_config import normalise_config
+from orpo_mlx.models.stored.model_classes import model_classes
+from orpo_mlx.models.stored.safetensors_files import read_header
+from orpo_mlx.models.stored.tied_head import settle_tie
 
 # What configs call the number of layers, and after how many their pattern repeats.
 _LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")

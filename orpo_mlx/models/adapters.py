@@ -17,7 +17,7 @@ from orpo_mlx.files import read_json_table
 from orpo_mlx.models.adaptable import check_adaptable, check_magnitudes
 from orpo_mlx.models.peft_config import read_scaling, refuse_inexpressible
 from orpo_mlx.models.peft_names import PREFIX, read_peft_tensors
-from orpo_mlx.models.safetensors_files import read_header
+from orpo_mlx.models.stored.safetensors_files import read_header
 
 
 def add_adapters(

@@ -17,13 +17,13 @@ from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.models.activations import match_activation, match_embedding_scale
 from orpo_mlx.models.gguf.loading import load_gguf, read_gguf_info
-from orpo_mlx.models.hf_config import normalise_config, rope_note, unseen_window
-from orpo_mlx.models.model_classes import model_classes
 from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES, FLOAT16_IN_FLOAT32
 from orpo_mlx.models.shared_keys import share_keys
-from orpo_mlx.models.stored_formats import check_format
-from orpo_mlx.models.stored_weights import class_for_stored
-from orpo_mlx.models.tied_head import settle_tie
+from orpo_mlx.models.stored.hf_config import normalise_config, rope_note, unseen_window
+from orpo_mlx.models.stored.model_classes import model_classes
+from orpo_mlx.models.stored.stored_formats import check_format
+from orpo_mlx.models.stored.stored_weights import class_for_stored
+from orpo_mlx.models.stored.tied_head import settle_tie
 from orpo_mlx.models.turn_ends import with_turn_end
 from orpo_mlx.models.vocabulary import vocabulary_of
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from orpo_mlx.data.bounded_templates import bound_templates, bounded_time
+from orpo_mlx.data.tokens.bounded_templates import bound_templates, bounded_time
 from orpo_mlx.text import printable
 
 # A question and an answer that no template has words of its own for.

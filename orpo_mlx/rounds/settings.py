@@ -13,8 +13,8 @@ from orpo_mlx.config.traits import Trait
 from orpo_mlx.data.pairs import parse_columns
 from orpo_mlx.errors import ConfigError, did_you_mean, reason_of
 from orpo_mlx.judging.generation import ROWS, Sampling
-from orpo_mlx.judging.judges import JudgeOptions, make_judge
-from orpo_mlx.judging.verdicts import Judge
+from orpo_mlx.judging.judges.judges import JudgeOptions, make_judge
+from orpo_mlx.judging.judges.verdicts import Judge
 
 TRAIN = "train"
 """The key of the table of training settings."""

@@ -12,7 +12,7 @@ from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.batching import TrainingOrder, length_order, micro_batches, side_lengths, steps_per_epoch
 from orpo_mlx.models.adapters import adapter_metadata
 from orpo_mlx.training.run import Run
-from orpo_mlx.training.step_values import mismatched_batches, mismatched_in_batches
+from orpo_mlx.training.steps.step_values import mismatched_batches, mismatched_in_batches
 from orpo_mlx.types import Example
 
 _ORDER_KEY = "orpo_mlx_order"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from orpo_mlx.config.settings import DEFAULT_MAX_SKIPPED
+from orpo_mlx.config.defaults import DEFAULT_MAX_SKIPPED
 from orpo_mlx.errors import HalfAppliedError, NonFiniteError, TrainingError, reason_of
 from orpo_mlx.interrupts import Interrupted
 from orpo_mlx.losses.metrics import MetricMeans
@@ -22,13 +22,13 @@ from orpo_mlx.training.checkpoints.progress import Best, EvalMetrics, Progress
 from orpo_mlx.training.checkpoints.random_numbers import random_numbers_kept, random_state, set_random_state
 from orpo_mlx.training.checkpoints.save import CHECKPOINTS, how_to_go_on, is_gone, mark_best, save
 from orpo_mlx.training.data_order import total_steps, training_order
-from orpo_mlx.training.evaluation import evaluate_splits
+from orpo_mlx.training.evaluating.evaluation import evaluate_splits
+from orpo_mlx.training.evaluating.judged import judged_line
 from orpo_mlx.training.interrupts import StopSignals
-from orpo_mlx.training.judged import judged_line
-from orpo_mlx.training.reference_pass import save_reference
+from orpo_mlx.training.references.reference_pass import save_reference
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.sinks import Sinks
-from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.training.steps.step import optimiser_step
 from orpo_mlx.types import Example, Reply
 
 _GIB = 2**30

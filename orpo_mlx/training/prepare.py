@@ -9,27 +9,28 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from orpo_mlx.config.settings import TrainingConfig, data_reading, recipe
+from orpo_mlx.config.derived import data_reading, recipe
+from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.sources import Source, find_splits
 from orpo_mlx.data.splits import Lengths, Split, tokenized_split
-from orpo_mlx.data.token_store import RATED
+from orpo_mlx.data.tokens.token_store import RATED
 from orpo_mlx.engine.memory_modes import Memory, spend_memory
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import cache_folder
-from orpo_mlx.judging.judges import make_judge
+from orpo_mlx.judging.judges.judges import make_judge
 from orpo_mlx.losses.recipe import Recipe
 from orpo_mlx.losses.registry import COMPLETION, LIST, PAIR
 from orpo_mlx.models.adapters import add_adapters, load_adapter_file
 from orpo_mlx.models.loading import LoadedModel, ModelInfo, find, load
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
-from orpo_mlx.training.choose_reference import choose_reference, find_other_model, names_a_path
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.optimizers import make_optimizer
-from orpo_mlx.training.reference_store import weights_fingerprint
-from orpo_mlx.training.row_values import find_weighted
+from orpo_mlx.training.references.choose_reference import choose_reference, find_other_model, names_a_path
+from orpo_mlx.training.references.reference_store import weights_fingerprint
 from orpo_mlx.training.run import Run
-from orpo_mlx.training.step_functions import StepFunctions
+from orpo_mlx.training.steps.row_values import find_weighted
+from orpo_mlx.training.steps.step_functions import StepFunctions
 
 EVAL_SPLITS = ("test", "valid")
 

@@ -20,9 +20,9 @@ from orpo_mlx.losses.recipe import Recipe
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.training.distributed import Ranks
-from orpo_mlx.training.reference import ReferenceLogProbs
-from orpo_mlx.training.step_functions import StepFunctions
-from orpo_mlx.training.step_values import RunningMean
+from orpo_mlx.training.references.reference import ReferenceLogProbs
+from orpo_mlx.training.steps.step_functions import StepFunctions
+from orpo_mlx.training.steps.step_values import RunningMean
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 """mlx-lm's name for what goes with `adapters.safetensors`."""

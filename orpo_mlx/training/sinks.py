@@ -15,9 +15,9 @@ from orpo_mlx.reporting.services import parse_services
 from orpo_mlx.reporting.tracking import reporting_to
 from orpo_mlx.training.checkpoints.random_numbers import random_numbers_kept
 from orpo_mlx.training.checkpoints.resume import Resumed
-from orpo_mlx.training.judged import JudgedReplies, judged_replies
+from orpo_mlx.training.evaluating.judged import JudgedReplies, judged_replies
+from orpo_mlx.training.evaluating.samples import Sampler, pick_prompts
 from orpo_mlx.training.run import Run
-from orpo_mlx.training.samples import Sampler, pick_prompts
 from orpo_mlx.types import Group, Pair
 
 # Sample prompts are spread over this many pairs of a split, so that a large one need not be read to its end.

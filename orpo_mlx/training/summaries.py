@@ -15,7 +15,7 @@ from orpo_mlx.training.checkpoints.progress import TrainingResult
 from orpo_mlx.training.checkpoints.resume import Resumed
 from orpo_mlx.training.checkpoints.save import BEST
 from orpo_mlx.training.data_order import evaluation_pairs, pairs_per_step
-from orpo_mlx.training.reference_pass import pass_on_notes
+from orpo_mlx.training.references.reference_pass import pass_on_notes
 from orpo_mlx.training.run import Run
 
 

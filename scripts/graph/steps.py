@@ -16,7 +16,7 @@ from mlx_lm.utils import _get_classes
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.training.prepare import assemble
-from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.training.steps.step import optimiser_step
 from orpo_mlx.types import TokenizedPair
 from scripts.graph.count import counting
 from scripts.graph.walker import zeros

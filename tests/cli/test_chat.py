@@ -13,10 +13,10 @@ from mlx_lm import generate, stream_generate
 from mlx_lm.sample_utils import make_sampler
 from rich.console import Console
 
-from orpo_mlx.cli import conversation as chat_module
 from orpo_mlx.cli.chat import main
-from orpo_mlx.cli.conversation import Chat, Conversation, talk
-from orpo_mlx.cli.run_folder import base_model
+from orpo_mlx.cli.common import conversation as chat_module
+from orpo_mlx.cli.common.conversation import Chat, Conversation, talk
+from orpo_mlx.cli.common.run_folder import base_model
 from orpo_mlx.errors import ModelError
 from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.loading import load

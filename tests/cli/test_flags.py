@@ -27,7 +27,11 @@ PARSERS = {"train": "orpo_mlx.config.command_line"}
 BY_NAME = {*PARAMETERS, *BUDGETS, *LORA_FLAGS}
 # Where settings are declared, checked and taken from a user, which is no use of them; and what these modules make of
 # them for the others to read: other settings, or a method's parameters.
-DECLARING = [PACKAGE / "config" / name for name in ("settings.py", "checks.py", "command_line.py", "print_config.py")]
+_DECLARED = ("settings.py", "derived.py", "checks.py")
+DECLARING = [
+    PACKAGE / "config" / name
+    for name in ("settings.py", "derived.py", "checks.py", "command_line.py", "print_config.py")
+]
 _TRANSLATED = ("memory_mode", "data_reading", "recipe", "given_settings")
 
 
@@ -72,7 +76,7 @@ def test_every_flag_of_a_command_is_read(name: str) -> None:
     home = importlib.import_module(PARSERS.get(name, COMMANDS[name].module))
     assert home.__file__ is not None
     # What several commands have is read in a module that they share.
-    homes = (Path(home.__file__), PACKAGE / "cli" / "judging.py")
+    homes = (Path(home.__file__), PACKAGE / "cli" / "common" / "judging.py")
     found = set().union(*(attributes(ast.parse(path.read_text(encoding="utf-8")), ("args", "own")) for path in homes))
     for parser in with_subcommands(parser_of(name)):
         flags = {

@@ -27,7 +27,7 @@ from orpo_mlx.reporting.live.server import serving
 from orpo_mlx.train import train
 from orpo_mlx.training.prepare import load_run
 from orpo_mlx.training.run import Run
-from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.training.steps.step import optimiser_step
 from tests.helpers.kill_and_resume import same
 from tests.helpers.quiet_training import run_quietly
 from tests.reporting.live.test_feed import record, report

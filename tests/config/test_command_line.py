@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from orpo_mlx.config.command_line import given_settings, merge_settings, read_config_file, resolve
-from orpo_mlx.config.settings import SETTINGS, TrainingConfig, recipe
+from orpo_mlx.config.derived import recipe
+from orpo_mlx.config.settings import SETTINGS, TrainingConfig
 from orpo_mlx.device_profile import VARIABLE, DeviceProfile, RowLayout, device_profile
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.files import read_json_table

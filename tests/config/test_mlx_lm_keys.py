@@ -16,7 +16,7 @@ from orpo_mlx.config.mlx_lm_keys import KEYS
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.errors import ConfigError
 from tests.conftest import CONFIGS, make_pairs, write_id_rows, write_model_folder
-from tests.training.test_evaluate_only import lines_of
+from tests.training.evaluating.test_evaluate_only import lines_of
 
 # The keys of mlx-lm's own mlx_lm/examples/lora_config.yaml, all of them, with the values they have there.
 EXAMPLE = """\

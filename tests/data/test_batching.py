@@ -21,7 +21,7 @@ from orpo_mlx.data.batching import (
     steps_per_epoch,
 )
 from orpo_mlx.data.row_counts import RowReport
-from orpo_mlx.data.token_store import StoreWriter
+from orpo_mlx.data.tokens.token_store import StoreWriter
 from orpo_mlx.device_profile import CPU, GPU, RowLayout
 from orpo_mlx.types import TokenizedPair
 from tests.conftest import make_pairs

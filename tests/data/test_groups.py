@@ -9,8 +9,8 @@ import pytest
 
 from orpo_mlx.data.groups import usable_group
 from orpo_mlx.data.row_counts import RowReport
-from orpo_mlx.data.token_store import StoreWriter, TokenStore
-from orpo_mlx.data.truncation import fit
+from orpo_mlx.data.tokens.token_store import StoreWriter, TokenStore
+from orpo_mlx.data.tokens.truncation import fit
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Example, Group, TokenizedGroup, TokenizedPair
 

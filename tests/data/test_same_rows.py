@@ -17,7 +17,7 @@ from mlx_lm.utils import load_tokenizer
 from orpo_mlx.data.pairs import NULLS_LEFT_OUT, Reading, read_pairs
 from orpo_mlx.data.row_counts import RowReport
 from orpo_mlx.data.sources import FileSource, Source
-from orpo_mlx.data.tokenization import PairTokenizer
+from orpo_mlx.data.tokens.tokenization import PairTokenizer
 from orpo_mlx.types import Pair
 from tests.conftest import write_model_folder, write_rows
 from tests.helpers.row_sets import files_of, row_set

@@ -12,8 +12,8 @@ from orpo_mlx.data import splits as module
 from orpo_mlx.data.pairs import Reading
 from orpo_mlx.data.sources import FileSource
 from orpo_mlx.data.splits import COMPLETION_CUT, PROMPT_CUT, SYSTEM_FOLDED, Lengths, Split, tokenized_split
-from orpo_mlx.data.token_store import TokenStore
-from orpo_mlx.data.tokenization import PairTokenizer
+from orpo_mlx.data.tokens.token_store import TokenStore
+from orpo_mlx.data.tokens.tokenization import PairTokenizer
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Pair
 from tests.conftest import CHAT_TEMPLATE, write_model_folder, write_rows

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from mlx_lm.utils import load_tokenizer
 
-from orpo_mlx.data.chat_template import (
+from orpo_mlx.data.tokens.chat_template import (
     CALL_LEFT_OUT,
     CALLS_LEFT_OUT,
     THOUGHT_LEFT_OUT,
     TOOLS_LEFT_OUT,
     WORDS_LEFT_OUT,
 )
-from orpo_mlx.data.tokenization import PairTokenizer
-from orpo_mlx.data.trained_turns import read_ids
+from orpo_mlx.data.tokens.tokenization import PairTokenizer
+from orpo_mlx.data.tokens.trained_turns import read_ids
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Message, Pair
 from tests.conftest import write_model_folder

@@ -9,8 +9,8 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.tuner.lora import LoRALinear
 
+from orpo_mlx.engine.functions.patched_layers import lora_linear
 from orpo_mlx.engine.kept_outputs import keeping, output, taking
-from orpo_mlx.engine.patched_layers import lora_linear
 
 
 def test_narrow_outputs_are_kept_but_for_the_last() -> None:

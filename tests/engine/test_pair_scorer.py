@@ -16,7 +16,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from orpo_mlx.data.batching import collate, sequence_tokens, split_by_completion
-from orpo_mlx.data.trained_turns import learned_places, read_ids
+from orpo_mlx.data.tokens.trained_turns import learned_places, read_ids
 from orpo_mlx.device_profile import CPU, GPU, DeviceProfile
 from orpo_mlx.engine.equivalence import same_states
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.llama import TransformerBlock
 
 from orpo_mlx.device_profile import CPU, GPU, DeviceProfile
-from orpo_mlx.engine.gated_delta import model_gated_delta_update
+from orpo_mlx.engine.functions.gated_delta import model_gated_delta_update
 from orpo_mlx.engine.layer_calls import RecordingLayer, layer_kind
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.engine.segmented_backward import (

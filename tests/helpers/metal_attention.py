@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from orpo_mlx.engine import attention
+from orpo_mlx.engine.functions import attention
 
 _WIDTHS = (64, 96, 128, 192, 256)
 

@@ -10,8 +10,8 @@ import pytest
 from orpo_mlx.data.prompts import Prompt, read_prompt
 from orpo_mlx.judging.calibration import PADDING, calibrate, cohens_kappa, findings
 from orpo_mlx.judging.contest import by_category, compare_replies, figures, order_figures
-from orpo_mlx.judging.rules import make_rule
-from orpo_mlx.judging.verdicts import FIRST, SECOND, TIE, Judge, Question, Verdict
+from orpo_mlx.judging.judges.rules import make_rule
+from orpo_mlx.judging.judges.verdicts import FIRST, SECOND, TIE, Judge, Question, Verdict
 
 
 class Scripted:

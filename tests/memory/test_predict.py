@@ -22,7 +22,7 @@ from orpo_mlx.memory.predict import (
 from orpo_mlx.memory.skeleton import read_blueprint
 from orpo_mlx.models.loading import load
 from orpo_mlx.training.prepare import assemble
-from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.training.steps.step import optimiser_step
 from orpo_mlx.types import Example, TokenizedPair
 from tests.conftest import make_pairs, model_config
 

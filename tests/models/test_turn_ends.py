@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.data.tokenization import PairTokenizer
+from orpo_mlx.data.tokens.tokenization import PairTokenizer
 from orpo_mlx.models.loading import find
 from orpo_mlx.types import Pair
 from tests.conftest import write_model_folder

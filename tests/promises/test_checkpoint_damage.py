@@ -27,7 +27,7 @@ from orpo_mlx.training.checkpoints.folders import (
 )
 from orpo_mlx.training.checkpoints.resume import newest
 from orpo_mlx.training.run import Run
-from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.training.steps.step import optimiser_step
 from tests.helpers.kill_and_resume import records, same
 from tests.helpers.quiet_training import run_quietly
 from tests.test_train import flags

@@ -14,7 +14,7 @@ import pytest
 
 from orpo_mlx.cli.inspect import main
 from tests.conftest import write_rows
-from tests.data.test_formats import CASES, RATED, SINGLE
+from tests.data.shapes.test_formats import CASES, RATED, SINGLE
 from tests.data.test_readers import write as write_kind
 
 Row = dict[str, Any]

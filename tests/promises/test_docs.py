@@ -18,15 +18,15 @@ from orpo_mlx.cli.convert import build_parser
 from orpo_mlx.config.flags import with_flags
 from orpo_mlx.convert.quantisation import QUANTISATION_MODES
 from orpo_mlx.convert.verify import EXACT, MERGED, ROUNDED
-from orpo_mlx.data.formats import SHAPES
 from orpo_mlx.data.pairs import Reading
-from orpo_mlx.data.ratings import PAIRINGS
 from orpo_mlx.data.readers import READERS
 from orpo_mlx.data.row_counts import REASONS
+from orpo_mlx.data.shapes.formats import SHAPES
+from orpo_mlx.data.shapes.ratings import PAIRINGS
 from orpo_mlx.data.sources import SPLIT_NAMES, FileSource
 from orpo_mlx.data.splits import Lengths, tokenized_split
 from orpo_mlx.data.statistics import inspect_splits
-from orpo_mlx.data.truncation import TRUNCATIONS
+from orpo_mlx.data.tokens.truncation import TRUNCATIONS
 from orpo_mlx.engine.modes import MODES
 from orpo_mlx.losses import with_reference
 from orpo_mlx.losses.recipe import describe_methods, make_recipe

@@ -35,7 +35,7 @@ def samples(folder: Path) -> list[Sample]:
     from orpo_mlx.data.batching import TrainingOrder
     from orpo_mlx.process_memory import configure_allocator, process_footprint
     from orpo_mlx.training.prepare import prepare
-    from orpo_mlx.training.step import optimiser_step
+    from orpo_mlx.training.steps.step import optimiser_step
     from orpo_mlx.types import TokenizedPair
     from tests.conftest import model_config, write_id_rows
 

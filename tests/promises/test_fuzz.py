@@ -22,8 +22,8 @@ from orpo_mlx.config.command_line import read_config_file
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.pairs import Reading, load_pairs
 from orpo_mlx.data.splits import Lengths
-from orpo_mlx.data.tokenization import PairTokenizer
-from orpo_mlx.data.truncation import fit
+from orpo_mlx.data.tokens.tokenization import PairTokenizer
+from orpo_mlx.data.tokens.truncation import fit
 from orpo_mlx.errors import UserError
 from orpo_mlx.models.adapters import adapter_weights, add_trained_adapters, load_adapter_file
 from orpo_mlx.training.checkpoints.folders import CheckpointFolder, defect, whole_checkpoints, write_checkpoint

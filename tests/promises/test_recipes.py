@@ -21,7 +21,7 @@ from orpo_mlx.engine.modes import AUTOMATIC
 from orpo_mlx.memory.fit import predicted
 from orpo_mlx.memory.predict import TOLERANCE, recommended_working_set
 from orpo_mlx.memory.skeleton import read_blueprint
-from orpo_mlx.models.safetensors_files import read_header
+from orpo_mlx.models.stored.safetensors_files import read_header
 from tests.cli.test_flags import with_subcommands
 from tests.helpers.predict_for_macs import ARCHITECTURES, CONFIGS, cheap_probes, mac_gib, predictions, write_headers
 

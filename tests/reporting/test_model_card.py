@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from rich.console import Console
 
 from orpo_mlx.config.checks import make_config
-from orpo_mlx.config.settings import settings_for_card
+from orpo_mlx.config.derived import settings_for_card
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.model_card import card_text, shareable, write_card
 from orpo_mlx.train import train

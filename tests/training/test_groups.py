@@ -13,7 +13,7 @@ import pytest
 from orpo_mlx.data.batching import micro_batches, padded_tokens
 from orpo_mlx.device_profile import CPU, GPU
 from orpo_mlx.errors import DataError
-from orpo_mlx.training.gradients import step_gradient
+from orpo_mlx.training.steps.gradients import step_gradient
 from tests.test_train import make_run
 
 

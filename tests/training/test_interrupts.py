@@ -17,7 +17,7 @@ from orpo_mlx.interrupts import Interrupted
 from orpo_mlx.training.checkpoints.resume import newest
 from orpo_mlx.training.interrupts import StopSignals
 from orpo_mlx.training.run import Run
-from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.training.steps.step import optimiser_step
 from tests.helpers.kill_and_resume import same
 from tests.helpers.quiet_training import run_quietly
 from tests.test_train import flags
@@ -56,12 +56,12 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
             os.kill(os.getpid(), number)
         return evaluate(*arguments, **options)
 
-    from orpo_mlx.training.evaluation import evaluate
+    from orpo_mlx.training.evaluating.evaluation import evaluate
 
     with monkeypatch.context() as patch:
         patch.setattr("orpo_mlx.training.loop.optimiser_step", step)
         if where == "evaluation":
-            patch.setattr("orpo_mlx.training.evaluation.evaluate", evaluating)
+            patch.setattr("orpo_mlx.training.evaluating.evaluation.evaluate", evaluating)
         before = signal.getsignal(number)
         assert main(flags(settings)) == status
         assert signal.getsignal(number) == before
@@ -80,13 +80,13 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
 def test_a_signal_before_the_first_step_says_that_nothing_was_saved(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from orpo_mlx.training.evaluation import evaluate
+    from orpo_mlx.training.evaluating.evaluation import evaluate
 
     def evaluating(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*arguments, **options)
 
-    monkeypatch.setattr("orpo_mlx.training.evaluation.evaluate", evaluating)
+    monkeypatch.setattr("orpo_mlx.training.evaluating.evaluation.evaluate", evaluating)
     assert main(flags(settings)) == 143
     assert "interrupted: nothing was saved." in capfd.readouterr().err
 

@@ -16,15 +16,15 @@ from mlx_lm.tuner.utils import build_schedule, load_adapters
 from mlx_lm.utils import load_model, save_model
 
 from orpo_mlx.config.checks import check_settings, make_config
-from orpo_mlx.config.settings import OPTIMIZERS
+from orpo_mlx.config.defaults import OPTIMIZERS
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.models.adapters import adapter_weights
-from orpo_mlx.training.gradients import step_gradient
 from orpo_mlx.training.prepare import prepare
-from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.training.steps.gradients import step_gradient
+from orpo_mlx.training.steps.step import optimiser_step
 from tests.conftest import make_model, model_config, quantise
 from tests.helpers.quiet_training import run_quietly
-from tests.training.test_evaluate_only import lines_of
+from tests.training.evaluating.test_evaluate_only import lines_of
 
 CLASSES = {
     "adam": optim.Adam,

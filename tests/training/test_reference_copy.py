@@ -14,9 +14,9 @@ from orpo_mlx.data.batching import collate
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.memory.choose_mode import change_memory
 from orpo_mlx.models.adapters import add_adapters
-from orpo_mlx.training.other_references import copy_of
 from orpo_mlx.training.prepare import prepare
-from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.training.references.other_references import copy_of
+from orpo_mlx.training.steps.step import optimiser_step
 from tests.conftest import make_model, make_pairs, quantise
 
 LORA = {"rank": 4, "dropout": 0.0, "scale": 20.0}

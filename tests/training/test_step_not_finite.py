@@ -15,10 +15,10 @@ from orpo_mlx.cli.train import main
 from orpo_mlx.device_profile import device_profile
 from orpo_mlx.errors import NonFiniteError
 from orpo_mlx.models.adapters import adapter_weights
-from orpo_mlx.training.gradients import micro_batch_inputs
 from orpo_mlx.training.run import Run
-from orpo_mlx.training.step import clip_factor, optimiser_step
-from orpo_mlx.training.step_functions import StepFunctions
+from orpo_mlx.training.steps.gradients import micro_batch_inputs
+from orpo_mlx.training.steps.step import clip_factor, optimiser_step
+from orpo_mlx.training.steps.step_functions import StepFunctions
 from orpo_mlx.types import PairLogProbs
 from tests.helpers.kill_and_resume import records
 from tests.helpers.quiet_training import run_quietly
@@ -173,7 +173,7 @@ def test_an_evaluation_that_is_not_finite_names_the_pairs_and_goes_on(
         assert isinstance(logps, PairLogProbs)
         return logps._replace(chosen=logps.chosen * mx.inf)
 
-    monkeypatch.setattr("orpo_mlx.training.evaluation.log_probs", spoiled)
+    monkeypatch.setattr("orpo_mlx.training.evaluating.evaluation.log_probs", spoiled)
     assert main([*flags(settings), "--save-best", "--test-batches", "0"]) == 0
     assert "Warning: not finite at step 3 on 6 valid pairs: " in capsys.readouterr().out
     folder = Path(settings["adapter_path"])

@@ -12,10 +12,10 @@ from orpo_mlx.cli.train import main
 from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.models.adapters import adapters_off
-from orpo_mlx.training.gradients import step_gradient
 from orpo_mlx.training.run import Run
-from orpo_mlx.training.step import optimiser_step
-from orpo_mlx.training.step_values import mismatched
+from orpo_mlx.training.steps.gradients import step_gradient
+from orpo_mlx.training.steps.step import optimiser_step
+from orpo_mlx.training.steps.step_values import mismatched
 from orpo_mlx.types import Example
 from tests.helpers import float64_group_losses as oracle
 from tests.helpers.quiet_training import run_quietly

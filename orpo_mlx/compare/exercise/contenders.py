@@ -11,7 +11,7 @@ import numpy as np
 from orpo_mlx.chapter import orpo_training_step
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.training.run import Run
-from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.training.steps.step import optimiser_step
 from orpo_mlx.types import TokenizedPair
 
 StepResult = dict[str, float]

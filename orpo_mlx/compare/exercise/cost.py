@@ -19,7 +19,7 @@ from orpo_mlx.memory.predict import made_window
 from orpo_mlx.memory.skeleton import read_blueprint
 from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.models.names import DEFAULT_MODEL
-from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.training.steps.step import optimiser_step
 
 _GIB = 2**30
 _ARMS: Mapping[str, dict[str, Any]] = {

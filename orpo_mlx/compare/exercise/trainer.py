@@ -21,7 +21,7 @@ from orpo_mlx.errors import TrainingError
 from orpo_mlx.losses.recipe import make_recipe
 from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.training.prepare import assemble
-from orpo_mlx.training.reference import with_reference
+from orpo_mlx.training.references.reference import with_reference
 from orpo_mlx.training.run import Run
 from orpo_mlx.types import TokenizedPair
 

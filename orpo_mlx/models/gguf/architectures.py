@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from orpo_mlx.errors import ModelError
-from orpo_mlx.models.config_numbers import check_numbers
 from orpo_mlx.models.gguf.file import GgufFile
+from orpo_mlx.models.stored.config_numbers import check_numbers
 
 # GGUF's names of tensors within a layer, and Hugging Face's: most architectures', and what some have besides.
 _COMMON = {

@@ -14,7 +14,7 @@ from orpo_mlx.models.gguf.architectures import architecture_of, hf_name, is_weig
 from orpo_mlx.models.gguf.blocks import can_pack, expand, pack
 from orpo_mlx.models.gguf.file import GgufFile, read_gguf, tensor_bytes
 from orpo_mlx.models.gguf.tokenizer import build_tokenizer
-from orpo_mlx.models.model_classes import model_classes
+from orpo_mlx.models.stored.model_classes import model_classes
 
 _GROUP = 32
 # What weights are expanded to, by the type of the first feed-forward weight; others to float16, as mx.load has it.

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.losses.metrics import MetricMeans
-from orpo_mlx.training.divergence_watch import DivergenceWatch
-from orpo_mlx.training.patience import Patience
+from orpo_mlx.training.evaluating.divergence_watch import DivergenceWatch
+from orpo_mlx.training.evaluating.patience import Patience
 from orpo_mlx.types import Reply
 
 EvalMetrics = dict[str, dict[str, float]]

@@ -31,7 +31,7 @@ from orpo_mlx.training.checkpoints.state import Recorded, State, read_state
 from orpo_mlx.training.data_order import order_digest
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.optimizers import set_learning_rate
-from orpo_mlx.training.other_references import SyncedReference
+from orpo_mlx.training.references.other_references import SyncedReference
 from orpo_mlx.training.run import Run, versions
 
 

@@ -18,7 +18,7 @@ from orpo_mlx.training.checkpoints.progress import Progress
 from orpo_mlx.training.checkpoints.random_numbers import RandomState
 from orpo_mlx.training.checkpoints.state import STATE_FILE, describe
 from orpo_mlx.training.data_order import order_metadata
-from orpo_mlx.training.other_references import SyncedReference
+from orpo_mlx.training.references.other_references import SyncedReference
 from orpo_mlx.training.run import ADAPTER_CONFIG_FILE, Run, adapter_config
 
 CHECKPOINTS = "checkpoints"

@@ -17,7 +17,7 @@ from orpo_mlx.training.checkpoints.progress import Progress
 from orpo_mlx.training.checkpoints.random_numbers import RandomState
 from orpo_mlx.training.data_order import epoch_and_step, order_digest, total_steps
 from orpo_mlx.training.run import Run, versions
-from orpo_mlx.training.step_values import RunningMean
+from orpo_mlx.training.steps.step_values import RunningMean
 
 STATE_FILE = "state.json"
 

@@ -12,9 +12,9 @@ import pytest
 from orpo_mlx.cli.train import main
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.files import save_safetensors
-from orpo_mlx.training.evaluation import evaluate_splits
+from orpo_mlx.training.evaluating.evaluation import evaluate_splits
 from orpo_mlx.training.run import Run
-from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.training.steps.step import optimiser_step
 from tests.helpers.kill_and_resume import adapters
 from tests.helpers.quiet_training import run_quietly
 from tests.test_train import flags

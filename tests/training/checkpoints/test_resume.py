@@ -19,7 +19,7 @@ from orpo_mlx.cli.train import main
 from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.training.checkpoints.random_numbers import random_state, set_random_state
 from orpo_mlx.training.run import Run
-from orpo_mlx.training.step import optimiser_step
+from orpo_mlx.training.steps.step import optimiser_step
 from tests.conftest import make_pairs, write_id_rows
 from tests.helpers.kill_and_resume import adapters, kill_and_resume, metrics, records, signal_and_resume
 from tests.helpers.quiet_training import run_quietly

@@ -1,0 +1,1 @@
+"""Text to token ids: templates, boundaries, truncation, and the store on disk."""

@@ -1,0 +1,1 @@
+"""Judges: rules, local models, endpoints, and how their verdicts are read."""

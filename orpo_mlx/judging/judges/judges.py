@@ -1,0 +1,58 @@
+"""Judges by name."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from orpo_mlx.errors import ConfigError
+from orpo_mlx.judging.judges.endpoint_judge import ENDPOINT, LOOPBACK, EndpointJudge
+from orpo_mlx.judging.judges.model_judge import TOKENS, ModelJudge
+from orpo_mlx.judging.judges.rules import PREFIX, Rule, make_rule
+from orpo_mlx.judging.judges.verdicts import Judge
+
+
+class JudgeOptions(NamedTuple):
+    """What a judge that is a model is asked with."""
+
+    max_tokens: int = TOKENS
+    """Of a verdict."""
+    timeout_s: float = 60.0
+    """Of an endpoint's answer."""
+    model: str = "default"
+    """The name of the model at an endpoint."""
+    dtype: str | None = None
+    trust_remote_code: bool = False
+
+
+def make_judge(name: str, options: JudgeOptions | None = None) -> Judge:
+    """The judge of that name: `rule:...`, `endpoint` (mlx_lm.server's address on this machine), the address of another,
+    or a model.
+
+    Raises:
+        ConfigError: the name is empty, or no rule's or address's.
+    """
+    options = options or JudgeOptions()
+    if name.startswith(PREFIX):
+        return make_rule(name)
+    if name == ENDPOINT or "://" in name:
+        url = LOOPBACK if name == ENDPOINT else name
+        return EndpointJudge(url, model=options.model, timeout_s=options.timeout_s, max_tokens=options.max_tokens)
+    if not name.strip():
+        raise ConfigError("`judge`: is empty; expected rule:..., endpoint, an address, or a model.")
+    return ModelJudge(
+        name,
+        max_tokens=options.max_tokens,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def rule_of(name: str) -> Rule:
+    """The rule of that name.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    if not name.startswith(PREFIX):
+        raise ConfigError(f"{name!r} is no rule; expected rule:KIND, such as rule:plain.")
+    return make_rule(name)

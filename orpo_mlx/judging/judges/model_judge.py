@@ -1,0 +1,112 @@
+"""A local model as a judge."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from orpo_mlx.errors import DataError, ModelError, reason_of
+from orpo_mlx.judging.generation import Generator, Sampling
+from orpo_mlx.judging.judges.verdicts import Question, Verdict, judge_parts, read_verdict
+from orpo_mlx.models.loading import LoadedModel, load
+from orpo_mlx.process_memory import clear_cache_above
+
+TOKENS = 16
+"""Of a verdict; judges that think aloud need more."""
+# Judges' prompts are long, and all of them are in memory at once.
+_ROWS = 16
+_UNKNOWN_CONTEXT = 1 << 20
+
+
+class ModelJudge:
+    """Asks an mlx-lm model, greedily, which of two replies is better.
+
+    Args:
+        name: Hub id, folder or `.gguf` file.
+        max_tokens: of a verdict.
+        dtype: a key of `DTYPES`; None for the checkpoint's.
+        trust_remote_code: whether Python code that comes with the checkpoint may run.
+    """
+
+    fair = False
+
+    def __init__(
+        self, name: str, *, max_tokens: int = TOKENS, dtype: str | None = None, trust_remote_code: bool = False
+    ) -> None:
+        self.name = name
+        self._max_tokens = max_tokens
+        self._dtype = dtype
+        self._trust_remote_code = trust_remote_code
+        self._loaded: LoadedModel | None = None
+
+    def __call__(self, questions: Sequence[Question], progress: Callable[[int], None]) -> list[Verdict]:
+        """See `Judge`; ModelError where the model cannot be used."""
+        loaded = self._load()
+        prompts = [judge_ids(loaded.tokenizer, question) for question in questions]
+        room = context_of(loaded) - self._max_tokens
+        fitting = [number for number, prompt in enumerate(prompts) if len(prompt) <= room]
+        generator = Generator(loaded.model, loaded.tokenizer, Sampling(self._max_tokens), rows=_ROWS)
+        verdicts = [Verdict(None, "prompt_too_long")] * len(questions)
+        said = generator.replies([prompts[number] for number in fitting], progress)
+        for number, (reply,) in zip(fitting, said, strict=True):
+            verdicts[number] = read_verdict(reply.text)
+        clear_cache_above(0)
+        return verdicts
+
+    def _load(self) -> LoadedModel:
+        # Only now: until the replies are there, the memory is theirs.
+        if self._loaded is None:
+            self._loaded = load(self.name, dtype=self._dtype, trust_remote_code=self._trust_remote_code)
+        if self._loaded.tokenizer is None:
+            raise ModelError(f"`judge={self.name}`: has no tokenizer, so it cannot judge texts; give a model with one.")
+        return self._loaded
+
+
+def context_of(loaded: LoadedModel) -> int:
+    """The most tokens that a model runs exactly."""
+    if loaded.exact_tokens is not None:
+        return loaded.exact_tokens
+    config = {**loaded.config, **(loaded.config.get("text_config") or {})}
+    longest = config.get("max_position_embeddings")
+    return longest if isinstance(longest, int) and longest > 0 else _UNKNOWN_CONTEXT
+
+
+def judge_ids(tokenizer: Any, question: Question) -> list[int]:
+    """A judge's prompt as token ids. In the texts to be judged, no special token is read as one: a reply that spells
+    the end of a turn stays a reply."""
+    parts = judge_parts(question)
+    # What the template makes of the turn is told from the texts by marks that no text can foresee.
+    mark = secrets.token_hex(16)
+    turn = "".join(f"{mark}{number}{mark}" if judged else text for number, (text, judged) in enumerate(parts))
+    rendered = rendered_turn(tokenizer, turn)
+    ids = [] if tokenizer.has_chat_template or tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    for number, piece in enumerate(rendered.split(mark)):
+        # Between two marks stands the number of a part.
+        judged = number % 2 == 1
+        ids += encoded(tokenizer, parts[int(piece)][0] if judged else piece, special=not judged)
+    return ids
+
+
+def rendered_turn(tokenizer: Any, content: str) -> str:
+    """A user's turn as the model is asked it; ModelError where the chat template refuses it."""
+    if not tokenizer.has_chat_template:
+        return content
+    try:
+        turns = [{"role": "user", "content": content}]
+        return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # Templates raise whatever they like.
+        raise ModelError(f"the judge's chat template refused a user's turn: {reason_of(error)}.") from None
+
+
+def encoded(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    """Token ids of a text; `special`: whether special tokens in it are read as such."""
+    if not text:
+        return []
+    try:
+        ids = tokenizer._tokenizer(text, add_special_tokens=False, split_special_tokens=not special, verbose=False)[
+            "input_ids"
+        ]
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(f"the judge's tokenizer refused a text: {reason_of(error)}.") from None
+    return [int(token) for token in ids]

@@ -1,0 +1,1 @@
+"""A checkpoint's config and weights as they are stored, brought into mlx-lm's form."""

@@ -1,0 +1,150 @@
+"""Held-out metrics of a split."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from orpo_mlx.data.batching import count_pairs, length_order, row_weights, sequence_tokens
+from orpo_mlx.engine.pair_scorer import PairScorer, join_logps, log_probs
+from orpo_mlx.losses.metrics import MetricMeans, metric_array
+from orpo_mlx.losses.recipe import Recipe
+from orpo_mlx.process_memory import clear_cache_above
+from orpo_mlx.reporting.console import Reporter, eval_line
+from orpo_mlx.reporting.metrics_log import MetricsFile
+from orpo_mlx.training.checkpoints.progress import EvalMetrics
+from orpo_mlx.training.data_order import evaluation_pairs
+from orpo_mlx.training.distributed import Ranks
+from orpo_mlx.training.interrupts import StopSignals
+from orpo_mlx.training.references.reference import ReferenceLogProbs, as_policy, with_reference
+from orpo_mlx.training.run import Run
+from orpo_mlx.training.steps.row_values import row_values, with_row_values
+from orpo_mlx.training.steps.step_values import (
+    RunningMean,
+    StepValues,
+    kl_estimate,
+    mismatched_in_batches,
+    with_step_values,
+)
+from orpo_mlx.types import Example
+
+Validated = Callable[[int, Mapping[str, float], float], object]
+"""Told of the step, the metrics and the seconds of a validation."""
+
+
+def evaluate(
+    scorer: PairScorer,
+    pairs: Sequence[Example],
+    method: Recipe,
+    *,
+    batch_size: int,
+    nll: str,
+    reference: ReferenceLogProbs | None,
+    untrained: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+    ranks: Ranks | None = None,
+    suspects: Callable[[list[Example]], None] = lambda pairs: None,
+    rewards: RunningMean | None = None,
+) -> dict[str, float]:
+    """Mean over all `pairs` of each metric (`metrics.metric_array`), without dropout and without gradient.
+
+    The loss sees the whole split at once, so that no metric depends on `batch_size`. `untrained` says that no
+    optimiser step has been taken: the policy's log-probs are then the reference's as well, and are not computed twice.
+    Each of `ranks` runs its share of the batches, and all of them return the metrics of all pairs.
+    `progress` is called with the number of pairs done after each batch, `suspects` at the end with the pairs that have
+    a metric that is not finite, if any do. `rewards` are those of the steps so far, for methods that ask for them.
+    """
+    model = scorer.model
+    was_training = model.training
+    model.eval()
+    tokens_per_pair = sequence_tokens(pairs) / count_pairs(pairs) if nll == "sequence" else None
+    weighted = bool((row_weights(pairs) != 1).any())
+    parts, done = [], 0
+    ranks = ranks or Ranks()
+    groups = [[pairs[index] for index in indices] for indices in length_order(pairs, batch_size)]
+    for group in ranks.share(groups):
+        batch = scorer.collate(group, with_prompt=tokens_per_pair is not None, whole_groups=method.wanted.groups)
+        logps = log_probs(scorer, batch, nll_tokens_per_pair=tokens_per_pair, gradient=False, wanted=method.wanted)
+        if reference and untrained and reference.is_start:
+            reference.adopt(group, logps)
+        logps = with_reference(logps, reference.values(group, batch) if reference else None)
+        parts.append(with_row_values(logps, row_values(group, method, weighted=weighted)))
+        mx.eval(parts[-1])
+        done += len(group)
+        progress(done)
+    model.train(was_training)
+    order = [pair for rank in range(ranks.size) for group in ranks.share(groups, rank) for pair in group]
+    together = join_logps(parts) if ranks.size == 1 else ranks.gather_logps(parts)
+    if reference:
+        # Every rank knows what the others have computed.
+        reference.adopt(order, as_policy(together))
+    values = StepValues(None, (rewards or RunningMean()).array(frozen=True) if method.wanted.running else None)
+    if method.wanted.kl:
+        assert reference is not None
+        # Before the first step the policy is the reference.
+        others = [] if untrained else mismatched_in_batches(groups, batch_size)
+        values = values._replace(kl=kl_estimate(scorer, reference, others, ranks))
+    together = with_step_values(together, values)
+    metrics = np.array(metric_array(together, method.loss(together)))
+    finite = np.isfinite(metrics).all(axis=tuple(range(metrics.ndim - 1)))
+    if not finite.all():
+        of_each = order if method.wanted.groups else [example for example in order for _ in example.pairs]
+        suspects(list(dict.fromkeys(pair for pair, good in zip(of_each, finite, strict=True) if not good)))
+    means = MetricMeans()
+    means.add_array(metrics)
+    return {**means.means(), **values.metrics()}
+
+
+def evaluate_splits(
+    run: Run,
+    names: Sequence[str],
+    *,
+    step: int,
+    untrained: bool,
+    reporter: Reporter,
+    metrics_file: MetricsFile,
+    stop: StopSignals,
+    told: Validated = lambda step, metrics, seconds: None,
+) -> EvalMetrics:
+    """Evaluate the held-out splits among `names`.
+
+    Args:
+        run: with the weights to judge.
+        names: splits; those that the run has not are passed over.
+        step: the step these weights are of.
+        untrained: whether the policy is still the reference.
+        reporter: where it is said.
+        metrics_file: where it is written down.
+        stop: how it is asked to end.
+        told: called after the valid split.
+    """
+    held: EvalMetrics = {}
+    for name, pairs in evaluation_pairs(run).items():
+        if name not in names:
+            continue
+        suspects: list[Example] = []
+        started = time.perf_counter()
+        with reporter.bar(f"evaluating {name}", len(pairs), "pairs") as advance:
+
+            def progress(done: int, advance: Callable[[int], None] = advance) -> None:
+                advance(done)
+                clear_cache_above(run.config.clear_cache_threshold)
+                if run.ranks.size == 1:
+                    stop.check()
+
+            held[name] = evaluate(
+                run.scorer, pairs, run.method, batch_size=run.config.batch_size, nll=run.config.nll,
+                reference=run.reference, untrained=untrained, progress=progress, suspects=suspects.extend,
+                ranks=run.ranks, rewards=run.rewards,
+            )  # fmt: skip
+        metrics_file.write(step, name, held[name])
+        reporter.figures(eval_line(step, name, held[name]))
+        if suspects:
+            places = ", ".join(pair.location for pair in suspects[:4])
+            reporter.say(f"Warning: not finite at step {step} on {len(suspects)} {name} pairs: {places}.")
+        if name == "valid":
+            told(step, held[name], max(time.perf_counter() - started, 0.0))
+    return held

@@ -1,0 +1,1 @@
+"""Log-probs under the model that a run compares with."""

@@ -1,0 +1,1 @@
+"""One optimiser step: the gradient of a step batch, and the update."""

@@ -1,0 +1,176 @@
+"""`--test`: the figures of the run that made the adapters, and nothing trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from orpo_mlx.cli.train import main
+from tests.conftest import make_model, make_pairs, write_id_rows
+from tests.helpers.quiet_training import run_quietly
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("fine_tune_type", ["lora", "dora", "full"])
+@pytest.mark.parametrize("method", ["orpo", "dpo"])
+def test_the_figures_are_those_the_run_closed_with(
+    settings: dict[str, Any], method: str, fine_tune_type: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings |= {"method": method, "fine_tune_type": fine_tune_type, "lora_parameters": {"rank": 2}, "beta": 0.3}
+    closed = run_quietly({**settings, "learning_rate": 1e-2})
+    folder = Path(settings["adapter_path"])
+    before = contents(folder)
+    # The settings are those of the run.
+    assert main(["--test", "--adapter-path", str(folder)]) == 0
+    rows = lines_of(folder / "test_metrics.jsonl")
+    assert [(row.pop("split"), row.pop("step")) for row in rows] == [("valid", 3), ("test", 3)]
+    for found, split in zip(rows, ("valid", "test"), strict=True):
+        assert found == pytest.approx(closed[split], rel=1e-6, abs=1e-9)
+    after = contents(folder)
+    assert after.pop(folder / "test_metrics.jsonl")
+    assert after == before
+    out = capsys.readouterr().out
+    assert "Held-out pairs " in out
+    assert "before" not in out
+
+
+def test_an_adapter_file_and_other_data(settings: dict[str, Any], tmp_path: Path, data: Path) -> None:
+    run_quietly({**settings, "learning_rate": 1e-2})
+    trained = Path(settings["adapter_path"]) / "adapters.safetensors"
+    words = ["--test", "--resume-adapter-file", str(trained), "--adapter-path", str(tmp_path / "figures")]
+    write_id_rows(tmp_path / "more.jsonl", make_pairs(5, seed=7))
+    figures = []
+    (tmp_path / "only").mkdir()
+    shutil.copy(tmp_path / "more.jsonl", tmp_path / "only" / "test.jsonl")
+    for where in ("more.jsonl", "only"):
+        assert main([*words, "--data", str(tmp_path / where)]) == 0
+        (row,) = lines_of(tmp_path / "figures" / "test_metrics.jsonl")
+        assert row["split"] == "test"
+        figures.append(row)
+    assert figures[0] == figures[1]
+    # A run on the very pairs it is then tested on has other figures than the one before.
+    assert main(words) == 0
+    assert [row["split"] for row in lines_of(tmp_path / "figures" / "test_metrics.jsonl")] == ["valid", "test"]
+
+
+def test_adapters_that_mlx_lm_made(settings: dict[str, Any], tmp_path: Path) -> None:
+    """What mlx_lm.lora leaves: adapters.safetensors, and adapter_config.json with all its settings."""
+    model = make_model()
+    lora = {"rank": 3, "scale": 5.0, "dropout": 0.0, "keys": ["self_attn.v_proj"]}
+    mx.random.seed(3)
+    linear_to_lora_layers(model, 1, lora)
+    weights = {
+        name: mx.random.normal(value.shape) for name, value in dict(tree_flatten(model.trainable_parameters())).items()
+    }
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    config = {
+        "model": settings["model"],
+        "train": True,
+        "fine_tune_type": "lora",
+        "num_layers": 1,
+        "lora_parameters": lora,
+        "data": "nowhere",
+        "optimizer": "adam",
+        "config": None,
+        "mask_prompt": False,
+        "iters": 1000,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    words = ["--adapter-path", str(folder), "--data", settings["data"]]
+    assert main(["--test", *words]) == 0
+    tested = {row["split"]: row for row in lines_of(folder / "test_metrics.jsonl")}
+    assert tested["test"]["step"] == 0
+    # A run that starts from the same adapters measures the same before its first step.
+    lora_settings = {"num_layers": 1, "lora_parameters": lora, "resume_adapter_file": str(folder)}
+    run_quietly({**settings, **lora_settings, "iters": 1})
+    started = [row for row in lines_of(Path(settings["adapter_path"]) / "metrics.jsonl") if row["step"] == 0]
+    assert len(started) == 2
+    for row in started:
+        split = row.pop("split")
+        assert tested[split].pop("split") == split
+        assert tested[split] == pytest.approx(row, rel=1e-6)
+
+
+def test_the_reference_of_a_run_that_started_from_an_adapter_is_not_guessed(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_quietly({**settings, "adapter_path": str(tmp_path / "first")})
+    run_quietly({**settings, "method": "dpo", "resume_adapter_file": str(tmp_path / "first")})
+    assert main(["--test", "--adapter-path", settings["adapter_path"]]) == 0
+    expected = (
+        f"The reference here is the model without adapters; the run that made these started from {tmp_path}/first."
+    )
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--adapter-path", "nowhere"], "--test: no adapters in nowhere; give the folder of a run"),
+        (["--resume-adapter-file", "nowhere"], "--test: no adapters in nowhere; give the folder of a run"),
+        (["--val-batches", "0", "--test-batches", "0"], "--test: --val-batches 0 and --test-batches 0 leave nothing"),
+        (["--num-layers", "1"], "does not fit this model's adapters"),
+        (["--data", "nowhere"], "nowhere: no such file or folder; expected a folder with a test split"),
+        (["--resume"], "leave out --resume"),
+    ],
+)
+def test_what_cannot_be_tested(
+    settings: dict[str, Any], words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_quietly({**settings, "iters": 1})
+    assert main(["--test", "--adapter-path", settings["adapter_path"], *words]) == 2
+    err = capsys.readouterr().err
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("run.json", "{", "run.json: cannot be read as JSON"),
+        ("run.json", "[]", "run.json: holds a list, expected a table"),
+        ("run.json", '{"settings": 5}', "run.json: settings: found 5, expected a table"),
+        ("run.json", '{"settings": {"batch_size": "x"}}', "run.json: batch_size: found 'x'"),
+        ("adapter_config.json", '{"num_layers": "x"}', "adapter_config.json: num_layers: found 'x'"),
+    ],
+)
+def test_damaged_records(
+    settings: dict[str, Any], name: str, text: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_quietly({**settings, "iters": 1})
+    folder = Path(settings["adapter_path"])
+    if name == "adapter_config.json":
+        (folder / "run.json").unlink()
+    (folder / name).write_text(text)
+    assert main(["--test", "--adapter-path", str(folder), "--model", settings["model"]]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_interrupted_it_says_so(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_quietly({**settings, "iters": 1})
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orpo_mlx.training.evaluating.evaluation.evaluate", interrupt)
+    assert main(["--test", "--adapter-path", settings["adapter_path"]]) == 130
+    assert "interrupted" in capsys.readouterr().err

@@ -1,0 +1,81 @@
+"""Held-out metrics do not depend on how the split is cut into batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orpo_mlx.engine.pair_scorer import PairScorer
+from orpo_mlx.losses.recipe import make_recipe
+from orpo_mlx.models.adapters import add_adapters
+from orpo_mlx.training.evaluating.evaluation import evaluate
+from orpo_mlx.training.references.reference import ReferenceLogProbs
+from tests.conftest import make_model, make_pairs
+from tests.engine.test_pair_scorer import oracle_logps
+
+
+def scorer_with_adapters() -> PairScorer:
+    model = make_model()
+    add_adapters(model, "lora", -1, {"rank": 2, "scale": 4.0, "dropout": 0.5})
+    model.train()
+    return PairScorer(model)
+
+
+@pytest.mark.parametrize("nll", ["completion", "sequence"])
+@pytest.mark.parametrize("method", ["orpo", "dpo", "aot", "sft", "wpo", "ld_dpo"])
+def test_batch_size_changes_no_metric(method: str, nll: str) -> None:
+    pairs, recipe = make_pairs(9), make_recipe(method, {})
+    results = []
+    for size in (1, 4, 9):
+        scorer = scorer_with_adapters()
+        reference = (
+            ReferenceLogProbs(scorer, adapters_are_new=True, wanted=recipe.wanted) if recipe.needs_reference else None
+        )
+        results.append(evaluate(scorer, pairs, recipe, batch_size=size, nll=nll, reference=reference))
+    for result in results[1:]:
+        # Rewards of an untrained policy are rounding errors, and so is who wins by them.
+        for key in set(result) - ({"rewards/accuracies"} if recipe.needs_reference else set()):
+            assert result[key] == pytest.approx(results[0][key], rel=1e-4, abs=1e-5), key
+
+
+def test_means_are_the_oracles_and_dropout_is_off_for_the_length_of_it() -> None:
+    scorer, pairs = scorer_with_adapters(), make_pairs(7)
+    seen: list[int] = []
+    found = evaluate(
+        scorer, pairs, make_recipe("sft", {}), batch_size=3, nll="completion", reference=None, progress=seen.append
+    )
+    base = make_model()
+    chosen, rejected = (
+        [oracle_logps(base, pair.prompt_ids, getattr(pair, side)) for pair in pairs]
+        for side in ("chosen_ids", "rejected_ids")
+    )
+    assert found["nll_loss"] == pytest.approx(-np.mean([values.mean() for values in chosen]), rel=1e-5)
+    by_mean, by_sum = (
+        np.mean([f(one) > f(other) for one, other in zip(chosen, rejected, strict=True)]) for f in (np.mean, np.sum)
+    )
+    assert found["accuracies/mean_logps"] == pytest.approx(by_mean)
+    assert found["accuracies/sum_logps"] == pytest.approx(by_sum)
+    assert seen == [3, 6, 7]
+    assert scorer.model.training
+
+
+def test_an_untrained_policy_is_its_own_reference_and_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, scorer = make_pairs(5), scorer_with_adapters()
+    reference = ReferenceLogProbs(scorer, adapters_are_new=True)
+    calls: list[int] = []
+    original = PairScorer.__call__
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(PairScorer, "__call__", counted)
+    recipe = make_recipe("dpo", {})
+    first = evaluate(scorer, pairs, recipe, batch_size=5, nll="completion", reference=reference, untrained=True)
+    assert len(calls) == 1
+    again = evaluate(scorer, pairs, recipe, batch_size=5, nll="completion", reference=reference)
+    assert len(calls) == 2
+    assert first == again
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-7)
