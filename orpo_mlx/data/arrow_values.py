@@ -42,6 +42,7 @@ class _Restore:
         if types.is_struct(kind):
             return self._object(value, kind, holds_data)
         if types.is_map(kind):
+            # pyarrow gives a map as a list of pairs.
             return {key: self(item, kind.item_type, holds_data) for key, item in dict(value).items()}
         if _is_list(kind):
             return [self(item, kind.value_type, holds_data) for item in value]

@@ -14,9 +14,11 @@ from orpo_mlx.data.tokens.trained_turns import learned_ids, learned_places, read
 from orpo_mlx.device_profile import RowLayout, device_profile
 from orpo_mlx.types import Batch, Example, GroupMembers
 
+# Step batches sorted by length together: more of them pad less, and leave less of the order to chance.
 _BUCKET_BATCHES = 16
 # Padded tokens that cost less than running one more batch does.
 _PADDING_WORTH_A_BATCH = 128
+# With these, rounding a length of more than 16 multiples up adds less than an eighth to it.
 _STEPS_PER_OCTAVE = 16
 
 AnyExample = TypeVar("AnyExample", bound=Example)
@@ -72,6 +74,7 @@ def collate(
         tuple(map(mx.array, row_ids)),
         mx.array(_flat(places, size)),
         mx.array(_flat(targets, size)),
+        # Completions lie by place first and by example then: place · B + number.
         mx.array(members[better * count + numbers]),
         mx.array(members[worse * count + numbers]),
         mx.array(members[rows + numbers]) if with_prompt else None,
@@ -138,6 +141,7 @@ def epoch_order(
     lengths = _tokens_of_each(examples)
     batches: list[list[int]] = []
     for run in _chunks(indices, batch_size * _BUCKET_BATCHES):
+        # Stable, so that equal lengths keep the shuffled order and a replay is the same.
         by_length = np.array(run)[np.argsort(lengths[run], kind="stable")]
         batches.extend(_chunks(by_length, batch_size))
     # A short batch in the middle would be a noisier step than the others for no reason: it goes last.
@@ -225,6 +229,7 @@ def real_tokens(examples: Sequence[Example], layout: RowLayout | None = None) ->
 
 def row_weights(examples: Sequence[Example]) -> npt.NDArray[np.float64]:
     """What the loss of each row is multiplied by: (N,) of a store's rows, (P,) of the pairs of some examples."""
+    # A store has them in one array; to go through its examples would read all their tokens.
     if isinstance(examples, TokenStore):
         return examples.weights
     return np.array([example.weight for example in examples for _ in example.pairs], np.float64)
@@ -286,6 +291,7 @@ def _row_groups(examples: Sequence[Example], shared: int, layout: RowLayout) -> 
 
 def _padded(rows: Sequence[Ids], layout: RowLayout) -> npt.NDArray[np.int32]:
     """(R, W) ids, 0 behind each row."""
+    # Any id would do: rows are causal, so no token of a row sees what is behind it.
     ids = np.zeros((len(rows), bucket(max(map(len, rows)), layout.row_multiple, layout)), np.int32)
     for number, row in enumerate(rows):
         ids[number, : len(row)] = row

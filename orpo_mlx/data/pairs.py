@@ -184,6 +184,7 @@ def usable_pairs(pairs: list[RowData], min_margin: float | None) -> tuple[str, l
             found = None if reason else pair
         usable += [] if found is None else [found]
         reasons.append(reason)
+    # No reason and nothing usable: only rows of equal ratings give no pair to begin with.
     return next(filter(None, reasons), "equal_ratings"), usable
 
 

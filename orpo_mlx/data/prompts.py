@@ -79,6 +79,7 @@ def read_prompt(row: Any, location: str) -> Prompt:
     if not has_sides(row):
         row, last = without_last_answer(row)
         answer = answer if last is None else last
+    # The row's own columns last: where it has sides, the prompt may be what they share.
     pair = read_row({**_NO_SIDES, **row}, location).pairs[0]
     assert isinstance(pair, Pair)
     if is_empty(pair.prompt):
@@ -117,6 +118,7 @@ def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 def prompt_key(prompt: Prompt) -> tuple[Any, ...]:
     """Equal for prompts that a model is asked in the same words."""
+    # As text, since turns are tables, which cannot be hashed.
     return (repr(prompt.pair.prompt), repr(prompt.pair.tools), repr(prompt.pair.template_kwargs))
 
 

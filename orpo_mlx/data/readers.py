@@ -83,6 +83,7 @@ def _opened(path: Path) -> BinaryIO:
 
 def _opened_text(path: Path, newline: str | None = None) -> TextIO:
     """Its text."""
+    # "-sig" takes off the byte order mark that some editors on Windows write.
     return TextIOWrapper(_opened(path), encoding="utf-8-sig", newline=newline)
 
 
@@ -195,6 +196,7 @@ def csv_rows(path: Path, comma: str = ",") -> Iterator[Row]:
     """Rows by the names in the first line, each cell as text; what is JSON in them is found where columns are known."""
     # The default of 128 KiB a field is less than a long conversation; a C long is the most the module takes.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    # As the csv module wants it: line ends within quotes belong to the cell.
     with _opened_text(path, newline="") as file:
         reader = csv.reader(file, strict=True, delimiter=comma)
         line = 1
@@ -205,6 +207,7 @@ def csv_rows(path: Path, comma: str = ",") -> Iterator[Row]:
             if twice := next((name for name in header if name and header.count(name) > 1), None):
                 raise DataError(f"{path}:1: two columns are called {twice!r}; rename or remove one.")
             while True:
+                # Before the row is read: a quoted cell may go over several lines, and the first one is named.
                 line = reader.line_num + 1
                 cells = next(reader, None)
                 if cells is None:
@@ -281,7 +284,9 @@ def value_or_error(parse: Callable[..., Any], *arguments: Any) -> Any | DataErro
 def json_reason(error: Exception) -> str:
     """Why JSON could not be decoded, with the column, since the line of a JSONL file is named already."""
     if isinstance(error, json.JSONDecodeError):
+        # Some of json's messages end in "at", for the position that it writes behind them.
         return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    # What remains of ValueError is a whole number with more digits than Python converts.
     return "nested too deeply" if isinstance(error, RecursionError) else "a number that is too long"
 
 

@@ -87,6 +87,7 @@ class RowReport:
     @classmethod
     def from_json(cls, table: dict[str, Any]) -> RowReport:
         """The report `to_json` wrote."""
+        # JSON gives back plain tables, in which the first row of a new reason would be a KeyError.
         counters = {name: Counter(table[name]) for name in ("shapes", "dropped", "notes")}
         return cls(**{**table, **counters})
 

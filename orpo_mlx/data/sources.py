@@ -29,9 +29,9 @@ _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+?)(:(?P<config>[\w.-]+))?(@(?P<rev
 # What `datasets` writes beside the rows.
 _NOT_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")
 _COMMIT = re.compile(r"^[0-9a-f]{7,40}$")
-# Data sets with several kinds of rows name the split with preferences so.
 # Seconds to wait for the Hub's first answer.
 _ANSWER_S = 3.0
+# Data sets with several kinds of rows name the split with preferences so.
 _HUB_SUFFIXES = ("", "_prefs", "_preferences")
 
 
@@ -105,6 +105,7 @@ def find_splits(data: str | Path, needed: Sequence[str] = ("train",)) -> dict[st
     if path.is_dir():
         return folder_splits(path, needed)
     hub = _HUB_ID.match(str(data))
+    # `data/train.jsonl` has the form of an id, and asking the Hub for it would hide that the path is mistyped.
     if hub is None or file_kind(path) in READERS or str(data).startswith("."):
         kinds = ", ".join(READERS)
         raise DataError(

@@ -151,6 +151,7 @@ def _store_writer(target: Path | None) -> StoreWriter:
             pass
     # Where nothing is kept, tokens still live on disk: memory does not grow with the data.
     folder = Path(tempfile.mkdtemp(prefix="orpo_mlx-"))
+    # At exit and not sooner: the store stays mapped from its files while it is used.
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return StoreWriter(folder / "tokens")
 

@@ -119,6 +119,7 @@ def padding_share(store: TokenStore, batch_size: int, micro_batch_tokens: int, s
         real += sum(map(real_tokens, parts))
         run += sum(map(padded_tokens, parts))
         # One block for each number of completions that the batch has.
+        # Sorted, since groupby joins neighbours only.
         for _, same in itertools.groupby(sorted(pairs, key=_completions), key=_completions):
             together = list(same)
             real_block += real_tokens(together)

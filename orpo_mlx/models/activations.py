@@ -52,6 +52,7 @@ def match_embedding_scale(model: nn.Module) -> None:
     for _, module in model.named_modules():
         if (type(module).__module__, type(module).__name__) == ("mlx_lm.models.gemma3_text", "Gemma3Model"):
             embedding = module["embed_tokens"]
+            # A quantised weight is packed in whole numbers; the dtype it is run in is that of its scales.
             dtype = (embedding["scales"] if "scales" in embedding else embedding["weight"]).dtype
             names = _Namespace(mx, "bfloat16", dtype)
             object.__setattr__(module, "__class__", _class_with_names(type(module), {"mx": names}))

@@ -68,6 +68,7 @@ def chosen_modules(model: nn.Module, num_layers: int, keys: Iterable[str] | None
     names = {id(module): name for name, module in model.named_modules()}
     wanted = None if keys is None else set(keys)
     chosen = {}
+    # [-0:] is all blocks, as -1 asks for.
     for block in model.layers[-max(num_layers, 0) :]:
         for name, module in block.named_modules():
             if name in wanted if wanted is not None else hasattr(module, "to_lora") or isinstance(module, _ANY):

@@ -55,6 +55,7 @@ def add_adapters(
         # [-0:] is all of them, as -1 asks for. What is outside of the blocks stays frozen otherwise: mlx-lm's rule.
         for block in model.layers[-max(num_layers, 0) :]:
             block.unfreeze()
+        # MLX holds quantised weights packed in uint32.
         if any(array.dtype == mx.uint32 for array in adapter_weights(model).values()):
             raise ConfigError(
                 "`fine_tune_type=full`: this model's weights are quantised and have no gradient; use lora or dora, or "

@@ -103,10 +103,12 @@ def load(name: str | ModelInfo, *, dtype: str | None = None, trust_remote_code: 
     model, config = load_lazily(info, trust_remote_code=trust_remote_code, gguf=mx.float32 if exact else mx.float16)
     match_activation(model, config.get("text_config") or config)
     share_keys(model)
+    # Rounded to float16, then widened below. A GGUF file's blocks were rounded when they were expanded.
     if dtype == FLOAT16_IN_FLOAT32 and not info.path.is_file():
         model.set_dtype(mx.float16)
     if wanted is not None:
         model.set_dtype(wanted)
+    # Only now, since it takes the factor in the dtype that the weights have by then.
     match_embedding_scale(model)
     mx.eval(model.parameters())
     model.freeze()

@@ -65,6 +65,7 @@ def read_peft_tensors(tensors: Mapping[str, mx.array], model: nn.Module, locatio
 
 def split_name(name: str, location: str) -> tuple[str, str]:
     """Module and leaf of a PEFT tensor name."""
+    # The base's own leaves last: those of LoRA and DoRA may end in ".weight" as well.
     for leaf in (_OLD_MAGNITUDE, *LINEAR, *EMBEDDING, *_OF_BASE):
         if name.startswith(PREFIX) and name.endswith(f".{leaf}"):
             return name[len(PREFIX) : -len(leaf) - 1], leaf

@@ -16,6 +16,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 # Joiners, skin tones and tags, which make one character with what stands before them or after.
 _JOINING = re.compile("[\u200c\u200d\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")
+# Stops and closing brackets of scripts that put no space between words, and a space of no width.
 _WIDE_PUNCTUATION = "\u3002\u3001\uff01\uff1f\uff1a\uff1b\uff0c\u300d\u300f\uff09\u300b\u3011\u200b"
 
 

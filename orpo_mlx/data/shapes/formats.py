@@ -229,6 +229,7 @@ def pair_shape(
     def read_pair(row: Columns, location: str, _: Options) -> Found:
         sides = read(row, location)
         prompt = with_system(sides.prompt, row, location)
+        # By identity: `with_system` returns the very prompt where it has nothing to add.
         if prompt is not sides.prompt:
             sides = Sides(prompt, as_turns(sides.chosen, "assistant"), as_turns(sides.rejected, "assistant"))
         if not isinstance(sides.prompt, str) and sides.prompt[-1]["role"] == "assistant":
@@ -283,7 +284,9 @@ SHAPES = (
         lambda row: "messages" in row and not has_sides(row) and has(*_SWIFT)(row),
         rejected_response,
     ),
+    # Before the next one, which any row with prompt_ids fits, as these rows do.
     Shape("token ids of completions", lambda row: COMPLETION_IDS in row, group_token_ids),
+    # One of the columns is enough, so that a row that lacks another is told which.
     Shape("token ids", has(*PAIR_ID_COLUMNS), token_ids),
     Shape(
         "labelled completion",
@@ -291,6 +294,7 @@ SHAPES = (
         labelled_completion,
     ),
     Shape("rated completions", lambda row: not has_sides(row) and has(*COMPLETION_LISTS)(row), rated_completions),
+    # A dialogue beside whole conversations is only their beginning once more: that is the next shape.
     pair_shape(
         "dialogue prompt (hh-rlhf)",
         lambda row: is_dialogue(row.get("prompt")) and not whole_conversations(row),
@@ -314,6 +318,7 @@ SHAPES = (
     pair_shape("question with system (orca_dpo_pairs)", has("question", "input"), question),
     _TWO_ANSWERS,
     pair_shape("dialogue strings (hh-rlhf)", lambda row: all(is_dialogue(row[side]) for side in _SIDES), dialogues),
+    # What is left of turns once every shape with a prompt column is tried: the prompt can only be in them.
     pair_shape(
         "conversational, implicit prompt",
         lambda row: any(isinstance(row[side], (list, dict)) for side in _SIDES),

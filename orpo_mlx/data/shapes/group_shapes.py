@@ -51,6 +51,7 @@ def rated_completions(row: Columns, location: str, options: Options) -> Found:
     """A list of rated completions of one prompt: one group, or the pair that is wanted of it."""
     rated = rated_completions_of(row, location)
     scores = tuple(each.score for each in rated)
+    # Nothing is better than anything else: without pairs, the row is counted under `equal_ratings`.
     if len(set(scores)) == 1:
         return Found([])
     pairs = tuple(pairs_of_scores(scores, options.pair_ratings)) if options.pair_ratings else ()

@@ -22,6 +22,7 @@ _ROLES = {name: role for role, names in _CALLED.items() for name in names}
 _SPEAKERS = ("system", "developer", "user", "assistant", "tool", "function", *_ROLES)
 # Text that begins as messages do when a table's cell holds them: as JSON, or as Python and NumPy print them.
 _BRACKET = re.compile(r"""\s*(?:array\()?["\[{]""")
+# Quotes may have backslashes before them: those of messages that were put into JSON twice.
 _SPEAKER = re.compile(rf"""\\?(["'])(?:role|from)\\?\1\s*:\s*\\?\1(?:{"|".join(_SPEAKERS)})\\?\1""")
 
 
@@ -77,6 +78,7 @@ def unpacked(value: Any, name: str, location: str) -> Any:
             f"{location}: {name!r} holds messages as text that is not JSON (broken off, or as Python prints a list), "
             "expected JSON."
         )
+    # An answer in JSON may name speakers somewhere within; only a message in front makes the text messages.
     first = found[0] if isinstance(found, list) and found else found
     return found if _is_message(first) else value
 

@@ -51,5 +51,6 @@ def refuse_other_rows(row: Mapping[str, Any], location: str) -> None:
 def refuse_media(row: Mapping[str, Any], location: str) -> None:
     """Raise `OtherRowsError` where a row holds pictures or sound: trained without them, its text would be made up."""
     for name in _MEDIA:
+        # Not merely there: a table gives the column to rows without pictures as well, as null or empty.
         if row.get(name):
             raise OtherRowsError(f"{location}: the row has {name!r}; only text can be trained on here.")

@@ -70,6 +70,7 @@ def weight_of(row: Mapping[str, Any], location: str) -> float:
 
 def pairs_of_scores(scores: Sequence[float], pairing: str) -> list[tuple[int, int]]:
     """The places of better and worse, the best first, as `pairing`, one of `PAIRINGS`, says; ties make no pair."""
+    # A stable sort: completions of equal scores keep the row's order.
     ranked = sorted(range(len(scores)), key=lambda place: -scores[place])
     pairs = [(ranked[0], ranked[-1])] if pairing == "best_worst" else itertools.combinations(ranked, 2)
     worse = {high: low for low, high in itertools.pairwise(sorted(set(scores)))}

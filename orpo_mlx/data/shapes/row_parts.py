@@ -69,6 +69,7 @@ def completed(prompt: Text, completions: Sequence[Any], names: Sequence[str], ro
 
 def ids_of(value: Any, name: str, location: str) -> tuple[int, ...]:
     # type() and not isinstance: true and false are whole numbers to the latter.
+    # Below 2**31, since token stores hold ids in 32 bits.
     if not isinstance(value, list) or not all(type(item) is int and 0 <= item < 2**31 for item in value):
         raise DataError(f"{location}: {name!r} must be a list of token ids (whole numbers from 0).")
     return tuple(value)

@@ -10,6 +10,7 @@ from orpo_mlx.errors import DataError
 from orpo_mlx.types import Group
 
 # In the order of preference; mlx_lm.lora and TRL have the first of each.
+# "input" comes last: beside an instruction it is what stands below that, and no prompt by itself.
 _PROMPTS = ("prompt", "instruction", "question", "input")
 _COMPLETIONS = ("completion", "response", "answer", "output")
 _TURNS = ("messages", "conversations")

@@ -69,6 +69,7 @@ def _in_text(call: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(call.get("function"), dict):
         return {**call, "function": _in_text(call["function"])}
     given = call.get("arguments")
+    # Characters as they are: escapes such as \u00e9 would be trained on in their place.
     return {**call, "arguments": json.dumps(given, ensure_ascii=False)} if isinstance(given, (dict, list)) else call
 
 
@@ -94,6 +95,7 @@ def plain_json(value: Any, name: str, location: str) -> Any:
     Raises:
         DataError: a part of it is something else, such as the times that some readers of JSON take dates for.
     """
+    # No recursion, so that no depth of nesting raises RecursionError here.
     waiting = [value]
     while waiting:
         item = waiting.pop()

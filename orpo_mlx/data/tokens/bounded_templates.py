@@ -21,6 +21,7 @@ MOST_OWN_CHARACTERS = 1_000_000
 """That a template may add to a conversation; the longest system prompts of published templates have some 20,000."""
 _MOST_MADE = 10_000_000
 """Characters or items that one operation may make, and the largest number that a function may be given."""
+# Of a power: two small numbers make one that fills the memory.
 _MOST_BITS = 100_000
 
 
@@ -31,6 +32,7 @@ class TemplateLimitError(Exception):
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
     """Jinja's sandbox, in which single operations are bounded as well: a timer cannot end what Python does in C."""
 
+    # What makes far more than it is given; + makes no more than the sum of both.
     intercepted_binops = frozenset({"*", "%", "**"})
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -80,6 +82,7 @@ def bounded_time(seconds: float = MOST_SECONDS) -> Iterator[None]:
     try:
         yield
     finally:
+        # The timer first: an alarm after the earlier handler is back would be that handler's, or end the process.
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, earlier)
 
@@ -88,6 +91,7 @@ def check_length(text: str, *given: Any) -> str:
     """`text` itself; TemplateLimitError where it is far longer than what was `given` accounts for."""
     # Asked only of long texts: to look through all that was given costs more than most renderings.
     if len(text) > MOST_OWN_CHARACTERS:
+        # A template may write what it is given more than once, so it is allowed for four times over.
         own = len(text) - 4 * len(repr(given))
         if own > MOST_OWN_CHARACTERS:
             raise TemplateLimitError(f"it made {len(text):,} characters of {len(repr(given)):,}")
@@ -111,6 +115,7 @@ def _check_arguments(function: Any, args: tuple[Any, ...], options: dict[str, An
     for value in (*args, *options.values()):
         if isinstance(value, int) and abs(value) > _MOST_MADE:
             raise TemplateLimitError(f"it asked {_name(function)} for {_shown(value)}")
+    # What these make can be as long as two of their texts multiplied.
     if _name(function) in ("replace", "join"):
         own = getattr(function, "__self__", None)
         sizes = [_size(value) for value in (own, *args) if not isinstance(value, int)]
@@ -121,6 +126,7 @@ def _check_format(text: str, values: Any) -> None:
     """Refuse a width or precision that no text needs, in the format or beside it."""
     digits = "".join(character if character.isdigit() else " " for character in text).split()
     beside = values if isinstance(values, tuple) else (values,)
+    # A word of 30 digits is too wide whatever it says, and int() raises for very long ones.
     widths = [int(word) for word in digits if len(word) < 30] + [_MOST_MADE + 1 for word in digits if len(word) >= 30]
     if "*" in text:
         widths += [abs(value) for value in beside if isinstance(value, int)]

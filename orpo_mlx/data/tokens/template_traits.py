@@ -74,6 +74,7 @@ class TemplateTraits:
         _, mark, after = (self._answered or "").rpartition(MARK)
         if not mark:
             return ""
+        # The EOS that stands first: one that is not there has the whole text before it, so it is not chosen.
         _, eos, rest = min(
             (after.partition(text) for text in self._eos_texts), key=lambda cut: len(cut[0]), default=("",) * 3
         )

@@ -48,6 +48,7 @@ class TokenCodec:
             return None
         encoding = self._backend.encode(text, add_special_tokens=False)
         starts = [start for start, _ in encoding.offsets]
+        # Where a second BOS was taken off the ids, its place goes as well.
         return starts[len(starts) - len(self._with_one_bos(tuple(encoding.ids))) :]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -68,6 +69,7 @@ class TokenCodec:
 
     def open_prompt(self, ids: Ids) -> Ids:
         """A prompt's ids without EOS: some tokenizers close every text with it, and a prompt is not closed yet."""
+        # BOS and EOS may be one token; then nothing tells that a text was closed with it, and it stays.
         while len(ids) > 1 and ids[-1] in self._eos and ids[-1] != self._bos:
             ids = ids[:-1]
         return ids

@@ -189,6 +189,7 @@ class StoreWriter:
         """Add pairs or groups, whose locations end in `:number`."""
         rows = []
         for pair in pairs:
+            # From the right, since a file's name may have colons in it.
             name, _, line = pair.location.rpartition(":")
             if not self._names or self._names[-1] != name:
                 self._names.append(name)
@@ -210,6 +211,7 @@ class StoreWriter:
         if rows:
             self._rows.append(np.array(rows, np.int64))
             if self._groups is None and not all(isinstance(pair, TokenizedPair) for pair in pairs):
+                # The table holds every row: those before the first group are pairs, whose lengths the index has.
                 self._groups = GroupColumns()
                 for lengths_before in np.concatenate(self._rows)[: -len(rows), 2:4].tolist():
                     self._groups.add_pair(*lengths_before)

@@ -84,6 +84,7 @@ class PairTokenizer:
     def outcomes(self, rows: Iterable[Row]) -> Iterator[Outcome]:
         """Token ids of each pair or group, or why it has none; texts are rendered while others are encoded."""
         iterator = iter(rows)
+        # One thread, which waits for the encoder: that has threads of its own.
         with ThreadPoolExecutor(1) as pool:
             encoding: _Chunk | None = None
             while chunk := list(itertools.islice(iterator, _CHUNK)):
@@ -121,6 +122,7 @@ class PairTokenizer:
     def _encoded(self, rendered: Sequence[RenderedTexts | DataError | None]) -> list[list[Ids]]:
         """Ids of the texts of each row that has some, the prompt's first."""
         found: list[list[Ids]] = [[] for _ in rendered]
+        # Apart, since the tokenizer adds BOS and EOS to all texts of a call or to none.
         for templated in (True, False):
             texts = [
                 (number, text)

@@ -116,6 +116,7 @@ def _difference(text: str, other: str) -> Stretch:
     """The part of `text` that lies between what both begin and what both end with."""
     most = min(len(text), len(other))
     start = next((place for place in range(most) if text[place] != other[place]), most)
+    # No further back than `start`: in a text that repeats itself the two ends would overlap.
     same = next((back for back in range(most - start) if text[-1 - back] != other[-1 - back]), most - start)
     return Stretch(start, len(text) - same)
 

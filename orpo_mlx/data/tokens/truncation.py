@@ -52,6 +52,7 @@ def _fit_group(group: TokenizedGroup, max_seq_length: int, truncate: str) -> Fit
     pairs = [
         (better, worse) for better, worse in group.pairs if better == worse or completions[better] != completions[worse]
     ]
+    # Nothing was too long or cut to nothing, so what took the pairs is that their sides are equal.
     if len(keep) == len(completions) and len(pairs) < len(group.pairs):
         reason = "equal_sides"
     return Fitted(

@@ -33,6 +33,7 @@ _SANDWICH = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+# phi3 has query, key and value in one tensor, and the gate in one with `up`, under that name.
 _FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 # Settings that are stored as tensors.
 _ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -206,6 +207,7 @@ def rope_scaling(file: GgufFile, settings: GgufSettings, head_dim: int) -> dict[
 def _llama3_scaling(file: GgufFile, settings: GgufSettings, head_dim: int) -> dict[str, Any]:
     """The llama 3 settings that give the very frequency divisors the file carries."""
     found = read_table(file, "rope_freqs.weight")
+    # The longest wavelengths are divided by the whole factor, and no other by more.
     factor = float(found.max())
     base = settings.number("rope.freq_base", 10000.0)
     wavelengths = 2 * np.pi * base ** (np.arange(0, head_dim, 2) / head_dim)

@@ -46,6 +46,7 @@ _TYPE_NAMES = (
     "IQ4_NL_8_8 MXFP4"
 )
 # Types of metadata values by number, as `struct` writes them; the file is little-endian.
+# 8 and 9 are left out: texts and arrays, whose sizes differ.
 _SCALARS = {number: f"<{form}" for number, form in zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True)}
 _STRING = 8
 _ARRAY = 9
@@ -92,6 +93,7 @@ def read_gguf(path: Path) -> GgufFile:
     """
     try:
         found = path.stat()
+        # Size and time are part of the cache's key, so that a file changed in place is read again.
         return _parsed(path, found.st_size, found.st_mtime_ns)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as GGUF ({reason_of(error)}).") from None
@@ -156,6 +158,7 @@ class Cursor:
         if inner in _SCALARS:
             form = np.dtype(_SCALARS[inner])
             return np.frombuffer(self.take(self.count(form.itemsize) * form.itemsize), form)
+        # A text takes 8 bytes at least, for its length; an array takes more.
         return [self.value(inner, depth + 1) for _ in range(self.count(8))]
 
 

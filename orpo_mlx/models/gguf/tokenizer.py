@@ -49,6 +49,7 @@ def build_tokenizer(file: GgufFile) -> TokenizerWrapper:
     """
     kind = file.metadata.get("tokenizer.ggml.model")
     tokens = file.metadata.get("tokenizer.ggml.tokens")
+    # A vocabulary maps texts to ids: of two tokens with one text, one id would be lost.
     if not isinstance(tokens, list) or len(set(tokens)) != len(tokens):
         raise ModelError(f"{file.path}: has no list of distinct tokens, so its tokenizer cannot be built.")
     builders = {
@@ -101,6 +102,7 @@ def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer | None:
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     if name in _SPLITS:
         split = pre_tokenizers.Split(Regex(_SPLITS[name]), "isolated")
+        # The text is divided by then; ByteLevel's own pattern would cut the pieces once more.
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     return None
 
@@ -143,6 +145,7 @@ def implied_merges(file: GgufFile, tokens: list[str], vocabulary: dict[str, int]
             right = vocabulary.get(token[cut:])
             if left is not None and right is not None:
                 ranked.append((rank, number, left, right))
+    # BPE goes by the order of this list: what stands first is merged first.
     ranked.sort()
     return [(tokens[left], tokens[right]) for _, _, left, right in ranked]
 

@@ -40,9 +40,11 @@ def check_numbers(config: Mapping[str, Any], location: str) -> None:
 
 
 def _check_number(key: str, number: float, location: str) -> None:
+    # str() raises for a whole number of very many digits.
     shown = printable(str(number)) if number != number or abs(number) < 1e30 else "a number of over 30 digits"
     if _LAYERS.fullmatch(key) and not 0 <= number <= _MOST_LAYERS:
         raise ModelError(f"{location}: {key} is {shown}, expected a number of layers from 0 to {_MOST_LAYERS}.")
     size = _SIZES.fullmatch(key) and not _NOT_SIZES.fullmatch(key)
+    # Written so that NaN, which compares with nothing, is refused too.
     if size and not abs(number) <= _MOST:
         raise ModelError(f"{location}: {key} is {shown}, which no model has; MLX's arrays hold at most {_MOST} a side.")

@@ -72,6 +72,7 @@ def _text_config(config: Mapping[str, Any], location: str) -> dict[str, Any]:
     text = {**outer, **text}
     if isinstance(config.get(TIED), bool):
         text[TIED] = config[TIED]  # Where both say it, transformers 5 goes by the outer.
+    # Only what transformers wrote leaves out the defaults of transformers' classes.
     if "transformers_version" in config:
         text = with_implied_defaults(text, names.accepted)
     return _for_class(text, names, location)

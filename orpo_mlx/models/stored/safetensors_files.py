@@ -35,6 +35,7 @@ def read_header(file: Path) -> Header:
         ModelError: it is not safetensors, is cut short, or has tensors that overlap or do not fill it.
     """
     try:
+        # No tensor is read, so it does no harm that NumPy has no bfloat16.
         with safe_open(file, framework="np") as opened:
             names = opened.keys()
             slices = {name: opened.get_slice(name) for name in names}

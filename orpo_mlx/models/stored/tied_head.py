@@ -65,6 +65,7 @@ def _same(files: dict[str, Path], head: str, embedding: str) -> bool:
 
     def part(stem: str, leaf: str) -> Any:
         name = f"{stem}.{leaf}"
+        # MLX loads lazily: of the file, only the array that is compared is read.
         loaded: Any = mx.load(str(files[name])) if name in files else {}
         return loaded.get(name)
 
