@@ -11,6 +11,7 @@ from orpo_mlx.interrupts import end_early_in_one_sentence
 
 # Before anything that takes time: where this process is a command, a signal now is as good as one later.
 end_early_in_one_sentence()
+# Both before MLX and mlx-lm are imported: a BLAS is bound as MLX is loaded, and mlx-lm sets its limit at once.
 load_blas()
 allow_fewer_files()
 

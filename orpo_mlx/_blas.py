@@ -69,6 +69,7 @@ def load_blas() -> str | None:
 
 
 def _open(path: str) -> None:
+    # Not with global visibility at first: its kernels may be the wrong ones, and MLX would bind to it.
     library = ctypes.CDLL(path)
     kernels = None if _CORE_TYPE in os.environ else better_kernels(_core_name(library), _cpu_flags())
     if kernels is None:
@@ -96,6 +97,7 @@ def _core_name(library: ctypes.CDLL) -> str:
         name = library.openblas_get_corename
     except AttributeError:
         return ""
+    # ctypes takes a result for an int, which has no room for a pointer.
     name.restype = ctypes.c_char_p
     return bytes(name()).decode()
 

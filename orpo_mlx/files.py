@@ -199,6 +199,7 @@ def staged_folder(destination: Path, *, overwrite: bool = False) -> Iterator[Pat
             flush_folder_to_disk(staging)
             # mkdtemp makes folders that only their owner can enter.
             staging.chmod(0o755)
+            # Again: another program may have put something there while the block was at work.
             _check_free(destination, overwrite)
             _put_in_place(staging, destination)
     finally:

@@ -37,6 +37,7 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             error.filename = str(path)
             raise
+        # Only once the lock is held: until then the file names its holder, to be read by whoever finds it taken.
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield
@@ -60,4 +61,5 @@ def is_held_by_a_living_process(folder: Path) -> bool:
         return True
     except (ProcessLookupError, OverflowError):
         return False
+    # To `kill`, 0 and what is below stand for groups of processes, which are alive.
     return owner > 0

@@ -13,6 +13,7 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
+# Anything shorter would be cut out of ordinary words.
 _SHORTEST_TOKEN = 8
 
 _REDACTED = "[token]"

@@ -147,10 +147,12 @@ def prepared(config: TrainingConfig, ranks: Ranks, reporter: Reporter) -> Iterat
 
 def find_start(run: Run, reporter: Reporter) -> Resumed | None:
     """Find the checkpoint the run goes on from, choose how memory is spent, and say what is about to happen."""
+    # First: ranks that differ would wait for each other in the exchanges that follow.
     run.ranks.require_same(facts(run))
     resumed = find_resumed(run)
     # Looked up once: this run may write over the adapter file it starts from.
     run.first_step = steps_of_adapter_file(run) if resumed is None else resumed.state.first_step
+    # Before `announce`, which says what `memory=auto` has become.
     plan_memory(run, reporter.say)
     announce(run, reporter, resumed)
     # The prediction of memory draws random numbers; the run's own, of dropout, must not depend on it.

@@ -276,6 +276,7 @@ def parse_number(value: Any, kind: type[int] | type[float], allowed: Range | Non
         # True is an int to Python, and `iters: true` a slip.
         if isinstance(value, bool):
             raise ValueError
+        # Not int() of a float, which would cut 2.5 to 2 without a word.
         number: int | float = kind(value) if isinstance(value, str) or kind is float else value
         if not isinstance(number, kind) or not math.isfinite(number) or (allowed and not allowed.holds(number)):
             raise ValueError

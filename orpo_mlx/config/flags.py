@@ -38,6 +38,7 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print `message` without the usage text and leave with status 2."""
         end = f" See {self.prog} --help." if message.endswith("?") else f"; see {self.prog} --help."
+        # Clipped before the end is added, so that the way to --help is never what is cut away.
         self.exit(2, clipped(f"{self.prog}: error: {printable(message).rstrip('.')}", _MOST - len(end)) + f"{end}\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -91,6 +91,7 @@ def yaml_scalar(value: Any) -> str:
     from mlx_lm.lora import yaml_loader
 
     def dumped(**style: Any) -> str:
+        # PyYAML breaks long texts over several lines, and ends a plain one with a line of dots.
         whole: str = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), **style)
         return whole.removesuffix("...\n").rstrip("\n")
 

@@ -116,6 +116,7 @@ def option(group: str, default: Any, help: str, traits: Trait = Trait.NONE, **mo
     """A dataclass field with its `Setting`; `more` are arguments of that."""
     setting = Setting(group=group, help=help, traits=GROUPS[group].traits | traits, **more)
     if isinstance(default, dict):
+        # A copy for each config: a table that one of them changes must not be the default of all others.
         return dataclasses.field(default_factory=lambda: {**default}, metadata={"setting": setting})
     return dataclasses.field(default=default, metadata={"setting": setting})
 

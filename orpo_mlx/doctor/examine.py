@@ -125,6 +125,7 @@ class Process:
 
     def __call__(self, first: int, say: Say) -> Iterator[Event]:
         """Its events, the last of which is `done`, or `died` with the reason; `say` is told that it is at work."""
+        # A file and not a pipe: nobody reads it meanwhile, and a full pipe would let the process wait.
         with tempfile.TemporaryFile("w+") as errors:
             environment = {**os.environ, "ORPO_MLX_CACHE": "off", "PYTHONUNBUFFERED": "1"}
             with subprocess.Popen(
@@ -198,6 +199,7 @@ def examine(run: Callable[[int, Say], Iterable[Event]], say: Say) -> list[Findin
                 unit = event
                 say(f"{unit['unit'] + 1}/{unit['of']} {unit['group']}: {unit['name']}")
         findings.append(Finding(unit["group"], unit["name"], False, died or "the process ended early"))
+        # It died before its first check, and so would the next one.
         if unit["unit"] < 0:
             break
     sentence = f"the process was ended {_MOST_DEATHS} times: what follows this was not examined"

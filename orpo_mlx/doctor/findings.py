@@ -118,6 +118,7 @@ def on_a_cpu() -> Iterator[None]:
         with mx.stream(mx.Device(mx.cpu)):
             yield
     finally:
+        # Who has switched compiling off for the whole process wants it to stay off.
         if "MLX_DISABLE_COMPILE" not in os.environ:
             mx.enable_compile()
 

@@ -61,6 +61,7 @@ def check_modes(dtype: str, tokens: int, *, quantised: bool = False) -> Iterator
             yield from against_plain(f"{label_of(dtype, quantised)}, {words}", dtype, found, found["plain"])
             continue
         with on_a_cpu():
+            # Weights of 4 bits are packed into uint32, which are no numbers to convert.
             model.apply(lambda array: array.astype(mx.float32) if array.dtype != mx.uint32 else array)
             exact = Step(*loss_and_gradients(model, "plain", pairs, method))
         yield from against_plain(f"{label_of(dtype, quantised)}, {words}", dtype, found, exact)

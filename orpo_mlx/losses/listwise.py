@@ -90,6 +90,7 @@ def is_best(logps: GroupLogProbs) -> mx.array:
 def above_worse(logps: GroupLogProbs, exponents: mx.array) -> mx.array:
     """(B,): Σ_k log(1 + Σ_j e^x_kj), j over the completions that score less than k, x = `exponents` (B, K, K)."""
     worse = is_worse(logps)
+    # Of -inf alone logsumexp has a gradient of NaN: one with none below it keeps its exponents until the end.
     some = worse.any(axis=-1)
     # The largest apart, so that nothing overflows; -log σ(-x) is log(1 + eˣ), exact at both ends.
     total = mx.logsumexp(mx.where(worse | ~some[:, :, None], exponents, -mx.inf), axis=-1)
@@ -108,4 +109,5 @@ def scores_in_unit_interval(logps: GroupLogProbs) -> mx.array:
     """(B, K): scores of each list from 0, its lowest, to 1, its highest."""
     low = mx.where(logps.present, logps.scores, mx.inf).min(axis=1, keepdims=True)
     high = mx.where(logps.present, logps.scores, -mx.inf).max(axis=1, keepdims=True)
+    # Scores that are all equal would be 0/0; nothing of such a list is compared.
     return mx.where(logps.present, (logps.scores - low) / mx.maximum(high - low, 1e-30), 0.0)

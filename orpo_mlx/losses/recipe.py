@@ -72,6 +72,7 @@ def parse_terms(expression: str) -> list[Term]:
         match = _TERM.fullmatch(part)
         try:
             weight = float(match[1] or 1.0) if match else 0.0
+        # `1e` and `..` fit the pattern, too.
         except ValueError:
             weight = 0.0
         if match is None or not 0 < weight < float("inf"):

@@ -116,6 +116,7 @@ def group_log_ratios(logps: GroupLogProbs) -> mx.array:
 
 def mean_group_logps(logps: GroupLogProbs) -> mx.array:
     """m: the length-normalised log-prob of every completion, (B, K); 0 where there is none."""
+    # Where there is no completion there are 0 tokens, and 0/0 stays NaN in gradients whatever `where` leaves out.
     return logps.logps / mx.maximum(logps.tokens, 1.0)
 
 

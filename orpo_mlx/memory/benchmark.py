@@ -210,6 +210,7 @@ def measure_in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
     if done.returncode != 0:
         why = last if done.returncode > 0 else f"killed by {signal.Signals(-done.returncode).name}"
         return {"error": why}
+    # The last line alone: libraries print to stdout, too.
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 

@@ -81,5 +81,6 @@ def change_memory(run: Run, mode: str) -> None:
     """Let the run spend memory as another of `MODES` does."""
     run.scorer, run.memory = spend_memory_as(dataclasses.replace(run.config, memory=mode), run.loaded.model)
     run.functions = StepFunctions(run.scorer, run.memory, run.method, run.optimizer)
+    # Or policy and reference would no longer be the same sums where they are the same model.
     if run.reference is not None:
         run.reference.scorer = run.scorer

@@ -76,6 +76,7 @@ def measured(run: Run) -> Course:
     batches = iter(training_order(run))
     run.loaded.model.train()
     seconds = tokens = 0.0
+    # One step is timed even of a run that has a single one.
     for number in range(min(_WARM_UP + _TIMED, max(steps, _WARM_UP + 1))):
         batch = [train[index] for index in next(batches)]
         began = time.perf_counter()

@@ -61,6 +61,7 @@ def png(
     panels: Sequence[Panel], theme: Theme, *, columns: int = 1, height: float = _HEIGHT, heading: Sequence[str] = ()
 ) -> bytes:
     """The panels as one picture, `columns` side by side, below the lines of a heading."""
+    # Here and not above: the live page takes its colours from this module and draws no chart with it.
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -68,6 +69,7 @@ def png(
     rows = -(-len(panels) // columns)
     with mpl.rc_context(_settings(theme)):
         figure = Figure((_WIDTH * columns, height * rows), dpi=_DPI, layout="constrained")
+        # By hand, without pyplot, which looks for a screen and keeps every figure it has made.
         FigureCanvasAgg(figure)
         for number, panel in enumerate(panels, 1):
             axes = figure.add_subplot(rows, columns, number)

@@ -121,6 +121,7 @@ def with_line_breaks(text: str) -> Markup:
 def markdown_text(text: str) -> str:
     """`text` as Markdown that shows exactly it, on one line."""
     plain = printable(" ".join(text.split("\n")))
+    # The backslash first: later it would double those that the other marks were given.
     for mark in "\\`*_[]|#~":
         plain = plain.replace(mark, "\\" + mark)
     return html.escape(plain, quote=False)

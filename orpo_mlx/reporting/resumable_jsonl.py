@@ -63,6 +63,7 @@ class LineFile:
         lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
         try:
             done = 0
+            # At its own place, not at the file's end: the next call writes over what a full disk has cut off.
             while done < len(lines):
                 done += os.pwrite(self._handle, lines[done:], self._size + done)
         except OSError as error:

@@ -197,6 +197,7 @@ def _ended_by_a_child(timeout_s: float) -> Iterator[None]:
         if not select.select([reading], [], [], timeout_s)[0]:
             os.write(2, f"the other ranks have not come within {timeout_s:g} s.\n".encode())
             os.kill(os.getppid(), signal.SIGTERM)
+        # Past Python's own exit: handlers and unwritten buffers are copies of the parent's.
         os._exit(0)
     os.close(reading)
     try:

@@ -61,6 +61,7 @@ class Loop:
         self.progress = progress
         self.sinks = sinks
         total = total_steps(run.config, len(run.splits["train"].pairs))
+        # A run that ended by itself stays ended: resumed, it only does again what was due after its last step.
         self.total = progress.step if progress.out_of_patience else total
         self.peak_memory_gib = 0.0
         """MLX's peak since the first step."""
@@ -91,6 +92,7 @@ class Loop:
             Interrupted, TrainingError: the run ends before it has begun.
         """
         later = self._base_is_kept
+        # A file of samples begins with those before training. Elsewhere they can wait, as long as the base is kept.
         if not later or self.sinks.sampler.file is not None:
             with random_numbers_kept():
                 self.progress.replies_before = self.sinks.sampler(0)
@@ -117,6 +119,7 @@ class Loop:
         with self.sinks.reporter.bar("training", self.total, "steps") as advance, self._saved_if_it_ends():
             pairs = self.run.splits["train"].pairs
             progress = self.progress
+            # Before anything can be saved: a checkpoint has all ranks' random states as of the last agreement.
             self._agree()
             advance(progress.step)
             # A resumed run does again what was due after the step of its checkpoint.
@@ -141,6 +144,7 @@ class Loop:
         try:
             means: MetricMeans | None = optimiser_step(self.run, step_batch, progress.step + 1)
         except NonFiniteError as error:
+            # Skipped, the step is over all the same: its pairs and its random numbers are used up.
             means = None
             self.skip(error)
         except BaseException:
@@ -152,6 +156,7 @@ class Loop:
         progress.seconds += seconds
         progress.training_seconds += seconds
         progress.step += 1
+        # Also where the step was skipped: a reference that follows the policy goes by the step's number.
         if self.run.reference is not None:
             self.run.reference.after_step(progress.step)
         if means is not None:
@@ -190,6 +195,7 @@ class Loop:
         if due and self._saved_step != step:
             self.save()
             save_reference(self.run, self.sinks.reporter, sparingly=True)
+        # Only now: what was due of this step is reported and saved, and an evaluation may take long.
         self._end_if_asked()
         if last:
             self.record_rest_of_baseline()
@@ -200,6 +206,7 @@ class Loop:
             self.sinks.reporter.say(f"Ended after step {step} of {self.total}: {said}.")
             # This is the last step now; what is due after that one and was not after this follows.
             self.total = step
+            # Also where this step is saved already: only now does the state say that the run has ended by itself.
             self.save()
             self.record_rest_of_baseline()
             metrics |= self.evaluate(("test",))
@@ -236,8 +243,10 @@ class Loop:
         marks = self._marks
         # The marks of this step, where there are any, also where the run ends after its evaluation.
         files = marks.files if marks is not None and marks.step == self.progress.step else self._mark_files()
+        # Before the checkpoint: its marks must not promise lines that a power cut takes away.
         for file in self._files().values():
             file.sync()
+        # Until it is saved: where that fails, the end of the run does not try the same step again.
         self._unsaved_step = self.progress.step
         gone = self._folder_is_gone()
         if gone:
@@ -299,6 +308,7 @@ class Loop:
             if self._base_is_kept and not progress.replies_before:
                 with adapters_off(self.run.loaded.model):
                     progress.replies_before = sampler(0)
+            # A resumed run may be given another number of `samples`: replies would stand beside other prompts'.
             if len(progress.replies_before) == len(sampler.prompts):
                 self.sinks.reporter.replies(progress.replies_before, replies)
         except KeyboardInterrupt:

@@ -43,6 +43,7 @@ def make_optimizer(config: TrainingConfig) -> optim.Optimizer:
         raise ConfigError(
             f"optimizer_config.{config.optimizer}: {quoted(arguments)} does not fit ({reason_of(error)})."
         ) from None
+    # One filter for two optimisers: the last one takes what no filter has taken.
     return optim.MultiOptimizer(optimizers, [lambda name, _: not is_faster(name)])
 
 
@@ -68,6 +69,7 @@ def make_schedule(config: TrainingConfig) -> Any:
 
 def set_learning_rate(optimizer: optim.Optimizer, config: TrainingConfig) -> None:
     """Give an optimiser whose state comes from a checkpoint the rate of the settings, where that is a number."""
+    # A schedule sets the rate anew at every step.
     if config.lr_schedule is not None:
         return
     ratio = config.lora_plus_ratio

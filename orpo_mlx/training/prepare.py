@@ -96,6 +96,7 @@ def load_run(config: TrainingConfig, sources: Mapping[str, Source], folder: Path
     for split in splits.values():
         require_rows_for(split, recipe(config))
     weighted = find_weighted(splits, recipe(config))
+    # Before the model is made and given adapters, whose first values are drawn from here.
     mx.random.seed(config.seed)
     loaded = load(info, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
     vocabulary = vocabulary_of(loaded.model)
@@ -183,6 +184,7 @@ def assemble(
         config.lora_parameters,
         full_model=config.full_model,
     )
+    # A resumed run has its adapters from the checkpoint; it may have written over this file since.
     if config.resume_adapter_file is not None and not config.resume:
         load_adapter_file(loaded.model, config.resume_adapter_file, config.lora_parameters["scale"])
     scorer, memory = spend_memory_as(config, loaded.model)
@@ -191,6 +193,7 @@ def assemble(
     def make_scorer(model: nn.Module) -> PairScorer:
         return spend_memory_as(config, model)[0]
 
+    # After the adapters are loaded: `start` and `copy` are the policy as it is at this point.
     reference = choose_reference(config, method, loaded, scorer, make_scorer, other)
     optimizer = make_optimizer(config)
     functions = StepFunctions(scorer, memory, method, optimizer)

@@ -82,6 +82,7 @@ class LiveServer(ThreadingHTTPServer):
     def close(self) -> None:
         """Tell the pages that are open that this was all, and end. Never raises an `Exception`."""
         with suppress(Exception):
+            # First: answers that are held back end with it, and tell their pages that this was all.
             self._ending.set()
             ends = time.monotonic() + _LINGER_S
             while time.monotonic() < ends and self._pages_waiting():
@@ -144,6 +145,7 @@ class LiveServer(ThreadingHTTPServer):
         return self.feed.lines(mark), self.feed.facts()
 
     def _pages_waiting(self) -> bool:
+        # A copy: threads that answer pages change the table meanwhile.
         return any(asked > self._long_ago() for asked in list(self._asked.values()))
 
     def _long_ago(self) -> float:

@@ -49,10 +49,12 @@ def write_checkpoint(parent: Path, step: int, write: Callable[[Path], None]) -> 
         described = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files}
         manifest = {"format": FORMAT, "step": step, "files": described}
         (temporary / _MANIFEST).write_text(json_text(manifest), encoding="utf-8")
+        # Before the rename: after a power cut, the name must not stand over contents that never reached the disk.
         flush_folder_to_disk(temporary)
         # What bears this name already is of this step too, and damaged: a whole one would not be written again.
         _discard(folder)
         temporary.rename(folder)
+        # The new name is an entry of the parent, which has to reach the disk as well.
         flush_to_disk(parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -122,6 +124,7 @@ def _file_defect(folder: Path, name: str, size: Any, sha256: Any) -> str | None:
         return f"{_MANIFEST} names {name[:40]!r}, which is not a file of this folder"
     if not path.is_file():
         return f"{name} is missing"
+    # The size first: a file that was cut off need not be read to its end.
     if path.stat().st_size != size:
         return f"{name} has {path.stat().st_size} bytes, expected {size!r}"
     if sha256_of(path) != sha256:
@@ -143,6 +146,7 @@ def _discard(folder: Path) -> None:
     if folder.exists():
         # Renamed first: half removed, it no longer bears a checkpoint's name.
         gone = folder.with_name(f"{_TEMPORARY}removed-{folder.name}")
+        # A folder is not renamed over what an interrupted removal has left there.
         shutil.rmtree(gone, ignore_errors=True)
         folder.rename(gone)
         shutil.rmtree(gone)

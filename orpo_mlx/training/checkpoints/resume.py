@@ -86,6 +86,7 @@ def begin_again(config: TrainingConfig, folder: Path, ranks: Ranks) -> tuple[Tra
     # Rank 0 alone has the run's own folder.
     nothing_saved = ranks.first and find_checkpoint(folder)[0] is None
     recorded = find_beginning(folder) if nothing_saved else None
+    # Rank 0 decides for all: ranks that disagreed here would make other exchanges from here on, and wait for ever.
     if json.loads(ranks.from_first(json.dumps(nothing_saved).encode())):
         return dataclasses.replace(config, resume=False), recorded
     return config, None
@@ -174,6 +175,7 @@ def copied_to_all(run: Run, checkpoint: CheckpointFolder | None) -> CheckpointFo
         return None
     folder = run.folder / CHECKPOINTS / checkpoint_name(step)
     folder.mkdir(parents=True, exist_ok=True)
+    # The names are rank 0's, so that all ranks make the same number of transfers.
     for name in names:
         content = ranks.from_first((folder / name).read_bytes() if ranks.first else b"")
         if not ranks.first:
@@ -249,6 +251,7 @@ def restore(run: Run, resumed: Resumed) -> list[str]:
 
 
 def _restore_optimizer(run: Run, path: Path) -> list[str]:
+    # Until it is initialised there is no state to compare the file's with.
     run.optimizer.init(run.loaded.model.trainable_parameters())
     expected = {name: _kind(array) for name, array in optimizer_arrays(run).items()}
     with _readable(path):

@@ -42,6 +42,7 @@ def save(
     """
     weights = adapter_weights(run.loaded.model)
     optimizer = optimizer_arrays(run)
+    # On all ranks: rank 0 alone would raise, and the others would wait for it.
     _require_finite({**weights, **optimizer}, progress.step)
     if not run.ranks.first:
         return CheckpointFolder(run.folder / CHECKPOINTS, progress.step)
@@ -60,8 +61,10 @@ def save(
 
     try:
         checkpoint = write_checkpoint(run.folder / CHECKPOINTS, progress.step, write)
+        # After the checkpoint: killed in between, the run goes on from the new step and older adapters are whole.
         save_adapters(run.folder, weights, metadata)
         save_json(run.folder / ADAPTER_CONFIG_FILE, adapter_config(run))
+        # Last: until the new checkpoint is whole, an older one is all there is to go on from.
         prune(run.folder / CHECKPOINTS, run.config.keep, [] if progress.best is None else [progress.best.step])
     except OSError as error:
         raise TrainingError(f"{error.filename}: cannot be saved ({error.strerror or error})") from None

@@ -132,6 +132,7 @@ def _parse(value: Mapping[str, Any]) -> State:
         rewards=RunningMean(**{name: float(number) for name, number in value.get("rewards", {}).items()}),
     )
     words = [word for pair in state.random_states for word in pair]
+    # A word of more than 32 bits would run into the other half of the seed it becomes (`set_random_state`).
     if not words or not all(0 <= word < 1 << 32 for word in words) or state.first_step < 0:
         raise ValueError("a number out of range")
     return state

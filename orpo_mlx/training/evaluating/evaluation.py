@@ -81,6 +81,7 @@ def evaluate(
     if reference:
         # Every rank knows what the others have computed.
         reference.adopt(order, as_policy(together))
+    # Frozen, so that the split's own rewards do not move the mean they are measured from.
     values = StepValues(None, (rewards or RunningMean()).array(frozen=True) if method.wanted.running else None)
     if method.wanted.kl:
         assert reference is not None
@@ -132,6 +133,7 @@ def evaluate_splits(
             def progress(done: int, advance: Callable[[int], None] = advance) -> None:
                 advance(done)
                 clear_cache_above(run.config.clear_cache_threshold)
+                # Of several ranks none may leave alone: the others would wait for it.
                 if run.ranks.size == 1:
                     stop.check()
 

@@ -87,6 +87,7 @@ def choose_reference(
     if not method.needs_reference:
         return None
     with_prompt, wanted = config.nll == "sequence", method.wanted
+    # Fresh adapters change nothing yet: `base` and `start` are then the same model.
     fresh = config.fine_tune_type != "full" and config.resume_adapter_file is None
     sync = sync_of(config)
     if sync is not None:

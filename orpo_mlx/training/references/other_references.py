@@ -138,6 +138,7 @@ class SyncedReference(SecondModel):
         if set(arrays) != names:
             raise ValueError("weights of another model")
         self._own.model.load_weights(list(arrays.items()), strict=False)
+        # By then it has moved: rows of the shared file are of the weights it began with.
         if step >= self._steps:
             self._forget()
 

@@ -59,6 +59,7 @@ def tail_keys_of(example: Example) -> tuple[bytes, ...]:
 def _digest(*sides: Sequence[int], what: bytes = b"") -> bytes:
     digest = hashlib.blake2b(what, digest_size=16)
     for ids in sides:
+        # Lengths too: the same tokens, divided in another way into prompt and completions, are another pair.
         digest.update(len(ids).to_bytes(8, "little"))
         digest.update(np.array(ids, np.int32).tobytes())
     return digest.digest()
@@ -205,6 +206,7 @@ class ReferenceLogProbs:
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
         """`remember`, each of `ranks` computing its share of the groups; all of them then know all pairs."""
+        # Before any is computed, and on every rank: each must know which pairs the rows are of that the others send.
         unknown = [
             [pair for group in ranks.share(groups, rank) for pair in group if not self.knows(pair)]
             for rank in range(ranks.size)
@@ -257,6 +259,7 @@ class ReferenceLogProbs:
                 self.table.add(key, *row)
 
     def _add(self, example: Example, values: Sequence[float]) -> None:
+        # A row of the table has two values: the last of an odd number of completions shares its row with a 0.
         padded = [*values, 0.0]
         for number, key in enumerate(keys_of(example)):
             self.table.add(key, padded[2 * number], padded[2 * number + 1])

@@ -61,6 +61,7 @@ class ReferenceTable:
             return self._new[key]
         keys = self._rows.keys
         index = int(np.searchsorted(keys, np.array(key, _KEY)))
+        # Both as NumPy's type, which drops zero bytes at a key's end: as `bytes` such a key would not be found.
         if index == len(keys) or keys[index] != np.array(key, _KEY):
             return None
         chosen, rejected = self._rows.logps[index].tolist()

@@ -67,6 +67,7 @@ def step_gradient(run: Run, step_batch: Sequence[Example]) -> StepGradient:
     means = MetricMeans()
     for metrics in metrics_of:
         means.add_array(np.array(metrics))
+    # Those that came with the loss gradients are of the whole step already, of all ranks.
     return StepGradient(gradients, norm.item(), means_of_step or _means_of_all_ranks(run, means), values)
 
 

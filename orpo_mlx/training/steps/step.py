@@ -37,6 +37,7 @@ def optimiser_step(run: Run, step_batch: Sequence[Example], step: int) -> Metric
     try:
         run.functions.update(found.gradients, 1.0 if most is None else clip_factor(found.norm, most))
         mx.eval(run.loaded.model.trainable_parameters(), run.optimizer.state)
+    # Interrupts as well: weights of which only some are updated must never be saved.
     except BaseException as error:
         raise HalfAppliedError(f"step {step}: {reason_of(error)}, while the step was applied") from error
     means = found.means

@@ -98,6 +98,7 @@ class StepFunctions:
         if self._apply.compiles:
             # A state that came to be inside of a trace would not be seen by the next call.
             self._optimizer.init(self._model.trainable_parameters())
+        # An array: a compiled function would keep a Python number as a constant of its trace.
         self._apply(gradients, None if factor == 1 else mx.array(factor))
 
 

@@ -96,6 +96,7 @@ def kl_estimate(
     """
     if ranks.size > 1:
         reference.remember_among(ranks, batches)
+    # An empty one first: a rank may have no batch at all, and nothing cannot be joined.
     differences = np.concatenate([np.zeros(0), *_differences(scorer, reference, ranks.share(batches))])
     parts = ranks.gather([float(differences.sum()), len(differences)])
     return mx.array([sum(total for total, _ in parts) / max(1, sum(count for _, count in parts))], mx.float32)
