@@ -158,6 +158,7 @@ def checked_number(
         try:
             value = kind(found)
         except ValueError:
+            # Every check here refuses 0, so that a word which is no number gets the same message.
             value = kind(0)
         if not holds(value):
             raise argparse.ArgumentTypeError(f"found {found!r}, expected {expected}")

@@ -80,6 +80,7 @@ def add_shrinking(parser: argparse.ArgumentParser, modes: Sequence[str] = QUANTI
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of floating-point weights (default: as they are)")
     parser.add_argument("--quantize", action="store_true", help="quantise every layer that can be")
     parser.add_argument("--bits", type=int, choices=AFFINE_BITS, help="default: 4")
+    # 16 is nvfp4's alone; `quantisation` refuses it for the others.
     parser.add_argument("--group-size", type=int, choices=(16, *AFFINE_GROUPS), help="default: 64")
     parser.add_argument("--mode", choices=modes, help="default: affine")
 

@@ -60,6 +60,7 @@ def benchmark_request(argv: Sequence[str] | None) -> BenchmarkRequest:
     from orpo_mlx.memory.benchmark import benchmark_flags, mode_flags
 
     methods = [name.strip() for name in own.methods.split(",")]
+    # By hand, since train's flags are not parsed yet: a value may follow after `=` or as the next word.
     if any(word.split("=")[0] == "--method" for word in arguments):
         raise ConfigError("--method: this command measures several; give --methods orpo,dpo.")
     modes = [name.strip() for name in own.modes.split(",")] if own.modes else []

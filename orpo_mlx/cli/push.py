@@ -36,6 +36,7 @@ def run(argv: Sequence[str] | None) -> None:
         return
     check_ready(args.repo_id, "REPO_ID")
     print(listing(contents(folder)))
+    # None and not False: without the flag the owner's settings on the Hub decide.
     print(printable(f"Pushed to {push(folder, args.repo_id, private=args.private or None)}"))
 
 

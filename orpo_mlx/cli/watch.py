@@ -34,6 +34,7 @@ def build_parser() -> OneLineParser:
 
 def parse_port(text: str) -> int:
     """A port; raises ConfigError where it is none."""
+    # `int` alone would take signs, blanks, underscores and other scripts' digits as well.
     if not re.fullmatch("[0-9]{1,5}", text) or not PORT.holds(int(text)):
         raise ConfigError(f"--port {text}: expected a whole number {PORT.text}")
     return int(text)

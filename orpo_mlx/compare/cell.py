@@ -88,6 +88,7 @@ def train_cell(spec: dict[str, Any], report_share: ReportShare) -> dict[str, Any
 
 def train_facts(run: Run, splits: dict[str, Pairs], valid_pairs: int) -> dict[str, Any]:
     """What is known of a training before its first step, and must be the same for the methods that are compared."""
+    # The order has no end; its first epoch stands for all of it.
     first_epoch = itertools.islice(
         training_order(run, splits["train"]), steps_per_epoch(len(splits["train"]), pairs_per_step(run.config))
     )
@@ -113,6 +114,7 @@ def weights_digest(run: Run) -> str:
     digest = hashlib.sha256()
     for name, array in sorted(adapter_weights(run.loaded.model).items()):
         digest.update(name.encode())
+        # NumPy has no bfloat16, and float32 holds each of its values exactly.
         digest.update(np.array(array.astype(mx.float32)).tobytes())
     return digest.hexdigest()
 

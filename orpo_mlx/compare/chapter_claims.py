@@ -86,6 +86,7 @@ def convergence(arms: Arms, results: Results) -> tuple[str, str]:
     seeds = results["seeds"]
     reached = {name: arms[name]["to_target"] for name in (ORPO, DPO)}
     counts = {name: sum(step is not None for step in found["steps"]) for name, found in reached.items()}
+    # A mean over the seeds that arrived would leave out the slow ones.
     if min(counts.values()) < seeds:
         shown = " and ".join(f"{name} under {count} of {seeds} seeds" for name, count in counts.items())
         return f"{target} on the valid pairs reached by {shown} within {results['budget']['words']}", OPEN
@@ -119,6 +120,7 @@ def sensitivity(arms: Arms, results: Results) -> tuple[str, str]:
         return "not measured: give more than one of --learning-rates", OPEN
     failed = [arm["name"] for arm in both if arm["sensitivity"] is None]
     if failed:
+        # A method that fails at a setting where the other does not is the more sensitive one.
         verdict = OPEN if len(failed) == 2 else CONFIRMED if failed == [DPO] else REFUTED
         return f"training failed at some setting of the grid: {', '.join(failed)}", verdict
     ranges = [arm["sensitivity"] for arm in both]

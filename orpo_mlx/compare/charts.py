@@ -125,6 +125,7 @@ def heat_map(arm: Mapping[str, Any]) -> Panel:
 
     def draw(axes: Axes, theme: Theme) -> None:
         rates = sorted({found["learning_rate"] for found in arm["grid"]})
+        # None, of a method without β, cannot be compared with numbers.
         betas = sorted({found["beta"] for found in arm["grid"]}, key=lambda beta: beta or 0.0)
         table = {(found["beta"], found["learning_rate"]): found["accuracy"] for found in arm["grid"]}
         rows = [[table.get((beta, rate)) for rate in rates] for beta in betas]

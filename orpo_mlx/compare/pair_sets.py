@@ -62,6 +62,7 @@ def spread_out(pairs: Pairs, most: int) -> Pairs:
     """At most `most` pairs (-1: all), spread evenly."""
     if most == -1 or most >= len(pairs):
         return pairs
+    # The middles of as many equal stretches, so that neither end of the file is favoured.
     return PairSubset(pairs, [(2 * number + 1) * len(pairs) // (2 * most) for number in range(most)])
 
 

@@ -95,6 +95,7 @@ def make_arm(name: str, arguments: Sequence[str]) -> Arm:
     argv = ("--method", expression, *own)
     config = resolve([*arguments, *argv], PROG)
     plain = resolve([*arguments, "--method", expression], PROG).settings()
+    # By effect and not by name: a flag that repeats what holds anyway changes nothing.
     changed = {key for key, value in config.settings().items() if value != plain[key]}
     wrong = sorted(changed - {*settings_with(Trait.OF_METHOD)})
     if wrong:

@@ -124,6 +124,7 @@ def _method(plan: Plan, cells: Cells, arm: Arm) -> dict[str, Any]:
         "memory_mode": trained[0]["memory_mode"],
         "learning_rate": rate,
         "grid": grid if len(grid) > 1 else [],
+        # None where training failed at a setting: the range of the others would flatter the method.
         "sensitivity": max(reached) - min(reached) if len(grid) > 1 and len(reached) == len(grid) else None,
         "summary": _summary(trained, tested),
         **_intervals(tested),

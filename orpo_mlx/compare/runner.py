@@ -57,6 +57,7 @@ class Runner:
     def train(self, arm: Arm, seed: int, rate: float, factor: float = 1.0, labels: str = "given") -> dict[str, Any]:
         """One training."""
         beta = None if arm.beta is None or factor == 1 else arm.beta * factor
+        # β last: of a flag that is given twice, the last one holds.
         argv = (*self._argv(arm, seed, rate), *arm.argv[2:], *(() if beta is None else ("--beta", f"{beta:.6g}")))
         identity = cell_identity("train", arm, seed, rate, factor, labels)
         return self._cell(cell_name(arm, seed, rate, factor, labels), "train.json", identity, argv)
@@ -149,6 +150,7 @@ def in_a_process(spec: dict[str, Any], title: str, report_share: Callable[[float
     reader.start()
     try:
         for line in process.stdout:
+            # Libraries may print as well.
             if line.startswith('{"progress"'):
                 report_share(json.loads(line)["progress"])
     except BaseException:
@@ -165,6 +167,7 @@ def in_a_process(spec: dict[str, Any], title: str, report_share: Callable[[float
 def raise_for_status(status: int, errors: Sequence[str], title: str) -> None:
     """Raise what a cell's process ended with, if it was not well; see `in_a_process`."""
     last = ([line.strip() for line in errors if line.strip()] or ["no message"])[-1]
+    # By `exit_status`: something a user can mend, whose sentence is passed on under this command's name.
     if status == 2:
         raise ConfigError(last.removeprefix(f"{PROG}: error: "))
     if status != 0:
@@ -179,6 +182,7 @@ def cell_identity(kind: str, arm: Arm, seed: int, rate: float, factor: float, la
 
 def cell_name(arm: Arm, seed: int, rate: float, factor: float, labels: str) -> str:
     """The folder of a training: its arm, seed, learning rate and what else is unusual about it."""
+    # Names that come out alike are told apart by the identity within the file (`known_result`).
     parts = [re.sub(r"[^a-z0-9_.]+", "-", arm.name.lower()).strip("-"), f"seed{seed}", f"lr{rate:g}"]
     parts += [f"beta-times-{factor:g}"] if factor != 1 else []
     parts += [f"labels-{labels}"] if labels != "given" else []
@@ -197,6 +201,7 @@ def run_comparison(plan: Plan, argv: Sequence[str], reporter: Reporter) -> dict[
     Raises:
         UserError: settings, data or model cannot be used; a process died; `plan.output` holds another comparison.
     """
+    # Data that is not there is said now, before the folder is claimed and a process started.
     find_splits(plan.config.data)
     claim_folder(plan)
     # Equal sweep keys share a learning rate: an arm with a copied reference is swept by its twin without.

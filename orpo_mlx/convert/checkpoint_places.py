@@ -60,6 +60,7 @@ def _candidates(name: str, before: mx.array) -> Iterator[list[_Place]]:
         yield [_Place(f"{layer}.output_linear.{leaf}", _same)]
     layer, fused, rest = (layer, ".experts.", rest) if stacked else name.partition(".experts.")
     projection = rest.removesuffix(".weight")
+    # Either way round: which one it is, the base model's weight decides (`_holds`).
     for form, axis in ((_same, 1), (_transposed, 2)) if fused else ():
         if projection in _HALVES:
             yield [_Place(f"{layer}.experts.gate_up_proj", form, _HALVES[projection], axis)]
@@ -95,6 +96,7 @@ def _with(stored: mx.array, place: _Place, new: mx.array) -> mx.array:
     if place.half is None:
         return new
     halves = list(mx.split(stored, 2, axis=place.axis))
+    # `concatenate` would otherwise promote the half that is kept.
     halves[place.half] = new.astype(stored.dtype)
     return mx.concatenate(halves, axis=place.axis)
 

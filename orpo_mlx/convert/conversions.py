@@ -171,6 +171,7 @@ def convert_merge(model_name: str, adapter_path: str, task: Task) -> None:
         baseline = record_baseline(task, base.info, adapter)
         model, loaded = load_lazily(base.info, trust_remote_code=trust)
         config = base.config or loaded
+        # Merging dequantises: what the base model's config says of its form no longer holds.
         config = {key: config[key] for key in config if not key.startswith("quantization")}
         quantised = is_quantised(model)
         # Before the adapters are loaded: they take these weights' place.

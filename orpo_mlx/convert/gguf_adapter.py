@@ -154,6 +154,7 @@ def check_written(path: Path, adapter: GgufAdapter) -> None:
     equal = found.keys() == adapter.tensors.keys() and all(
         np.array_equal(found[name], array) for name, array in adapter.tensors.items()
     )
+    # The file has α in float32, which need not be the number that was given.
     if not equal or file.metadata.get("adapter.lora.alpha") != np.float32(adapter.alpha):
         raise ModelError(f"DST {path}: what was written is not what is read back; the file is of no use.")
 

@@ -299,6 +299,7 @@ def _mlx_scaling(config: Mapping[str, Any], location: str) -> Scaling:
         rank: Any = lora["rank"]  # type: ignore[index]
         scale: Any = lora["scale"]  # type: ignore[index]
         dropout: Any = lora.get("dropout", 0.0)  # type: ignore[union-attr]
+        # Not isinstance, which takes true for the number 1.
         if type(rank) is int and rank > 0 and isinstance(config["num_layers"], int):
             return Scaling(rank, float(scale), float(dropout), kind == "dora")
     except (KeyError, TypeError, ValueError, AttributeError):

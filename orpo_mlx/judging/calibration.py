@@ -45,6 +45,7 @@ def calibrate(
         progress: called with the number of questions answered.
     """
     found: dict[str, Any] = {"order": order_figures(judged)}
+    # A rule cannot heed the order, and whether it prefers length is in its definition: nothing to find out.
     if not judge.fair:
         chosen = spread(list(zip(judged.prompts, judged.questions, strict=True)), most)
         prompts = [prompt for prompt, _ in chosen]
@@ -110,6 +111,7 @@ def cohens_kappa(both: Sequence[tuple[str, str]]) -> float | None:
         sum(ours == name for ours, _ in both) * sum(theirs == name for _, theirs in both)
         for name in (FIRST, SECOND, TIE)
     ) / (count * count)
+    # Both said one and the same thing throughout: agreement beyond chance is then 0/0.
     return None if by_chance == 1 else (observed - by_chance) / (1 - by_chance)
 
 

@@ -56,6 +56,7 @@ class Judged(NamedTuple):
         failed = len(self.ballots) - len(self.decided)
         if not self.ballots or failed > MOST_FAILED * len(self.ballots):
             return None
+        # In characters: the two models need not share a tokenizer, so their tokens are no common unit.
         differences = [float(len(question.second) - len(question.first)) for question in self.questions]
         return win_rate(self.preferences, [differences[number] for number in self.decided], self.clusters)
 
@@ -133,6 +134,7 @@ def _of_category(judged: Judged, name: str) -> Judged:
 def order_figures(judged: Judged) -> dict[str, Any]:
     """How far the order of two replies decides: of a judge that heeds it not at all, half of the verdicts that are no
     ties are for the first, and both orders have the same winner."""
+    # Equal replies are left out: no judge was asked, and their ties would make any judge look consistent.
     asked = [
         (ballot, prompt_key(prompt))
         for ballot, prompt, question in zip(judged.ballots, judged.prompts, judged.questions, strict=True)

@@ -43,6 +43,7 @@ def sampled_kl(
         for prompt in prompts:
             reply = []
             for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_tokens, sampler=sampler):
+                # The stop token is kept: when to stop is part of the distribution over replies.
                 reply.append(int(token))
                 if reply[-1] in stop:
                     break

@@ -65,6 +65,7 @@ def evaluate(plan: Plan, prompts: Sequence[Prompt], reporter: Reporter) -> Evalu
         )
     with reporter.bar("judgements", 2 * len(prompts), "judgements") as advance:
         judged = compare_replies(plan.judge, prompts, texts(replies.baseline), texts(replies.candidate), advance)
+    # Of each prompt one question about equal replies, and two, one in each order, about the padded one.
     with reporter.bar("calibration", 3 * PROMPTS, "questions") as advance:
         trust = calibrate(plan.judge, judged, plan.check, progress=advance)
     found = {

@@ -82,6 +82,7 @@ class Generator:
         """Prompts of a group."""
         self._sampler = make_sampler(sampling.temperature, top_p=sampling.top_p)
         self._stop = set(tokenizer.eos_token_ids)
+        # Dropout would make the two runs that are compared differ.
         with in_evaluation(model):
             self.batches = self._batches_exactly()
         """Whether several sequences are run at once; a model whose rows then differ is asked for one at a time."""
@@ -162,6 +163,7 @@ class Generator:
         ids = list(prompt[:-1])
         for start in range(0, len(ids), _PREFILL_TOKENS):
             self._model(mx.array([ids[start : start + _PREFILL_TOKENS]]), cache=cache)
+            # Now, or the graph of all pieces would be kept until the last one and nothing be saved by taking pieces.
             mx.eval([each.state for each in cache])
         return list(cache)
 
@@ -191,4 +193,5 @@ def insert(generator: BatchGenerator, rows: Sequence[Ids], caches: Sequence[list
 
 def seed_of(*parts: object) -> int:
     """A seed of 64 bits for each different `parts`."""
+    # A hash and no sum: group 1 of seed 0 would have the numbers of group 0 of seed 1.
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little")

@@ -130,6 +130,7 @@ def make_pairs(
     state = State(output, identity_of(plan, prompts), overwrite=overwrite)
     if state.is_new:
         # A state of an earlier run, or its samples, must not be taken for this one's.
+        # The state first: if this is killed in between, it must not speak of files that are gone.
         for path in (state_file(output), samples_file(output), output):
             path.unlink(missing_ok=True)
     draw_samples(plan, prompts, output, state, reporter)
@@ -144,6 +145,7 @@ def identity_of(plan: PairPlan, prompts: Sequence[Prompt]) -> dict[str, Any]:
     return {
         **plan._asdict(),
         "side": plan.side.model,
+        # By what is in the file: another training may have written to the same folder since.
         "adapter": sha256_of(weights) if weights is not None and weights.is_file() else None,
         "judge": plan.judge.name,
         "sampling": plan.sampling._asdict(),
@@ -154,9 +156,11 @@ def identity_of(plan: PairPlan, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 def draw_samples(plan: PairPlan, prompts: Sequence[Prompt], output: Path, state: State, reporter: Reporter) -> None:
     """The first pass: the samples of every prompt, a line each, into `samples_file`."""
+    # As `Generator` groups them: `state.sampled` counts its groups.
     group_size = max(1, plan.rows // plan.samples)
     if state.sampled * group_size >= len(prompts):
         return
+    # Only now: a run that was killed while it judged needs the model no more.
     loaded = load_side(plan.side, plan.loading)
     ids = prompt_ids(loaded, prompts, plan.sampling.max_tokens)
     generator = Generator(loaded.model, loaded.tokenizer, plan.sampling, samples=plan.samples, rows=plan.rows)
@@ -226,6 +230,7 @@ def score(
         for prompt, samples in zip(prompts, kept, strict=True):
             yield [Scored(sample, judge.score_of(sample.text, prompt.question, prompt.reference)) for sample in samples]
         return
+    # Against one sample and not each against each: questions grow with the samples, not with their square.
     asked = [(number, sample) for number, samples in enumerate(kept) for sample in samples[1:]]
     questions = [
         Question(prompts[number].question, kept[number][0].text, sample.text, prompts[number].reference)

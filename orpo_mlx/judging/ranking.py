@@ -89,6 +89,7 @@ def make_rows(
         counts["unfinished"] += len(scored) - len(ended)
     best = max(ended, key=lambda each: each.score)
     worst = min(usable, key=lambda each: each.score)
+    # Both tests: with a `min_gap` of 0 equal scores would pass the second.
     if best.score <= worst.score or best.score - worst.score < min_gap:
         counts["near_ties"] += 1
         return []

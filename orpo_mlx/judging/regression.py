@@ -57,6 +57,7 @@ def mcnemar(gained: int, lost: int) -> float:
     if not changed:
         return 1.0
     tail = sum(math.comb(changed, number) for number in range(min(gained, lost) + 1))
+    # Where as many are gained as lost, both tails hold the middle, and twice one of them exceeds 1.
     return float(min(1.0, 2 * tail / 2**changed))
 
 

@@ -74,6 +74,7 @@ def right_items(plan: TaskPlan, loaded: LoadedModel, manager: Any, state: Abstra
                 tasks=list(plan.names),
                 limit=plan.limit,
                 log_samples=True,
+                # lm-eval's own errors are not used: what is tested is each item before and after.
                 bootstrap_iters=0,
                 task_manager=manager,
             )
@@ -103,6 +104,7 @@ def items_of(task: str, samples: Sequence[Mapping[str, Any]]) -> dict[str, bool]
         DataError: it has none.
     """
     for metric in dict.fromkeys(name for sample in samples for name in sample.get("metrics", ())):
+        # By filter too: a task with several lists every item once for each of them.
         values = [(f"{sample['doc_id']}/{sample.get('filter', '')}", sample.get(metric)) for sample in samples]
         if all(value in (0, 1) for _, value in values):
             return {name: bool(value) for name, value in values}

@@ -46,6 +46,7 @@ def mean_interval(values: Sequence[float], clusters: Sequence[Hashable]) -> Inte
         totals[cluster] = totals.get(cluster, 0.0) + value - mean
     variance = math.fsum(total * total for total in totals.values()) / len(values) ** 2
     # Where nothing varies, the clusters are what is known.
+    # Not above 0: deviations that cancel but for rounding leave a tiny variance, and no end of trials.
     trials = mean * (1 - mean) / variance if variance > 1e-18 else float(len(totals))
     low, high = wilson(mean, trials)
     return Interval(mean, low, high)

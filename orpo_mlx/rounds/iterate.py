@@ -65,6 +65,7 @@ class Rounds:
             self.record["rounds"].append(self.round(number))
             self.record["stopped"] = self.reason_to_stop()
             self._save()
+        # Also where all rounds were done before and the loop had nothing to do.
         write_report(self.folder, self.record)
         return self.record
 
@@ -72,6 +73,7 @@ class Rounds:
         """One round; its figures."""
         pairs = self.make_pairs(number)
         if not pairs.rows:
+            # Later it is a reason to stop, with rounds to show; before the first training there is nothing to show.
             if number == 1:
                 raise DataError(f"{self.pairs_file(number)}: no prompt gave a pair ({summary(pairs.left_out)})")
             return {"round": number, "pairs": pairs._asdict(), "training": None, "evaluation": None}
@@ -144,6 +146,7 @@ class Rounds:
             return "no prompt gave a pair any more"
         if rates[-1] is None:
             return "too many judgements failed"
+        # No earlier rate is None: the rounds ended where one was.
         if len(rates) > 1 and rates[-1] < max(rates[:-1]) + self.config.least_gain:
             return f"the win rate rose by less than {self.config.least_gain:g}"
         return "all rounds are done" if len(rounds) >= self.config.rounds else None
@@ -220,6 +223,7 @@ def prompts_of(config: RoundsConfig) -> tuple[list[Prompt], list[Prompt]]:
     columns = parse_columns(config.columns)
     held_out = next(name for name in ("test", "valid", "train") if name in splits)
     sampled = distinct(list(read_prompts(splits["train"], columns)))
+    # Repeats stay, unlike above: the intervals count a repeated prompt as one cluster.
     asked = list(read_prompts(splits[held_out], columns))
     return spread(sampled, config.prompts), spread(asked, config.evaluation_prompts)
 

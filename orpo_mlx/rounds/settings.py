@@ -62,6 +62,7 @@ class RoundsConfig:
 
     def sampling(self, number: int) -> Sampling:
         """How the samples of a round, from 1, are drawn: each round draws others."""
+        # In steps of 1000, so that a round of one seed is not the next round of the seed before.
         return Sampling(self.max_tokens, self.temperature, self.top_p, self.seed * 1000 + number)
 
     def make_judge(self) -> Judge:
@@ -129,6 +130,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         return None
     # Booleans are whole numbers to isinstance.
     if isinstance(value, int | float) and not isinstance(value, bool):
+        # YAML reads 1e3 as a float, and it is a whole number all the same.
         if int in kinds and float(value).is_integer():
             return int(value)
         if float in kinds:

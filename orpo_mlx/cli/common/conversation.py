@@ -95,6 +95,7 @@ class Conversation:
         # At least one token must be left to run.
         while common < min(len(ids) - 1, len(self._cached)) and ids[common] == self._cached[common]:
             common += 1
+        # A cache that does not say how many tokens it holds cannot be cut back by a number of them.
         held = getattr(self._cache[0], "offset", None) if self._cache else None
         if isinstance(held, int) and can_trim_prompt_cache(self._cache):
             # Of the last token no keys and values may be there yet; of one after it, they may.

@@ -40,6 +40,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, temperature: float) ->
     )
     group.add_argument("--top-p", type=float, default=1.0, help="probability mass drawn from (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="seed of the replies (default: %(default)s)")
+    # `generation.ROWS`, spelt out: a parser that imports it would have to wait for mlx-lm.
     group.add_argument(
         "--rows", type=int, default=32, help="replies that are generated together (default: %(default)s)"
     )

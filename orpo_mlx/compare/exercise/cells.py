@@ -50,6 +50,7 @@ class Cells:
         """The result of a cell: remembered, or computed now and kept."""
         # Through JSON, as what is read back has been: a result is the same object whether it was remembered or not.
         key = json.dumps(identity, sort_keys=True)
+        # Cut short, since a chance match does no harm: the file holds the whole identity, which is compared.
         file = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
         result = self._remembered(file, key)
         seconds = 0.0

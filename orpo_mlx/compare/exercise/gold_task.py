@@ -167,6 +167,7 @@ class GoldTask:
     def _draw(self, split: str, count: int) -> tuple[Ids, list[Ids]]:
         """Prompts of a split, and two replies to each."""
         prompts = self.prompts(split, count)
+        # In steps of 1000: no other draw of replies has these random numbers.
         return prompts, [self.sample(prompts, 1000 * _SEEDS[split] + side).replies for side in (0, 1)]
 
     def _pairs(self, split: str, *, flipped: float = 0.0, exact: bool = False) -> list[TokenizedPair]:

@@ -166,6 +166,7 @@ class OpenTask:
         return Answer((*reply.ids, *end), reply.text, self._score(reply.text))
 
     def _golds(self, split: str) -> list[float]:
+        # The seed of `look`: a reply wins or loses against the base model's under the same random numbers.
         return [each[0].gold for each in self._answer(split, 1, seed=100 + _SEEDS[split])]
 
     def _kl(self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> list[float]:

@@ -60,5 +60,6 @@ def open_prompts(split: str, count: int | None = None) -> list[str]:
     every = [frame.format(topic) for frame, topic in itertools.product(_FRAMES[split], _TOPICS[split])]
     if count is not None and count > len(every):
         raise ValueError(f"{split} has {len(every)} prompts, asked for {count}.")
+    # Mixed, since the first `count` of the product would share a frame or two.
     order = np.random.default_rng(len(every)).permutation(len(every))
     return [every[place] for place in order[:count]]

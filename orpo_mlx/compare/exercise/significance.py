@@ -89,6 +89,7 @@ def holm(ps: Mapping[str, float]) -> dict[str, float]:
     finding among them; monotone, at most 1."""
     corrected: dict[str, float] = {}
     largest = 0.0
+    # By name among equals, so that the order in which methods are given changes nothing.
     for rank, name in enumerate(sorted(ps, key=lambda name: (ps[name], name))):
         largest = max(largest, min(1.0, (len(ps) - rank) * ps[name]))
         corrected[name] = largest

@@ -47,6 +47,7 @@ class Trained(NamedTuple):
 @contextmanager
 def fresh_run(loaded: LoadedModel, config: TrainingConfig) -> Iterator[Run]:
     """A run with new adapters on a model without any, which it is without again at the end."""
+    # Before the adapters are made, whose starting values are drawn.
     mx.random.seed(config.seed)
     run = assemble(config, Path(), {}, loaded)
     run.optimizer.init(loaded.model.trainable_parameters())

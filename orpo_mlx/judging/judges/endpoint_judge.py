@@ -101,6 +101,7 @@ class EndpointJudge:
         except TimeoutError:
             return Verdict(None, "timeout")
         except (OSError, ValueError) as error:
+            # urllib wraps a timeout while connecting into an URLError of its own.
             late = isinstance(getattr(error, "reason", None), TimeoutError)
             return Verdict(None, "timeout" if late else "refused")
         except Exception:  # http.client's own errors, of a server that does not speak HTTP.
@@ -125,6 +126,7 @@ class EndpointJudge:
                 # The socket's timeout is for one read; a server that sends a byte a minute would never be late.
                 if time.monotonic() > deadline:
                     raise TimeoutError
+                # `read` would wait until a block is full, and the deadline would pass meanwhile.
                 block = response.read1(_BLOCK)
                 if not block:
                     break
@@ -137,6 +139,7 @@ def content_of(answer: bytes) -> str | None:
     """The text of a chat completion; None where the answer is something else."""
     try:
         content = json.loads(answer)["choices"][0]["message"]["content"]
+    # RecursionError: a server may nest its JSON as deep as it likes.
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         return None
     return content if isinstance(content, str) else None
@@ -150,9 +153,11 @@ def check_url(url: str) -> str:
     """
     try:
         parts = urlsplit(url)
+        # A wrong port raises ValueError only here, where it is asked for, and not in `urlsplit`.
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:
         valid = False
+    # The address is the judge's name, which is printed and written down: no place for a user's credentials.
     if not valid or parts.username or parts.query or parts.fragment:
         raise ConfigError(
             f"`judge={url}`: is no address of an endpoint; expected such as {LOOPBACK}, with the key, if any, in "

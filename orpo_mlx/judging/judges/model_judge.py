@@ -80,6 +80,7 @@ def judge_ids(tokenizer: Any, question: Question) -> list[int]:
     mark = secrets.token_hex(16)
     turn = "".join(f"{mark}{number}{mark}" if judged else text for number, (text, judged) in enumerate(parts))
     rendered = rendered_turn(tokenizer, turn)
+    # A chat template writes BOS itself; raw text gets the one that `encoded` does not add.
     ids = [] if tokenizer.has_chat_template or tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     for number, piece in enumerate(rendered.split(mark)):
         # Between two marks stands the number of a part.
@@ -104,6 +105,7 @@ def encoded(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     if not text:
         return []
     try:
+        # Not verbose: transformers would warn of a length that `ModelJudge` checks by itself.
         ids = tokenizer._tokenizer(text, add_special_tokens=False, split_special_tokens=not special, verbose=False)[
             "input_ids"
         ]

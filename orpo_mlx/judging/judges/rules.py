@@ -90,6 +90,7 @@ def regex_rule(name: str, argument: str) -> Rule:
 def length_rule(name: str, argument: str) -> Rule:
     """0 for a reply of a wanted number of words, minus the words by which it misses that otherwise."""
     bounds = re.fullmatch(r"(?:(\d{1,6})-)?(\d{1,6})", argument)
+    # What does not match comes out as an empty range, which is refused below.
     least, most = (int(bounds[1] or 1), int(bounds[2])) if bounds else (1, 0)
     if least > most:
         raise ConfigError(f"`judge={name}`: expected words at most, or from and to: rule:length=20, rule:length=5-20.")
@@ -139,8 +140,11 @@ def _without_argument(name: str, argument: str) -> None:
         raise ConfigError(f"`judge={name}`: takes no argument, found {argument!r}.")
 
 
+# Hyphens, apostrophes, points and commas within a word are part of it: well-known, don't, 3.14, 1,000.
 _WORD = re.compile(r"[^\W_]+(?:[-'’.,][^\W_]+)*")
+# Only before white space or the end, so that the point of 3.14 ends no sentence.
 _SENTENCE_END = re.compile(r"[.!?]+[\"'”’)]*(?=\s|$)")
+# Hyphens, single stars and numbers count at the beginning of a line alone: elsewhere they are prose.
 _MARKUP = re.compile(r"\n|\*\*|`|^\s*([-*#>]|\d+[.)]\s)", re.MULTILINE)
 # What is said around an answer.
 _AROUND = re.compile(

@@ -128,6 +128,7 @@ def judge_parts(question: Question) -> list[tuple[str, bool]]:
     ]
 
 
+# [[C]] is MT-bench's mark of a tie, taken beside the one that is asked for.
 _MARK = re.compile(r"\[\[(A|B|TIE|C)\]\]")
 _BARE = re.compile(r"\s*(A|B|TIE)\s*[.!]?\s*", re.IGNORECASE)
 _WINNERS = {"A": FIRST, "B": SECOND, "TIE": TIE, "C": TIE}
@@ -140,6 +141,7 @@ def read_verdict(said: str) -> Verdict:
     said = _THOUGHT.sub("", said)
     marks = set(_MARK.findall(said))
     if not marks:
+        # All of the answer: within a sentence a bare A is an article.
         bare = _BARE.fullmatch(said)
         marks = {bare[1].upper()} if bare else set()
     if len(marks) != 1:
