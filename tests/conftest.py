@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from orpo_mlx.types import TokenizedPair
 from tests.helpers.compile_without_kernels import fuse_nothing
+from tests.helpers.thinned import EVERY_NTH, WITH_THE_SLOW
 
 fuse_nothing()
 
@@ -275,19 +277,16 @@ def _flat(model: nn.Module) -> list[tuple[str, mx.array]]:
     return [(str(name), value) for name, value in dict(tree_flatten(model.parameters())).items()]
 
 
-SLOW_FIXTURES = ("comparison", "examined", "adapters", "task", "run_folder", "sft", "deep_model")
+_met: Counter[str] = Counter()
 
 
-# Before pytest-xdist looks at the groups.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share what takes long to make run on one worker, so that it is made once."""
-    for item in items:
-        for fixture in SLOW_FIXTURES:
-            if fixture in getattr(item, "fixturenames", ()):
-                # Of one name there may be several, each of a module.
-                home = "" if fixture in ("comparison", "examined") else item.nodeid.split("::")[0]
-                item.add_marker(pytest.mark.xdist_group(f"{fixture} {home}"))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Of tests with many cases of one shape every n-th runs in the suite, and all of them with `-m slow`."""
+    name = item.nodeid.split("::")[-1].partition("[")[0]
+    every = EVERY_NTH.get(name, 1)
+    if _met[name] % every or name in WITH_THE_SLOW:
+        item.add_marker(pytest.mark.slow)
+    _met[name] += 1
 
 
 @pytest.fixture(scope="session")

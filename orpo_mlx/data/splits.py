@@ -203,6 +203,6 @@ def _key(*parts: Any) -> str:
     forgotten when one is split, and stale tokens trained on. Tokenizing once more after an upgrade is cheap.
     """
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    for module in sorted(Path(__file__).parent.glob("*.py")):
+    for module in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(module.read_bytes())
     return digest.hexdigest()[:32]
