@@ -392,9 +392,8 @@ class Loop:
                 problem = ""
             except (TrainingError, OSError) as second:
                 problem += f"step {step} cannot be saved: {reason_of(second, None)}; "
-        if self._saved_step is None:
-            return f"{problem}nothing {'is' if problem else 'was'} saved"
-        return problem + how_to_go_on(self.run, self._saved_step)
+        saved = None if self._saved_step is None else how_to_go_on(self.run, self._saved_step)
+        return problem + (saved or f"nothing {'is' if problem else 'was'} saved")
 
     def _folder_is_gone(self) -> bool:
         """Whether somebody has removed the folder of the run."""

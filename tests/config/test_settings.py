@@ -33,6 +33,7 @@ spec.loader.exec_module(module)
 
 from orpo_mlx.config.checks import check_settings
 from orpo_mlx.config.command_line import build_parser, given_settings, merge_settings
+from orpo_mlx.config.derived import settings_for_card
 from orpo_mlx.config.flags import with_flags
 from orpo_mlx.config.traits import Trait
 from orpo_mlx.errors import ConfigError
@@ -45,8 +46,8 @@ for table in ({"extra_steps": 0}, {"bonus_steps": 1}):
     except ConfigError as error:
         print(error)
 config = merge_settings(given_settings(["--extra-steps", "3"]), {})
-assert module.settings_for_card(config.settings())["extra_steps"] == 3
-assert "extra_steps" not in module.settings_for_card(module.TrainingConfig().settings())
+assert settings_for_card(config.settings())["extra_steps"] == 3
+assert "extra_steps" not in settings_for_card(module.TrainingConfig().settings())
 assert "extra_steps" not in config.settings(without=Trait.RESUMABLE)
 assert "extra_steps" in config.settings(without=Trait.COMPARED)
 print(with_flags("give `extra_steps=5`"))
@@ -79,7 +80,7 @@ def test_no_other_module_lists_settings() -> None:
 def test_a_setting_that_is_added_in_one_file_is_known_everywhere(tmp_path: Path) -> None:
     source = HOME.read_text(encoding="utf-8")
     line = (
-        "    extra_steps: int = _training(\n"
+        "    extra_steps: int = in_training(\n"
         '        7, "more of them", Trait.RESUMABLE, range=POSITIVE, aliases=("bonus_steps",)\n    )\n'
     )
     mark = "    shuffle: bool ="

@@ -19,7 +19,10 @@ PAD, START, END = 256, 257, 258
 def folder_with(
     folder: Path, *, eos: str | None, generation: Any = None, config: Any = None, template: str = ""
 ) -> Path:
-    write_model_folder(folder, **({"template": template} if template else {}))
+    if template:
+        write_model_folder(folder, template=template)
+    else:
+        write_model_folder(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["eos_token"] = eos
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

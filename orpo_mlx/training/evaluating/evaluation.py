@@ -81,13 +81,7 @@ def evaluate(
     if reference:
         # Every rank knows what the others have computed.
         reference.adopt(order, as_policy(together))
-    # Frozen, so that the split's own rewards do not move the mean they are measured from.
-    values = StepValues(None, (rewards or RunningMean()).array(frozen=True) if method.wanted.running else None)
-    if method.wanted.kl:
-        assert reference is not None
-        # Before the first step the policy is the reference.
-        others = [] if untrained else mismatched_in_batches(groups, batch_size)
-        values = values._replace(kl=kl_estimate(scorer, reference, others, ranks))
+    values = values_of_split(scorer, reference, method, [] if untrained else groups, batch_size, rewards, ranks)
     together = with_step_values(together, values)
     metrics = np.array(metric_array(together, method.loss(together)))
     finite = np.isfinite(metrics).all(axis=tuple(range(metrics.ndim - 1)))
@@ -97,6 +91,26 @@ def evaluate(
     means = MetricMeans()
     means.add_array(metrics)
     return {**means.means(), **values.metrics()}
+
+
+def values_of_split(
+    scorer: PairScorer,
+    reference: ReferenceLogProbs | None,
+    method: Recipe,
+    groups: Sequence[Sequence[Example]],
+    batch_size: int,
+    rewards: RunningMean | None,
+    ranks: Ranks,
+) -> StepValues:
+    """What a method measures the rewards of a split from; before the first step the policy is the reference, and there
+    are no `groups` to estimate their divergence from."""
+    # Frozen, so that the split's own rewards do not move the mean they are measured from.
+    values = StepValues(None, (rewards or RunningMean()).array(frozen=True) if method.wanted.running else None)
+    if not method.wanted.kl:
+        return values
+    assert reference is not None
+    others = mismatched_in_batches(groups, batch_size) if groups else []
+    return values._replace(kl=kl_estimate(scorer, reference, others, ranks))
 
 
 def evaluate_splits(
