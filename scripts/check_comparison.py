@@ -2,14 +2,13 @@
 
     python scripts/check_comparison.py DIR/results.json [--same-as OTHER/results.json]
 
-Written apart from the package, of which it imports nothing but how a command ends: a formula that is wrong there is
-not wrong here as well.
+Written apart from the package, of which it imports nothing but how a file is read and a command ends: a formula that is
+wrong there is not wrong here as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -21,6 +20,7 @@ import numpy as np
 
 from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.errors import DataError
+from orpo_mlx.files import read_json_table
 
 PROG = "python scripts/check_comparison.py"
 _RESAMPLES = 4000
@@ -206,11 +206,8 @@ def differing(ours: Any, theirs: Any, path: str = "") -> Iterator[str]:
 
 def read(path: Path) -> dict[str, Any]:
     """Results of the exercise; DataError where they are not."""
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}).") from None
-    if not isinstance(found, dict) or found.get("kind") != "exercise":
+    found = read_json_table(path, DataError)
+    if found.get("kind") != "exercise":
         raise DataError(f"{path}: is not results.json of compare --quick or --full.")
     return found
 

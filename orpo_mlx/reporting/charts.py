@@ -101,7 +101,8 @@ def legend(axes: Axes) -> None:
 def whole_steps(axes: Axes) -> None:
     """Tick whole numbers only along x."""
     locator: Any = axes.xaxis.get_major_locator()
-    locator.set_params(integer=True)
+    # One tick is enough where there is one step: to have two, matplotlib would take fractions.
+    locator.set_params(integer=True, min_n_ticks=1)
 
 
 def _settings(theme: Theme) -> Any:

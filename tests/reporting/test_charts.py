@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 
+import pytest
+
 from orpo_mlx.reporting.charts import DARK, LIGHT, Theme, label, legend, png, style, whole_steps
 
 
@@ -18,6 +20,19 @@ def test_many_things_have_styles_of_their_own() -> None:
 def test_labels_are_plain() -> None:
     assert label("a $x$\x1b[2J\nb") == "a \\$x\\$\\x1b[2J b"
     assert label("x" * 50, 10) == "x" * 9 + "…"
+
+
+@pytest.mark.parametrize("steps", [[2], [0, 1], [3, 4, 5], [0, 1000]])
+def test_ticks_of_steps_are_whole_numbers(steps: list[int]) -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    axes.plot(steps, [1.0] * len(steps), marker="o")
+    whole_steps(axes)
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert ticks
+    assert all(float(tick).is_integer() for tick in ticks)
 
 
 def test_pictures_have_their_size_and_paper() -> None:
