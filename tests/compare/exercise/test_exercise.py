@@ -123,7 +123,7 @@ def test_every_figure_is_recomputed_by_another_script(made: dict[str, Any], tmp_
     made["tiers"]["exact"]["analysis"]["variants"]["20 % flipped"]["methods"]["orpo"]["gold"]["mean"] += 0.001
     assert len(check(made)[1]) == 1
     (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(DataError, match="is not"):
+    with pytest.raises(DataError, match="holds a list, expected a table"):
         read(tmp_path / "other.json")
 
 
