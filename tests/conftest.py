@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from orpo_mlx.types import TokenizedPair
 from tests.helpers.compile_without_kernels import fuse_nothing
-from tests.helpers.thinned import EVERY_NTH, WITH_THE_SLOW
+from tests.helpers.thinned import EVERY_NTH, TOGETHER, WITH_THE_SLOW
 
 fuse_nothing()
 
@@ -275,6 +276,24 @@ def settings(tmp_path: Path, data: Path, model_folder: Path) -> dict[str, Any]:
 
 def _flat(model: nn.Module) -> list[tuple[str, mx.array]]:
     return [(str(name), value) for name, value in dict(tree_flatten(model.parameters())).items()]
+
+
+def pytest_configure() -> None:
+    """Interrupts and hangups reach the tests' processes, whatever the shell that started pytest has switched off."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of one file run in one process, and so do all that share a fixture which takes long to make."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadSharing(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((group for start, group in TOGETHER.items() if nodeid.startswith(start)), nodeid.split("::")[0])
+
+    return LoadSharing(config, log)
 
 
 _met: Counter[str] = Counter()

@@ -18,7 +18,8 @@ _NO_FUSE, _ENABLED = 2, 3
 
 
 def fuse_nothing() -> None:
-    """For the whole process."""
+    """For the whole process, also where compiling is switched on again after it was off."""
+    mx.enable_compile = fuse_nothing
     _set_mode(_NO_FUSE)
 
 

@@ -38,3 +38,12 @@ WITH_THE_SLOW = {
     "test_processes_that_write_the_same_store_at_once_all_have_it",
 }
 """Tests that take longer than they are likely to find something that others do not."""
+
+TOGETHER = {
+    "tests/doctor/": "an examination",
+    "tests/compare/test_report.py": "a comparison",
+    "tests/compare/test_runner.py": "a comparison",
+    "tests/reporting/test_html_page_in_browser.py": "a comparison",
+    "tests/scripts/test_docs_tables.py": "a comparison",
+}
+"""Beginnings of tests' names, and what such tests share in one process; see `conftest.py`."""
