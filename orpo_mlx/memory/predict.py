@@ -88,8 +88,8 @@ def predict(config: TrainingConfig, blueprint: Blueprint, window: Sequence[Examp
     even = lcm(blueprint.period, config.segment_layers or 1, kept_share.denominator)
     fewest = _FEWEST_LAYERS if blueprint.period == 1 else _FEWEST_OF_SEVERAL_KINDS
     shallow = even * -(-fewest // even)
-    # The same pattern twice: whatever repeats in the shallow one repeats in the deep one.
-    deep = 2 * shallow
+    # A pattern twice: whatever repeats in the shallow one repeats in the deep one.
+    deep = shallow + (even if blueprint.period == 1 else shallow)
     if trained <= deep or trained > total:
         # More than there are is for the probe to refuse, as the run would.
         depth = min(max(trained, shallow), total)
@@ -137,6 +137,30 @@ def made_window(config: TrainingConfig, prompt_tokens: int, vocabulary: int) -> 
     return [TokenizedPair(ids(prompt_tokens), ids(completion_tokens), ids(completion_tokens)) for _ in range(count)]
 
 
+def heaviest_two(config: TrainingConfig, cuts: Sequence[list[Example]]) -> list[Example]:
+    """The examples of the last two micro-batches, since the first one's gradient is held while the second is computed.
+
+    The first is made of single tokens where that takes time off and leaves the second as it is: gradients are as large.
+    """
+    if len(cuts) < 2:
+        return list(cuts[-1])
+    light = [brief(example) for example in cuts[-2]]
+    for first in (light, cuts[-2]):
+        pairs = [*first, *cuts[-1]]
+        if micro_batches(pairs, config.batch_size, config.micro_batch_tokens)[1:] == [cuts[-1]]:
+            break
+    return pairs
+
+
+def brief(example: Example) -> Example:
+    """The last token of each of its completions after the first of its prompt."""
+    prompt = example.prompt_ids[:1]
+    ends = tuple(ids[-1:] for ids in example.completions)
+    if isinstance(example, TokenizedPair):
+        return example._replace(prompt_ids=prompt, chosen_ids=ends[0], rejected_ids=ends[1])
+    return example._replace(prompt_ids=prompt, completions=ends)
+
+
 def recommended_working_set(memory_gib: float) -> float:
     """GiB of a Mac's memory that Metal recommends to use at most: two thirds up to 32 GiB, three quarters above.
 
@@ -180,8 +204,7 @@ def _measured_step(
     mx.eval(model.parameters(), run.optimizer.state)
     model.train()
     cuts = micro_batches(window, config.batch_size, config.micro_batch_tokens)
-    # Two of them, where there are two: the first one's gradient is held while the second is computed.
-    pairs = [pair for cut in cuts[-2:] for pair in cut]
+    pairs = heaviest_two(config, cuts)
     reference_peak = 0
     if run.reference is not None:
         mx.reset_peak_memory()

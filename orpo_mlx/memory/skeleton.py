@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_config
 
 from orpo_mlx.errors import ModelError, reason_of
@@ -27,6 +27,8 @@ _LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 _PERIOD_KEYS = ("sliding_window_pattern", "full_attention_interval")
 # How many layers at the end take their keys and values from earlier ones.
 _SHARING_KEY = "num_kv_shared_layers"
+# A prime number, so that rows of weights differ.
+_DRAWN = 1_048_573
 _HEADER_DTYPES = {"F64": mx.float32, "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
@@ -97,9 +99,23 @@ def build(blueprint: Blueprint, layers: int) -> nn.Module:
         nn.quantize(model, class_predicate=choose, **given)
     # After quantisation, as in a loaded model: scales are of that dtype too, packed weights are integers and stay.
     model.set_dtype(blueprint.dtype)
+    repeat_random_numbers(model)
     model.freeze()
     model.eval()
     return model
+
+
+def repeat_random_numbers(model: nn.Module) -> None:
+    """Give large weights the same million numbers again and again: to draw or to quantise all takes a CPU seconds."""
+    large = {name: array for name, array in tree_flatten(model.parameters()) if array.size > _DRAWN and array.ndim > 1}
+    drawn = mx.random.normal((_DRAWN,)) if large else None
+    for name, array in large.items():
+        # What a product sums stays of the size of its input; of packed integers any will do.
+        numbers = mx.abs(drawn * 2**30) if array.dtype == mx.uint32 else drawn / array.shape[-1] ** 0.5
+        numbers = numbers.astype(array.dtype)
+        whole, rest = divmod(array.size, _DRAWN)
+        flat = mx.concatenate([mx.broadcast_to(numbers, (whole, _DRAWN)).flatten(), numbers[:rest]])
+        model.update(tree_unflatten([(name, flat.reshape(array.shape))]))
 
 
 def leave_out_head(model: nn.Module, tensors: frozenset[str]) -> None:
