@@ -52,6 +52,11 @@ def configure_allocator() -> None:
             mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
 
 
+def peak_gib() -> float:
+    """MLX's peak since it was last reset, GiB."""
+    return mx.get_peak_memory() / _GIB
+
+
 def clear_cache_above(threshold: int | None) -> None:
     """Give back what MLX keeps for reuse if that is more than `threshold` bytes; None: never."""
     if threshold is not None and mx.get_cache_memory() > threshold:

@@ -32,7 +32,7 @@ from orpo_mlx.folder_lock import locked
 from orpo_mlx.interrupts import Interrupted
 from orpo_mlx.memory.choose_mode import plan_memory
 from orpo_mlx.memory.rehearse import rehearse
-from orpo_mlx.process_memory import configure_allocator
+from orpo_mlx.process_memory import configure_allocator, peak_gib
 from orpo_mlx.reporting.callbacks import NamedCallback, TrainingCallback, named_callbacks
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.hub import check_ready, push
@@ -102,7 +102,7 @@ def train(
         return evaluate_only(config, reporter, ranks)
     if config.dry_run:
         rehearse(config, reporter, ranks)
-        return TrainingResult(Path(config.adapter_path), 0, 0, {}, {}, None, 0, 0.0, mx.get_peak_memory() / 2**30)
+        return TrainingResult(Path(config.adapter_path), 0, 0, {}, {}, None, 0, 0.0, peak_gib())
     folder = Path(config.adapter_path).expanduser()
     with ExitStack() as stack:
         config, reporter = stack.enter_context(own_output(config, reporter, ranks))
@@ -187,7 +187,7 @@ def train_and_evaluate(
             if resumed is None:
                 loop.record_baseline()
             metrics = loop.take_steps()
-        loop.compare_with_baseline(metrics)
+        loop.compare_metrics(metrics)
     return TrainingResult(
         adapter_path=run.folder,
         steps=progress.step,

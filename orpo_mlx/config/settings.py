@@ -2,7 +2,7 @@
 
 Adding a setting is a field here: flag, help, checks, `--print-config`, resuming, comparisons and the model card follow
 from it. `traits.py` says what can be declared. A run reads it as `config.NAME`; what contradicts another setting is
-said in `checks.py`; a loss's parameter (`in_parameter`) is also a keyword argument of the losses that have it.
+said in `checks.py`. Those of losses are in `loss_settings.py`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import dataclasses
 from typing import Any, get_type_hints
 
 from orpo_mlx.config import defaults
+from orpo_mlx.config.loss_settings import LossSettings
 from orpo_mlx.config.traits import (
     ALL_OR_COUNT,
     ALL_OR_SOME,
+    GROUPS,
     NOT_NEGATIVE,
     PORT,
     POSITIVE,
@@ -22,10 +24,8 @@ from orpo_mlx.config.traits import (
     Trait,
     in_adapters,
     in_data,
-    in_loss,
     in_machines,
     in_memory,
-    in_parameter,
     in_reports,
     in_resume,
     in_training,
@@ -42,7 +42,7 @@ from orpo_mlx.reporting.services import SERVICES
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(LossSettings):
     """Settings of one run. Names, meanings and defaults follow `mlx_lm.lora` where it has them.
 
     `iters` counts optimiser steps, each on `batch_size * grad_accumulation_steps` pairs.
@@ -127,29 +127,6 @@ class TrainingConfig:
         off_help="take strings as they stand, as TRL does; conversations are put into the chat template in any case",
     )
     skip_bad_rows: bool = in_data(False, "leave out rows that cannot be used, and list them", Trait.INSPECTED)
-
-    beta: float | None = in_parameter("β of the method; default: the method's own, as for those below")
-    label_smoothing: float | None = in_parameter("ε: share of pairs taken to be labelled wrongly")
-    gamma: float | None = in_parameter("γ: target margin of simpo")
-    alpha: float | None = in_parameter(
-        "α: weight of the likelihood term of cpo, rrhf, slic; power of alphapo, dpo_alpha"
-    )
-    ld_alpha: float | None = in_parameter("λ of ld_dpo: weight of tokens beyond the shorter completion's length")
-    delta: float | None = in_parameter("δ: margin of slic, shift of bco_pair, penalty of dpop")
-    tau: float | None = in_parameter("τ: temperature of discopop's blend")
-    margin_scale: float = in_loss(
-        0.0,
-        "loss margin for each point of score that chosen has above rejected, where a method takes one",
-        Trait.OF_METHOD | Trait.COMPARED,
-        range=NOT_NEGATIVE,
-    )
-    desirable_weight: float | None = in_parameter("λ_D: weight of good completions in kto and apo_zero_unpaired")
-    undesirable_weight: float | None = in_parameter("λ_U: weight of bad completions there")
-    nll: str = in_loss(
-        "completion",
-        "tokens of the NLL term: the chosen completion's, or prompt and chosen as in TRL",
-        choices=("completion", "sequence"),
-    )
 
     iters: int | None = in_training(
         None,
@@ -402,13 +379,15 @@ class TrainingConfig:
 
     def settings(self, without: Trait = Trait.NONE) -> dict[str, Any]:
         """All settings as a plain dictionary, but those with one of the traits `without`."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if not SETTINGS[name].traits & without}
+        values = dataclasses.asdict(self)
+        return {name: values[name] for name, setting in SETTINGS.items() if not setting.traits & without}
 
 
 _ANNOTATIONS = get_type_hints(TrainingConfig)
 
+_FIELDS = [setting_of(field, _ANNOTATIONS[field.name]) for field in dataclasses.fields(TrainingConfig)]
 SETTINGS: dict[str, Setting] = {
-    field.name: setting_of(field, _ANNOTATIONS[field.name]) for field in dataclasses.fields(TrainingConfig)
+    setting.name: setting for group in GROUPS for setting in _FIELDS if setting.group == group
 }
 """By name, in the order of `--help`."""
 

@@ -27,7 +27,7 @@ from orpo_mlx.data.batching import TrainingOrder, micro_batches
 from orpo_mlx.data.sources import find_splits
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.files import save_json
-from orpo_mlx.process_memory import configure_allocator, process_footprint
+from orpo_mlx.process_memory import configure_allocator, peak_gib, process_footprint
 from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.references.reference_store import ReferenceTable
 from orpo_mlx.training.run import Run, versions
@@ -117,7 +117,7 @@ def timed(work: Callable[[Sequence[Example]], object], batches: StepBatches) -> 
         started = time.perf_counter()
         work(batch)
         seconds.append(time.perf_counter() - started)
-    return Timing(seconds, mx.get_peak_memory() / _GIB)
+    return Timing(seconds, peak_gib())
 
 
 def measure_methods(

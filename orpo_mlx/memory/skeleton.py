@@ -107,8 +107,11 @@ def build(blueprint: Blueprint, layers: int) -> nn.Module:
 
 def repeat_random_numbers(model: nn.Module) -> None:
     """Give large weights the same million numbers again and again: to draw or to quantise all takes a CPU seconds."""
-    large = {name: array for name, array in tree_flatten(model.parameters()) if array.size > _DRAWN and array.ndim > 1}
-    drawn = mx.random.normal((_DRAWN,)) if large else None
+    parameters = dict(tree_flatten(model.parameters()))
+    large = {name: array for name, array in parameters.items() if array.size > _DRAWN and array.ndim > 1}
+    if not large:
+        return
+    drawn = mx.random.normal((_DRAWN,))
     for name, array in large.items():
         # What a product sums stays of the size of its input; of packed integers any will do.
         numbers = mx.abs(drawn * 2**30) if array.dtype == mx.uint32 else drawn / array.shape[-1] ** 0.5

@@ -22,6 +22,13 @@ class FileMark(NamedTuple):
     """Of those bytes."""
 
 
+class Marks(NamedTuple):
+    """How far the files of a run had come right after a step's report."""
+
+    step: int
+    files: dict[str, FileMark]
+
+
 class LineFile:
     """One JSON object a line, each call's lines appended in one piece.
 

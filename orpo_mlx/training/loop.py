@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -14,8 +13,9 @@ from orpo_mlx.errors import HalfAppliedError, NonFiniteError, TrainingError, rea
 from orpo_mlx.interrupts import Interrupted
 from orpo_mlx.losses.metrics import MetricMeans
 from orpo_mlx.models.adapters import adapters_off
+from orpo_mlx.process_memory import peak_gib
 from orpo_mlx.reporting.console import step_numbers, train_line
-from orpo_mlx.reporting.resumable_jsonl import FileMark, LineFile
+from orpo_mlx.reporting.resumable_jsonl import FileMark, LineFile, Marks
 from orpo_mlx.reporting.run_report import refresh_report
 from orpo_mlx.training.checkpoints.beginning import record_beginning
 from orpo_mlx.training.checkpoints.progress import Best, EvalMetrics, Progress
@@ -29,18 +29,10 @@ from orpo_mlx.training.references.reference_pass import save_reference
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.sinks import Sinks
 from orpo_mlx.training.steps.step import optimiser_step
-from orpo_mlx.types import Example, Reply
+from orpo_mlx.types import Example
 
-_GIB = 2**30
 # Keeps a rate finite where the clock did not move.
 _SHORTEST_S = 1e-9
-
-
-class Marks(NamedTuple):
-    """How far the files of a run had come right after a step's report."""
-
-    step: int
-    files: dict[str, FileMark]
 
 
 class Loop:
@@ -76,7 +68,6 @@ class Loop:
         # Of all ranks, as of their last agreement: the signal of the first that was asked to end, and random states.
         self._signal: int | None = None
         self._random_states = [random_state()]
-        self._newest_replies: list[Reply] | None = None
 
     @property
     def _base_is_kept(self) -> bool:
@@ -198,6 +189,8 @@ class Loop:
         # Only now: what was due of this step is reported and saved, and an evaluation may take long.
         self._end_if_asked()
         if last:
+            # What a person wants to see first; the evaluations that follow may take minutes.
+            self.compare_replies()
             self.record_rest_of_baseline()
         metrics = self.evaluate(("valid", "test") if last else ("valid",)) if evaluates else {}
         if config.save_best and evaluates and config.best_by == "loss":
@@ -208,11 +201,12 @@ class Loop:
             self.total = step
             # Also where this step is saved already: only now does the state say that the run has ended by itself.
             self.save()
+            self.compare_replies()
             self.record_rest_of_baseline()
             metrics |= self.evaluate(("test",))
         if self._is_due(config.evaluate_every):
             self.judge()
-        if self._is_due(config.sample_every):
+        if self._is_due(config.sample_every) and self.progress.step < self.total:
             self.sample()
         return metrics
 
@@ -277,9 +271,8 @@ class Loop:
     def sample(self) -> None:
         """Answer the sample prompts in the middle of the run."""
         with random_numbers_kept():
-            self._newest_replies = self.sinks.sampler(self.progress.step)
-        if self.progress.step < self.total:
-            self.sinks.reporter.samples(self.progress.step, self._newest_replies)
+            replies = self.sinks.sampler(self.progress.step)
+        self.sinks.reporter.samples(self.progress.step, replies)
 
     def judge(self) -> None:
         """Judge replies against the base's, and write that down beside the valid split's metrics."""
@@ -293,26 +286,23 @@ class Loop:
         if self.run.config.save_best and self.run.config.best_by == "win_rate":
             self._note_best(Best(step, None, found["win_rate"]))
 
-    def compare_with_baseline(self, after: EvalMetrics) -> None:
-        """Say how metrics and replies after the last step compare with those before the first.
-
-        Raises:
-            KeyboardInterrupt: it was interrupted, which costs nothing but the comparison.
-        """
-        progress = self.progress
-        sampler = self.sinks.sampler
-        try:
-            if progress.before and progress.before.keys() == after.keys():
-                self.sinks.reporter.closing_table(progress.before, after)
-            replies = sampler(self.total) if self._newest_replies is None else self._newest_replies
+    def compare_replies(self) -> None:
+        """Show replies to the sample prompts, before training and after it."""
+        progress, sampler = self.progress, self.sinks.sampler
+        with random_numbers_kept():
+            replies = sampler(progress.step)
             if self._base_is_kept and not progress.replies_before:
                 with adapters_off(self.run.loaded.model):
                     progress.replies_before = sampler(0)
-            # A resumed run may be given another number of `samples`: replies would stand beside other prompts'.
-            if len(progress.replies_before) == len(sampler.prompts):
-                self.sinks.reporter.replies(progress.replies_before, replies)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"the run was done, and is saved in {self.run.folder}") from None
+        # A resumed run may be given another number of `samples`: replies would stand beside other prompts'.
+        if len(progress.replies_before) == len(sampler.prompts):
+            self.sinks.reporter.replies(progress.replies_before, replies)
+
+    def compare_metrics(self, after: EvalMetrics) -> None:
+        """Say how the held-out metrics after the last step compare with those before the first."""
+        before = self.progress.before
+        if before and before.keys() == after.keys():
+            self.sinks.reporter.closing_table(before, after)
 
     @property
     def tokens_per_s(self) -> float:
@@ -403,8 +393,3 @@ class Loop:
         """Save once more, and raise TrainingError, where the folder is gone after the last save."""
         if self._folder_is_gone():
             self.save()
-
-
-def peak_gib() -> float:
-    """MLX's peak since it was last reset, GiB."""
-    return mx.get_peak_memory() / _GIB
