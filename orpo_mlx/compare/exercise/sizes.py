@@ -29,17 +29,17 @@ QUICK_EXACT = Size(
     contenders=("orpo", "dpo", "sft"),
 )
 FULL_EXACT = Size(
-    pairs=4096,
+    pairs=2048,
     batch_size=32,
     rates=(1e-4, 3e-4, 1e-3, 3e-3),
-    rounds=(Round(16, 128),),
-    looks=8,
+    rounds=(Round(16, 64),),
+    looks=4,
     seeds=10,
-    valid_prompts=256,
+    valid_prompts=128,
     test_prompts=256,
     samples=16,
     held_out=2048,
-    shuffles=8,
+    shuffles=6,
     variants=("0 % flipped", "20 % flipped", "40 % flipped"),
     contenders=_ALL,
 )
