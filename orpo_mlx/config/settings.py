@@ -210,8 +210,8 @@ class TrainingConfig(LossSettings):
     reference: str = in_training(
         "start",
         f"reference model, where one is needed: {defaults.REFERENCES}, or another model of the same tokenizer (as for "
-        "--model), or a folder of adapters on this one; start is what the run starts from, base the model without "
-        "adapters, copy a second copy of start, run at every step, for comparison",
+        "--model), or a folder of adapters (mlx-lm or PEFT) on this one; start is what the run starts from, base the "
+        "model without adapters, copy a second copy of start, run at every step, for comparison",
         Trait.COMPARED | Trait.OF_METHOD | Trait.EVALUATED | Trait.BY_CONTENT,
         former={"shared": "start"},
     )

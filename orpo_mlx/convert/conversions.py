@@ -14,15 +14,7 @@ from mlx.utils import tree_flatten
 
 from orpo_mlx.convert.merge import full_weights, fuse, is_quantised, merged_tensors, model_tensors
 from orpo_mlx.convert.open_checkpoint import SourceModel, open_checkpoint, open_model, read_tensors
-from orpo_mlx.convert.peft_adapters import (
-    MLX_WEIGHTS,
-    PEFT_WEIGHTS,
-    Adapter,
-    mlx_to_peft,
-    peft_to_mlx,
-    read_adapter,
-    write_adapter,
-)
+from orpo_mlx.convert.peft_adapters import mlx_to_peft, write_adapter
 from orpo_mlx.convert.quantisation import MIXED, Quantisation
 from orpo_mlx.convert.task import SCRATCH, Task, report, with_dtype, write_model
 from orpo_mlx.convert.verify import (
@@ -43,6 +35,7 @@ from orpo_mlx.models.gguf.file import read_gguf
 from orpo_mlx.models.gguf.loading import load_gguf, read_weights
 from orpo_mlx.models.loading import find, load_lazily, locate
 from orpo_mlx.models.names import DTYPES
+from orpo_mlx.models.peft_adapters import MLX_WEIGHTS, PEFT_WEIGHTS, Adapter, peft_to_mlx, read_adapter
 
 
 def convert_hf(source: str, task: Task) -> None:

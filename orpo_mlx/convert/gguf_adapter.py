@@ -11,12 +11,12 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from orpo_mlx.convert.peft_adapters import MLX_WEIGHTS, Adapter, read_adapter
 from orpo_mlx.errors import ConfigError, ModelError
 from orpo_mlx.files import write_atomically
 from orpo_mlx.models.gguf.architectures import ARCHITECTURES, Architecture
 from orpo_mlx.models.gguf.file import read_gguf
 from orpo_mlx.models.loading import find
+from orpo_mlx.models.peft_adapters import MLX_WEIGHTS, Adapter, read_adapter
 
 Array = npt.NDArray[np.float32]
 

@@ -15,7 +15,6 @@ import numpy as np
 from mlx_lm.utils import dequantize_model
 
 from orpo_mlx.convert.open_checkpoint import SourceModel
-from orpo_mlx.convert.peft_adapters import Adapter
 from orpo_mlx.convert.task import Task
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.score import score_pairs
@@ -24,6 +23,7 @@ from orpo_mlx.files import read_json_table
 from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.loading import ModelInfo, load, loaded_dtype
 from orpo_mlx.models.names import FLOAT16_IN_FLOAT32
+from orpo_mlx.models.peft_adapters import Adapter
 from orpo_mlx.models.vocabulary import vocabulary_of
 from orpo_mlx.types import TokenizedPair
 

@@ -22,6 +22,7 @@ from orpo_mlx.judging.judges.rules import Rule
 from orpo_mlx.judging.judges.verdicts import Judge, Question, ballots, check_references
 from orpo_mlx.judging.ranking import Sample, Scored, different, make_rows
 from orpo_mlx.judging.sides import Loading, Side, load_side, prompt_ids
+from orpo_mlx.models.adapters import weights_file
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.resumable_jsonl import FileMark, LineFile
 
@@ -141,12 +142,12 @@ def make_pairs(
 def identity_of(plan: PairPlan, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What a run that goes on must have in common with the one that was killed."""
     adapter = plan.side.adapter
-    weights = None if adapter is None else adapter / "adapters.safetensors"
+    weights = None if adapter is None else weights_file(adapter)
     return {
         **plan._asdict(),
         "side": plan.side.model,
         # By what is in the file: another training may have written to the same folder since.
-        "adapter": sha256_of(weights) if weights is not None and weights.is_file() else None,
+        "adapter": None if weights is None else sha256_of(weights),
         "judge": plan.judge.name,
         "sampling": plan.sampling._asdict(),
         "loading": plan.loading.dtype,

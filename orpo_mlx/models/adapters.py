@@ -15,6 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from orpo_mlx.errors import ConfigError, ModelError, reason_of
 from orpo_mlx.files import read_json_table
 from orpo_mlx.models.adaptable import check_adaptable, check_magnitudes
+from orpo_mlx.models.peft_adapters import MLX_WEIGHTS, PEFT_WEIGHTS, check_layers, peft_to_mlx, read_adapter, unwrapped
 from orpo_mlx.models.peft_config import read_scaling, refuse_inexpressible
 from orpo_mlx.models.peft_names import PREFIX, read_peft_tensors
 from orpo_mlx.models.stored.safetensors_files import read_header
@@ -87,8 +88,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     LoRA and DoRA; full fine-tuning changes the base itself.
     """
     adapted = [(name, module) for name, module in model.named_modules() if "lora_a" in module]
-    # mlx-lm's LoRA layers keep the layer they wrap under one of these names.
-    base = [(name, module["linear"] if "linear" in module else module["embedding"]) for name, module in adapted]
+    base = [(name, unwrapped(module)) for name, module in adapted]
     model.update_modules(tree_unflatten(base))
     try:
         yield
@@ -187,26 +187,28 @@ def _from_peft(
         )
     refuse_inexpressible(config, str(config_file))
     read = read_peft_tensors(tensors, model, str(config_file.parent))
-    # Before PEFT said its kind, there was one.
-    scaling = read_scaling({"peft_type": "LORA", **config}, str(config_file), read.modules.values())
+    scaling = read_scaling(config, str(config_file), read.modules.values())
+    check_layers(set(read.modules), dict(model.named_modules()), scaling, str(config_file.parent))
     return read.weights, scaling.scale
 
 
 def _adapter_file(path: Path) -> Path:
     """The adapters' file at `path`, or in it where it is a folder."""
-    if path.is_dir():
-        for name in ("adapters.safetensors", "adapter_model.safetensors"):
-            if (path / name).is_file():
-                return path / name
-    if not path.is_file():
+    file = weights_file(path) or path
+    if not file.is_file():
         raise ModelError(f"`resume_adapter_file` {path}: no such adapter file.")
-    return path
+    return file
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The file of adapters' weights in a folder, mlx-lm's before PEFT's; None where there is neither."""
+    return next((folder / name for name in (MLX_WEIGHTS, PEFT_WEIGHTS) if (folder / name).is_file()), None)
 
 
 def _scale_of(config: Mapping[str, Any], scale: float, config_file: Path) -> float:
     """The LoRA scale that the config beside mlx-lm's arrays has, in its words or PEFT's; `scale` where it has none."""
     if "lora_alpha" in config:
-        return read_scaling({"peft_type": "LORA", **config}, str(config_file)).scale
+        return read_scaling(config, str(config_file)).scale
     try:
         return float((config.get("lora_parameters") or {}).get("scale", scale))
     except (ValueError, TypeError, AttributeError):
@@ -214,15 +216,28 @@ def _scale_of(config: Mapping[str, Any], scale: float, config_file: Path) -> flo
 
 
 def add_trained_adapters(model: nn.Module, folder: Path, source: str = "`adapter_path`") -> None:
-    """Put the adapters in `folder` on the model, ready to run; `source` is what the user gave it with, for errors.
+    """Put the adapters in `folder`, mlx-lm's or PEFT's, on the model, ready to run.
+
+    Args:
+        model: the base model, without adapters.
+        folder: adapter_config.json and adapters.safetensors or, of PEFT, adapter_model.safetensors.
+        source: what the user gave the folder with, for errors.
 
     Raises:
-        ModelError: mlx-lm cannot load them.
+        ModelError: mlx-lm cannot load them, or PEFT's say something that mlx-lm's adapters cannot express.
     """
-    try:
-        load_adapters(model, str(folder))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{source} {folder}: {_why_not_loaded(folder, error)}.") from None
+    weights = weights_file(folder)
+    if weights is None:
+        raise ModelError(f"{source} {folder}: holds neither {MLX_WEIGHTS} nor PEFT's {PEFT_WEIGHTS}; give one of them.")
+    if weights.name == PEFT_WEIGHTS:
+        # How a checkpoint names its modules is asked only for the way back.
+        adapter = peft_to_mlx(read_adapter(folder, PEFT_WEIGHTS, source=source), model, {}, str(folder))
+        model.load_weights(list(adapter.weights.items()), strict=False)
+    else:
+        try:
+            load_adapters(model, str(folder))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+            raise ModelError(f"{source} {folder}: {_why_not_loaded(folder, error)}.") from None
     mx.eval(model.parameters())
     model.eval()
 

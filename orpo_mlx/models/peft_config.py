@@ -43,7 +43,8 @@ def read_scaling(config: Mapping[str, Any], location: str, modules: Iterable[str
     Raises:
         ModelError: it is not LoRA's, is damaged, or says something mlx-lm's adapters cannot express.
     """
-    if config.get("peft_type") != "LORA":
+    # Before PEFT said its kind, there was one.
+    if config.get("peft_type", "LORA") != "LORA":
         raise ModelError(f"{location}: peft_type is {config.get('peft_type')!r}, and only 'LORA' can be converted.")
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")

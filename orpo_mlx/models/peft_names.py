@@ -58,8 +58,9 @@ def read_peft_tensors(tensors: Mapping[str, mx.array], model: nn.Module, locatio
             raise ModelError(f"{location}: adapts {module!r}, which this model does not have; check `model`.")
         read.modules[ours] = module
         table = {**LINEAR, **EMBEDDING, _OLD_MAGNITUDE: "m"}
-        # A magnitude is a vector, whatever axes of length 1 were kept around it.
-        read.weights[f"{ours}.{table[leaf]}"] = array.reshape(-1) if table[leaf] == "m" else array.T
+        # A magnitude is a vector, whatever axes of length 1 were kept around it. Matrices are laid out as they would be
+        # read from a file of mlx-lm's: products of a transposed view are rounded otherwise.
+        read.weights[f"{ours}.{table[leaf]}"] = array.reshape(-1) if table[leaf] == "m" else mx.contiguous(array.T)
     return read
 
 

@@ -123,7 +123,7 @@ def test_without_flags_the_run_that_train_wrote_is_scored(
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
         (["--data", "."], "is a folder; score takes one file"),
         (["--output", "/nowhere/scores.jsonl"], "--output /nowhere/scores.jsonl: cannot be written there"),
-        (["--adapter-path", "/nowhere"], "--adapter-path /nowhere: mlx-lm cannot load these adapters"),
+        (["--adapter-path", "/nowhere"], "--adapter-path /nowhere: holds neither adapters.safetensors"),
         (["--batch-size", "0"], "--batch-size: found 0"),
         (["--batch-size", "x"], "invalid int value: 'x'"),
     ],

@@ -10,12 +10,12 @@ import pytest
 
 from orpo_mlx.cli.convert import main
 from orpo_mlx.convert.gguf_adapter import as_gguf, read_arrays
-from orpo_mlx.convert.peft_adapters import Adapter
 from orpo_mlx.errors import ModelError
 from orpo_mlx.files import save_adapters, save_json
 from orpo_mlx.models.adapters import adapter_weights, add_adapters
 from orpo_mlx.models.gguf.file import read_gguf
 from orpo_mlx.models.gguf.loading import load_gguf
+from orpo_mlx.models.peft_adapters import Adapter
 from tests.conftest import make_model, write_model_folder
 from tests.models.gguf.test_loading import write_gguf
 

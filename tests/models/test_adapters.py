@@ -211,6 +211,20 @@ def test_what_changes_nothing_is_taken(config: dict[str, Any], tmp_path: Path) -
         load_adapter_file(model, folder, 4.0)
 
 
+def test_an_embedding_that_is_also_the_head_is_adapted_twice_here_and_once_by_peft(tmp_path: Path) -> None:
+    model = adapted("qwen2", keys=["model.embed_tokens"])
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    own = adapter_weights(model)
+    assert set(own) == {"model.embed_tokens.lora_a", "model.embed_tokens.lora_b"}
+    prefix = "base_model.model.model.embed_tokens.lora_embedding_"
+    arrays = {f"{prefix}{name[-1].upper()}": array.T for name, array in own.items()}
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), arrays)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 8}))
+    with pytest.raises(ModelError, match="also uses as its head: mlx-lm adapts both uses and PEFT only one"):
+        load_adapter_file(model, folder, 4.0)
+
+
 def test_peft_weights_alone_do_not_say_their_scale(tmp_path: Path) -> None:
     folder = write_peft(tmp_path / "peft")
     (folder / "adapter_config.json").unlink()

@@ -11,6 +11,7 @@ from orpo_mlx.errors import DataError, ModelError
 from orpo_mlx.files import read_json_table
 
 _ADAPTERS = "adapters.safetensors"
+_PEFTS = "adapter_model.safetensors"
 
 
 def chosen_adapters(adapter_path: str | None, model: str | None) -> Path | None:
@@ -25,14 +26,15 @@ def chosen_adapters(adapter_path: str | None, model: str | None) -> Path | None:
 
 
 def base_model(folder: Path) -> str:
-    """The model that the adapters in `folder` were made for, as its adapter_config.json or run.json names it.
+    """The model of the adapters in `folder`, as adapter_config.json (mlx-lm's or PEFT's) or run.json names it.
 
     Raises:
         ModelError: there are no adapters, or neither file names a model.
     """
-    if not (folder / _ADAPTERS).is_file():
+    if not (folder / _ADAPTERS).is_file() and not (folder / _PEFTS).is_file():
         raise ModelError(f"`adapter_path` {folder}: holds no adapters.safetensors; give a folder that train wrote.")
-    name = _table(folder / "adapter_config.json").get("model") or recorded(folder, "model")
+    config = _table(folder / "adapter_config.json")
+    name = config.get("model") or config.get("base_model_name_or_path") or recorded(folder, "model")
     if not isinstance(name, str) or not name:
         raise ModelError(f"{folder / 'adapter_config.json'}: names no model; say with `model` what it was made for.")
     return name

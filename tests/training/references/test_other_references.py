@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from orpo_mlx.cli.convert import main as convert
 from orpo_mlx.data.batching import collate
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.errors import UserError
@@ -19,6 +20,7 @@ from orpo_mlx.models.loading import load
 from orpo_mlx.training.references.other_references import SyncedReference
 from orpo_mlx.training.steps.step import optimiser_step
 from tests.conftest import make_model, make_pairs, write_model_folder
+from tests.convert.test_peft_adapters import write_peft_folder
 from tests.helpers import float64_losses as oracle
 from tests.helpers.quiet_training import run_quietly
 from tests.test_train import make_run, rows
@@ -79,6 +81,37 @@ def test_adapters_under_fresh_ones(settings: dict[str, Any], model_folder: Path,
     assert rows(settings, "train")[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{"use_rslora": True, "layers": (0,)}, {"use_dora": True}])
+def test_pefts_adapters_are_those_that_convert_makes_of_them(
+    settings: dict[str, Any], model_folder: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    peft = write_peft_folder(tmp_path / "peft", **changes)
+    converted = tmp_path / "mlx"
+    assert convert(["peft-to-mlx", str(peft), str(converted), "--model", str(model_folder), "--no-verify"]) == 0
+    found = []
+    for folder in (peft, converted):
+        run = make_run(settings, method="dpo", reference=str(folder))
+        assert run.reference is not None
+        found.append(run.reference(PAIRS, collate(PAIRS)).chosen)
+    assert mx.array_equal(found[0], found[1]).item()
+    assert not mx.allclose(found[0], logps_of(load(str(model_folder)).model), atol=1e-2).item()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"alpha_pattern": {"down_proj": 64}}, "makes layers differ"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+    ],
+)
+def test_what_pefts_adapters_say_that_mlx_lms_cannot(
+    settings: dict[str, Any], tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    peft = write_peft_folder(tmp_path / "peft", **changes)
+    with pytest.raises(UserError, match=expected):
+        make_run(settings, method="dpo", reference=str(peft))
+
+
 def test_another_model_and_what_is_remembered_of_it(
     settings: dict[str, Any], tmp_path: Path, sft: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +138,7 @@ def test_another_model_and_what_is_remembered_of_it(
         ({"method": "orpo", "sync_reference": "1,2"}, "`sync_reference`: method orpo compares with no reference"),
         ({"reference": "./bse"}, "`reference` ./bse: no such file or folder"),
         ({"reference": "OTHER"}, "its tokenizer is another than that of `model`"),
-        ({"reference": "EMPTY"}, "`reference` .*: mlx-lm cannot load these adapters"),
+        ({"reference": "EMPTY"}, "`reference` .*: holds neither adapters.safetensors nor PEFT's"),
         ({"reference": "base", "fine_tune_type": "full", "resume_adapter_file": "x"}, "takes the place of the model's"),
         ({"sync_reference": "0.5"}, "`sync_reference`: found '0.5', expected TAU,STEPS"),
         ({"sync_reference": "0,3"}, "`sync_reference`: found '0,3', expected TAU,STEPS"),
