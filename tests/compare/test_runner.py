@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from orpo_mlx.cli.compare import main, parse_plan
 from orpo_mlx.compare import runner
 from orpo_mlx.compare.plan import PROG
+from orpo_mlx.compare.report import markdown
 from orpo_mlx.errors import ConfigError, TrainingError
 from tests.conftest import write_rows
 from tests.helpers.small_comparison import here, quiet, words, write_text_data
@@ -94,6 +96,23 @@ def test_the_same_command_gives_the_same_and_runs_nothing_twice(
     more = run([*argv, "--methods", "orpo,dpo,sft"])
     assert figures(more)[1][:2] == figures(first)[1]
     assert ran == ["sft_seed0_lr0.01 trained", "sft_seed0_lr0.01 judged"]
+
+
+def test_kto_stands_beside_dpo_on_the_same_pairs(
+    tmp_path: Path, model_folder: Path, data: Path, ran: list[str]
+) -> None:
+    """While policy and reference are one, kto's gradient is dpo's times a number: Adam's first step is the same."""
+    results = run(words(tmp_path / "out", model_folder, data, *ONE, "--methods", "kto,dpo"))
+    kto, dpo = results["methods"]
+    assert (kto["losses"][0][0], dpo["losses"][0][0]) == (pytest.approx(0.5), pytest.approx(math.log(2)))
+    first, second = zip(kto["curves"][0], dpo["curves"][0], strict=True)
+    assert first[0]["margin"] == pytest.approx(first[1]["margin"], rel=1e-4) != pytest.approx(results["base"]["margin"])
+    assert second[0]["margin"] != pytest.approx(second[1]["margin"], rel=1e-3)
+    assert kto["summary"]["pair_tokens"] == dpo["summary"]["pair_tokens"]
+    lines = markdown(results).splitlines()
+    for arm in (kto, dpo):
+        (row,) = [line for line in lines if line.startswith(f"| {arm['name']} | 0.01 |")]
+        assert f" {arm['summary']['margin']['mean']:.3f} | {arm['summary']['nll']['mean']:.3f} |" in row
 
 
 def test_another_comparison_is_not_mixed_in(tmp_path: Path, model_folder: Path, data: Path, ran: list[str]) -> None:

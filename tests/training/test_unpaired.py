@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from orpo_mlx.cli.train import main
+from orpo_mlx.engine.pair_scorer import group_logps
 from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.models.adapters import adapters_off
@@ -117,6 +120,37 @@ def test_a_resumed_run_takes_the_same_steps(
     if method == "kto":
         assert rows(whole, "train")[0]["kl"] == pytest.approx(0, abs=1e-4)
         assert rows(whole, "valid")[-1]["kl"] >= 0
+
+
+@pytest.mark.parametrize("method", ["kto", "bco", "apo_zero_unpaired"])
+def test_a_reference_that_follows_is_never_stale(settings: dict[str, Any], tmp_path: Path, method: str) -> None:
+    """Moved at every step, it is the policy of the step before: nothing that it remembered is used again."""
+    settings |= {"data": write(tmp_path / "rows.jsonl", labelled_rows(5)), "method": method, "learning_rate": 0.05}
+    run = make_run(settings, sync_reference="1,1", batch_size=5)
+    examples, reference = run.splits["train"].pairs[:], run.reference
+    assert reference is not None
+    batch = run.scorer.collate(examples, whole_groups=True)
+    seen = []
+    for step in (1, 2, 3):
+        policy = group_logps(run.scorer, batch, gradient=False).logps
+        means = optimiser_step(run, examples, step).means()
+        # Twice: computed, and remembered.
+        for _ in range(2):
+            assert mx.allclose(reference.values(examples, batch)[0], policy, rtol=0, atol=1e-4).item()
+        # Rewards are measured from the weights that the step began with.
+        assert means["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+        assert means["rewards/rejected"] == pytest.approx(0, abs=1e-5)
+        reference.after_step(step)
+        seen.append(policy)
+    assert all(not mx.allclose(one, other, atol=1e-2).item() for one, other in itertools.pairwise(seen))
+
+
+def test_a_run_tells_its_reference_of_each_step(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"data": write(tmp_path / "rows.jsonl", labelled_rows(6)), "method": "kto", "learning_rate": 0.05}
+    run_quietly({**settings, "sync_reference": "1,2", "iters": 5, "batch_size": 6})
+    apart = [abs(row["rewards/chosen"]) for row in rows(settings, "train")]
+    # It moves after the second and the fourth step, and the policy moves at every one.
+    assert [each < 1e-5 for each in apart] == [True, False, True, False, True]
 
 
 def test_labels_of_one_kind_train_and_say_so(
