@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from orpo_mlx.errors import DataError
 from orpo_mlx.files import read_json_table, write_bytes, write_text
 from orpo_mlx.reporting.charts import DARK, LIGHT, Panel, Theme, label, legend, png, style, whole_steps
-from orpo_mlx.reporting.html_page import Picture, Table, TableCell, read_asset, render_page
+from orpo_mlx.reporting.html_page import Picture, Table, TableCell, render_page
 from orpo_mlx.reporting.metrics_log import (
     ACCURACY,
     KEY,
@@ -69,7 +69,6 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     page = render_page(
         "reporting/run_report.html.jinja",
         f"Training: {', '.join(run.name for run in runs)}",
-        style=read_asset("reporting", "run_report.css"),
         facts=facts_table(runs, facts),
         summary=summary(runs),
         key=KEY,
@@ -107,7 +106,8 @@ def run_facts(folder: Path) -> dict[str, str]:
         "data": settings.get("data"),
         "learning rate": f"{rate:g}" if isinstance(rate, float) else None,
         "pairs per step": settings.get("batch_size"),
-        "started": table.get("started"),
+        # With a space, at which a narrow column breaks it.
+        "started": str(table["started"]).replace("T", " ") if table.get("started") else None,
     }
     return {name: printable(str(value)) for name, value in facts.items() if value is not None}
 

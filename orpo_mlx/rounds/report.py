@@ -34,7 +34,7 @@ def write_report(folder: Path, record: Mapping[str, Any]) -> None:
         if panels
         else [],
         findings=[finding for each in judged[-1:] for finding in each["evaluation"]["findings"]],
-        replies=replies_table(folder / f"round-{judged[-1]['round']}-replies.jsonl") if judged else None,
+        replies=shown_replies(folder / f"round-{judged[-1]['round']}-replies.jsonl") if judged else [],
     )
     write_text(folder / "report.html", page)
     if panels:
@@ -61,7 +61,8 @@ def _cells(each: Mapping[str, Any]) -> list[TableCell]:
     cells = [
         TableCell(str(each["round"]), each["round"]),
         TableCell(f"{pairs['rows']} of {pairs['prompts']} prompts", pairs["rows"]),
-        TableCell(summary(pairs["left_out"])),
+        # The marks by which terminals know a setting mean nothing on a page.
+        TableCell(summary(pairs["left_out"]).replace("`", "") or "nothing"),
     ]
     found = each["evaluation"]
     if found is None:
@@ -83,16 +84,12 @@ def _rate(rate: float | None, interval: Sequence[float] | None) -> TableCell:
     return TableCell(f"{rate:.1%} ({interval[0]:.1%} to {interval[1]:.1%})", rate)
 
 
-def replies_table(path: Path) -> Table | None:
-    """Some of a round's replies beside the base's."""
+def shown_replies(path: Path) -> list[dict[str, str]]:
+    """Some of a round's replies beside the base's: `prompt`, `baseline` and `candidate` of each."""
     if not path.is_file():
-        return None
+        return []
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:_SHOWN]]
-    return Table(
-        ("prompt", "base", "after the last round"),
-        tuple(tuple(TableCell(row[name]) for name in ("prompt", "baseline", "candidate")) for row in rows),
-        prose=True,
-    )
+    return [{name: str(row[name]) for name in ("prompt", "baseline", "candidate")} for row in rows]
 
 
 def win_rate_panel(judged: Sequence[Mapping[str, Any]]) -> Panel:
@@ -124,6 +121,8 @@ def win_rate_panel(judged: Sequence[Mapping[str, Any]]) -> Panel:
         axes.set_ylim(-3, 103)
         axes.set_xlabel("round")
         axes.set_ylabel("win rate over the base (%)")
+        # Whole rounds with room beside them, where one alone would fill the width with its two marks.
+        axes.set_xlim(0.5, max(each["round"] for each in judged) + 0.5)
         whole_steps(axes)
         legend(axes)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from orpo_mlx.reporting.run_report import write_report
+from orpo_mlx.rounds.report import write_report as write_rounds
 from tests.helpers.headless_browser import Browser
 
 
@@ -86,3 +87,27 @@ def test_what_the_data_says_is_text(browser: Browser, comparison: Path) -> None:
     )
     assert browser.run("window.got === undefined") is True
     assert "Content Security Policy" in json.dumps(browser.complaints())
+
+
+def test_unbroken_names_and_replies_push_nothing_off_the_screen(
+    browser: Browser, comparison: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / ("y" * 200)
+    run.mkdir()
+    cell = next((comparison / "cells").glob("orpo_seed0*/metrics.jsonl"))
+    (run / "metrics.jsonl").write_bytes(cell.read_bytes())
+    rows = [dict.fromkeys(("prompt", "baseline", "candidate"), "W" * 2000)]
+    (tmp_path / "round-1-replies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shares = {"win_rate": 0.5, "interval": [0.25, 0.75]}
+    found = {**shares, **{f"{name}_length_controlled": value for name, value in shares.items()}, "kl": None}
+    found |= {"candidate": {"mean_tokens": 3.0}, "findings": []}
+    pairs = {"rows": 1, "prompts": 2, "left_out": {"unfinished": 3}}
+    record = {"round": 1, "pairs": pairs, "training": {"steps": 1}, "evaluation": found}
+    write_rounds(tmp_path, {"settings": {"judge": "W" * 200}, "stopped": None, "rounds": [record]})
+    scrolled = "[...document.querySelectorAll('.wide')].filter((each) => each.scrollWidth > each.clientWidth).length"
+    for page in (write_report([run], run)[0], tmp_path / "report.html"):
+        browser.open(page, width=1280)
+        assert browser.run("document.documentElement.scrollWidth") <= 1280
+        assert browser.run(scrolled) == 0, page
+        browser.open(page, width=390)
+        assert browser.run("document.documentElement.scrollWidth") <= 390

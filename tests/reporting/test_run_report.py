@@ -58,8 +58,8 @@ def test_sample_replies_are_shown_as_text(tmp_path: Path) -> None:
     (one / "samples.jsonl").write_text(json.dumps(row) + "\n")
     page = write_report([one], tmp_path)[0].read_text()
     assert "<h2>Sample replies</h2>" in page
-    assert "<h3>&lt;b&gt;who?&lt;/b&gt;</h3>" in page
-    assert '<dt>step 5, 3 tokens</dt><dd tabindex="0">&lt;script&gt;me&lt;/script&gt;</dd>' in page
+    assert '<h3 tabindex="0" dir="auto">&lt;b&gt;who?&lt;/b&gt;</h3>' in page
+    assert '<dt>step 5, 3 tokens</dt><dd tabindex="0" dir="auto">&lt;script&gt;me&lt;/script&gt;</dd>' in page
     page = write_report([one, two], tmp_path)[0].read_text()
     assert page.count("<h2>Sample replies: one</h2>") == page.count("Sample replies") == 1
 
@@ -68,7 +68,7 @@ def test_a_run_says_what_it_is(tmp_path: Path) -> None:
     one, two = metrics(tmp_path, "one", [3.0]), metrics(tmp_path, "two", [1.0])
     settings = {"method": "dpo", "model": "<m>", "data": "d/", "learning_rate": 1e-5, "batch_size": 4}
     (one / "run.json").write_text(json.dumps({"settings": settings, "started": "2026-11-26T10:00+00:00"}))
-    known = ["dpo", "&lt;m&gt;", "d/", "1e-05", "4", "2026-11-26T10:00+00:00"]
+    known = ["dpo", "&lt;m&gt;", "d/", "1e-05", "4", "2026-11-26 10:00+00:00"]
     assert cells(write_report([one], tmp_path)[0].read_text())[0] == ["one", *known]
     named = (tmp_path / "report.png").read_bytes()
     assert cells(write_report([one, two], tmp_path)[0].read_text())[:2] == [

@@ -13,7 +13,7 @@ PAGE = "progress.html"
 
 
 class ProgressPage:
-    """Writes `folder`/progress.html anew after each cell; a browser reloads it by itself.
+    """Writes `folder`/progress.html anew after each cell.
 
     Args:
         folder: of the exercise.

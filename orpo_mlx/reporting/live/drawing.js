@@ -168,7 +168,9 @@ function drawTable() {
   const head = document.createElement("tr");
   for (const words of ["first → newest", ...there]) head.append(Object.assign(html("th", words), {scope: "col"}));
   element("columns").replaceChildren(head);
-  const rows = charts.flatMap((chart, number) => chart.keys.map((key) => {
+  /* What no split has reported, as a win rate without a judge, would be a row of dashes. */
+  const reported = (number, key) => series.some((one) => one.chart === number && one.key === key && one.steps.length > 0);
+  const rows = charts.flatMap((chart, number) => chart.keys.filter((key) => reported(number, key)).map((key) => {
     const row = document.createElement("tr");
     const side = chart.keys.length > 1 ? `, ${key.split("/").at(-1)}` : "";
     row.append(Object.assign(html("th", chart.title + side), {scope: "row"}));
