@@ -207,6 +207,33 @@ def staged_folder(destination: Path, *, overwrite: bool = False) -> Iterator[Pat
             shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def staged_file(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A path to write a large file to; renamed to `destination` at the end of the `with` block, gone on any error.
+
+    It lies in a folder of its own, which the block may use besides, and which is cleaned up like `staged_folder`'s.
+
+    Raises:
+        ConfigError: `destination` exists and `overwrite` is False, is a folder, or cannot be written beside.
+        OSError: the disk is full, or the file cannot be written.
+    """
+    if not destination.parent.is_dir() or destination.is_dir():
+        raise ConfigError(f"{destination}: cannot be written there; give a new file in a folder that exists.")
+    _clean_up(destination)
+    if destination.exists() and not overwrite:
+        raise ConfigError(f"{destination}: exists already; give `overwrite` to replace it, or another file.")
+    staging = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}{_UNFINISHED}"))
+    try:
+        with _locked(staging):
+            file = staging / destination.name
+            yield file
+            flush_to_disk(file)
+            file.replace(destination)
+            flush_to_disk(destination.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 def _check_free(destination: Path, overwrite: bool) -> None:
     if not os.path.lexists(destination):
         return

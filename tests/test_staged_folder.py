@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.files import check_space, staged_folder
+from orpo_mlx.files import check_space, staged_file, staged_folder
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from orpo_mlx.files import staged_folder
+from orpo_mlx.files import staged_file, staged_folder
 with staged_folder(Path(sys.argv[1]), overwrite=True) as folder:
     for number in range(20):
         (folder / f"{number}.txt").write_text(str(number))
@@ -118,3 +118,27 @@ def test_a_name_with_marks_of_a_pattern_cleans_up_after_itself_alone(tmp_path: P
         pass
     assert not own.exists()
     assert other.exists()
+
+
+def test_a_staged_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "model.gguf"
+    left = tmp_path / ".model.gguf.unfinished-abc"
+    left.mkdir()
+
+    def write_half() -> None:
+        with staged_file(target) as file:
+            file.write_text("half")
+            raise ValueError("halfway")
+
+    with pytest.raises(ValueError, match="halfway"):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
+    with staged_file(target) as file:
+        file.write_text("whole")
+        assert not target.exists()
+    with pytest.raises(ConfigError, match="exists already"), staged_file(target):
+        pass
+    with staged_file(target, overwrite=True) as file:
+        file.write_text("anew")
+    assert target.read_text() == "anew"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]

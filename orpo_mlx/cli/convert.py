@@ -53,6 +53,11 @@ def build_parser() -> OneLineParser:
     to_gguf.add_argument("--model", required=True, help="its base model: Hub id, folder or .gguf file")
     to_gguf.add_argument("--overwrite", action="store_true", help="replace DST.gguf")
     add_trust_remote_code(to_gguf)
+    whole = add_command("to-gguf", "model, with an adapter or without, to a GGUF file for llama.cpp and others")
+    whole.add_argument("source", metavar="SRC", help="Hub id, folder or .gguf file")
+    whole.add_argument("--adapter-path", help="folder of adapters in mlx-lm's form, to be merged into it")
+    add_destination(whole, "DST.gguf", "file to write")
+    whole.add_argument("--dtype", choices=tuple(DTYPES), help="of matrices (default: as they are)")
     merge = add_command("merge", "model and adapter to one model in Hugging Face layout")
     merge.add_argument("--model", required=True, help="base model: Hub id, folder or .gguf file")
     merge.add_argument("--adapter-path", required=True, help="folder of adapters in mlx-lm's form")
@@ -62,9 +67,9 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def add_destination(parser: argparse.ArgumentParser) -> None:
+def add_destination(parser: argparse.ArgumentParser, name: str = "DST", what: str = "folder to write") -> None:
     """Where the result goes, and what must hold of it."""
-    parser.add_argument("destination", metavar="DST", help="folder to write")
+    parser.add_argument("destination", metavar=name, help=what)
     parser.add_argument("--overwrite", action="store_true", help="replace DST, once the new one is whole")
     parser.add_argument(
         "--verify",
@@ -91,7 +96,7 @@ def task_of(args: argparse.Namespace) -> Task:
 
     common = Task(Path(args.destination).expanduser(), args.overwrite, args.verify, args.trust_remote_code)
     if "quantize" not in args:
-        return common
+        return common._replace(dtype=vars(args).get("dtype"))
     asked = [flag for flag in ("bits", "group_size", "mode") if getattr(args, flag) is not None]
     if asked and not args.quantize:
         raise ConfigError(f"`{asked[0]}`: does nothing without `quantize`; give both.")
@@ -114,6 +119,11 @@ def run(argv: Sequence[str] | None) -> None:
             convert_mlx_to_gguf(args.source, args.model, destination, overwrite=args.overwrite, trust=trust)
             return
         task = task_of(args)
+        if args.command == "to-gguf":
+            from orpo_mlx.convert.gguf_model import convert_to_gguf
+
+            convert_to_gguf(args.source, args.adapter_path, task)
+            return
         if args.command == "merge" and args.data is not None and not Path(args.data).is_file():
             # Said before the work, not after it.
             raise ConfigError(f"`data` {args.data}: no such file; give a file of pairs.")

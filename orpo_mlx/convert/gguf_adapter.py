@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orpo_mlx.errors import ConfigError, ModelError
-from orpo_mlx.files import write_atomically
+from orpo_mlx.files import staged_file
 from orpo_mlx.models.gguf.architectures import ARCHITECTURES, Architecture
 from orpo_mlx.models.gguf.file import read_gguf
 from orpo_mlx.models.loading import find
@@ -20,8 +21,8 @@ from orpo_mlx.models.peft_adapters import MLX_WEIGHTS, Adapter, read_adapter
 
 Array = npt.NDArray[np.float32]
 
-# llama.cpp writes these two alike.
-_WRITTEN_AS = {"mistral": "llama"}
+WRITTEN_AS = {"mistral": "llama"}
+"""Kinds of models that llama.cpp writes as another one."""
 _LAYER = re.compile(r"(?:language_model\.)?model\.layers\.(\d+)\.(.+)\.(lora_a|lora_b)")
 
 
@@ -49,18 +50,33 @@ def convert_mlx_to_gguf(source: str, model_name: str, destination: Path, *, over
         ConfigError: the destination is there, or the `gguf` package is not.
         ModelError: the adapter has no form in GGUF, or what was written is not what is read back.
     """
-    if destination.suffix != ".gguf" or not destination.parent.is_dir():
-        raise ConfigError(f"DST {destination}: expected a file that ends in .gguf, in a folder that exists.")
-    if destination.exists() and not overwrite:
-        raise ConfigError(f"DST {destination}: exists already; give `overwrite` to replace it, or another file.")
+    check_destination(destination, overwrite=overwrite)
+    gguf_package()
     folder = Path(source).expanduser()
     adapter = read_adapter(folder, MLX_WEIGHTS, source="SRC")
     info = find(model_name, trust_remote_code=trust)
     stated = read_gguf(info.path).metadata.get("general.architecture") if info.path.is_file() else None
     found = as_gguf(adapter, info.config, stated, str(folder))
-    write_atomically(destination, lambda temporary: write_gguf_adapter(temporary, found))
-    check_written(destination, found)
+    with staged_file(destination, overwrite=overwrite) as file:
+        write_gguf_adapter(file, found)
+        check_written(file, found, destination)
     print(f"wrote {destination}: {len(found.tensors) // 2} layers, read back and equal")
+
+
+def check_destination(destination: Path, *, overwrite: bool) -> None:
+    """Make sure, before any work, that a file can be written there; ConfigError where it cannot."""
+    if destination.suffix != ".gguf" or not destination.parent.is_dir():
+        raise ConfigError(f"DST {destination}: expected a file that ends in .gguf, in a folder that exists.")
+    if destination.exists() and not overwrite:
+        raise ConfigError(f"DST {destination}: exists already; give `overwrite` to replace it, or another file.")
+
+
+def gguf_package() -> Any:
+    """The `gguf` package; ConfigError where it is not installed."""
+    try:
+        return importlib.import_module("gguf")
+    except ImportError:
+        raise ConfigError("GGUF files are written with the gguf package: pip install 'orpo-mlx[gguf]'.") from None
 
 
 def as_gguf(adapter: Adapter, config: Mapping[str, Any], stated: str | None, location: str) -> GgufAdapter:
@@ -79,7 +95,7 @@ def as_gguf(adapter: Adapter, config: Mapping[str, Any], stated: str | None, loc
     if kind != "lora":
         raise ModelError(f"{location}: is an adapter of type {kind}, and GGUF has LoRA alone; merge it instead.")
     model_type = str(config.get("model_type"))
-    name = stated or _WRITTEN_AS.get(model_type, model_type)
+    name = stated or WRITTEN_AS.get(model_type, model_type)
     if name not in ARCHITECTURES:
         raise ModelError(
             f"{location}: a {name} model's names in GGUF are not known, only {', '.join(ARCHITECTURES)}'s."
@@ -130,12 +146,8 @@ def permuted(matrix: Array, stem: str, architecture: Architecture, config: Mappi
 
 
 def write_gguf_adapter(path: Path, adapter: GgufAdapter) -> None:
-    """Write the file with the `gguf` package; ConfigError where that is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        raise ConfigError("mlx-to-gguf needs the gguf package: pip install 'orpo-mlx[gguf]'.") from None
-    writer = gguf.GGUFWriter(str(path), adapter.architecture)
+    """Write the file with the `gguf` package."""
+    writer = gguf_package().GGUFWriter(str(path), adapter.architecture)
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", adapter.alpha)
@@ -147,7 +159,7 @@ def write_gguf_adapter(path: Path, adapter: GgufAdapter) -> None:
     writer.close()
 
 
-def check_written(path: Path, adapter: GgufAdapter) -> None:
+def check_written(path: Path, adapter: GgufAdapter, destination: Path) -> None:
     """Read a file back with this package's own reader and compare all of it; ModelError where it differs."""
     file = read_gguf(path)
     found = read_arrays(path)
@@ -156,7 +168,7 @@ def check_written(path: Path, adapter: GgufAdapter) -> None:
     )
     # The file has α in float32, which need not be the number that was given.
     if not equal or file.metadata.get("adapter.lora.alpha") != np.float32(adapter.alpha):
-        raise ModelError(f"DST {path}: what was written is not what is read back; the file is of no use.")
+        raise ModelError(f"DST {destination}: what was written is not what is read back, so nothing was kept.")
 
 
 def read_arrays(path: Path) -> dict[str, Array]:

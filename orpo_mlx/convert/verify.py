@@ -78,7 +78,9 @@ class Difference(NamedTuple):
 def probe_pairs(tokenizer: Any | None, vocabulary: int, config: Mapping[str, Any]) -> list[TokenizedPair]:
     """`TEXTS` as token ids, or fixed ids of the vocabulary where there is no tokenizer."""
     # transformers puts images in the place of some ids, or another id where there is none.
-    special = {value for key, value in config.items() if key.endswith(("_token_id", "_token_index"))}
+    stated = [value for key, value in config.items() if key.endswith(("_token_id", "_token_index"))]
+    # Of ends there may be several.
+    special = {one for value in stated for one in (value if isinstance(value, list) else [value])}
     plain = np.array([token for token in range(vocabulary) if token not in special] or [0])
     rng = np.random.default_rng(0)
     pairs = []
@@ -163,7 +165,7 @@ def difference_of(one: Logps, other: Logps) -> Difference:
     return Difference(float(apart.max()), float(apart.mean()), apart.size)
 
 
-def _check_within(difference: Difference, limit: Limit, what: str) -> None:
+def check_within(difference: Difference, limit: Limit, what: str) -> None:
     """Make sure that `difference` is within `limit`."""
     if not math.isfinite(difference.worst) or difference.worst > limit.worst or difference.mean > limit.mean:
         bound = f"worst {limit.worst:g}" if math.isfinite(limit.worst) else f"mean {limit.mean:g}"
@@ -275,7 +277,7 @@ def verify_adapter(task: Task, base: SourceModel, mlx_folder: Path, peft_folder:
     add_trained_adapters(loaded.model, mlx_folder)
     ours = model_logps(loaded.model, pairs)
     # Of a number and itself the difference is 0, and not a number where it is none.
-    _check_within(difference_of(ours, ours), REPORTED, str(task.destination))
+    check_within(difference_of(ours, ours), REPORTED, str(task.destination))
     if not has_torch() or importlib.util.find_spec("peft") is None or not base.files:
         return
     try:
@@ -295,4 +297,4 @@ def _compare_and_check(task: Task, what: str, one: Logps, other: Logps, limit: L
             f"A mean of {difference.mean:.2f} is a bad sign: a token's probability is off by a factor of "
             f"{math.exp(difference.mean):.1f} on average; take more --bits, or a smaller --group-size."
         )
-    _check_within(difference, limit, str(task.destination))
+    check_within(difference, limit, str(task.destination))
