@@ -11,12 +11,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from orpo_mlx.models.peft_names import stored_names
+from orpo_mlx.models.peft_names import STACKED, expert_names, stored_names
 
-STACKED = ".switch_mlp."
-"""mlx-lm's name for the experts of a layer in one array."""
-# Mixtral's names of an expert's matrices.
-_BY_NUMBER = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 # Which half of a fused matrix of experts.
 _HALVES = {"gate_proj": 0, "up_proj": 1}
 
@@ -53,8 +49,8 @@ def _candidates(name: str, before: mx.array) -> Iterator[list[_Place]]:
     layer, stacked, rest = name.partition(STACKED)
     if stacked:
         projection, _, leaf = rest.partition(".")
-        for projected in (projection, _BY_NUMBER.get(projection, projection)):
-            yield [_Place(f"{layer}.experts.{number}.{projected}.{leaf}", _same) for number in range(before.shape[0])]
+        for experts in expert_names(f"{layer}{stacked}{projection}", before.shape[0]):
+            yield [_Place(f"{expert}.{leaf}", _same) for expert in experts]
         if projection in _HALVES:  # Granite's names.
             yield [_Place(f"{layer}.input_linear.{leaf}", _same, _HALVES[projection], 1)]
         yield [_Place(f"{layer}.output_linear.{leaf}", _same)]

@@ -10,9 +10,10 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.utils import dequantize_model
 
-from orpo_mlx.convert.checkpoint_places import STACKED, put_back
+from orpo_mlx.convert.checkpoint_places import put_back
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.files import read_json_table
+from orpo_mlx.models.peft_names import STACKED
 
 # Layers whose weights are packed; experts in one array are a class of mlx-lm's own.
 _QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)

@@ -7,6 +7,7 @@ The same matrices under other names, transposed: PEFT's A (r, in) and B (out, r)
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from orpo_mlx.models.peft_adapters import (
     check_fits,
     check_layers,
     is_embedding,
+    is_stack,
     mlx_scaling,
 )
 from orpo_mlx.models.peft_config import Scaling, find_targets, make_peft_config, matches, read_scaling, same_scaling
@@ -33,10 +35,16 @@ from orpo_mlx.models.peft_names import (
     LINEAR,
     PREFIX,
     base_weight,
+    expert_names,
     our_module,
     split_name,
     stored_names,
     their_module,
+)
+
+_NO_EXPERTS = (
+    "experts that the checkpoint holds in one tensor: LoRA on these (target_parameters) is one thing in PEFT 0.18 and "
+    "another since 0.19, and no file says which it is of; use merge"
 )
 
 
@@ -68,37 +76,51 @@ def mlx_to_peft(
     adapted = {name.rpartition(".")[0] for name in adapter.weights}
     check_layers(adapted, modules, scaling, location)
     stored = {name: _stored_as(name, names) for name in modules}
-    for module in sorted(adapted):
-        if stored[module] is None:
-            raise ModelError(
-                f"{location}: adapts {module!r}, which the checkpoint has under no such name for PEFT to find."
-            )
     carried = adapter.config.get("peft")
     given = carried.get("names", {}) if isinstance(carried, dict) else {}
     theirs = {name: given.get(name) or their_module(name, settings) for name in modules}
+    targets: dict[str, list[str]] = {}
+    for module in sorted(adapted):
+        stack = is_stack(modules[module])
+        whole = [theirs[module]] if stored[module] else []
+        targets[module] = _experts_as(module, modules[module], theirs, names) if stack else whole
+        if not targets[module]:
+            why = _NO_EXPERTS if stack else "which the checkpoint has under no such name for PEFT to find"
+            raise ModelError(f"{location}: adapts {module!r}, {why}.")
     # Before adapters are put on it: the weights that PEFT wrote of the base model go back with them.
     unchanged = {name: _base_of(model, name, location) for name in (carried or {}).get("base_layers", ())}
     check_fits(adapter, model, location)
-    weights = {}
+    weights: dict[str, mx.array] = {}
     for name, array in adapter.weights.items():
         module, _, leaf = name.rpartition(".")
         table = EMBEDDING if is_embedding(modules[module]) else LINEAR
         leaf_name = next(key for key, value in table.items() if value == leaf)
-        weights[f"{PREFIX}{theirs[module]}.{leaf_name}"] = array if leaf == "m" else array.T
-    in_peft = {theirs[name] for name in adapted}
+        # Of a stack each expert's part, which is the way round that PEFT has; of others all, transposed.
+        parts = list(array) if array.ndim == 3 else [array if leaf == "m" else array.T]
+        weights |= {f"{PREFIX}{target}.{leaf_name}": part for target, part in zip(targets[module], parts, strict=True)}
+    in_peft = set(itertools.chain(*targets.values()))
     if carried is None:
         read = {name for name in stored.values() if name is not None}
         # Of other senses, layers and what they are inside of: PEFT would find these by a shared ending, too.
         unread = {part for name in names if (stem := name.rpartition(".")[0]) not in read for part in _outer(stem)}
         leaves = [theirs[name] for name in modules if stored[name]] + sorted(unread - read)
-        targets = find_targets(in_peft, list(theirs.values()), leaves)
-        config = make_peft_config(scaling, targets, base)
+        config = make_peft_config(scaling, find_targets(in_peft, list(theirs.values()), leaves), base)
         metadata = {CARRIED: json.dumps(adapter.config)}
     else:
         config = carried_peft_config(carried, scaling, in_peft, location)
         metadata = {}
         weights |= unchanged
     return Adapter(config, weights, {"format": "pt", **adapter.metadata, **metadata})
+
+
+def _experts_as(ours: str, module: Any, theirs: Mapping[str, str], names: set[str]) -> list[str]:
+    """What PEFT calls the experts of a stack, as a checkpoint has them one by one; none where it does not."""
+    called = expert_names(theirs[ours], module.num_experts)
+    for stored in stored_names(ours):
+        for found, wanted in zip(expert_names(stored, module.num_experts), called, strict=True):
+            if all(f"{each}.weight" in names for each in found):
+                return wanted
+    return []
 
 
 def _outer(name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -187,7 +188,7 @@ def _from_peft(
         )
     refuse_inexpressible(config, str(config_file))
     read = read_peft_tensors(tensors, model, str(config_file.parent))
-    scaling = read_scaling(config, str(config_file), read.modules.values())
+    scaling = read_scaling(config, str(config_file), itertools.chain(*read.modules.values()))
     check_layers(set(read.modules), dict(model.named_modules()), scaling, str(config_file.parent))
     return read.weights, scaling.scale
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from orpo_mlx.errors import ModelError
 from orpo_mlx.files import read_json_table
 from orpo_mlx.models.peft_config import Scaling, read_scaling, refuse_inexpressible, same_scaling
-from orpo_mlx.models.peft_names import read_peft_tensors, their_module
+from orpo_mlx.models.peft_names import STACKED, read_peft_tensors, their_module
 from orpo_mlx.models.stored.safetensors_files import read_header
 
 CONFIG = "adapter_config.json"
@@ -65,7 +67,7 @@ def peft_to_mlx(peft: Adapter, model: nn.Module, settings: Mapping[str, Any], lo
     """
     refuse_inexpressible(peft.config, f"{location}/{CONFIG}")
     read = read_peft_tensors(peft.weights, model, location)
-    scaling = read_scaling(peft.config, f"{location}/{CONFIG}", read.modules.values())
+    scaling = read_scaling(peft.config, f"{location}/{CONFIG}", itertools.chain(*read.modules.values()))
     adapted = set(read.modules)
     check_layers(adapted, dict(model.named_modules()), scaling, location)
     # An adapter that came from mlx-lm gets its own config back, which has keys that PEFT's cannot say.
@@ -73,8 +75,9 @@ def peft_to_mlx(peft: Adapter, model: nn.Module, settings: Mapping[str, Any], lo
     if carried is None:
         lora = {"rank": scaling.rank, "scale": scaling.scale, "dropout": scaling.dropout}
         kept: dict[str, Any] = {"config": peft.config, "base_layers": read.unchanged}
-        # Adapters of an earlier transformers have other names of modules, and get them back.
-        named = {ours: theirs for ours, theirs in read.modules.items() if theirs != their_module(ours, settings)}
+        # Adapters of an earlier transformers have other names of modules, and get them back; experts the checkpoint's.
+        alone = {ours: theirs[0] for ours, theirs in read.modules.items() if STACKED not in ours}
+        named = {ours: theirs for ours, theirs in alone.items() if theirs != their_module(ours, settings)}
         config = {
             "fine_tune_type": "dora" if scaling.dora else "lora",
             **layers_and_keys(adapted, model, lora),
@@ -134,9 +137,9 @@ def check_layers(adapted: set[str], modules: Mapping[str, nn.Module], scaling: S
                 )
             if scaling.dora:
                 raise ModelError(f"{location}: DoRA on the embedding {name!r} is not the same in PEFT and mlx-lm.")
-        elif not isinstance(module, nn.Linear | nn.QuantizedLinear):
+        elif not is_stack(module) and not isinstance(module, nn.Linear | nn.QuantizedLinear):
             kind = type(module).__name__
-            raise ModelError(f"{location}: {name!r} is a {kind} here, and only linear and embedding layers convert.")
+            raise ModelError(f"{location}: {name!r} is a {kind} here; linear layers, experts and embeddings convert.")
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -145,6 +148,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
         return module
     inner: nn.Module = module["linear"] if "linear" in module else module["embedding"]
     return inner
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Whether it is the experts of a layer in one array."""
+    return isinstance(module, SwitchLinear | QuantizedSwitchLinear)
 
 
 def is_embedding(module: nn.Module) -> bool:

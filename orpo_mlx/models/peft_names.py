@@ -1,10 +1,12 @@
 """What PEFT calls the tensors of an adapter, and the modules of transformers' models they belong to, in mlx-lm's words.
 
-PEFT's A (r, in) and B (out, r) are mlx-lm's lora_a (in, r) and lora_b (r, out).
+PEFT's A (r, in) and B (out, r) are mlx-lm's lora_a (in, r) and lora_b (r, out). Experts are modules of their own for
+PEFT, and for mlx-lm one stack: (E, r, in) and (E, out, r).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +23,10 @@ EMBEDDING = {"lora_embedding_A": "lora_a", "lora_embedding_B": "lora_b"}
 _OLD_MAGNITUDE = "lora_magnitude_vector.weight"
 # PEFT stores an adapted embedding's own weights, or all of `modules_to_save`, as well.
 _OF_BASE = ("base_layer.weight", "base_layer.bias", "modules_to_save.weight", "modules_to_save.bias", "weight", "bias")
+STACKED = ".switch_mlp."
+"""mlx-lm's name for the experts of a layer in one array."""
+BY_NUMBER = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+"""Mixtral's names of an expert's matrices."""
 _INNER = "language_model."
 # Text models of a wrapped kind that are saved alone, and the one whose wrapper keeps a whole causal model inside.
 _ALONE = ("qwen3_5_text", "qwen3_5_moe_text")
@@ -32,8 +38,8 @@ class PeftTensors(NamedTuple):
 
     weights: dict[str, mx.array]
     """Matrices and magnitudes under mlx-lm's names, transposed."""
-    modules: dict[str, str]
-    """mlx-lm's name of each adapted module, and the one it has in the file."""
+    modules: dict[str, list[str]]
+    """mlx-lm's name of each adapted module, and the one it has in the file, or those of its experts."""
     unchanged: list[str]
     """Names of tensors that are the base model's own, equal to what this model has."""
 
@@ -47,21 +53,60 @@ def read_peft_tensors(tensors: Mapping[str, mx.array], model: nn.Module, locatio
     """
     names = {name for name, _ in model.named_modules()}
     read = PeftTensors({}, {}, [])
+    experts: dict[str, dict[int, mx.array]] = {}
     for name, array in tensors.items():
         module, leaf = split_name(name, location)
-        ours = our_module(module, names)
+        stack, number = stack_of(module)
+        ours = our_module(stack, names)
         if leaf in _OF_BASE:
             _check_unchanged(array, base_weight(model, ours or module, leaf.rpartition(".")[2]), module, location)
             read.unchanged.append(name)
             continue
         if ours is None:
             raise ModelError(f"{location}: adapts {module!r}, which this model does not have; check `model`.")
-        read.modules[ours] = module
+        theirs = read.modules.setdefault(ours, [])
+        theirs += [module] if module not in theirs else []
         table = {**LINEAR, **EMBEDDING, _OLD_MAGNITUDE: "m"}
+        key = f"{ours}.{table[leaf]}"
+        if number is not None:
+            experts.setdefault(key, {})[number] = array
         # A magnitude is a vector, whatever axes of length 1 were kept around it. Matrices are laid out as they would be
         # read from a file of mlx-lm's: products of a transposed view are rounded otherwise.
-        read.weights[f"{ours}.{table[leaf]}"] = array.reshape(-1) if table[leaf] == "m" else mx.contiguous(array.T)
-    return read
+        else:
+            read.weights[key] = array.reshape(-1) if table[leaf] == "m" else mx.contiguous(array.T)
+    return read._replace(weights={**read.weights, **_stacks(experts, model, location)})
+
+
+def _stacks(experts: Mapping[str, Mapping[int, mx.array]], model: nn.Module, location: str) -> dict[str, mx.array]:
+    """The matrices of all experts of a layer in one array; ModelError where one is missing or of another shape."""
+    modules = dict(model.named_modules())
+    stacks = {}
+    for key, own in experts.items():
+        module = modules[key.rpartition(".")[0]]
+        count = (module["linear"] if "lora_a" in module else module).num_experts
+        if sorted(own) != list(range(count)) or len({(array.shape, array.dtype) for array in own.values()}) > 1:
+            raise ModelError(
+                f"{location}: {key!r} is of {count} experts, and the file has matrices of {len(own)}, or of several "
+                "shapes; mlx-lm's adapters are on all experts of a layer alike."
+            )
+        stacks[key] = mx.stack([own[number] for number in range(count)])
+    return stacks
+
+
+def stack_of(theirs: str) -> tuple[str, int | None]:
+    """mlx-lm's name for the stack that an expert's module belongs to, and its number; other modules as they are."""
+    found = re.fullmatch(r"(.+)\.experts\.(\d+)\.(\w+)", theirs)
+    if not found:
+        return theirs, None
+    projections = {number: projection for projection, number in BY_NUMBER.items()}
+    return f"{found[1]}{STACKED}{projections.get(found[3], found[3])}", int(found[2])
+
+
+def expert_names(stack: str, experts: int) -> list[list[str]]:
+    """What checkpoints may call a stack's experts, as most do and as Mixtral's; nothing for other modules."""
+    layer, stacked, projection = stack.partition(STACKED)
+    called = [projection, BY_NUMBER.get(projection, projection)] if stacked else []
+    return [[f"{layer}.experts.{number}.{name}" for number in range(experts)] for name in called]
 
 
 def split_name(name: str, location: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from orpo_mlx.cli.convert import main
+from orpo_mlx.errors import ModelError
 from orpo_mlx.models.adapters import add_adapters, add_trained_adapters, load_adapter_file
 from orpo_mlx.models.loading import load
 from tests.conftest import make_model, model_config
@@ -63,33 +65,73 @@ def test_log_probs_are_pefts_and_the_adapter_comes_back_and_merges(name: str, tm
     assert close(logps(load(merged).model), wanted)
 
 
-def test_experts_that_are_stored_by_number_are_merged(tmp_path: Path) -> None:
-    """Mixtral's w1, w2, w3: mlx-lm's own reader is the judge."""
+BY_NUMBER = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+LORA = {"rank": 2, "scale": 3.0, "dropout": 0.0}
+
+
+@pytest.fixture
+def mixtral(tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint with Mixtral's w1, w2, w3 by number, and an adapter of mlx-lm's on everything."""
     model = make_model("mixtral")
-    weights = dict(tree_flatten(model.parameters()))
-    by_number = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
     stored = {}
-    for name, array in weights.items():
+    for name, array in dict(tree_flatten(model.parameters())).items():
         layer, stacked, rest = name.partition(".switch_mlp.")
         for expert in range(array.shape[0]) if stacked else ():
-            stored[f"{layer}.experts.{expert}.{by_number[rest.partition('.')[0]]}.weight"] = array[expert]
+            stored[f"{layer}.experts.{expert}.{BY_NUMBER[rest.partition('.')[0]]}.weight"] = array[expert]
         if not stacked:
             stored[name] = array
-    base = tmp_path / "base"
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
     mx.save_safetensors(str(base / "model.safetensors"), stored)
     (base / "config.json").write_text(json.dumps(model_config("mixtral")))
-    lora = {"rank": 2, "scale": 3.0, "dropout": 0.0}
-    add_adapters(model, "lora", -1, lora)
+    add_adapters(model, "lora", -1, LORA)
     trainable = dict(tree_flatten(model.trainable_parameters()))
     trained = {name: mx.random.normal(array.shape) * 0.1 for name, array in trainable.items()}
     assert any("switch_mlp" in name for name in trained)
-    adapter = tmp_path / "adapter"
     adapter.mkdir()
     mx.save_safetensors(str(adapter / "adapters.safetensors"), trained)
     (adapter / "adapter_config.json").write_text(
-        json.dumps({"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": lora})
+        json.dumps({"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": LORA})
     )
+    return base, adapter
+
+
+def test_experts_that_are_stored_by_number_are_merged(tmp_path: Path, mixtral: tuple[Path, Path]) -> None:
+    """mlx-lm's own reader is the judge."""
+    base, adapter = mixtral
     merged = str(tmp_path / "merged")
     assert main(["merge", "--model", str(base), "--adapter-path", str(adapter), merged]) == 0
-    assert set(tensors(f"{merged}/model.safetensors")) == set(stored)
+    assert set(tensors(f"{merged}/model.safetensors")) == set(tensors(f"{base}/model.safetensors"))
+
+
+def test_experts_that_are_stored_by_number_go_to_peft_and_back(tmp_path: Path, mixtral: tuple[Path, Path]) -> None:
+    """PEFT has a linear layer for each: W + (alpha / r) B A of its own. Its own names, by which it finds them."""
+    base, adapter = mixtral
+    peft, back = str(tmp_path / "peft"), str(tmp_path / "back")
+    assert main(["mlx-to-peft", str(adapter), peft, "--model", str(base)]) == 0
+    written, weights = tensors(f"{peft}/{WEIGHTS}"), tensors(f"{base}/model.safetensors")
+    config = json.loads(Path(peft, "adapter_config.json").read_text())
+    layer = "model.layers.1.block_sparse_moe.experts.3"
+    assert {"w1", "w2", "w3"} <= set(config["target_modules"])
+    assert written[f"base_model.model.{layer}.w2.lora_A.weight"].shape == (2, weights[f"{layer}.w2.weight"].shape[1])
+    scale = config["lora_alpha"] / config["r"]
+    for name, a in written.items():
+        if name.endswith(".lora_A.weight"):
+            b = written[name.replace("lora_A", "lora_B")]
+            weights[f"{name.removeprefix('base_model.model.').removesuffix('.lora_A.weight')}.weight"] += scale * b @ a
+    (tmp_path / "merged").mkdir()
+    mx.save_safetensors(str(tmp_path / "merged" / "model.safetensors"), weights)
+    shutil.copy(base / "config.json", tmp_path / "merged")
+    wanted = logps(load(str(tmp_path / "merged")).model)
+    resumed = load(str(base)).model
+    add_adapters(resumed, "lora", -1, LORA)
+    load_adapter_file(resumed, peft, 3.0)
+    assert close(logps(resumed), wanted)
+    assert main(["peft-to-mlx", peft, back, "--model", str(base)]) == 0
+    one, other = tensors(f"{adapter}/adapters.safetensors"), tensors(f"{back}/adapters.safetensors")
+    assert set(one) == set(other)
+    assert all(mx.array_equal(one[name], other[name]).item() for name in one)
+    missing = f"base_model.model.{layer}.w2.lora_A.weight"
+    mx.save_safetensors(f"{peft}/{WEIGHTS}", {name: array for name, array in written.items() if name != missing})
+    with pytest.raises(ModelError, match="is of 4 experts, and the file has matrices of 3"):
+        load_adapter_file(resumed, peft, 3.0)
