@@ -15,6 +15,7 @@ EVERY_NTH = {
     "test_gradients_do_not_depend_on_the_path": 4,
     "test_greedy_replies_are_those_of_one_prompt_at_a_time": 2,
     "test_it_can_be_traced": 2,
+    "test_it_is_saved_resumed_and_generated_with": 2,
     "test_log_probs_are_pefts_and_the_adapter_comes_back_and_merges": 2,
     "test_memory_modes_change_no_number": 4,
     "test_models_inside_of_others_and_layers_of_several_kinds": 2,
