@@ -36,6 +36,11 @@ class Pair(NamedTuple):
     """What the pair's loss is multiplied by."""
 
     @property
+    def whole_text(self) -> bool:
+        """See `Group`."""
+        return False
+
+    @property
     def completions(self) -> tuple[Text, ...]:
         """Both completions: a pair is a group of two."""
         return self.chosen, self.rejected
@@ -60,6 +65,8 @@ class Group(NamedTuple):
     """The row's own arguments for the chat template."""
     weight: float = 1.0
     """What the row's loss is multiplied by."""
+    whole_text: bool = False
+    """Whether the prompt is empty and the one completion a text by itself, as for pretraining."""
 
     @property
     def margin(self) -> float | None:

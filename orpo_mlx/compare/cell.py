@@ -157,7 +157,8 @@ class Clock:
         self.peak = max(self.peak, mx.get_peak_memory())
         self.losses.append(means["loss"])
         # Of single completions, how often the reward tells good from bad: they have no pairs.
-        self.accuracies.append(means.get("accuracies/mean_logps", means["rewards/accuracies"]))
+        told = [means[key] for key in ("accuracies/mean_logps", "rewards/accuracies") if key in means]
+        self.accuracies += told[:1]
         return {**means, "pair_tokens_per_s": tokens / (ended - started), "peak_memory_gib": self.peak / _GIB}
 
     def figures(self) -> dict[str, Any]:

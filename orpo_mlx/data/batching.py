@@ -235,6 +235,12 @@ def row_weights(examples: Sequence[Example]) -> npt.NDArray[np.float64]:
     return np.array([example.weight for example in examples for _ in example.pairs], np.float64)
 
 
+def two_sided(examples: Sequence[Example]) -> npt.NDArray[np.bool_]:
+    """(P,): which pairs of some examples have two sides; a single completion is one with itself."""
+    _, better, worse = _pair_places(examples)
+    return better != worse
+
+
 def row_margins(examples: Sequence[Example]) -> npt.NDArray[np.float64]:
     """Score of chosen minus score of rejected, NaN where a row has no scores: (N,) of a store's rows (of a group its
     best and its worst), (P,) of the pairs of some examples."""

@@ -33,7 +33,8 @@ def compared_lengths(store: TokenStore) -> npt.NDArray[np.int64]:
         compared = groups.pairs[pair : pair + pairs].tolist()
         if not pairs and scores.max() > scores.min():
             compared = [(scores.argmax(), scores.argmin())]
-        found += [(prompt, lengths[better], lengths[worse]) for better, worse in compared]
+        # A single completion is a pair with itself, in which nothing is compared.
+        found += [(prompt, lengths[better], lengths[worse]) for better, worse in compared if better != worse]
         first, pair = first + count, pair + pairs
     return np.array(found, np.int64).reshape(-1, 3)
 
@@ -43,13 +44,15 @@ def group_figures(store: TokenStore) -> dict[str, Any]:
     groups = store.groups
     if groups is None:
         return {}
+    # A completion alone, of whose worth nothing is said: good only in that it is learned.
+    single = (groups.counts == 1) & (groups.pair_counts == 1)
     quantiles = np.quantile(groups.counts, [0, 0.5, 1]).tolist()
     found: dict[str, Any] = {
         "completions": int(groups.counts.sum()),
         "completions_per_row": dict(zip(("min", "median", "max"), quantiles, strict=True)),
-        "pairs_of_groups": int(groups.pair_counts.sum()),
+        "pairs_of_groups": int(groups.pair_counts[~single].sum()),
     }
-    labelled = np.repeat(groups.kinds == LABELLED, groups.counts)
+    labelled = np.repeat((groups.kinds == LABELLED) & ~single, groups.counts)
     if labelled.any():
         good = int((groups.scores[labelled] > 0.5).sum())
         found["labels"] = balance(good, int(labelled.sum()) - good)

@@ -30,7 +30,7 @@ def usable_group(group: AnyGroup, min_margin: float | None) -> tuple[AnyGroup | 
             f"{group.location}: `min_margin={min_margin:g}` is about pairs, and the row gives none; with rated "
             "completions, `pair_ratings=all` makes pairs."
         )
-    if is_empty(group.prompt) if isinstance(group, Group) else not group.prompt_ids:
+    if (is_empty(group.prompt) and not group.whole_text) if isinstance(group, Group) else not group.prompt_ids:
         return None, "empty_prompt"
     if isinstance(group, Group):
         keep = [place for place, completion in enumerate(group.completions) if not is_empty(completion)]

@@ -29,6 +29,9 @@ METRICS = (
 )
 """Keys of `pair_metrics`, in its order."""
 
+OF_ONE_SIDE = ("loss", "nll_loss", "rewards/chosen", "logps/chosen")
+"""Those of them that a single completion has as well."""
+
 
 def pair_metrics(logps: PairLogProbs, output: LossOutput) -> dict[str, mx.array]:
     """Per-pair values, shape (B,), of each metric; their mean over pairs is what is logged.
@@ -139,10 +142,20 @@ class MetricMeans:
             self._sums[key] = self._sums.get(key, 0.0) + float(np.array(values, np.float64).sum())
         self.pairs += next(iter(metrics.values())).shape[0]
 
-    def add_array(self, values: npt.NDArray[Any]) -> None:
-        """Add what `metric_array` gave."""
+    def add_array(self, values: npt.NDArray[Any], two_sided: npt.NDArray[np.bool_] | None = None) -> None:
+        """Add what `metric_array` gave; `two_sided`, (P,), says which pairs have two sides, None: all.
+
+        Single completions count for the metrics `OF_ONE_SIDE` alone: the others would compare a side with itself.
+        """
         if values.ndim == 2:
-            self.add(dict(zip(METRICS, values, strict=True)))
+            part = MetricMeans()
+            part.add(dict(zip(METRICS, values, strict=True)))
+            if two_sided is not None and not two_sided.all():
+                of_pairs = {key: row[two_sided] for key, row in zip(METRICS, values, strict=True)}
+                for key in of_pairs.keys() - set(OF_ONE_SIDE):
+                    part._sums[key] = float(of_pairs[key].astype(np.float64).sum())
+                    part._counts[key] = float(np.count_nonzero(two_sided))
+            self.merge(part)
             return
         sums, counts = np.asarray(values, np.float64).sum(axis=2).tolist()
         _add(self._sums, dict(zip(GROUP_METRICS, sums, strict=True)))
@@ -160,6 +173,10 @@ class MetricMeans:
 
     def merge(self, other: MetricMeans) -> None:
         """Add what another one has summed."""
+        # What only one of them counts by itself, each of the other's pairs has had.
+        for own, others in ((self, other), (other, self)):
+            for key in own._sums.keys() & others._counts.keys() - own._counts.keys():
+                own._counts[key] = float(own.pairs)
         _add(self._sums, other._sums)
         _add(self._step_sums, other._step_sums)
         _add(self._counts, other._counts)

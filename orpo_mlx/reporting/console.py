@@ -179,19 +179,24 @@ def train_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
 
 
 def step_numbers(metrics: Mapping[str, float], tokens_per_s: float, peak_gib: float) -> str:
-    """Loss, accuracy of the rewards, margin, pair tokens per second and peak memory, in under 60 columns."""
-    return (
-        f"loss {metrics['loss']:.4f} accuracy {metrics['rewards/accuracies']:.2f} "
-        f"margin {shown_metric(metrics, 'rewards/margins', '{:.3f}')} {tokens_per_s:.0f} tok/s {peak_gib:.2f} GiB"
-    )
+    """Loss, accuracy of the rewards, margin, pair tokens per second and peak memory, in under 60 columns; of single
+    completions without a worth neither accuracy nor margin."""
+    told = ""
+    if "rewards/accuracies" in metrics:
+        margin = shown_metric(metrics, "rewards/margins", "{:.3f}")
+        told = f"accuracy {metrics['rewards/accuracies']:.2f} margin {margin} "
+    return f"loss {metrics['loss']:.4f} {told}{tokens_per_s:.0f} tok/s {peak_gib:.2f} GiB"
 
 
 def eval_line(step: int, split: str, metrics: Mapping[str, float]) -> str:
-    """The line of one evaluation: accuracy by mean log-prob, and by the method's reward."""
+    """The line of one evaluation: accuracy by mean log-prob, and by the method's reward, where there is any."""
+    start = f"step {step}  {split}  loss {metrics['loss']:.4f}"
+    if "rewards/accuracies" not in metrics:
+        return start
     accuracy = shown_metric(metrics, "accuracies/mean_logps", "{:.1%}")
     return (
-        f"step {step}  {split}  loss {metrics['loss']:.4f}  accuracy {accuracy} "
-        f"(reward {metrics['rewards/accuracies']:.1%})  margin {shown_metric(metrics, 'rewards/margins', '{:.4f}')}"
+        f"{start}  accuracy {accuracy} (reward {metrics['rewards/accuracies']:.1%})  "
+        f"margin {shown_metric(metrics, 'rewards/margins', '{:.4f}')}"
     )
 
 

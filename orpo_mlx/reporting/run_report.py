@@ -218,7 +218,9 @@ def summary(runs: Sequence[RunLog]) -> Table:
     }
     for split in SPLITS[1:]:
         if any(split in run.reports for run in runs):
-            columns[f"{split} accuracy"] = first_and_last(split, "accuracies/mean_logps", "{:.1%}")
+            # Single completions have none.
+            if any(run.points(split, "accuracies/mean_logps") for run in runs):
+                columns[f"{split} accuracy"] = first_and_last(split, "accuracies/mean_logps", "{:.1%}")
             columns[f"{split} NLL of chosen, nats/token"] = first_and_last(split, "nll_loss", "{:.3f}")
     columns["pair tokens/s, median"] = over_reports("pair_tokens_per_s", statistics.median, "{:.0f}")
     columns["peak memory, GiB"] = over_reports("peak_memory_gib", max, "{:.2f}")

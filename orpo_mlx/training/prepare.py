@@ -95,6 +95,7 @@ def load_run(config: TrainingConfig, sources: Mapping[str, Source], folder: Path
     splits = {name: tokenized_split(source, reading, info.tokenizer, lengths) for name, source in sources.items()}
     for split in splits.values():
         require_rows_for(split, recipe(config))
+    require_accuracy(config, splits)
     weighted = find_weighted(splits, recipe(config))
     # Before the model is made and given adapters, whose first values are drawn from here.
     mx.random.seed(config.seed)
@@ -138,6 +139,17 @@ def require_rows_for(split: Split, method: Recipe) -> None:
         what = "rated completions; `pair_ratings=best_worst` takes the best as good and the worst as bad"
     place = split.pairs.location(first)
     raise DataError(f"{place}: method {method.expression} learns from {needs[method.unit]}, and the row holds {what}.")
+
+
+def require_accuracy(config: TrainingConfig, splits: Mapping[str, Split]) -> None:
+    """Refuse to wait for an accuracy that is never measured; raises ConfigError."""
+    groups = splits["valid"].pairs.groups if "valid" in splits else None
+    waits = config.patience is not None and config.patience_on == "accuracy" and recipe(config).one_sided
+    if waits and groups is not None and (groups.counts == 1).all():
+        raise ConfigError(
+            "`patience_on=accuracy`: the valid rows are single completions, of which none is preferred; give "
+            "`patience_on=loss`."
+        )
 
 
 def prepare(config: TrainingConfig, ranks: Ranks | None = None) -> Run:

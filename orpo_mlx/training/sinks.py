@@ -90,4 +90,7 @@ def sample_prompts(run: Run, reporter: Reporter) -> list[Pair | Group]:
     pairs = list(itertools.islice(split.raw(), _PAIRS_TO_SAMPLE))
     if not pairs:
         reporter.say("The rows are token ids: no sample replies.")
-    return pick_prompts(pairs, run.config.samples)
+    prompts = [pair for pair in pairs if not pair.whole_text]
+    if pairs and not prompts:
+        reporter.say("The rows are texts without prompts: no sample replies.")
+    return pick_prompts(prompts, run.config.samples)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from orpo_mlx.losses import dpo, orpo
-from orpo_mlx.losses.metrics import MetricMeans, pair_metrics
+from orpo_mlx.losses.metrics import METRICS, OF_ONE_SIDE, MetricMeans, pair_metrics
 from orpo_mlx.types import PairLogProbs
 from tests.helpers import float64_losses as oracle
 
@@ -52,3 +52,21 @@ def test_means_weigh_pairs_not_batches() -> None:
     means.merge(other)
     assert means.pairs == 4
     assert means.means() == {"loss": pytest.approx(4.0)}
+
+
+def test_single_completions_count_for_their_own_metrics_alone() -> None:
+    values = np.arange(len(METRICS) * 3, dtype=np.float64).reshape(-1, 3)
+    means, reversed_order = MetricMeans(), MetricMeans()
+    batches = [(values, None), (values[:, :2], np.array([False, True])), (values[:, :1], np.array([False]))]
+    for batch in batches:
+        means.add_array(*batch)
+    for batch in reversed(batches):
+        reversed_order.add_array(*batch)
+    whole = np.concatenate([values, values[:, :2], values[:, :1]], axis=1)
+    two_sided = np.array([True, True, True, False, True, False])
+    for found in (means.means(), MetricMeans.from_json(reversed_order.to_json()).means()):
+        for key, row in zip(METRICS, whole, strict=True):
+            assert found[key] == pytest.approx(row.mean() if key in OF_ONE_SIDE else row[two_sided].mean()), key
+    alone = MetricMeans()
+    alone.add_array(*batches[2])
+    assert set(alone.means()) == set(OF_ONE_SIDE)

@@ -28,7 +28,7 @@ from orpo_mlx.data.shapes.messages import as_turns, kind, text_of, text_or_turns
 from orpo_mlx.data.shapes.other_rows import refuse_media, refuse_other_rows
 from orpo_mlx.data.shapes.ratings import COMPLETION_LISTS, margin_of, weight_of
 from orpo_mlx.data.shapes.row_parts import Found, Options, RowData, completed, ids_of
-from orpo_mlx.data.shapes.single_shapes import holds_single_completion, single_completion
+from orpo_mlx.data.shapes.single_shapes import holds_single_completion, holds_text, single_completion, whole_text
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Pair, Text, TokenizedPair
 
@@ -76,7 +76,7 @@ def read_row(
         raise DataError(f"{location}: found a JSON {kind(row)}, expected an object with {_EXPECTED}.")
     given = {name: readable(value, name, location) for name, value in row.items() if is_given(value, name)}
     refuse_media(given, location)
-    for shape in (SINGLE, *SHAPES) if one_sided else SHAPES:
+    for shape in (SINGLE, WHOLE_TEXT, *SHAPES) if one_sided else SHAPES:
         if shape.fits(given):
             break
     else:
@@ -270,6 +270,9 @@ def _is_conversation(value: Any) -> bool:
 
 SINGLE = Shape("single completions", holds_single_completion, single_completion)
 """Read where the method looks at one side alone: it would otherwise hide that a column has another name."""
+
+WHOLE_TEXT = Shape("texts", holds_text, whole_text)
+"""Read under the same condition."""
 
 _CONVERSATIONS = pair_shape("conversational, implicit prompt", whole_conversations, implicit_turns)
 _TWO_ANSWERS = pair_shape("messages and two answers", has("messages"), earlier_turns)

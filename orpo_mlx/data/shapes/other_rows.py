@@ -25,7 +25,7 @@ class Kind(NamedTuple):
 
 _NEEDED = (
     "expected two answers to each prompt, chosen and rejected (`columns=chosen=NAME` where they are called otherwise)"
-    "; `method=sft` learns from single answers"
+    "; `method=sft` learns from single answers and texts"
 )
 
 _KINDS = (

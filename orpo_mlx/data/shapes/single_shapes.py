@@ -26,6 +26,18 @@ def holds_single_completion(row: Columns) -> bool:
     )
 
 
+def holds_text(row: Columns) -> bool:
+    """Whether a row is one text and nothing else that is learned from."""
+    return "text" in row and not any(name in row for name in (*_OTHERS, *_TURNS, *_PROMPTS, *_COMPLETIONS))
+
+
+def whole_text(row: Columns, location: str, _: Options) -> Found:
+    """A text without a prompt, all of which is learned: a group of one that is good."""
+    text = text_of(row["text"], "text", location)
+    weight = weight_of(row, location)
+    return Found([Group("", (text,), (1.0,), True, ((0, 0),), location, weight=weight, whole_text=True)])
+
+
 def single_completion(row: Columns, location: str, _: Options) -> Found:
     """A prompt and its completion, or a conversation whose last turn is learned: a group of one that is good."""
     parts = (

@@ -105,7 +105,7 @@ class PairRenderer:
     def is_templated(self, pair: Pair | Group) -> bool:
         """Whether the chat template writes a row's texts."""
         strings = all(isinstance(text, str) for text in (pair.prompt, *pair.completions))
-        return self._has_template and (self._template_strings or not strings)
+        return self._has_template and (self._template_strings or not strings) and not pair.whole_text
 
     def _whole(self, pair: Pair | Group, prompt: str, side: Text) -> str:
         side = self._without_eos(side)

@@ -150,6 +150,10 @@ class PairTokenizer:
 
     def _divided(self, row: Pair | Group, texts: RenderedTexts, prompt: Ids, *whole: Ids) -> Example:
         """Prompt and completions apart, from the ids of `texts`."""
+        if isinstance(row, Group) and row.whole_text:
+            # As mlx_lm.lora takes it: all is learned but the first token, which nothing comes before.
+            ids = self._codec.closed(whole[0])
+            return TokenizedGroup(ids[:1], (ids[1:],), row.scores, True, row.pairs, row.location, row.weight)
         prompt = prompt if texts.templated else self._codec.open_prompt(prompt)
         notes = texts.notes
         completions = [

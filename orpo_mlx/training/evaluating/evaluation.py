@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
-from orpo_mlx.data.batching import count_pairs, length_order, row_weights, sequence_tokens
+from orpo_mlx.data.batching import count_pairs, length_order, row_weights, sequence_tokens, two_sided
 from orpo_mlx.engine.pair_scorer import PairScorer, join_logps, log_probs
 from orpo_mlx.losses.metrics import MetricMeans, metric_array
 from orpo_mlx.losses.recipe import Recipe
@@ -89,7 +89,7 @@ def evaluate(
         of_each = order if method.wanted.groups else [example for example in order for _ in example.pairs]
         suspects(list(dict.fromkeys(pair for pair, good in zip(of_each, finite, strict=True) if not good)))
     means = MetricMeans()
-    means.add_array(metrics)
+    means.add_array(metrics, None if method.wanted.groups else two_sided(order))
     return {**means.means(), **values.metrics()}
 
 

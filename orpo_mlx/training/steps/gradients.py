@@ -10,7 +10,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from orpo_mlx.data.batching import count_pairs, micro_batches, sequence_tokens
+from orpo_mlx.data.batching import count_pairs, micro_batches, sequence_tokens, two_sided
 from orpo_mlx.engine.pair_scorer import join_logps, log_probs
 from orpo_mlx.engine.segmented_backward import Gradients
 from orpo_mlx.losses.metrics import MetricMeans, metric_array
@@ -65,8 +65,8 @@ def step_gradient(run: Run, step_batch: Sequence[Example]) -> StepGradient:
     norm = run.functions.norm(gradients)
     mx.eval(metrics_of, gradients, norm)
     means = MetricMeans()
-    for metrics in metrics_of:
-        means.add_array(np.array(metrics))
+    for metrics, pairs in zip(metrics_of, parts, strict=True):
+        means.add_array(np.array(metrics), None if run.method.wanted.groups else two_sided(pairs))
     # Those that came with the loss gradients are of the whole step already, of all ranks.
     return StepGradient(gradients, norm.item(), means_of_step or _means_of_all_ranks(run, means), values)
 
