@@ -110,11 +110,11 @@ def run_tasks_of(args: argparse.Namespace) -> None:
         raise ConfigError("--tasks: compares a model with its adapters and without; give --adapter-path.")
     if args.tasks_path is not None and not Path(args.tasks_path).is_dir():
         raise ConfigError(f"--tasks-path {args.tasks_path}: is not a folder.")
-    from orpo_mlx.cli.common.run_folder import base_model
     from orpo_mlx.files import save_json
     from orpo_mlx.judging.regression import regression_figures, regression_line
     from orpo_mlx.judging.sides import Loading, Side
     from orpo_mlx.judging.tasks import TaskPlan, run_tasks
+    from orpo_mlx.models.recorded import base_model
 
     with naming_flags(vars(args)):
         side = Side(args.model or base_model(adapter), adapter)
@@ -134,9 +134,9 @@ def sides_of(args: argparse.Namespace) -> tuple[Side, Side]:
     Raises:
         ConfigError: they are the same, or adapters are not there.
     """
-    from orpo_mlx.cli.common.run_folder import base_model
     from orpo_mlx.judging.sides import Side
     from orpo_mlx.models.names import DEFAULT_MODEL
+    from orpo_mlx.models.recorded import base_model
 
     adapter = adapter_folder("--adapter-path", args.adapter_path)
     model = args.model or (DEFAULT_MODEL if adapter is None else base_model(adapter))

@@ -62,10 +62,10 @@ def run(argv: Sequence[str] | None) -> None:
     if not (math.isfinite(args.min_gap) and args.min_gap >= 0):
         raise ConfigError(f"--min-gap: found {args.min_gap}, expected a number of 0 or more.")
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
-    from orpo_mlx.cli.common.run_folder import base_model
     from orpo_mlx.judging.make_pairs import PairPlan, make_pairs
     from orpo_mlx.judging.sides import Loading, Side
     from orpo_mlx.models.names import DEFAULT_MODEL
+    from orpo_mlx.models.recorded import base_model
     from orpo_mlx.process_memory import configure_allocator
     from orpo_mlx.reporting.console import Reporter
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo_mlx.cli.common.arguments import add_model_options, check_count, check_output_file
-from orpo_mlx.cli.common.run_folder import base_model, chosen_adapters, held_out_file
+from orpo_mlx.cli.common.run_folder import chosen_adapters, held_out_file
 from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.data.pairs import Reading, load_pairs, parse_columns, parse_labels
 from orpo_mlx.data.tokens.trained_turns import TRAINED_TURNS, read_ids
@@ -19,6 +19,7 @@ from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import write_text
 from orpo_mlx.judging.intervals import wilson
 from orpo_mlx.models.names import DEFAULT_MODEL
+from orpo_mlx.models.recorded import base_model
 from orpo_mlx.text import printable
 from orpo_mlx.types import Example
 

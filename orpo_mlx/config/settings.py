@@ -329,7 +329,9 @@ class TrainingConfig(LossSettings):
         None, "steps between judgements of replies against the base's, by --judge", Trait.TRAINING_ONLY, range=POSITIVE
     )
     judge: str | None = in_reports(
-        None, "who judges with --evaluate-every: rule:plain, ..., a model, endpoint or an address", Trait.TRAINING_ONLY
+        None,
+        "who judges with --evaluate-every: rule:plain, reward:PATH, implicit:FOLDER, a model, endpoint, ...",
+        Trait.TRAINING_ONLY,
     )
     judge_prompts: int = in_reports(20, "held-out prompts that are judged with --evaluate-every", range=POSITIVE)
     samples: int = in_reports(3, "sample replies before and after training", range=NOT_NEGATIVE)

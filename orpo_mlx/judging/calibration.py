@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from orpo_mlx.data.prompts import Prompt, prompt_key, spread
-from orpo_mlx.judging.contest import Judged, compare_replies, order_figures, share_figures
+from orpo_mlx.judging.contest import Judged, compare_replies, order_figures, question_of, share_figures
 from orpo_mlx.judging.judges.rules import Rule
-from orpo_mlx.judging.judges.verdicts import FIRST, SECOND, TIE, Judge, Question
+from orpo_mlx.judging.judges.verdicts import FIRST, SECOND, TIE, Judge
 from orpo_mlx.judging.win_rate import mean_interval
 
 PROMPTS = 20
@@ -45,12 +45,14 @@ def calibrate(
         progress: called with the number of questions answered.
     """
     found: dict[str, Any] = {"order": order_figures(judged)}
-    # A rule cannot heed the order, and whether it prefers length is in its definition: nothing to find out.
+    chosen = spread(list(zip(judged.prompts, judged.questions, strict=True)), most)
+    prompts = [prompt for prompt, _ in chosen]
+    replies = [question.second for _, question in chosen]
+    # What scores each reply by itself cannot heed the order, and says of equal replies that they are equal.
     if not judge.fair:
-        chosen = spread(list(zip(judged.prompts, judged.questions, strict=True)), most)
-        prompts = [prompt for prompt, _ in chosen]
-        replies = [question.second for _, question in chosen]
         found["identical"] = identical_figures(judge, prompts, replies, progress)
+    # Whether a rule prefers length is in its definition: nothing to find out.
+    if not isinstance(judge, Rule):
         found["longer"] = longer_figures(judge, prompts, replies, lambda done: progress(len(chosen) + done))
     if rule is not None:
         found["agreement"] = agreement_figures(judged, rule)
@@ -61,10 +63,7 @@ def identical_figures(
     judge: Judge, prompts: Sequence[Prompt], replies: Sequence[str], progress: Callable[[int], None]
 ) -> dict[str, int]:
     """What a judge says of each reply beside itself, counted."""
-    questions = [
-        Question(prompt.question, reply, reply, prompt.reference)
-        for prompt, reply in zip(prompts, replies, strict=True)
-    ]
+    questions = [question_of(prompt, reply, reply) for prompt, reply in zip(prompts, replies, strict=True)]
     verdicts = judge(questions, progress)
     counts = {winner: sum(verdict.winner == winner for verdict in verdicts) for winner in (FIRST, SECOND, TIE)}
     return {"asked": len(questions), **counts, "failures": sum(verdict.failure is not None for verdict in verdicts)}

@@ -61,6 +61,11 @@ class Judged(NamedTuple):
         return win_rate(self.preferences, [differences[number] for number in self.decided], self.clusters)
 
 
+def question_of(prompt: Prompt, first: str, second: str) -> Question:
+    """Which of two replies to a prompt is better?"""
+    return Question(prompt.question, first, second, prompt.reference, prompt.pair)
+
+
 def compare_replies(
     judge: Judge,
     prompts: Sequence[Prompt],
@@ -70,8 +75,7 @@ def compare_replies(
 ) -> Judged:
     """Let `judge` compare two replies to each prompt, in both orders; equal replies are a tie, and not asked about."""
     questions = [
-        Question(prompt.question, first, second, prompt.reference)
-        for prompt, first, second in zip(prompts, baseline, candidate, strict=True)
+        question_of(prompt, first, second) for prompt, first, second in zip(prompts, baseline, candidate, strict=True)
     ]
     asked = [number for number, question in enumerate(questions) if question.first != question.second]
     found = [_SAME] * len(questions)

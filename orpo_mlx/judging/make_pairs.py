@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 from orpo_mlx.data.prompts import Prompt, distinct
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import read_json_table, save_json, sha256_of
+from orpo_mlx.judging.contest import question_of
 from orpo_mlx.judging.generation import ROWS, Generator, Sampling
 from orpo_mlx.judging.judges.rules import Rule
-from orpo_mlx.judging.judges.verdicts import Judge, Question, ballots, check_references
+from orpo_mlx.judging.judges.scorer import Asked, Scorer
+from orpo_mlx.judging.judges.verdicts import Judge, ballots, check_references
 from orpo_mlx.judging.ranking import Sample, Scored, different, make_rows
 from orpo_mlx.judging.sides import Loading, Side, load_side, prompt_ids
 from orpo_mlx.models.adapters import weights_file
@@ -127,7 +129,7 @@ def make_pairs(
     if repeated > len(prompts):
         reporter.say(f"{repeated - len(prompts)} prompts repeat another and are asked once.")
     if isinstance(plan.judge, Rule) and plan.judge.needs_reference:
-        check_references([Question(prompt.question, "", "", prompt.reference) for prompt in prompts], plan.judge.name)
+        check_references([question_of(prompt, "", "") for prompt in prompts], plan.judge.name)
     state = State(output, identity_of(plan, prompts), overwrite=overwrite)
     if state.is_new:
         # A state of an earlier run, or its samples, must not be taken for this one's.
@@ -224,19 +226,15 @@ def score(
 ) -> Iterator[list[Scored]]:
     """The samples of each prompt with their scores; those whose judgement failed are counted.
 
-    A rule scores each by itself. Any other judge compares each with the prompt's first, in both orders; its score is
-    how far it is preferred, 0 to 1, and the first's is 1/2.
+    A scorer, such as a rule or a reward model, scores each by itself. Any other judge compares each with the prompt's
+    first, in both orders; its score is how far it is preferred, 0 to 1, and the first's is 1/2.
     """
-    if isinstance(judge, Rule):
-        for prompt, samples in zip(prompts, kept, strict=True):
-            yield [Scored(sample, judge.score_of(sample.text, prompt.question, prompt.reference)) for sample in samples]
+    if isinstance(judge, Scorer):
+        yield from score_each(judge, prompts, kept, counts)
         return
     # Against one sample and not each against each: questions grow with the samples, not with their square.
     asked = [(number, sample) for number, samples in enumerate(kept) for sample in samples[1:]]
-    questions = [
-        Question(prompts[number].question, kept[number][0].text, sample.text, prompts[number].reference)
-        for number, sample in asked
-    ]
+    questions = [question_of(prompts[number], kept[number][0].text, sample.text) for number, sample in asked]
     found = iter(ballots(judge, questions))
     for samples in kept:
         scored = [Scored(sample, 0.5) for sample in samples[:1]]
@@ -246,6 +244,24 @@ def score(
                 scored.append(Scored(sample, ballot.preference))
             else:
                 counts["unjudged"] += 1
+        yield scored
+
+
+def score_each(
+    scorer: Scorer, prompts: Sequence[Prompt], kept: Sequence[Sequence[Sample]], counts: Counter[str]
+) -> Iterator[list[Scored]]:
+    """`score` by what scores a reply by itself."""
+    asked = [
+        Asked(sample.text, prompt.question, prompt.reference, prompt.pair)
+        for prompt, samples in zip(prompts, kept, strict=True)
+        for sample in samples
+    ]
+    found = iter(scorer.scores(asked, lambda done: None))
+    for samples in kept:
+        both = [(sample, next(found)) for sample in samples]
+        scored = [Scored(sample, given.value) for sample, given in both if given.value is not None]
+        if len(scored) < len(both):
+            counts["unjudged"] += len(both) - len(scored)
         yield scored
 
 

@@ -22,7 +22,7 @@ from orpo_mlx.models.shared_keys import share_keys
 from orpo_mlx.models.stored.hf_config import normalise_config, rope_note, unseen_window
 from orpo_mlx.models.stored.model_classes import model_classes
 from orpo_mlx.models.stored.stored_formats import check_format
-from orpo_mlx.models.stored.stored_weights import class_for_stored
+from orpo_mlx.models.stored.stored_weights import class_for_stored, without_weights
 from orpo_mlx.models.stored.tied_head import settle_tie
 from orpo_mlx.models.turn_ends import with_turn_end
 from orpo_mlx.models.vocabulary import vocabulary_of
@@ -83,7 +83,9 @@ def find(name: str, *, trust_remote_code: bool = False, source: str = "`model`")
     return ModelInfo(tokenizer, config, path, notes, unseen_window(config))
 
 
-def load(name: str | ModelInfo, *, dtype: str | None = None, trust_remote_code: bool = False) -> LoadedModel:
+def load(
+    name: str | ModelInfo, *, dtype: str | None = None, trust_remote_code: bool = False, left_out: str | None = None
+) -> LoadedModel:
     """Load a model.
 
     Args:
@@ -93,6 +95,7 @@ def load(name: str | ModelInfo, *, dtype: str | None = None, trust_remote_code: 
             precision is some 30 times slower. In float32 the blocks of a GGUF file are expanded exactly;
             "float16-in-float32" rounds them to float16 first, as it does all weights of other checkpoints.
         trust_remote_code: allow Python code that comes with the checkpoint to run.
+        left_out: a module of the checkpoint, by name, that is no part of the language model.
 
     Raises:
         ModelError: it does not exist, cannot be reached, or cannot be used.
@@ -100,7 +103,9 @@ def load(name: str | ModelInfo, *, dtype: str | None = None, trust_remote_code: 
     info = find(name, trust_remote_code=trust_remote_code) if isinstance(name, str) else name
     wanted = loaded_dtype(dtype)
     exact = wanted == mx.float32 and dtype != FLOAT16_IN_FLOAT32
-    model, config = load_lazily(info, trust_remote_code=trust_remote_code, gguf=mx.float32 if exact else mx.float16)
+    model, config = load_lazily(
+        info, trust_remote_code=trust_remote_code, gguf=mx.float32 if exact else mx.float16, left_out=left_out
+    )
     match_activation(model, config.get("text_config") or config)
     share_keys(model)
     # Rounded to float16, then widened below. A GGUF file's blocks were rounded when they were expanded.
@@ -117,18 +122,22 @@ def load(name: str | ModelInfo, *, dtype: str | None = None, trust_remote_code: 
 
 
 def load_lazily(
-    info: ModelInfo, *, trust_remote_code: bool = False, gguf: mx.Dtype = mx.float16
+    info: ModelInfo,
+    *,
+    trust_remote_code: bool = False,
+    gguf: mx.Dtype = mx.float16,
+    left_out: str | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model in the checkpoint's own dtype, with weights that are not read until somebody asks, and its config.
 
-    The quantised blocks of a GGUF file are expanded to `gguf`.
+    The quantised blocks of a GGUF file are expanded to `gguf`; for `left_out` see `load`.
 
     Raises:
         ModelError: it cannot be loaded.
     """
     if info.path.is_file():
         return load_gguf(info.path, gguf)
-    return _load_folder(info, trust_remote_code)
+    return _load_folder(info, trust_remote_code, left_out)
 
 
 def vocabulary_unloaded(info: ModelInfo, *, trust_remote_code: bool = False) -> int | None:
@@ -215,14 +224,15 @@ def _folder_info(path: Path, trust_remote_code: bool) -> tuple[TokenizerWrapper 
         return load_tokenizer(path, extra, eos_token_ids=ends), config
 
 
-def _load_folder(info: ModelInfo, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
+def _load_folder(info: ModelInfo, trust_remote_code: bool, left_out: str | None) -> tuple[nn.Module, dict[str, Any]]:
     # mlx-lm 0.31 has no such switch: it runs whatever code it finds, which `find` has refused by then.
     known = "trust_remote_code" in signature(load_model).parameters
     allow: dict[str, Any] = {"trust_remote_code": True} if known else {}
 
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
         model_class, args_class = model_classes(config)
-        return class_for_stored(model_class, config), args_class
+        build = class_for_stored(model_class, config)
+        return (build if left_out is None else without_weights(build, left_out)), args_class
 
     with _naming_errors(info.path):
         model, config = load_model(info.path, lazy=True, model_config=info.config, get_model_classes=classes, **allow)

@@ -16,10 +16,10 @@ from rich.console import Console
 from orpo_mlx.cli.chat import main
 from orpo_mlx.cli.common import conversation as chat_module
 from orpo_mlx.cli.common.conversation import Chat, Conversation, talk
-from orpo_mlx.cli.common.run_folder import base_model
 from orpo_mlx.errors import ModelError
 from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.loading import load
+from orpo_mlx.models.recorded import base_model
 from tests.helpers.tuned_adapters import ANSWER, PROMPT, tuned_adapters
 
 

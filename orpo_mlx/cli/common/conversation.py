@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orpo_mlx.cli.common.run_folder import base_model
 from orpo_mlx.errors import ConfigError, ModelError
 from orpo_mlx.models.adapters import adapters_off, add_trained_adapters, has_switchable_adapters
 from orpo_mlx.models.loading import find, load
 from orpo_mlx.models.names import DEFAULT_MODEL
+from orpo_mlx.models.recorded import base_model
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 from orpo_mlx.text import printable_lines
 

@@ -6,7 +6,11 @@ from typing import NamedTuple
 
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.judging.judges.endpoint_judge import ENDPOINT, LOOPBACK, EndpointJudge
+from orpo_mlx.judging.judges.implicit_judge import PREFIX as IMPLICIT
+from orpo_mlx.judging.judges.implicit_judge import ImplicitJudge
 from orpo_mlx.judging.judges.model_judge import TOKENS, ModelJudge
+from orpo_mlx.judging.judges.reward_judge import PREFIX as REWARD
+from orpo_mlx.judging.judges.reward_judge import RewardJudge
 from orpo_mlx.judging.judges.rules import PREFIX, Rule, make_rule
 from orpo_mlx.judging.judges.verdicts import Judge
 
@@ -25,20 +29,27 @@ class JudgeOptions(NamedTuple):
 
 
 def make_judge(name: str, options: JudgeOptions | None = None) -> Judge:
-    """The judge of that name: `rule:...`, `endpoint` (mlx_lm.server's address on this machine), the address of another,
-    or a model.
+    """The judge of that name: `rule:...`, `reward:` a reward model, `implicit:` adapters, `endpoint` (mlx_lm.server's
+    address on this machine), the address of another, or a model.
 
     Raises:
         ConfigError: the name is empty, or no rule's or address's.
+        ModelError: what it names is no reward model, or no adapters.
     """
     options = options or JudgeOptions()
     if name.startswith(PREFIX):
         return make_rule(name)
+    if name.startswith(REWARD):
+        return RewardJudge(name, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+    if name.startswith(IMPLICIT):
+        return ImplicitJudge(name, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
     if name == ENDPOINT or "://" in name:
         url = LOOPBACK if name == ENDPOINT else name
         return EndpointJudge(url, model=options.model, timeout_s=options.timeout_s, max_tokens=options.max_tokens)
     if not name.strip():
-        raise ConfigError("`judge`: is empty; expected rule:..., endpoint, an address, or a model.")
+        raise ConfigError(
+            "`judge`: is empty; expected rule:..., reward:..., implicit:..., endpoint, an address, or a model."
+        )
     return ModelJudge(
         name,
         max_tokens=options.max_tokens,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 from orpo_mlx.errors import ConfigError, did_you_mean
-from orpo_mlx.judging.judges.verdicts import FIRST, SECOND, TIE, Question, Verdict, check_references
+from orpo_mlx.judging.judges.scorer import Asked, Score, Scorer
+from orpo_mlx.judging.judges.verdicts import Question, Verdict, check_references
 
 PREFIX = "rule:"
 
@@ -16,20 +16,12 @@ PREFIX = "rule:"
 _MOST_SEARCHED = 20_000
 
 
-class Asked(NamedTuple):
-    """A reply and what a rule may know of it."""
-
-    reply: str
-    prompt: str
-    reference: str | None
-
-
-Score = Callable[[Asked], float]
+ScoreOf = Callable[[Asked], float]
 """The higher the better."""
 
 
-class Rule:
-    """A judge that scores each reply by itself; the higher score wins, equal ones are a tie.
+class Rule(Scorer):
+    """A scorer that is right by construction wherever the rule is what is wanted.
 
     Args:
         name: as the user gave it.
@@ -37,9 +29,7 @@ class Rule:
         needs_reference: whether it compares with a right answer.
     """
 
-    fair = True
-
-    def __init__(self, name: str, score: Score, *, needs_reference: bool = False) -> None:
+    def __init__(self, name: str, score: ScoreOf, *, needs_reference: bool = False) -> None:
         self.name = name
         self.score = score
         self.needs_reference = needs_reference
@@ -48,19 +38,13 @@ class Rule:
         """See `Judge`; DataError where a right answer is needed and a question has none."""
         if self.needs_reference:
             check_references(questions, self.name)
-        verdicts = [self._verdict(question) for question in questions]
-        progress(len(verdicts))
-        return verdicts
+        return super().__call__(questions, progress)
 
-    def score_of(self, reply: str, prompt: str, reference: str | None) -> float:
-        """The score of one reply."""
-        return self.score(Asked(reply, prompt, reference))
-
-    def _verdict(self, question: Question) -> Verdict:
-        first, second = (
-            self.score_of(reply, question.prompt, question.reference) for reply in (question.first, question.second)
-        )
-        return Verdict(TIE if first == second else FIRST if first > second else SECOND)
+    def scores(self, asked: Sequence[Asked], progress: Callable[[int], None]) -> list[Score]:
+        """See `Scorer`."""
+        found = [Score(self.score(each)) for each in asked]
+        progress(len(found))
+        return found
 
 
 def make_rule(name: str) -> Rule:

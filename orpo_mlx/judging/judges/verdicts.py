@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from orpo_mlx.errors import DataError
+from orpo_mlx.types import Pair
 
 FIRST, SECOND, TIE = "first", "second", "tie"
 
@@ -18,6 +19,7 @@ FAILURES = {
     "refused": "could not be reached, or answered with an error",
     "malformed": "answered something that is no chat completion",
     "prompt_too_long": "was given more than its context holds",
+    "no_number": "gave no finite number as a score",
 }
 """Why a judgement can fail, by its key in JSON."""
 
@@ -30,6 +32,8 @@ class Question(NamedTuple):
     second: str
     reference: str | None = None
     """A right answer, where one is known."""
+    row: Pair | None = None
+    """The row that the prompt is of, for judges that read the whole conversation; its sides mean nothing."""
 
 
 class Verdict(NamedTuple):

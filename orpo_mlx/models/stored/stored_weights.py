@@ -58,6 +58,20 @@ def class_for_stored(model_class: Callable[[Any], nn.Module], config: dict[str, 
     return build
 
 
+def without_weights(build: Callable[[Any], nn.Module], module: str) -> Callable[[Any], nn.Module]:
+    """`build`, of a model to which a checkpoint's `module` is not given."""
+
+    def build_without(args: Any) -> nn.Module:
+        model = build(args)
+        own = model.sanitize
+        model.sanitize = lambda weights: own(
+            {name: array for name, array in weights.items() if not name.startswith(f"{module}.")}
+        )
+        return model
+
+    return build_without
+
+
 def known_weights(model: nn.Module, weights: Weights, config: dict[str, Any]) -> Weights:
     """`weights` of a checkpoint as this model's own `sanitize` takes them."""
     parameters = dict(tree_flatten(model.parameters()))

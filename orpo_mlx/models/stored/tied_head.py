@@ -53,6 +53,11 @@ def stem_of(names: Any, ends: tuple[str, ...]) -> str | None:
     return None
 
 
+def tied(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` of a model that has no head, or whose head is its embedding."""
+    return _with_tie(config, True)
+
+
 def _with_tie(config: dict[str, Any], tied: bool) -> dict[str, Any]:
     changed = {**config, TIED: tied}
     if isinstance(config.get("text_config"), dict):

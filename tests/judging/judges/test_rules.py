@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from orpo_mlx.errors import ConfigError, DataError
-from orpo_mlx.judging.judges.rules import Asked, make_rule
+from orpo_mlx.judging.judges.rules import make_rule
+from orpo_mlx.judging.judges.scorer import Asked
 from orpo_mlx.judging.judges.verdicts import FIRST, SECOND, TIE, Question, ballots
 
 DATA = Path(__file__).resolve().parents[3] / "data"
