@@ -110,6 +110,7 @@ EXERCISE_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "quality": _exercise_quality,
     "sanity": lambda results: exercise_tables.sanity(results).markdown(),
     "costs": lambda results: exercise_tables.costs(results).markdown(),
+    "peaks": lambda results: exercise_tables.peaks(results).markdown(),
     "copies": lambda results: exercise_tables.copies(results).markdown(),
 }
 """What may stand after the name of results of the exercise."""

@@ -138,7 +138,7 @@ class TrainingConfig(LossSettings):
     )
     epochs: float | None = in_training(
         None,
-        "passes over the train split, instead of --iters; default 1",
+        "passes over the train split, instead of --iters; default 1, or 3 of a set with fewer than 100 steps",
         Trait.RESUMABLE | Trait.COMPARED,
         range=POSITIVE,
         aliases=("num_train_epochs",),

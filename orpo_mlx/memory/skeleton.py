@@ -75,6 +75,19 @@ def read_blueprint(name: str, *, dtype: str | None = None) -> Blueprint:
     return Blueprint(config, layers, layer_period(config, layers), *stored)
 
 
+def four_bit_blueprint(config: Mapping[str, Any]) -> Blueprint:
+    """That of a checkpoint in bfloat16 whose matrices are quantised to 4 bits in groups of 64, as mlx-lm's are.
+
+    Raises:
+        ModelError: mlx-lm has no such architecture.
+    """
+    table = {**config, "quantization": {"group_size": 64, "bits": 4}}
+    layers = _layer_count(Path("config.json"), table)
+    plain = Blueprint(table, layers, layer_period(table, layers), mx.bfloat16, frozenset())
+    names = [name for name, module in build(plain, layers).named_modules() if hasattr(module, "to_quantized")]
+    return plain._replace(quantised=frozenset(names))
+
+
 def build(blueprint: Blueprint, layers: int) -> nn.Module:
     """The model with that many of its layers, frozen, with weights that are not computed until somebody asks.
 

@@ -24,11 +24,21 @@ def pairs_per_step(config: TrainingConfig) -> int:
     return config.batch_size * config.grad_accumulation_steps
 
 
+# What a small set needs was measured: docs/methods.md, "How long to train".
+_FEW_STEPS, _EPOCHS_OF_FEW = 100, 3
+
+
 def total_steps(config: TrainingConfig, num_pairs: int) -> int:
-    """Optimiser steps of a run: `iters`, or `epochs` (default 1) passes over the train split."""
+    """Optimiser steps of a run: `iters`, or `epochs` passes over the train split."""
     if config.iters is not None:
         return config.iters
-    return max(1, math.ceil((config.epochs or 1) * steps_per_epoch(num_pairs, pairs_per_step(config))))
+    epochs = config.epochs or default_epochs(config, num_pairs)
+    return max(1, math.ceil(epochs * steps_per_epoch(num_pairs, pairs_per_step(config))))
+
+
+def default_epochs(config: TrainingConfig, num_pairs: int) -> int:
+    """Passes over the train split where no setting says how many: one, or three where one has few steps."""
+    return _EPOCHS_OF_FEW if steps_per_epoch(num_pairs, pairs_per_step(config)) < _FEW_STEPS else 1
 
 
 def training_order(run: Run, done: int = 0) -> TrainingOrder:

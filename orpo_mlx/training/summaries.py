@@ -14,7 +14,8 @@ from orpo_mlx.text import printable
 from orpo_mlx.training.checkpoints.progress import TrainingResult
 from orpo_mlx.training.checkpoints.resume import Resumed
 from orpo_mlx.training.checkpoints.save import BEST
-from orpo_mlx.training.data_order import evaluation_pairs, pairs_per_step
+from orpo_mlx.training.data_order import default_epochs, evaluation_pairs, pairs_per_step, total_steps
+from orpo_mlx.training.learned import doubt
 from orpo_mlx.training.references.reference_pass import pass_on_notes
 from orpo_mlx.training.run import Run
 
@@ -107,10 +108,22 @@ def announce_start(run: Run, reporter: Reporter, resumed: Resumed | None) -> Non
     """Say what the run goes on from, or what it replaces."""
     if run.first_step and resumed is None:
         reporter.say(f"Goes on in the data where {run.config.resume_adapter_file} ended, after step {run.first_step}.")
+    if (epochs := chosen_epochs(run)) is not None:
+        steps = total_steps(run.config, len(run.splits["train"].pairs))
+        reporter.say(f"{steps} steps, {epochs} epochs, as suits a set of this size; `epochs` sets another number.")
     if resumed is not None:
         reporter.say(f"Goes on from step {resumed.checkpoint.step}: {resumed.checkpoint.path}.")
     elif (run.folder / "adapters.safetensors").exists():
         reporter.say(f"{run.folder}/ holds an earlier run, which this one overwrites.")
+
+
+def chosen_epochs(run: Run) -> int | None:
+    """How many epochs the size of the train split made of the default; None where it is one, or a setting says so."""
+    config = run.config
+    if config.iters is not None or config.epochs is not None:
+        return None
+    epochs = default_epochs(config, len(run.splits["train"].pairs))
+    return epochs if epochs > 1 else None
 
 
 def shown_parameters(run: Run) -> str:
@@ -133,6 +146,8 @@ def say_goodbye(run: Run, result: TrainingResult, reporter: Reporter) -> None:
         lowest = "" if best.loss is None else f"lowest validation loss, {best.loss:.4f}"
         what = lowest or f"best win rate, {best.win_rate:.1%}"
         reporter.say(f"The {what}, was at step {best.step}: {run.folder / BEST}/.")
+    if (sentence := doubt(run, result)) is not None:
+        reporter.say(f"\n{sentence}")
     reporter.say(f"\nAdapters, metrics and settings are in {run.folder}/.")
     for what, command in next_commands(run).items():
         reporter.say(f"{what}: {command}")

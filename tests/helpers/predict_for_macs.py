@@ -11,7 +11,6 @@ import struct
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ from mlx_lm.utils import _get_classes
 
 from orpo_mlx.config.command_line import resolve
 from orpo_mlx.engine.modes import AUTOMATIC
-from orpo_mlx.memory import predict as memory
+from orpo_mlx.memory.cheap_products import cheap_products
 from orpo_mlx.memory.fit import predicted
 from orpo_mlx.memory.predict import recommended_working_set
-from orpo_mlx.memory.skeleton import Blueprint, build, read_blueprint, weight_bytes
+from orpo_mlx.memory.skeleton import build, read_blueprint, weight_bytes
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "data" / "configs"
 
@@ -127,51 +126,6 @@ def write_headers(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-def _spread(x: mx.array, width: int) -> mx.array:
-    """An array of `width` columns that is as dear to hold as a product, and cheap to compute."""
-    return mx.broadcast_to(x[..., :1], (*x.shape[:-1], width)) + mx.zeros((), x.dtype)
-
-
-def _cheap_product(x: mx.array, w: mx.array, *_: Any, transpose: bool = True, bits: int = 4, **__: Any) -> mx.array:
-    width = w.shape[0] if transpose else w.shape[-1] * 32 // bits
-    function: Any = mx.custom_function(lambda x: _spread(x, width))
-    function.vjp(lambda primals, cotangent, _: _spread(cotangent, primals.shape[-1]))
-    product: mx.array = function(x)
-    return product
-
-
-def _constant(*_: Any, shape: tuple[int, ...] = (), **__: Any) -> mx.array:
-    """What stands for random weights until they are quantised: it takes no memory."""
-    return mx.broadcast_to(mx.array(0.01), shape)
-
-
-def _cheap_build(blueprint: Blueprint, layers: int) -> nn.Module:
-    random: Any = mx.random
-    real = random.uniform, random.normal
-    random.uniform = random.normal = _constant
-    try:
-        return build(blueprint, layers)
-    finally:
-        random.uniform, random.normal = real
-
-
-@contextmanager
-def cheap_probes() -> Iterator[None]:
-    """Predictions in minutes: weights are constants, and quantised products arrays of the right shape.
-
-    On a CPU a product with a 4-bit matrix takes minutes at the sizes of a real model. Memory depends on the shapes
-    alone; `tests/promises/test_recipes.py` holds predictions with and without against each other.
-    """
-    library: Any = mx
-    probe: Any = memory
-    real = library.quantized_matmul, probe.build
-    library.quantized_matmul, probe.build = _cheap_product, _cheap_build
-    try:
-        yield
-    finally:
-        library.quantized_matmul, probe.build = real
-
-
 def weights_gib(folder: Path, dtype: str) -> float:
     """GiB of a model's weights, those of its floating-point numbers in a dtype."""
     blueprint = read_blueprint(str(folder), dtype=dtype)
@@ -192,7 +146,7 @@ def predictions(folder: Path, names: Sequence[str] = ()) -> Iterator[list[Any]]:
         if config.memory == "auto":
             config = dataclasses.replace(config, memory=AUTOMATIC[-1])
         model = write_headers(folder / path.stem, ARCHITECTURES[config.model])
-        with cheap_probes():
+        with cheap_products():
             prediction = predicted(config, read_blueprint(str(model), dtype="float32"))
         peak = prediction.peak - prediction.weights + weights_gib(model, "bfloat16")
         size = mac_gib(path)

@@ -18,12 +18,13 @@ from orpo_mlx.config.command_line import build_parser, resolve
 from orpo_mlx.config.mlx_lm_keys import KEYS
 from orpo_mlx.config.settings import SETTINGS, TrainingConfig
 from orpo_mlx.engine.modes import AUTOMATIC
+from orpo_mlx.memory.cheap_products import cheap_products
 from orpo_mlx.memory.fit import predicted
 from orpo_mlx.memory.predict import TOLERANCE, recommended_working_set
 from orpo_mlx.memory.skeleton import read_blueprint
 from orpo_mlx.models.stored.safetensors_files import read_header
 from tests.cli.test_flags import with_subcommands
-from tests.helpers.predict_for_macs import ARCHITECTURES, CONFIGS, cheap_probes, mac_gib, predictions, write_headers
+from tests.helpers.predict_for_macs import ARCHITECTURES, CONFIGS, mac_gib, predictions, write_headers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -94,7 +95,7 @@ def test_a_prediction_without_products_is_the_prediction(memory: str, tmp_path: 
     settings = {"model": folder, "max_seq_length": 256, "memory": memory, "batch_size": 2, "method": "dpo"}
     config, blueprint = make_config(settings), read_blueprint(folder, dtype="float32")
     real = predicted(config, blueprint)
-    with cheap_probes():
+    with cheap_products():
         cheap = predicted(config, blueprint)
     assert cheap.peak == pytest.approx(real.peak, rel=TOLERANCE)
     assert (cheap.weights, cheap.adapters, cheap.optimiser) == (real.weights, real.adapters, real.optimiser)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -14,19 +14,40 @@ import numpy as np
 from orpo_mlx.compare.exercise.trainer import fresh_run
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.batching import micro_batches
+from orpo_mlx.memory.cheap_products import cheap_products
 from orpo_mlx.memory.fit import predicted
 from orpo_mlx.memory.predict import made_window
-from orpo_mlx.memory.skeleton import read_blueprint
-from orpo_mlx.models.loading import LoadedModel
+from orpo_mlx.memory.skeleton import Blueprint, four_bit_blueprint, read_blueprint
+from orpo_mlx.models.loading import LoadedModel, load
 from orpo_mlx.models.names import DEFAULT_MODEL
+from orpo_mlx.process_memory import peak_gib
 from orpo_mlx.training.steps.step import optimiser_step
 
-_GIB = 2**30
 _ARMS: Mapping[str, dict[str, Any]] = {
     "orpo": {"method": "orpo"},
     "dpo": {"method": "dpo"},
     "dpo --reference copy": {"method": "dpo", "reference": "copy"},
 }
+PRECOMPUTED = "dpo --precompute-reference"
+_LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
+_SHAPES = ((64, 1), (256, 1), (1024, 1), (256, 4))
+"""Tokens a side and pairs a step, all of which are one micro-batch."""
+
+_LLAMA3: dict[str, Any] = {
+    "model_type": "llama", "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+    "vocab_size": 128256, "max_position_embeddings": 131072,
+}  # fmt: skip
+# As far as their shapes depend on it, from the models' config.json on the Hub.
+_LARGE: Mapping[str, dict[str, Any]] = {
+    "Llama-3.2-3B, 4 bits": {
+        **_LLAMA3, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+        "tie_word_embeddings": True,
+    },
+    "Llama-3.1-8B, 4 bits": {
+        **_LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 
 
 def measured_steps(loaded: LoadedModel, tokens: int, pairs: int, steps: int) -> dict[str, Any]:
@@ -39,9 +60,8 @@ def measured_steps(loaded: LoadedModel, tokens: int, pairs: int, steps: int) -> 
 
 
 def _measured(loaded: LoadedModel, settings: dict[str, Any], tokens: int, pairs: int, steps: int) -> dict[str, Any]:
-    lora = {"rank": 8, "scale": 20.0, "dropout": 0.0}
     config = TrainingConfig(
-        batch_size=pairs, max_seq_length=tokens, lora_parameters=lora, num_layers=-1, memory="fast", **settings
+        batch_size=pairs, max_seq_length=tokens, lora_parameters=_LORA, num_layers=-1, memory="fast", **settings
     )
     vocabulary = int(loaded.config["vocab_size"])
     gc.collect()
@@ -63,28 +83,77 @@ def _measured(loaded: LoadedModel, settings: dict[str, Any], tokens: int, pairs:
             optimiser_step(run, window, step)
             reference_s.append(begun - started)
             step_s.append(time.perf_counter() - begun)
-        peak = mx.get_peak_memory() / _GIB
+        peak = peak_gib()
     times = {"step_s": float(np.median(step_s)), "reference_s": float(np.median(reference_s))}
     return {"steps": steps, "forward_tokens": forward, "peak_gib": round(peak, 2), **times}
 
 
+def measured_peaks() -> list[dict[str, Any]]:
+    """Peaks of one step at several lengths and numbers of pairs, LoRA and full fine-tuning, for each way to have a
+    reference.
+
+    Keys of a row: `fine_tune_type`, `tokens`, `pairs`, and `peaks_gib`: MLX's peak by arm, of reference and step, or of
+    the step alone where the reference was precomputed.
+    """
+    return [
+        {"fine_tune_type": kind, "tokens": tokens, "pairs": pairs, "peaks_gib": _peaks(kind, tokens, pairs)}
+        for kind in ("lora", "full")
+        for tokens, pairs in _SHAPES
+    ]
+
+
+def _peaks(kind: str, tokens: int, pairs: int) -> dict[str, float]:
+    arms = {**_ARMS, PRECOMPUTED: _ARMS["dpo"]}
+    return {
+        name: round(_peak(kind, settings, tokens, pairs, name == PRECOMPUTED), 2) for name, settings in arms.items()
+    }
+
+
+def _peak(kind: str, settings: dict[str, Any], tokens: int, pairs: int, precomputed: bool) -> float:
+    config = TrainingConfig(
+        batch_size=pairs, max_seq_length=tokens, lora_parameters=_LORA, num_layers=-1, memory="fast",
+        fine_tune_type=kind, micro_batch_tokens=4 * tokens * pairs, **settings,
+    )  # fmt: skip
+    gc.collect()
+    mx.clear_cache()
+    # Anew for each: full fine-tuning changes the weights.
+    loaded = load(DEFAULT_MODEL)
+    window = made_window(config, tokens // 2, int(loaded.config["vocab_size"]))
+    with fresh_run(loaded, config) as run:
+        mx.eval(loaded.model.parameters(), run.optimizer.state)
+        mx.reset_peak_memory()
+        if run.reference is not None:
+            run.reference.remember(micro_batches(window, config.batch_size, config.micro_batch_tokens))
+        if precomputed:
+            mx.reset_peak_memory()
+        run.loaded.model.train()
+        optimiser_step(run, window, 1)
+    return peak_gib()
+
+
 def predicted_copies() -> list[dict[str, Any]]:
-    """The peak of an ORPO step with and without a second copy of the weights, for several lengths and memory modes.
+    """The peak of an ORPO step with and without a second copy of the weights, for several models, lengths and modes.
 
     `copy_ratio` is (peak + weights)/peak: a copy's own activations are gone before the step's are made.
     """
-    blueprint = read_blueprint(DEFAULT_MODEL)
+    rows = _copies(DEFAULT_MODEL, read_blueprint(DEFAULT_MODEL), (32, 128, 512))
+    with cheap_products():
+        for name, config in _LARGE.items():
+            rows += _copies(name, four_bit_blueprint(config), (64, 256))
+    return rows
+
+
+def _copies(model: str, blueprint: Blueprint, lengths: Sequence[int]) -> list[dict[str, Any]]:
     rows = []
     for mode in ("fast", "thrift"):
-        for tokens in (32, 128, 512):
-            lora = {"rank": 8, "scale": 20.0, "dropout": 0.0}
+        for tokens in lengths:
             config = TrainingConfig(
-                method="orpo", batch_size=1, max_seq_length=tokens, lora_parameters=lora, num_layers=-1, memory=mode
+                method="orpo", batch_size=1, max_seq_length=tokens, lora_parameters=_LORA, num_layers=-1, memory=mode
             )
             found = predicted(config, blueprint)
             rows.append(
                 {
-                    "model": DEFAULT_MODEL,
+                    "model": model,
                     "memory": mode,
                     "tokens": tokens,
                     "weights_gib": round(found.weights, 2),

@@ -104,6 +104,8 @@ def sections_of(results: Results) -> list[Section]:
         )
     )
     found.append(Section("Costs of a step", "Measured; seconds are of a shared machine.", tables.costs(results)))
+    text = "MLX's peak of a step, GiB, measured; a precomputed reference is no part of it."
+    found.append(Section("Peaks by length, pairs, and what is trained", text, tables.peaks(results)))
     found.append(Section("A second copy of the weights", "Predicted peaks of a step.", tables.copies(results)))
     return found
 

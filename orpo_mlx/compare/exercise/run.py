@@ -12,7 +12,7 @@ from typing import Any
 
 from orpo_mlx.compare.exercise.analysis import analyse
 from orpo_mlx.compare.exercise.cells import Cells
-from orpo_mlx.compare.exercise.cost import measured_steps, predicted_copies
+from orpo_mlx.compare.exercise.cost import measured_peaks, measured_steps, predicted_copies
 from orpo_mlx.compare.exercise.progress import ProgressPage
 from orpo_mlx.compare.exercise.sizes import EXTENTS, make_tasks
 from orpo_mlx.compare.exercise.study import count_cells, run_study, size_record
@@ -85,14 +85,15 @@ def run_tier(make: Callable[[], Task], output: Path, decisive: Mapping[str, Any]
 
 def cost(output: Path, decisive: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
     """Peaks and seconds of steps, measured here and predicted."""
-    page = ProgressPage(output, "cost", 2, reporter)
+    page = ProgressPage(output, "cost", 3, reporter)
     cells = Cells(output / "cells" / "cost", {"versions": decisive, "tokens": _COST_TOKENS}, page.tell)
     measured = cells.get(
         {"what": "measured"}, lambda: measured_steps(load(DEFAULT_MODEL), _COST_TOKENS, _COST_PAIRS, _COST_STEPS)
     )
-    predicted = cells.get({"what": "predicted"}, lambda: {"rows": predicted_copies()})
+    peaks = cells.get({"what": "peaks"}, lambda: {"rows": measured_peaks()})
+    predicted = cells.get({"what": "predicted, large models too"}, lambda: {"rows": predicted_copies()})
     shape = {"model": DEFAULT_MODEL, "tokens": _COST_TOKENS, "pairs": _COST_PAIRS}
-    return {**shape, "measured": measured, "predicted": predicted["rows"]}
+    return {**shape, "measured": measured, "peaks": peaks["rows"], "predicted": predicted["rows"]}
 
 
 def commit() -> str | None:

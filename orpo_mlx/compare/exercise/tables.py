@@ -149,6 +149,23 @@ def costs(results: Results) -> Table:
     return Table((shape, "peak, GiB (MLX)", "step, s", "of it reference, s", "tokens without gradient"), rows)
 
 
+def peaks(results: Results) -> Table:
+    """Peaks at several lengths and numbers of pairs, by what is trained and how the reference is had."""
+    # Results of earlier versions have none.
+    rows = results["cost"].get("peaks", [])
+    arms = tuple(rows[0]["peaks_gib"]) if rows else ()
+    body = tuple(
+        (
+            TableCell(row["fine_tune_type"]),
+            number(row["tokens"], "{:.0f}"),
+            number(row["pairs"], "{:.0f}"),
+            *(number(row["peaks_gib"][arm], "{:.2f}") for arm in arms),
+        )
+        for row in rows
+    )
+    return Table(("trained", "tokens a side", "pairs", *arms), body)
+
+
 def copies(results: Results) -> Table:
     """Where a second copy of the weights doubles the peak."""
     rows = tuple(

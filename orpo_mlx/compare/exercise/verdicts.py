@@ -75,14 +75,16 @@ def memory(cost: Mapping[str, Any]) -> Verdict:
     rows = cost["predicted"]
     reach = [row for row in rows if row["copy_ratio"] >= _TWICE] or [max(rows, key=lambda row: row["copy_ratio"])]
     shown = "; ".join(
-        f"{row['copy_ratio']:.2f} times at {row['tokens']} tokens a side, --memory {row['memory']}" for row in reach
+        f"{row['copy_ratio']:.2f} times for {row['model'].rpartition('/')[2]} at {row['tokens']} tokens a side, "
+        f"--memory {row['memory']}"
+        for row in reach
     )
     return Verdict(
         "DPO takes twice the memory",
         CONFIRMED if shared >= _TWICE else f"{REFUTED}; a second copy nears it only where weights outweigh the rest",
         f"measured on {cost['model']}, {cost['tokens']} tokens a side: DPO {shared:.2f} times ORPO's peak, with a "
         f"second copy {copied:.2f} times; predicted with a second copy, the most: {shown}",
-        "one model, of 135M; larger ones in 4 bits were not predicted here. Predictions are within a tenth; no Mac",
+        "measured on one model, of 135M; larger ones are predicted, within a tenth; no Mac",
     )
 
 

@@ -41,6 +41,7 @@ TINY = sizes.QUICK_EXACT._replace(
 )
 ARMS = ("orpo", "dpo", "dpo --reference copy")
 ROW = {"model": "m", "memory": "fast", "tokens": 8, "weights_gib": 1.0, "peak_gib": 2.0, "copy_ratio": 1.5}
+PEAKS = {"fine_tune_type": "full", "tokens": 8, "pairs": 1, "peaks_gib": {"orpo": 1.0, "dpo": 1.5}}
 COST = {"steps": 2, "forward_tokens": 512, "peak_gib": 1.25, "step_s": 0.5, "reference_s": 0.1}
 
 
@@ -51,6 +52,7 @@ def tiny() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(exercise, "make_tasks", lambda extent: {"exact": lambda: GoldTask(TINY)})
         patch.setattr(exercise, "load", lambda name: None)
         patch.setattr(exercise, "measured_steps", lambda *shape: {name: dict(COST) for name in ARMS})
+        patch.setattr(exercise, "measured_peaks", lambda: [PEAKS])
         patch.setattr(exercise, "predicted_copies", lambda: [ROW])
         yield patch
 
@@ -110,7 +112,10 @@ def made() -> dict[str, Any]:
         "kind": "exercise", "extent": "quick", "date": "2026-01-01", "command": "c", "seconds": 1, "commit": None,
         "machine": {"cores": 2}, "versions": {"mlx": "0"}, "unfinished": ["open"],
         "tiers": {"exact": {**tier, "analysis": analyse(tier)}},
-        "cost": {"model": "m", "tokens": 8, "pairs": 2, "measured": {n: dict(COST) for n in ARMS}, "predicted": [ROW]},
+        "cost": {
+            "model": "m", "tokens": 8, "pairs": 2, "measured": {n: dict(COST) for n in ARMS}, "peaks": [PEAKS],
+            "predicted": [ROW],
+        },
     }  # fmt: skip
     results["verdicts"] = [each._asdict() for each in verdicts(results)]
     return dict(json.loads(json.dumps(results)))
