@@ -238,7 +238,7 @@ def test_memory_is_wired_only_where_the_device_names_a_size(
 
 def test_steps_of_a_run() -> None:
     assert total_steps(make_config({"iters": 7}), 100) == 7
-    assert total_steps(make_config({}), 10) == 3
+    assert total_steps(make_config({"epochs": 1}), 10) == 3
     assert total_steps(make_config({"epochs": 1.5, "batch_size": 2, "grad_accumulation_steps": 2}), 8) == 3
 
 
