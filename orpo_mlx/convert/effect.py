@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import DataError
 from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.loading import LoadedModel, load
+from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 from orpo_mlx.types import Example, TokenizedPair
 
 MOST_PAIRS = 100
@@ -67,6 +69,9 @@ def measure_effect(model: str, adapter: Path, merged: Path, data: Path, *, trust
     if not found:
         raise DataError(f"{data}: holds no pairs of a chosen and a rejected side to measure on.")
     pairs = spread(found, MOST_PAIRS)
+    vocabulary = vocabulary_of(loaded.model)
+    for pair in pairs:
+        check_ids(vocabulary, [*pair.prompt_ids, *itertools.chain(*pair.completions)], pair.location)
     after = margins_of(loaded, pairs)
     forms = quantised_layers(loaded.model)
     # One model at a time: two need not fit.

@@ -15,6 +15,7 @@ from orpo_mlx.judging.divergence import Divergence, sampled_kl
 from orpo_mlx.judging.generation import ROWS, Generated, Generator, Sampling
 from orpo_mlx.models.adapters import adapters_off, add_trained_adapters, has_switchable_adapters
 from orpo_mlx.models.loading import LoadedModel, load
+from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 
 KL_REPLIES = 10
 """Replies that the KL to the base is estimated on."""
@@ -120,11 +121,14 @@ def prompt_ids(loaded: LoadedModel, prompts: Sequence[Prompt], max_tokens: int) 
     """Token ids of each prompt.
 
     Raises:
-        DataError: a prompt cannot be rendered, or is longer than what mlx-lm runs exactly.
+        DataError: a prompt cannot be rendered, is longer than what mlx-lm runs exactly, or has ids that are not the
+            model's.
     """
     tokenizer = PairTokenizer(loaded.tokenizer)
     found = [tokenizer.prompt_ids(prompt.pair) for prompt in prompts]
+    vocabulary = vocabulary_of(loaded.model)
     for ids, prompt in zip(found, prompts, strict=True):
+        check_ids(vocabulary, ids, prompt.location)
         if loaded.exact_tokens is not None and len(ids) + max_tokens > loaded.exact_tokens:
             raise DataError(
                 f"{prompt.location}: {len(ids)} tokens and {max_tokens} of a reply, but this model attends within a "

@@ -10,6 +10,7 @@ from orpo_mlx.errors import DataError, ModelError, reason_of
 from orpo_mlx.judging.generation import Generator, Sampling
 from orpo_mlx.judging.judges.verdicts import Question, Verdict, judge_parts, read_verdict
 from orpo_mlx.models.loading import LoadedModel, load
+from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 from orpo_mlx.process_memory import clear_cache_above
 
 TOKENS = 16
@@ -41,9 +42,12 @@ class ModelJudge:
         self._loaded: LoadedModel | None = None
 
     def __call__(self, questions: Sequence[Question], progress: Callable[[int], None]) -> list[Verdict]:
-        """See `Judge`; ModelError where the model cannot be used."""
+        """See `Judge`; ModelError where the model cannot be used, DataError where it lacks ids of its tokenizer's."""
         loaded = self._load()
         prompts = [judge_ids(loaded.tokenizer, question) for question in questions]
+        vocabulary = vocabulary_of(loaded.model)
+        for prompt in prompts:
+            check_ids(vocabulary, prompt, f"a prompt of `judge={self.name}`")
         room = context_of(loaded) - self._max_tokens
         fitting = [number for number, prompt in enumerate(prompts) if len(prompt) <= room]
         generator = Generator(loaded.model, loaded.tokenizer, Sampling(self._max_tokens), rows=_ROWS)
