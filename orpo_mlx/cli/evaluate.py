@@ -103,6 +103,8 @@ def run_tasks_of(args: argparse.Namespace) -> None:
     for flag in ("data", "judge", "replies", "baseline_model", "baseline_adapter", "check_judge"):
         if getattr(args, flag) is not None:
             raise ConfigError(f"--{flag.replace('_', '-')}: has no meaning with --tasks; leave it out.")
+    if not args.template_strings:
+        raise ConfigError("--no-template-strings: tasks are given without a chat template in any case; leave it out.")
     if args.limit is not None:
         check_count("--limit", args.limit)
     adapter = adapter_folder("--adapter-path", args.adapter_path)

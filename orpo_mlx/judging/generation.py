@@ -34,6 +34,8 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
     """Probability mass of the tokens that are drawn from; 1 is all of them."""
     seed: int = 0
+    template_strings: bool = True
+    """Whether a prompt that is a string is put into the chat template, as a turn of the user."""
 
 
 class Generated(NamedTuple):

@@ -165,7 +165,7 @@ def draw_samples(plan: PairPlan, prompts: Sequence[Prompt], output: Path, state:
         return
     # Only now: a run that was killed while it judged needs the model no more.
     loaded = load_side(plan.side, plan.loading)
-    ids = prompt_ids(loaded, prompts, plan.sampling.max_tokens)
+    ids = prompt_ids(loaded, prompts, plan.sampling)
     generator = Generator(loaded.model, loaded.tokenizer, plan.sampling, samples=plan.samples, rows=plan.rows)
     with (
         closing(LineFile(samples_file(output), state.mark("samples"))) as file,

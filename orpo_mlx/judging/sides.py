@@ -111,28 +111,28 @@ def draw(
     state: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[Generated]:
     """One reply of a model to every prompt, given in a `state` such as the one with the adapters off."""
-    ids = prompt_ids(loaded, prompts, sampling.max_tokens)
+    ids = prompt_ids(loaded, prompts, sampling)
     with state():
         generator = Generator(loaded.model, loaded.tokenizer, sampling, rows=rows)
         return [reply for (reply,) in generator.replies(ids, progress)]
 
 
-def prompt_ids(loaded: LoadedModel, prompts: Sequence[Prompt], max_tokens: int) -> list[tuple[int, ...]]:
+def prompt_ids(loaded: LoadedModel, prompts: Sequence[Prompt], sampling: Sampling) -> list[tuple[int, ...]]:
     """Token ids of each prompt.
 
     Raises:
         DataError: a prompt cannot be rendered, is longer than what mlx-lm runs exactly, or has ids that are not the
             model's.
     """
-    tokenizer = PairTokenizer(loaded.tokenizer)
+    tokenizer = PairTokenizer(loaded.tokenizer, template_strings=sampling.template_strings)
     found = [tokenizer.prompt_ids(prompt.pair) for prompt in prompts]
     vocabulary = vocabulary_of(loaded.model)
     for ids, prompt in zip(found, prompts, strict=True):
         check_ids(vocabulary, ids, prompt.location)
-        if loaded.exact_tokens is not None and len(ids) + max_tokens > loaded.exact_tokens:
+        if loaded.exact_tokens is not None and len(ids) + sampling.max_tokens > loaded.exact_tokens:
             raise DataError(
-                f"{prompt.location}: {len(ids)} tokens and {max_tokens} of a reply, but this model attends within a "
-                f"window of {loaded.exact_tokens} which mlx-lm does not apply; leave out or shorten the row."
+                f"{prompt.location}: {len(ids)} tokens and {sampling.max_tokens} of a reply, but this model attends "
+                f"within a window of {loaded.exact_tokens} which mlx-lm does not apply; leave out or shorten the row."
             )
         if not ids:
             raise DataError(f"{prompt.location}: the prompt has no tokens.")
@@ -141,7 +141,7 @@ def prompt_ids(loaded: LoadedModel, prompts: Sequence[Prompt], max_tokens: int) 
 
 def kl_to_base(loaded: LoadedModel, prompts: Sequence[Prompt], sampling: Sampling) -> Divergence:
     """KL(with adapters ‖ without) on replies drawn at temperature 1 to some of the prompts."""
-    ids = prompt_ids(loaded, spread(list(prompts), KL_REPLIES), sampling.max_tokens)
+    ids = prompt_ids(loaded, spread(list(prompts), KL_REPLIES), sampling)
     stop = loaded.tokenizer.eos_token_ids if loaded.tokenizer is not None else ()
     return sampled_kl(loaded.model, ids, set(stop), seed=sampling.seed, max_tokens=sampling.max_tokens)
 

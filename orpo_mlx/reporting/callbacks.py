@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 from orpo_mlx.errors import ConfigError, TrainingError, kind_and_reason
 
+JUDGED_METHOD = "on_judged_report"
+"""A further method, which a callback may have or not."""
 METHODS = ("on_train_loss_report", "on_val_loss_report")
 # mlx-lm reports memory in GB.
 _GB_PER_GIB = 2**30 / 1e9
@@ -38,6 +40,8 @@ class NamedCallback(NamedTuple):
 
     name: str
     callback: TrainingCallback
+    takes_any: bool = False
+    """Whether it shows whatever figures an evaluation has, as services do; others may count on a loss among them."""
 
 
 def named_callbacks(callbacks: Sequence[TrainingCallback]) -> list[NamedCallback]:
@@ -99,11 +103,27 @@ class Callbacks:
         named = {f"val_{key}": value for key, value in metrics.items()}
         self._call("on_val_loss_report", step, {"iteration": step, "val_time": seconds, **named})
 
+    def report_judged(self, step: int, figures: Mapping[str, float]) -> None:
+        """Tell them of replies that were judged: services, as of an evaluation, and others that have a method for it.
+
+        Raises:
+            TrainingError: one of them raised an exception; names it and the step.
+        """
+        info = {"iteration": step, **{f"val_{key}": value for key, value in figures.items()}}
+        for each in self._callbacks:
+            if hasattr(each.callback, JUDGED_METHOD):
+                self._call_one(each, JUDGED_METHOD, step, info)
+            elif each.takes_any:
+                self._call_one(each, "on_val_loss_report", step, info)
+
     def _call(self, method: str, step: int, info: Mapping[str, Any]) -> None:
-        for name, callback in self._callbacks:
-            try:
-                with self._guard():
-                    getattr(callback, method)(dict(info))
-            # Whatever it is, and sys.exit() too: a night's work must not go with it. Ctrl-C ends a run properly.
-            except (Exception, SystemExit) as error:
-                raise TrainingError(f"step {step}: {name}, {method}: {kind_and_reason(error)}") from error
+        for each in self._callbacks:
+            self._call_one(each, method, step, info)
+
+    def _call_one(self, each: NamedCallback, method: str, step: int, info: Mapping[str, Any]) -> None:
+        try:
+            with self._guard():
+                getattr(each.callback, method)(dict(info))
+        # Whatever it is, and sys.exit() too: a night's work must not go with it. Ctrl-C ends a run properly.
+        except (Exception, SystemExit) as error:
+            raise TrainingError(f"step {step}: {each.name}, {method}: {kind_and_reason(error)}") from error

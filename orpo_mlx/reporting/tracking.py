@@ -45,15 +45,15 @@ def reporting_to(
     ended_well = False
     try:
         for name in names:
-            opened.append(NamedCallback(f"`report_to={name}`", _open(name, project, folder, settings, step)))
+            opened.append(NamedCallback(f"`report_to={name}`", _open(name, project, folder, settings, step), True))
         yield opened
         ended_well = True
     finally:
-        for name, (title, callback) in zip(names, opened, strict=False):
+        for name, each in zip(names, opened, strict=False):
             try:
-                _close(name, callback, ended_well)
+                _close(name, each.callback, ended_well)
             except Exception as error:
-                say(f"Warning: {title}: could not be closed ({kind_and_reason(error)}).")
+                say(f"Warning: {each.name}: could not be closed ({kind_and_reason(error)}).")
 
 
 def _open(

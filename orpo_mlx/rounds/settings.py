@@ -58,12 +58,13 @@ class RoundsConfig:
     @property
     def evaluation(self) -> Sampling:
         """How replies are drawn that are compared: greedily."""
-        return Sampling(self.max_tokens, seed=self.seed)
+        return Sampling(self.max_tokens, seed=self.seed, template_strings=self.training.template_strings)
 
     def sampling(self, number: int) -> Sampling:
         """How the samples of a round, from 1, are drawn: each round draws others."""
         # In steps of 1000, so that a round of one seed is not the next round of the seed before.
-        return Sampling(self.max_tokens, self.temperature, self.top_p, self.seed * 1000 + number)
+        seed = self.seed * 1000 + number
+        return Sampling(self.max_tokens, self.temperature, self.top_p, seed, self.training.template_strings)
 
     def make_judge(self) -> Judge:
         """The judge of pairs and evaluations; ConfigError where there is none of that name."""
@@ -71,7 +72,12 @@ class RoundsConfig:
         return make_judge(
             self.judge,
             JudgeOptions(
-                self.judge_tokens, self.judge_timeout, self.judge_model, config.dtype, config.trust_remote_code
+                self.judge_tokens,
+                self.judge_timeout,
+                self.judge_model,
+                config.dtype,
+                config.trust_remote_code,
+                config.template_strings,
             ),
         )
 

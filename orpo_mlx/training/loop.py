@@ -283,6 +283,7 @@ class Loop:
         step = self.progress.step
         self.sinks.metrics.write(step, "valid", found)
         self.sinks.reporter.figures(judged_line(step, found))
+        self.sinks.callbacks.report_judged(step, found)
         if self.run.config.save_best and self.run.config.best_by == "win_rate":
             self._note_best(Best(step, None, found["win_rate"]))
 

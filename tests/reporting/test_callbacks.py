@@ -13,7 +13,7 @@ from rich.console import Console
 
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.errors import ConfigError, TrainingError
-from orpo_mlx.reporting.callbacks import Callbacks, named_callbacks
+from orpo_mlx.reporting.callbacks import Callbacks, NamedCallback, named_callbacks
 from orpo_mlx.reporting.callbacks import TrainingCallback as OwnCallback
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.train import train
@@ -229,6 +229,30 @@ def test_what_is_no_callback_is_named_before_anything_begins(
     with pytest.raises(ConfigError, match=expected):
         train(TrainingConfig(**settings), callbacks=callbacks)
     assert not Path(settings["adapter_path"]).exists()
+
+
+def test_judged_replies_go_to_services_and_to_those_that_ask_for_them() -> None:
+    class Plain:
+        def __init__(self) -> None:
+            self.told: list[dict[str, Any]] = []
+
+        def on_train_loss_report(self, info: dict[str, Any], /) -> None:
+            raise AssertionError
+
+        def on_val_loss_report(self, info: dict[str, Any], /) -> None:
+            self.told.append(info)
+
+    class Asking(Plain):
+        def on_judged_report(self, info: dict[str, Any], /) -> None:
+            self.told.append({**info, "own": True})
+
+    service, plain, asking = Plain(), Plain(), Asking()
+    named = [NamedCallback("s", service, True), NamedCallback("p", plain), NamedCallback("a", asking)]
+    Callbacks(named).report_judged(3, {"win_rate": 0.5})
+    assert service.told == [{"iteration": 3, "val_win_rate": 0.5}]
+    # A callback counts on a loss in every report of the valid split.
+    assert plain.told == []
+    assert asking.told == [{"iteration": 3, "val_win_rate": 0.5, "own": True}]
 
 
 def test_a_subclass_of_the_protocol_may_have_one_method() -> None:

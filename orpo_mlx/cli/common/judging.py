@@ -29,6 +29,12 @@ def add_prompt_options(parser: argparse.ArgumentParser, *, required: bool = True
     )
     group.add_argument("--columns", help="columns under other names: prompt=question")
     group.add_argument("--prompts", type=int, metavar="N", help="take this many, spread evenly; default: all")
+    group.add_argument(
+        "--no-template-strings",
+        dest="template_strings",
+        action="store_false",
+        help="give prompts that are strings as they stand, without the chat template",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, temperature: float) -> None:
@@ -82,7 +88,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
         raise ConfigError(f"--top-p: found {args.top_p}, expected a number above 0 and at most 1.")
     if args.seed < 0:
         raise ConfigError(f"--seed: found {args.seed}, expected 0 or more.")
-    return Sampling(args.max_tokens, args.temp, args.top_p, args.seed)
+    return Sampling(args.max_tokens, args.temp, args.top_p, args.seed, args.template_strings)
 
 
 def judge_of(args: argparse.Namespace) -> Judge:
@@ -99,7 +105,14 @@ def judge_options(args: argparse.Namespace) -> JudgeOptions:
     check_count("--judge-tokens", args.judge_tokens)
     if not (math.isfinite(args.judge_timeout) and args.judge_timeout > 0):
         raise ConfigError(f"--judge-timeout: found {args.judge_timeout}, expected seconds above 0.")
-    return JudgeOptions(args.judge_tokens, args.judge_timeout, args.judge_model, args.dtype, args.trust_remote_code)
+    return JudgeOptions(
+        args.judge_tokens,
+        args.judge_timeout,
+        args.judge_model,
+        args.dtype,
+        args.trust_remote_code,
+        args.template_strings,
+    )
 
 
 def prompts_of(args: argparse.Namespace, splits: tuple[str, ...]) -> list[Prompt]:

@@ -16,6 +16,7 @@ from orpo_mlx.judging.judges.scorer import Asked, Score, Scorer, number
 from orpo_mlx.models.adapters import adapters_off, add_trained_adapters, has_switchable_adapters
 from orpo_mlx.models.loading import LoadedModel, load
 from orpo_mlx.models.recorded import base_model
+from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 from orpo_mlx.process_memory import clear_cache_above
 from orpo_mlx.types import TokenizedPair
 
@@ -32,25 +33,37 @@ class ImplicitJudge(Scorer):
         name: `implicit:` and a folder of LoRA or DoRA adapters, which names its model.
         dtype: a key of `LOAD_DTYPES`; None for the checkpoint's.
         trust_remote_code: whether Python code that comes with the model may run.
+        template_strings: whether strings are put into the chat template.
 
     Raises:
         ModelError: there are no adapters there, or they name no model.
     """
 
-    def __init__(self, name: str, *, dtype: str | None = None, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        dtype: str | None = None,
+        trust_remote_code: bool = False,
+        template_strings: bool = True,
+    ) -> None:
         self.name = name
         self._folder = Path(name.removeprefix(PREFIX)).expanduser()
         self._base = base_model(self._folder, f"`judge={name}`")
         self._dtype = dtype
+        self._template_strings = template_strings
         self._trust_remote_code = trust_remote_code
         self._loaded: LoadedModel | None = None
 
     def scores(self, asked: Sequence[Asked], progress: Callable[[int], None]) -> list[Score]:
         """See `Scorer`; ModelError where the model cannot be used, DataError where a row cannot be given to it."""
         loaded = self._load()
-        tokenizer = PairTokenizer(loaded.tokenizer)
+        tokenizer = PairTokenizer(loaded.tokenizer, template_strings=self._template_strings)
         # Two replies a pair, of one prompt each: `score_pairs` takes nothing else.
         pairs = [tokenizer(each.pair_with(each)) for each in asked]
+        vocabulary = vocabulary_of(loaded.model)
+        for pair in pairs:
+            check_ids(vocabulary, [*pair.prompt_ids, *pair.chosen_ids], f"a reply for `judge={self.name}`")
         room = context_of(loaded)
         fitting = [index for index, pair in enumerate(pairs) if len(pair.prompt_ids) + len(pair.chosen_ids) <= room]
         found = [Score(None, "prompt_too_long")] * len(asked)

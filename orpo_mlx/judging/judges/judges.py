@@ -26,6 +26,8 @@ class JudgeOptions(NamedTuple):
     """The name of the model at an endpoint."""
     dtype: str | None = None
     trust_remote_code: bool = False
+    template_strings: bool = True
+    """Of implicit rewards, which are those of the very rows that the adapters were trained on."""
 
 
 def make_judge(name: str, options: JudgeOptions | None = None) -> Judge:
@@ -42,7 +44,12 @@ def make_judge(name: str, options: JudgeOptions | None = None) -> Judge:
     if name.startswith(REWARD):
         return RewardJudge(name, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
     if name.startswith(IMPLICIT):
-        return ImplicitJudge(name, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+        return ImplicitJudge(
+            name,
+            dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
+            template_strings=options.template_strings,
+        )
     if name == ENDPOINT or "://" in name:
         url = LOOPBACK if name == ENDPOINT else name
         return EndpointJudge(url, model=options.model, timeout_s=options.timeout_s, max_tokens=options.max_tokens)

@@ -19,6 +19,7 @@ from orpo_mlx.judging.judges.scorer import Asked, Score, Scorer, number
 from orpo_mlx.models.loading import LoadedModel, find, load, locate
 from orpo_mlx.models.stored.safetensors_files import read_header, safetensors_shards
 from orpo_mlx.models.stored.tied_head import tied
+from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 from orpo_mlx.process_memory import clear_cache_above
 
 PREFIX = "reward:"
@@ -71,6 +72,9 @@ class RewardJudge(Scorer):
             self._model = load_reward_model(self._path, self.name, self._dtype, self._trust_remote_code)
         model = self._model
         ids = [conversation_ids(model, each) for each in asked]
+        vocabulary = vocabulary_of(model.loaded.model)
+        for row in ids:
+            check_ids(vocabulary, row, f"a reply for `judge={self.name}`")
         room = context_of(model.loaded)
         found = [Score(None, "prompt_too_long")] * len(asked)
         # Rows of a batch are as long as its longest.

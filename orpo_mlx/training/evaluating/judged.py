@@ -38,8 +38,12 @@ class JudgedReplies:
         config = run.config
         self._run = run
         self._prompts = prompts
-        self._sampling = Sampling(config.sample_tokens, seed=config.seed)
-        options = JudgeOptions(dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+        self._sampling = Sampling(config.sample_tokens, seed=config.seed, template_strings=config.template_strings)
+        options = JudgeOptions(
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+            template_strings=config.template_strings,
+        )
         self._judge = make_judge(str(config.judge), options)
         self._base: list[Generated] | None = None
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx_lm.utils import load_tokenizer
 from rich.console import Console
 
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import ConfigError
+from orpo_mlx.judging.generation import Generated, Generator
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.metrics_log import read_run
 from orpo_mlx.train import train
 from tests.conftest import write_id_rows, write_rows
 from tests.helpers.kill_and_resume import adapters, metrics
 from tests.helpers.tuned_adapters import ANSWER, PROMPT
+from tests.reporting.test_tracking import shown
 
 STEPS = 90
 
@@ -59,7 +63,14 @@ def test_the_win_rate_stands_beside_the_loss_and_decides_what_is_best(tmp_path: 
 def test_judging_changes_no_number_and_is_the_same_after_resuming(tmp_path: Path, judged: dict[str, Any]) -> None:
     lora = {"rank": 8, "dropout": 0.1, "scale": 20.0}
     judged |= {"iters": 4, "evaluate_every": 2, "save_every": 2, "steps_per_report": 1, "lora_parameters": lora}
-    run(judged)
+    run(judged | {"report_to": "tensorboard"})
+    folder = tmp_path / "adapters"
+    events = [
+        (step, figures["win_rate"])
+        for step, figures in shown(folder / "tensorboard" / "valid")
+        if "win_rate" in figures
+    ]
+    assert events == read_run(tmp_path / "adapters").points("valid", "win_rate")
     whole = metrics(tmp_path / "adapters")
     cut = judged | {"adapter_path": str(tmp_path / "cut")}
     run(cut | {"iters": 2})
@@ -71,6 +82,24 @@ def test_judging_changes_no_number_and_is_the_same_after_resuming(tmp_path: Path
     run(without | {"adapter_path": str(tmp_path / "without")})
     weights = [adapters(tmp_path / name) for name in ("adapters", "cut", "without")]
     assert all((weights[0][name] == other[name]).all() for other in weights[1:] for name in other)
+
+
+@pytest.mark.parametrize("templated", [True, False])
+def test_prompts_are_given_as_the_run_gives_them(
+    templated: bool, judged: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def replies(self: Generator, prompts: Sequence[Sequence[int]], *_: Any) -> list[list[Generated]]:
+        asked.extend(tuple(prompt) for prompt in prompts)
+        return [[Generated((5,), "a", True)] for _ in prompts]
+
+    monkeypatch.setattr(Generator, "replies", replies)
+    run(judged | {"iters": 2, "evaluate_every": 2, "template_strings": templated, "report_to": None})
+    tokenizer = load_tokenizer(Path(str(judged["model"])))
+    turns = [{"role": "user", "content": PROMPT}]
+    expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True) if templated else None
+    assert set(asked) == {tuple(expected or tokenizer.encode(PROMPT))}
 
 
 @pytest.mark.parametrize(
