@@ -10,6 +10,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from orpo_mlx.convert.verify import TEXTS
+from orpo_mlx.data.tokens.bounded_templates import render
 from orpo_mlx.errors import ModelError
 from orpo_mlx.models.gguf.file import GgufFile
 from orpo_mlx.models.gguf.tokenizer import build_tokenizer, pre_tokenizer
@@ -135,7 +136,7 @@ def same_tokens(one: TokenizerWrapper, other: TokenizerWrapper) -> bool:
         return False
     turns = [{"role": "user", "content": "Hi"}]
     rendered = [
-        tokenizer.apply_chat_template(turns, add_generation_prompt=True) if tokenizer.has_chat_template else []
+        render(tokenizer, turns, add_generation_prompt=True) if tokenizer.has_chat_template else []
         for tokenizer in (one, other)
     ]
     return list(rendered[0]) == list(rendered[1])

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orpo_mlx.errors import ConfigError, ModelError
+from orpo_mlx.data.tokens.bounded_templates import render
+from orpo_mlx.errors import ConfigError, ModelError, reason_of
 from orpo_mlx.models.adapters import adapters_off, add_trained_adapters, has_switchable_adapters
 from orpo_mlx.models.loading import find, load
 from orpo_mlx.models.names import DEFAULT_MODEL
@@ -64,7 +65,7 @@ class Conversation:
     def answer(self, prompt: str) -> Iterator[str]:
         """The answer to `prompt`, piece by piece; the turn is remembered once the last piece is taken."""
         asked = [*self._history, {"role": "user", "content": prompt}]
-        ids = self._ids(asked)
+        ids = prompt_ids(self._tokenizer, asked)
         # A tokenizer may know tokens that the model has no rows for, and MLX would read beyond them.
         check_ids(self._vocabulary, ids, "the prompt")
         pieces: list[str] = []
@@ -84,11 +85,6 @@ class Conversation:
                 yield response.text
         self._history = [*asked, {"role": "assistant", "content": "".join(pieces)}]
 
-    def _ids(self, turns: list[dict[str, str]]) -> list[int]:
-        if not self._tokenizer.has_chat_template:
-            return list(self._tokenizer.encode(turns[-1]["content"]))
-        return list(self._tokenizer.apply_chat_template(turns, add_generation_prompt=True))
-
     def _reuse(self, ids: list[int]) -> list[int]:
         """The part of `ids` that is not in the cache yet; the cache is cut back to the rest, or made anew."""
         common = 0
@@ -106,6 +102,16 @@ class Conversation:
                 return ids[common:]
         self._cache = make_prompt_cache(self._model)
         return ids
+
+
+def prompt_ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
+    """Token ids of what the model is asked; ModelError where the chat template refuses it, or has no end."""
+    if not tokenizer.has_chat_template:
+        return list(tokenizer.encode(turns[-1]["content"]))
+    try:
+        return list(render(tokenizer, turns, add_generation_prompt=True))
+    except Exception as error:  # Templates raise whatever they like.
+        raise ModelError(f"the model's chat template cannot be used: {reason_of(error)}.") from None
 
 
 _WIDE = 100

@@ -6,17 +6,23 @@ attributes, but lets it loop for ever, or ask for a string of gigabytes.
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MOST_SECONDS = 10.0
-"""For one conversation; templates take a millisecond."""
+"""Of the processor's time, for one conversation; templates take a millisecond."""
+MOST_WALL_SECONDS = 120.0
+"""For one conversation, whatever else the machine does."""
+_LOOK_EVERY_S = 0.25
 MOST_OWN_CHARACTERS = 1_000_000
 """That a template may add to a conversation; the longest system prompts of published templates have some 20,000."""
 _MOST_MADE = 10_000_000
@@ -27,6 +33,10 @@ _MOST_BITS = 100_000
 
 class TemplateLimitError(Exception):
     """A template that takes too long or makes too much; says which."""
+
+
+class _OutOfTimeError(BaseException):
+    """What ends a block that takes too long. Not an Exception: a template's own code may take those for its own."""
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -64,27 +74,85 @@ def bound_templates() -> None:
     vars(chat_template_utils)["ImmutableSandboxedEnvironment"] = BoundedEnvironment
 
 
+def render(tokenizer: Any, turns: Any, **options: Any) -> Any:
+    """The tokenizer's `apply_chat_template`, bounded; raises TemplateLimitError, and whatever the template does."""
+    bound_templates()
+    with bounded_time():
+        found = tokenizer.apply_chat_template(turns, **options)
+    return check_length(found, turns, options) if isinstance(found, str) else found
+
+
 @contextmanager
-def bounded_time(seconds: float = MOST_SECONDS) -> Iterator[None]:
-    """Raise TemplateLimitError in the block once it has taken so long.
+def bounded_time(seconds: float = MOST_SECONDS, wall: float = MOST_WALL_SECONDS) -> Iterator[None]:
+    """Raise TemplateLimitError in the block once it has taken so much of the processor's time, or so long at all.
 
-    A thread other than the main one cannot be interrupted, and is not bounded.
+    The processor's time is this thread's (off the main thread on macOS, which tells no thread of another's, the
+    process's): on a busy machine a harmless template waits for seconds.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    main = threading.current_thread() is threading.main_thread()
+    watch = _watched_by_signals if main else _watched_by_a_thread
+    clock = time.thread_time if main else _clock_of_this_thread()
+    begun, begun_at = clock(), time.monotonic()
 
-    def too_long(number: int, frame: FrameType | None) -> NoReturn:
-        raise TemplateLimitError(f"it took longer than {seconds:g} seconds")
+    def spent() -> str | None:
+        if clock() - begun >= seconds:
+            return f"it took more than {seconds:g} seconds of the processor's time"
+        return f"it did not end in {wall:g} seconds" if time.monotonic() - begun_at >= wall else None
 
-    earlier = signal.signal(signal.SIGALRM, too_long)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        with watch(spent, min(seconds, wall, _LOOK_EVERY_S)):
+            yield
+    except _OutOfTimeError:
+        raise TemplateLimitError(spent() or "it took too long") from None
+
+
+@contextmanager
+def _watched_by_signals(spent: Callable[[], str | None], every: float) -> Iterator[None]:
+    def look(number: int, frame: FrameType | None) -> None:
+        if spent():
+            raise _OutOfTimeError
+
+    earlier = signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, every, every)
     try:
         yield
     finally:
         # The timer first: an alarm after the earlier handler is back would be that handler's, or end the process.
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, earlier)
+
+
+@contextmanager
+def _watched_by_a_thread(spent: Callable[[], str | None], every: float) -> Iterator[None]:
+    """Signals reach the main thread alone; an exception can be sent to any, which takes it at its next operation."""
+    target = ctypes.c_ulong(threading.get_ident())
+    ended, lock = threading.Event(), threading.Lock()
+
+    def look() -> None:
+        while not ended.wait(every):
+            with lock:
+                # Under the lock, so that none is sent once the block is left.
+                if not ended.is_set() and spent():
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(target, ctypes.py_object(_OutOfTimeError))
+                    return
+
+    watcher = threading.Thread(target=look, name="template timer", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        with lock:
+            ended.set()
+            # One that was sent and not yet taken is taken back.
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(target, None)
+        watcher.join()
+
+
+def _clock_of_this_thread() -> Callable[[], float]:
+    """The processor's time of the thread that calls this, to be asked by any."""
+    # Not on macOS.
+    clock_of = getattr(time, "pthread_getcpuclockid", None)
+    return time.process_time if clock_of is None else partial(time.clock_gettime, clock_of(threading.get_ident()))
 
 
 def check_length(text: str, *given: Any) -> str:

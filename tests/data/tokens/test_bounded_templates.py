@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-import threading
+import re
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orpo_mlx.cli.common.conversation import prompt_ids
 from orpo_mlx.data.pairs import load_pairs
+from orpo_mlx.data.tokens import bounded_templates
 from orpo_mlx.data.tokens.bounded_templates import BoundedEnvironment, TemplateLimitError, bounded_time
 from orpo_mlx.data.tokens.tokenization import PairTokenizer
 from orpo_mlx.errors import DataError, ModelError
+from orpo_mlx.judging.judges.model_judge import rendered_turn
 from orpo_mlx.models.loading import find
 from tests.conftest import CHAT_TEMPLATE, write_model_folder, write_rows
 
@@ -82,17 +87,46 @@ def test_what_published_templates_do_is_left_alone() -> None:
         assert environment.from_string(source).render() == expected
 
 
-def test_in_another_thread_templates_are_rendered_without_a_timer() -> None:
-    done = []
+def asked_in_chat(tokenizer: Any, text: str) -> list[int]:
+    return prompt_ids(tokenizer, [{"role": "user", "content": text}])
 
-    def work() -> None:
-        with bounded_time(0.01):
-            time.sleep(0.05)
-            done.append(True)
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert done
-    with pytest.raises(TemplateLimitError), bounded_time(0.01):
-        time.sleep(5)
+def in_another_thread(work: Callable[[], object]) -> object:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+@pytest.mark.parametrize("run", [lambda work: work(), in_another_thread])
+def test_time_is_the_processors(run: Callable[[Callable[[], object]], object]) -> None:
+    def spin() -> None:
+        with bounded_time(0.05):
+            while True:
+                pass
+
+    def wait(seconds: float, wall: float) -> bool:
+        with bounded_time(0.05, wall):
+            time.sleep(seconds)
+        return True
+
+    with pytest.raises(TemplateLimitError, match=re.escape("it took more than 0.05 seconds of the processor's time")):
+        run(spin)
+    # Waiting, as for a processor that others have, is none of it.
+    assert run(lambda: wait(0.3, 60))
+    with pytest.raises(TemplateLimitError, match=re.escape("it did not end in 0.1 seconds")):
+        run(lambda: wait(0.3, 0.1))
+    # Nothing is left behind that would end what comes next.
+    assert run(lambda: wait(0.1, 60))
+
+
+@pytest.mark.parametrize("ask", [rendered_turn, asked_in_chat])
+def test_chat_and_judges_are_bounded(
+    ask: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounded_templates, "bounded_time", lambda: bounded_time(0.2))
+    folder = write_model_folder(
+        tmp_path / "m", template="{% if messages[0].content == 'now' %}" + LOOPS + "{% endif %}" + CHAT_TEMPLATE
+    )
+    tokenizer = find(str(folder)).tokenizer
+    ask(tokenizer, "not yet")
+    with pytest.raises(ModelError, match="chat template"):
+        ask(tokenizer, "now")
