@@ -47,15 +47,18 @@ def run(argv: Sequence[str] | None) -> None:
         raise ConfigError(f"--temp: found {args.temp}, expected a number of 0 or more.")
     if args.prompt is not None and not args.prompt.strip():
         raise ConfigError("--prompt: is empty; give what is to be answered, or leave it out to be asked.")
+    from orpo_mlx.cli.common.run_folder import chosen_adapters
+
+    with naming_flags(vars(args)):
+        adapters = chosen_adapters(args.adapter_path, args.model)
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from rich.console import Console
 
     from orpo_mlx.cli.common.conversation import open_chat, talk
-    from orpo_mlx.cli.common.run_folder import chosen_adapters
 
     with naming_flags(vars(args)):
         chat = open_chat(
-            chosen_adapters(args.adapter_path, args.model),
+            adapters,
             Console(highlight=False),
             model=args.model,
             compare=args.compare,

@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from orpo_mlx.cli.common.arguments import add_model_options, check_count, check_output_file
 from orpo_mlx.cli.common.judging import (
@@ -21,10 +20,8 @@ from orpo_mlx.cli.common.judging import (
 )
 from orpo_mlx.config.flags import OneLineParser, exit_status, naming_flags, with_flags
 from orpo_mlx.errors import ConfigError, DataError
+from orpo_mlx.judging.requests import Loading, Side
 from orpo_mlx.text import printable_lines
-
-if TYPE_CHECKING:
-    from orpo_mlx.judging.sides import Side
 
 PROG = "orpo-mlx evaluate"
 
@@ -63,27 +60,31 @@ def run(argv: Sequence[str] | None) -> None:
         return
     if args.data is None or args.judge is None:
         raise ConfigError("give --data and --judge, to have replies compared, or --tasks.")
-    # Only now: a mistyped flag need not wait for mlx-lm and transformers.
+    from orpo_mlx.judging.judges.judges import rule_of
+
+    with naming_flags(vars(args)):
+        judge, sampling = judge_of(args), sampling_of(args)
+        rule = None if args.check_judge is None else rule_of(args.check_judge)
+        baseline, candidate = sides_of(args)
+        prompts = prompts_of(args, EVALUATED)
+    # Only now: what is wrong with a flag or the data need not wait for mlx-lm and transformers.
     from orpo_mlx.files import save_json
     from orpo_mlx.judging.evaluate import Plan, as_text, evaluate, failure_warning, write_replies
-    from orpo_mlx.judging.judges.judges import rule_of
-    from orpo_mlx.judging.sides import Loading
     from orpo_mlx.process_memory import configure_allocator
     from orpo_mlx.reporting.console import Reporter
 
     with naming_flags(vars(args)):
-        baseline, candidate = sides_of(args)
         plan = Plan(
             baseline,
             candidate,
-            judge_of(args),
-            None if args.check_judge is None else rule_of(args.check_judge),
-            sampling_of(args),
+            judge,
+            rule,
+            sampling,
             Loading(args.dtype, args.trust_remote_code),
             args.rows,
         )
         configure_allocator()
-        found = evaluate(plan, prompts_of(args, EVALUATED), Reporter(render=with_flags))
+        found = evaluate(plan, prompts, Reporter(render=with_flags))
     for note in found.replies.notes:
         print(printable_lines(note), file=sys.stderr)
     if args.replies is not None:
@@ -114,7 +115,6 @@ def run_tasks_of(args: argparse.Namespace) -> None:
         raise ConfigError(f"--tasks-path {args.tasks_path}: is not a folder.")
     from orpo_mlx.files import save_json
     from orpo_mlx.judging.regression import regression_figures, regression_line
-    from orpo_mlx.judging.sides import Loading, Side
     from orpo_mlx.judging.tasks import TaskPlan, run_tasks
     from orpo_mlx.models.recorded import base_model
 
@@ -136,7 +136,6 @@ def sides_of(args: argparse.Namespace) -> tuple[Side, Side]:
     Raises:
         ConfigError: they are the same, or adapters are not there.
     """
-    from orpo_mlx.judging.sides import Side
     from orpo_mlx.models.names import DEFAULT_MODEL
     from orpo_mlx.models.recorded import base_model
 

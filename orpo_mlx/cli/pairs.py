@@ -21,6 +21,7 @@ from orpo_mlx.cli.common.judging import (
 from orpo_mlx.config.flags import OneLineParser, exit_status, naming_flags, with_flags
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.judging.ranking import FORMS, summary
+from orpo_mlx.judging.requests import Loading, Side
 from orpo_mlx.text import printable
 
 PROG = "orpo-mlx pairs"
@@ -61,20 +62,24 @@ def run(argv: Sequence[str] | None) -> None:
         raise ConfigError("--samples: found 1, expected 2 or more to choose between.")
     if not (math.isfinite(args.min_gap) and args.min_gap >= 0):
         raise ConfigError(f"--min-gap: found {args.min_gap}, expected a number of 0 or more.")
-    # Only now: a mistyped flag need not wait for mlx-lm and transformers.
-    from orpo_mlx.judging.make_pairs import PairPlan, make_pairs
-    from orpo_mlx.judging.sides import Loading, Side
     from orpo_mlx.models.names import DEFAULT_MODEL
     from orpo_mlx.models.recorded import base_model
+
+    with naming_flags(vars(args)):
+        judge, sampling = judge_of(args), sampling_of(args)
+        adapter = adapter_folder("--adapter-path", args.adapter_path)
+        side = Side(args.model or (DEFAULT_MODEL if adapter is None else base_model(adapter)), adapter)
+        prompts = prompts_of(args, TRAINED)
+    # Only now: what is wrong with a flag or the data need not wait for mlx-lm and transformers.
+    from orpo_mlx.judging.make_pairs import PairPlan, make_pairs
     from orpo_mlx.process_memory import configure_allocator
     from orpo_mlx.reporting.console import Reporter
 
     with naming_flags(vars(args)):
-        adapter = adapter_folder("--adapter-path", args.adapter_path)
         plan = PairPlan(
-            Side(args.model or (DEFAULT_MODEL if adapter is None else base_model(adapter)), adapter),
-            judge_of(args),
-            sampling_of(args),
+            side,
+            judge,
+            sampling,
             args.samples,
             args.form,
             args.min_gap,
@@ -82,9 +87,7 @@ def run(argv: Sequence[str] | None) -> None:
             Loading(args.dtype, args.trust_remote_code),
         )
         configure_allocator()
-        found = make_pairs(
-            plan, prompts_of(args, TRAINED), output, Reporter(render=with_flags), overwrite=args.overwrite
-        )
+        found = make_pairs(plan, prompts, output, Reporter(render=with_flags), overwrite=args.overwrite)
     left_out = summary(found.left_out)
     print(f"{found.rows} rows of {found.prompts} prompts in {printable(str(output))}")
     if left_out:

@@ -103,7 +103,8 @@ def run(argv: Sequence[str] | None) -> None:
     args.data = str(data)
     args.adapter_path = None if adapters is None else str(adapters)
     args.model = args.model or (base_model(adapters) if adapters else DEFAULT_MODEL)
-    # Only now: a mistyped flag need not wait for mlx-lm and transformers.
+    raw = load_pairs(data, Reading(parse_columns(args.columns), labels=parse_labels(args.labels)))
+    # Only now: what is wrong with a flag or the data need not wait for mlx-lm and transformers.
     from orpo_mlx.data.tokens.tokenization import PairTokenizer
     from orpo_mlx.engine.pair_scorer import PairScorer
     from orpo_mlx.engine.score import score_pairs
@@ -111,7 +112,6 @@ def run(argv: Sequence[str] | None) -> None:
     from orpo_mlx.models.loading import find, load
     from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 
-    raw = load_pairs(data, Reading(parse_columns(args.columns), labels=parse_labels(args.labels)))
     info = find(args.model, trust_remote_code=args.trust_remote_code)
     to_ids = PairTokenizer(info.tokenizer, args.train_on, template_strings=args.template_strings)
     pairs = list(to_ids.each(raw))

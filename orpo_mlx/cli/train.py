@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from orpo_mlx.config.command_line import GivenSettings, given_settings, merge_settings
+from orpo_mlx.config.derived import recipe
 from orpo_mlx.config.flags import exit_status, with_flags
 from orpo_mlx.config.settings import TrainingConfig
 
@@ -25,14 +26,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str] | None) -> None:
     """Do what a command line asks; raises UserError."""
     given = given_settings(argv, PROG)
-    # Only now: a mistyped flag need not wait for mlx-lm and transformers.
+    config = given_alone(given)
+    # Only now: what is wrong with the settings need not wait for mlx-lm and transformers.
     from orpo_mlx.reporting.console import Reporter
     from orpo_mlx.train import train
     from orpo_mlx.training.distributed import find_ranks
 
     ranks = find_ranks(TrainingConfig.rank_timeout)
-    config = merge_settings(given, earlier_settings(given, ranks))
+    if config is None:
+        config = merge_settings(given, earlier_settings(given, ranks))
     train(config, Reporter(render=with_flags), ranks)
+
+
+def given_alone(given: GivenSettings) -> TrainingConfig | None:
+    """The settings of a run that goes on from nothing; of one that does, None, its method checked all the same.
+
+    Raises:
+        ConfigError: a setting that cannot be used, or settings that contradict each other.
+    """
+    if not (given.values.get("test") or given.values.get("resume")):
+        return merge_settings(given, {})
+    if "method" in given.values:
+        recipe(TrainingConfig(method=given.values["method"]))
+    return None
 
 
 def earlier_settings(given: GivenSettings, ranks: Ranks) -> dict[str, Any]:

@@ -238,7 +238,8 @@ def row_weights(examples: Sequence[Example]) -> npt.NDArray[np.float64]:
 def two_sided(examples: Sequence[Example]) -> npt.NDArray[np.bool_]:
     """(P,): which pairs of some examples have two sides; a single completion is one with itself."""
     _, better, worse = _pair_places(examples)
-    return better != worse
+    differ: npt.NDArray[np.bool_] = better != worse
+    return differ
 
 
 def row_margins(examples: Sequence[Example]) -> npt.NDArray[np.float64]:

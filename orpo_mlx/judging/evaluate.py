@@ -13,10 +13,11 @@ from orpo_mlx.files import write_text
 from orpo_mlx.judging.calibration import PROMPTS, calibrate, findings
 from orpo_mlx.judging.contest import Judged, by_category, compare_replies, failures_text, figures
 from orpo_mlx.judging.divergence import distinct_n
-from orpo_mlx.judging.generation import ROWS, Generated, Sampling
+from orpo_mlx.judging.generation import Generated
 from orpo_mlx.judging.judges.rules import Rule
 from orpo_mlx.judging.judges.verdicts import Judge
-from orpo_mlx.judging.sides import Loading, Replies, Side, replies_of_both
+from orpo_mlx.judging.requests import ROWS, Loading, Sampling, Side
+from orpo_mlx.judging.sides import Replies, replies_of_both
 from orpo_mlx.reporting.console import Reporter
 
 # More failed judgements than these are said aloud beside the rate.

@@ -14,28 +14,13 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from orpo_mlx.engine.equivalence import close
+from orpo_mlx.judging.requests import ROWS, Sampling
 from orpo_mlx.models.adapters import in_evaluation
 
-ROWS = 32
-"""Sequences that are generated together: mlx-lm's own default for a batch that generates."""
 # mlx-lm's default: bounds the memory of a long prompt.
 _PREFILL_TOKENS = 2048
 
 Ids = Sequence[int]
-
-
-class Sampling(NamedTuple):
-    """How replies are drawn."""
-
-    max_tokens: int
-    """Of one reply, the token that ends it left out."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    """Probability mass of the tokens that are drawn from; 1 is all of them."""
-    seed: int = 0
-    template_strings: bool = True
-    """Whether a prompt that is a string is put into the chat template, as a turn of the user."""
 
 
 class Generated(NamedTuple):

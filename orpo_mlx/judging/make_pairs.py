@@ -18,12 +18,13 @@ from orpo_mlx.data.prompts import Prompt, distinct
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import read_json_table, save_json, sha256_of
 from orpo_mlx.judging.contest import question_of
-from orpo_mlx.judging.generation import ROWS, Generator, Sampling
+from orpo_mlx.judging.generation import Generator
 from orpo_mlx.judging.judges.rules import Rule
 from orpo_mlx.judging.judges.scorer import Asked, Scorer
 from orpo_mlx.judging.judges.verdicts import Judge, ballots, check_references
 from orpo_mlx.judging.ranking import Sample, Scored, different, make_rows
-from orpo_mlx.judging.sides import Loading, Side, load_side, prompt_ids
+from orpo_mlx.judging.requests import ROWS, Loading, Sampling, Side
+from orpo_mlx.judging.sides import load_side, prompt_ids
 from orpo_mlx.models.adapters import weights_file
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.resumable_jsonl import FileMark, LineFile

@@ -5,38 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 from orpo_mlx.data.prompts import Prompt, spread
 from orpo_mlx.data.tokens.tokenization import PairTokenizer
 from orpo_mlx.errors import DataError, ModelError
 from orpo_mlx.judging.divergence import Divergence, sampled_kl
-from orpo_mlx.judging.generation import ROWS, Generated, Generator, Sampling
+from orpo_mlx.judging.generation import Generated, Generator
+from orpo_mlx.judging.requests import ROWS, Loading, Sampling, Side
 from orpo_mlx.models.adapters import adapters_off, add_trained_adapters, has_switchable_adapters
 from orpo_mlx.models.loading import LoadedModel, load
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 
 KL_REPLIES = 10
 """Replies that the KL to the base is estimated on."""
-
-
-class Side(NamedTuple):
-    """A model with its adapters, or without any."""
-
-    model: str
-    """Hub id, folder or `.gguf` file."""
-    adapter: Path | None = None
-
-    def __str__(self) -> str:
-        return self.model if self.adapter is None else f"{self.model} with {self.adapter}"
-
-
-class Loading(NamedTuple):
-    """How models are loaded."""
-
-    dtype: str | None = None
-    trust_remote_code: bool = False
 
 
 class Replies(NamedTuple):

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from orpo_mlx.errors import ConfigError, DataError, ModelError, did_you_mean, reason_of
 from orpo_mlx.judging.regression import Regression, compare_items
-from orpo_mlx.judging.sides import Loading, Side, load_side
+from orpo_mlx.judging.requests import Loading, Side
+from orpo_mlx.judging.sides import load_side
 from orpo_mlx.models.adapters import adapters_off, has_switchable_adapters, in_evaluation
 from orpo_mlx.models.loading import LoadedModel
 

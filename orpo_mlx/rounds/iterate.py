@@ -22,7 +22,7 @@ from orpo_mlx.judging.evaluate import Plan, evaluate, write_replies
 from orpo_mlx.judging.generation import Generated
 from orpo_mlx.judging.make_pairs import PairCounts, PairPlan, make_pairs
 from orpo_mlx.judging.ranking import summary
-from orpo_mlx.judging.sides import Loading, Side
+from orpo_mlx.judging.requests import Loading, Side
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.rounds.report import write_report
 from orpo_mlx.rounds.settings import RoundsConfig

@@ -12,9 +12,9 @@ from orpo_mlx.config.settings import TrainingConfig, settings_with
 from orpo_mlx.config.traits import Trait
 from orpo_mlx.data.pairs import parse_columns
 from orpo_mlx.errors import ConfigError, did_you_mean, reason_of
-from orpo_mlx.judging.generation import ROWS, Sampling
 from orpo_mlx.judging.judges.judges import JudgeOptions, make_judge
 from orpo_mlx.judging.judges.verdicts import Judge
+from orpo_mlx.judging.requests import ROWS, Sampling
 
 TRAIN = "train"
 """The key of the table of training settings."""

@@ -73,9 +73,19 @@ def test_arguments_and_status_are_the_commands(tmp_path: Path, capsys: pytest.Ca
     assert f"--output {tmp_path}" in second
 
 
+MISTYPED = (
+    "train --method orpoo", "train --optimizer adamww", "train --memory fsat", "train --iters 3 --epochs 2",
+    "train --resume --method orpoo", "fit --method orpoo", "fit --memory fsat", "inspect --data d --truncate x",
+    "compare --output o --methods orpoo", "chat --temp -1", "score --data nowhere.jsonl --model m",
+    "evaluate --data d --judge rule:nope", "evaluate --data nowhere --judge rule:plain --baseline-model m",
+    "pairs --data d --output o --judge rule:nope", "pairs --data d --output o --judge rule:plain --temp -1",
+)  # fmt: skip
+
+
 def test_what_needs_no_model_loads_no_library() -> None:
     asked = [("train --list-methods", 0), ("train --metod dpo", 2), ("train --batch-size 0", 2), ("--help", 0)]
     asked += [(f"{name} --help", 0) for name in COMMANDS]
+    asked += [(mistyped, 2) for mistyped in MISTYPED]
     # All in one process, one after the other: what one of them loads is seen at once, and a process takes its time.
     code = (
         "import sys, orpo_mlx.cli.main\n"

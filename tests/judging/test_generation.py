@@ -11,7 +11,8 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_tokenizer
 
-from orpo_mlx.judging.generation import Generator, Sampling
+from orpo_mlx.judging.generation import Generator
+from orpo_mlx.judging.requests import Sampling
 from tests.conftest import CONFIGS, make_model
 
 LENGTHS = (1, 5, 17, 9, 3)

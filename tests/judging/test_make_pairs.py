@@ -17,12 +17,11 @@ from orpo_mlx.data.prompts import Prompt, read_prompt
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.files import save_json
 from orpo_mlx.judging import make_pairs as module
-from orpo_mlx.judging.generation import Sampling
 from orpo_mlx.judging.judges.judges import make_judge
 from orpo_mlx.judging.judges.verdicts import FIRST, SECOND, TIE, Question, Verdict
 from orpo_mlx.judging.make_pairs import PairPlan, make_pairs, samples_file, score, state_file
 from orpo_mlx.judging.ranking import LEFT_OUT, Sample, Scored, different, make_rows, summary
-from orpo_mlx.judging.sides import Side
+from orpo_mlx.judging.requests import Sampling, Side
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.resumable_jsonl import LineFile
 from orpo_mlx.types import Group, Pair

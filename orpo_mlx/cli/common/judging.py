@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from orpo_mlx.cli.common.arguments import check_count
 from orpo_mlx.errors import ConfigError, DataError
+from orpo_mlx.judging.requests import ROWS, Sampling
 
 if TYPE_CHECKING:
     from orpo_mlx.data.prompts import Prompt
-    from orpo_mlx.judging.generation import Sampling
     from orpo_mlx.judging.judges.judges import JudgeOptions
     from orpo_mlx.judging.judges.verdicts import Judge
 
@@ -46,9 +46,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, temperature: float) ->
     )
     group.add_argument("--top-p", type=float, default=1.0, help="probability mass drawn from (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="seed of the replies (default: %(default)s)")
-    # `generation.ROWS`, spelt out: a parser that imports it would have to wait for mlx-lm.
     group.add_argument(
-        "--rows", type=int, default=32, help="replies that are generated together (default: %(default)s)"
+        "--rows", type=int, default=ROWS, help="replies that are generated together (default: %(default)s)"
     )
 
 
@@ -78,8 +77,6 @@ def add_judge_options(parser: argparse.ArgumentParser, *, required: bool = True)
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
     """The sampling that flags ask for; ConfigError where they cannot be used."""
-    from orpo_mlx.judging.generation import Sampling
-
     check_count("--max-tokens", args.max_tokens)
     check_count("--rows", args.rows)
     if not (math.isfinite(args.temp) and args.temp >= 0):

@@ -17,7 +17,8 @@ from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.judging.generation import Generated, Generator, Sampling
+from orpo_mlx.judging.generation import Generated, Generator
+from orpo_mlx.judging.requests import Sampling
 from orpo_mlx.models.adapters import adapters_off, in_evaluation
 from orpo_mlx.models.loading import load
 from orpo_mlx.models.names import DEFAULT_MODEL

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from orpo_mlx.data.tokens.bounded_templates import render
 from orpo_mlx.errors import DataError, ModelError, reason_of
-from orpo_mlx.judging.generation import Generator, Sampling
 from orpo_mlx.judging.judges.verdicts import Question, Verdict, judge_parts, read_verdict
-from orpo_mlx.models.loading import LoadedModel, load
-from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
+from orpo_mlx.judging.requests import Sampling
 from orpo_mlx.process_memory import clear_cache_above
+
+if TYPE_CHECKING:
+    from orpo_mlx.models.loading import LoadedModel
 
 TOKENS = 16
 """Of a verdict; judges that think aloud need more."""
@@ -43,6 +45,10 @@ class ModelJudge:
 
     def __call__(self, questions: Sequence[Question], progress: Callable[[int], None]) -> list[Verdict]:
         """See `Judge`; ModelError where the model cannot be used, DataError where it lacks ids of its tokenizer's."""
+        # Here and not above: a command names a judge before it waits for mlx-lm.
+        from orpo_mlx.judging.generation import Generator
+        from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
+
         loaded = self._load()
         prompts = [judge_ids(loaded.tokenizer, question) for question in questions]
         vocabulary = vocabulary_of(loaded.model)
@@ -61,6 +67,8 @@ class ModelJudge:
     def _load(self) -> LoadedModel:
         # Only now: until the replies are there, the memory is theirs.
         if self._loaded is None:
+            from orpo_mlx.models.loading import load
+
             self._loaded = load(self.name, dtype=self._dtype, trust_remote_code=self._trust_remote_code)
         if self._loaded.tokenizer is None:
             raise ModelError(f"`judge={self.name}`: has no tokenizer, so it cannot judge texts; give a model with one.")
@@ -99,7 +107,7 @@ def rendered_turn(tokenizer: Any, content: str) -> str:
         return content
     try:
         turns = [{"role": "user", "content": content}]
-        return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        return str(render(tokenizer, turns, add_generation_prompt=True, tokenize=False))
     except Exception as error:  # Templates raise whatever they like.
         raise ModelError(f"the judge's chat template refused a user's turn: {reason_of(error)}.") from None
 

@@ -11,8 +11,9 @@ from functools import partial
 from orpo_mlx.data.prompts import Prompt, plain_text, spread
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.judging.contest import compare_replies, figures
-from orpo_mlx.judging.generation import Generated, Sampling
+from orpo_mlx.judging.generation import Generated
 from orpo_mlx.judging.judges.judges import JudgeOptions, make_judge
+from orpo_mlx.judging.requests import Sampling
 from orpo_mlx.judging.sides import draw
 from orpo_mlx.models.adapters import adapters_off
 from orpo_mlx.training.run import Run
