@@ -245,4 +245,10 @@ def _naming_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except LOADING_ERRORS as error:
+        # transformers says so with two addresses, before what there is to do; it asks only where it may not yet.
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{path}: would run its own Python code for its tokenizer or config; read it, then give "
+                "`trust_remote_code`."
+            ) from None
         raise ModelError(f"{path}: mlx-lm cannot load this model ({reason_of(error)}).") from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +105,26 @@ def test_what_needs_no_model_loads_no_library() -> None:
 def test_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "orpo_mlx", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"orpo-mlx {orpo_mlx.__version__}\n"
+
+
+def test_no_advice_is_what_the_command_line_has(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = shutil.copytree(model_folder, tmp_path / ("m" * 200) / "n")
+    settings = json.loads((foreign / "tokenizer_config.json").read_text())
+    code = {"auto_map": {"AutoTokenizer": [None, "own_code.Own"]}, "tokenizer_class": "Own"}
+    (foreign / "tokenizer_config.json").write_text(json.dumps({**settings, **code}))
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "q", "text": "a"}])
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    # The flag that is advised where it is not given, and what the message says where it is.
+    kinds = (
+        ("--trust-remote-code", [], pairs, foreign, "read it, then give --trust-remote-code."),
+        ("--method sft", ["--method", "sft"], rows, model_folder, "expected prompt and completion"),
+        ("--skip-bad-rows", ["--skip-bad-rows"], rows, model_folder, "no pair can be used"),
+    )
+    for flag, given, data, model, said in kinds:
+        assert main(["inspect", "--data", str(data), "--model", str(model), *given]) == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert (flag in err) == (not given)
+        assert len(err) <= 400

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -86,8 +87,14 @@ def test_a_gradient_is_named(settings: dict[str, Any]) -> None:
     run = make_run(settings)
     spoil_gradient(run)
     pairs = [run.splits["train"].pairs[0]] * 2
-    with pytest.raises(NonFiniteError, match=rf"norm (inf|nan) on .*the gradient of {NAME} is not finite, with no row"):
+    found = rf"norm (inf|nan) on .*the gradient of {NAME} is not finite, with no row"
+    with pytest.raises(NonFiniteError, match=f"{found}.*`on_nonfinite=skip`"):
         optimiser_step(run, pairs, 7)
+    # What is given already is no advice.
+    run.config = dataclasses.replace(run.config, on_nonfinite="skip")
+    with pytest.raises(NonFiniteError, match=found) as caught:
+        optimiser_step(run, pairs, 7)
+    assert "on_nonfinite" not in str(caught.value)
 
 
 def test_a_weight_is_named(settings: dict[str, Any]) -> None:

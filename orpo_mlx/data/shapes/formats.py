@@ -80,7 +80,7 @@ def read_row(
         if shape.fits(given):
             break
     else:
-        _refuse(row, given, location)
+        _refuse(row, given, location, one_sided)
     if shape is SHAPES[-1] and (null := next((name for name in PROMPTS if name in row and name not in given), None)):
         # Or what the answers have in common would be taken for it.
         raise DataError(f"{location}: {null!r} is a JSON null, expected a string or a list of messages.")
@@ -89,16 +89,19 @@ def read_row(
     return ReadRow(shape.name, pairs, tuple(filter(None, (note, unused(given, watched.used)))))
 
 
-def _refuse(row: Columns, given: Columns, location: str) -> NoReturn:
+def _refuse(row: Columns, given: Columns, location: str, one_sided: bool) -> NoReturn:
     """Raise what is to be said of a row that is of no shape."""
     for side in _SIDES:
         if side in row and side not in given:
             raise DataError(f"{location}: {side!r} is a JSON null, expected a string or a list of messages.")
-    refuse_other_rows(given, location)
+    expected = f"prompt and completion, messages, text, or {_EXPECTED}" if one_sided else _EXPECTED
+    if not one_sided:
+        # These advise a method of one side, which is given then.
+        refuse_other_rows(given, location)
     missing = [name for name in _SIDES if name not in row]
     found = ", ".join(sorted(map(str, row))[:8]) or "no keys"
     raise DataError(
-        f"{location}: the row has no {' and no '.join(map(repr, missing))}; found {found}, expected {_EXPECTED}; "
+        f"{location}: the row has no {' and no '.join(map(repr, missing))}; found {found}, expected {expected}; "
         f"`columns={missing[0]}=NAME` says which column it is."
     )
 

@@ -17,7 +17,8 @@ _BLOCKS = 4
 
 FALLING = (
     "Rewards of both sides have been falling for {span} steps: the model is unlearning the chosen answers as well; "
-    "a lower `learning_rate`, a method with a likelihood term (orpo, cpo, or a sum with sft), or other pairs may help."
+    "a lower `learning_rate` or other pairs may help, and, where the method has no likelihood term, one that has "
+    "(orpo, cpo, or a sum with sft)."
 )
 ALWAYS_RIGHT = (
     "The reward's accuracy has been 1 for {span} steps: these pairs have nothing left to teach, and training on moves "

@@ -76,11 +76,14 @@ def require_finite(run: Run, step_batch: Sequence[Example], step: int, found: St
     other = [key for key in bad if key != "loss"]
     if other and "loss" not in bad:
         what += f"; {other[0]} is {metrics[other[0]]}"
+    # Skipped steps are told as well, and what is given already is no advice.
+    given = run.config.on_nonfinite == "skip"
+    advice = "or look at those rows" if given else "look at those rows, or skip such steps with `on_nonfinite=skip`"
     places = ", ".join(pair.location for pair in (rows or step_batch)[:_SHOWN])
     raise NonFiniteError(
         f"step {step}: the loss is {metrics['loss']} and the gradient's norm {found.norm} on {places}"
         f"{_more(rows or step_batch, _SHOWN)}{what}, so the step was not applied: "
-        "lower `learning_rate`, look at those rows, or skip such steps with `on_nonfinite=skip`"
+        f"lower `learning_rate`{' ' if given else ', '}{advice}"
     )
 
 

@@ -58,6 +58,7 @@ def test_a_row_of_one_completion(row: dict[str, Any], prompt: Any, completion: A
         ({"prompt": "q", "completion": "a", "rejected": "b"}, "the row has no 'chosen'"),
         ({"text": 3}, "'text'"),
         ({"text": "q a", "rejected": "b"}, "the row has no 'chosen'"),
+        ({"text": "q a", "prompt": "q"}, "expected prompt and completion, messages, text, or prompt, chosen"),
     ],
 )
 def test_a_row_that_is_none(row: dict[str, Any], expected: str) -> None:
@@ -73,7 +74,8 @@ def test_a_text_is_tokenised_as_mlx_lm_has_it(model_folder: Path, bos: bool) -> 
         backend.post_processor = processors.TemplateProcessing("<|start|> $A", special_tokens=[("<|start|>", 257)])
     text = "A text by itself."
     (group,) = read_row({"text": text, "id": 3}, "f:1", one_sided=True).pairs
-    found = PairTokenizer(tokenizer)(group)  # type: ignore[arg-type]
+    assert isinstance(group, Group)
+    found = PairTokenizer(tokenizer)(group)
     ids, offset = TextDataset([], tokenizer).process({"text": text})
     assert offset == 0
     # There, position t is predicted from those before it, from the second on.
