@@ -117,7 +117,7 @@ def test_no_advice_is_what_the_command_line_has(
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "q", "text": "a"}])
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
     # The flag that is advised where it is not given, and what the message says where it is.
-    kinds = (
+    kinds: tuple[tuple[str, list[str], Path, Path, str], ...] = (
         ("--trust-remote-code", [], pairs, foreign, "read it, then give --trust-remote-code."),
         ("--method sft", ["--method", "sft"], rows, model_folder, "expected prompt and completion"),
         ("--skip-bad-rows", ["--skip-bad-rows"], rows, model_folder, "no pair can be used"),

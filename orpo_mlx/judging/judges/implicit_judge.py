@@ -12,15 +12,13 @@ from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ModelError
 from orpo_mlx.judging.judges.model_judge import context_of
-from orpo_mlx.judging.judges.scorer import Asked, Score, Scorer, number
+from orpo_mlx.judging.judges.scorer import IMPLICIT, Asked, Score, Scorer, number
 from orpo_mlx.models.adapters import adapters_off, add_trained_adapters, has_switchable_adapters
 from orpo_mlx.models.loading import LoadedModel, load
 from orpo_mlx.models.recorded import base_model
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 from orpo_mlx.process_memory import clear_cache_above
 from orpo_mlx.types import TokenizedPair
-
-PREFIX = "implicit:"
 
 
 class ImplicitJudge(Scorer):
@@ -48,7 +46,7 @@ class ImplicitJudge(Scorer):
         template_strings: bool = True,
     ) -> None:
         self.name = name
-        self._folder = Path(name.removeprefix(PREFIX)).expanduser()
+        self._folder = Path(name.removeprefix(IMPLICIT)).expanduser()
         self._base = base_model(self._folder, f"`judge={name}`")
         self._dtype = dtype
         self._template_strings = template_strings

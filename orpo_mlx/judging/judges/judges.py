@@ -6,12 +6,9 @@ from typing import NamedTuple
 
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.judging.judges.endpoint_judge import ENDPOINT, LOOPBACK, EndpointJudge
-from orpo_mlx.judging.judges.implicit_judge import PREFIX as IMPLICIT
-from orpo_mlx.judging.judges.implicit_judge import ImplicitJudge
 from orpo_mlx.judging.judges.model_judge import TOKENS, ModelJudge
-from orpo_mlx.judging.judges.reward_judge import PREFIX as REWARD
-from orpo_mlx.judging.judges.reward_judge import RewardJudge
 from orpo_mlx.judging.judges.rules import PREFIX, Rule, make_rule
+from orpo_mlx.judging.judges.scorer import IMPLICIT, REWARD
 from orpo_mlx.judging.judges.verdicts import Judge
 
 
@@ -42,8 +39,13 @@ def make_judge(name: str, options: JudgeOptions | None = None) -> Judge:
     if name.startswith(PREFIX):
         return make_rule(name)
     if name.startswith(REWARD):
+        # Here and not above: a command knows a wrong name before it waits for mlx-lm.
+        from orpo_mlx.judging.judges.reward_judge import RewardJudge
+
         return RewardJudge(name, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
     if name.startswith(IMPLICIT):
+        from orpo_mlx.judging.judges.implicit_judge import ImplicitJudge
+
         return ImplicitJudge(
             name,
             dtype=options.dtype,

@@ -15,14 +15,13 @@ from orpo_mlx.engine.lm_head import ModelHead, find_head
 from orpo_mlx.errors import ModelError
 from orpo_mlx.files import read_json_table
 from orpo_mlx.judging.judges.model_judge import context_of
-from orpo_mlx.judging.judges.scorer import Asked, Score, Scorer, number
+from orpo_mlx.judging.judges.scorer import REWARD, Asked, Score, Scorer, number
 from orpo_mlx.models.loading import LoadedModel, find, load, locate
 from orpo_mlx.models.stored.safetensors_files import read_header, safetensors_shards
 from orpo_mlx.models.stored.tied_head import tied
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 from orpo_mlx.process_memory import clear_cache_above
 
-PREFIX = "reward:"
 HEAD = "score.weight"
 """What transformers calls the layer that makes a state a score."""
 # Conversations are long, and all of a batch are in memory at once.
@@ -58,7 +57,7 @@ class RewardJudge(Scorer):
 
     def __init__(self, name: str, *, dtype: str | None = None, trust_remote_code: bool = False) -> None:
         self.name = name
-        self._path = name.removeprefix(PREFIX)
+        self._path = name.removeprefix(REWARD)
         self._dtype = dtype
         self._trust_remote_code = trust_remote_code
         self._model: RewardModel | None = None

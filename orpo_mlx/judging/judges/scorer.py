@@ -10,6 +10,11 @@ from typing import NamedTuple
 from orpo_mlx.judging.judges.verdicts import FIRST, SECOND, TIE, Question, Verdict
 from orpo_mlx.types import Pair, Text
 
+REWARD = "reward:"
+"""What the name of a reward model as a judge begins with."""
+IMPLICIT = "implicit:"
+"""The same of adapters whose reward is meant."""
+
 
 class Asked(NamedTuple):
     """A reply and what a scorer may know of it."""
