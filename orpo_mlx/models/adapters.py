@@ -239,8 +239,27 @@ def add_trained_adapters(model: nn.Module, folder: Path, source: str = "`adapter
             load_adapters(model, str(folder))
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
             raise ModelError(f"{source} {folder}: {_why_not_loaded(folder, error)}.") from None
+        _check_all_loaded(model, weights, source)
     mx.eval(model.parameters())
     model.eval()
+
+
+def _check_all_loaded(model: nn.Module, file: Path, source: str) -> None:
+    """Make sure that every array of an adapter file has a place in the model, and every adapter an array.
+
+    mlx-lm 0.31 leaves out in silence what has none, and no version asks for an adapter that is not in the file: what it
+    was made with, which for lora_a is drawn at random, stays in its place.
+    """
+    arrays = mx.load(str(file))
+    assert isinstance(arrays, dict)
+    stored, own = set(arrays), set(dict(tree_flatten(model.parameters())))
+    made = {name for name in own if name.rpartition(".")[2] in ("lora_a", "lora_b", "m")}
+    for names, what in ((stored - own, "has no place in the model"), (made - stored, "is not in the file")):
+        if names:
+            raise ModelError(
+                f"{source} {file}: with this adapter_config.json {min(names)} {what} (and {len(names) - 1} more); "
+                "check its keys, num_layers and fine_tune_type."
+            )
 
 
 def _why_not_loaded(folder: Path, error: Exception) -> str:

@@ -62,6 +62,11 @@ def read_peft_tensors(tensors: Mapping[str, mx.array], model: nn.Module, locatio
             _check_unchanged(array, base_weight(model, ours or module, leaf.rpartition(".")[2]), module, location)
             read.unchanged.append(name)
             continue
+        if ours is None and module.rpartition(".")[2] == "lm_head":
+            raise ModelError(
+                f"{location}: adapts {module!r}, and this model's head is its embedding, of which mlx-lm's adapters "
+                "cannot change one use alone; merge it with PEFT, or check `model`."
+            )
         if ours is None:
             raise ModelError(f"{location}: adapts {module!r}, which this model does not have; check `model`.")
         theirs = read.modules.setdefault(ours, [])

@@ -12,6 +12,7 @@ from orpo_mlx.data import splits as module
 from orpo_mlx.data.pairs import Reading
 from orpo_mlx.data.sources import FileSource
 from orpo_mlx.data.splits import COMPLETION_CUT, PROMPT_CUT, SYSTEM_FOLDED, Lengths, Split, tokenized_split
+from orpo_mlx.data.tokens.chat_template import TEMPLATED_TWICE
 from orpo_mlx.data.tokens.token_store import TokenStore
 from orpo_mlx.data.tokens.tokenization import PairTokenizer
 from orpo_mlx.errors import DataError
@@ -95,6 +96,15 @@ def test_a_folded_system_text_is_noted(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_model_folder(tmp_path / "model", template=template))
     path = write_rows(tmp_path / "rows.jsonl", [GOOD, {**GOOD, "system": "S"}])
     assert split_of(path, tokenizer).report.notes == {SYSTEM_FOLDED: 1}
+
+
+def test_a_prompt_that_is_in_the_template_already_is_noted(tmp_path: Path, tokenizer: Any) -> None:
+    written = {**GOOD, "prompt": "<|start|>user\nQ<|end|>\n<|start|>assistant\n"}
+    path = write_rows(tmp_path / "rows.jsonl", [GOOD, {**GOOD, "prompt": "What does <|end|> mean?"}, written])
+    report = split_of(path, tokenizer).report
+    assert report.notes == {TEMPLATED_TWICE: 1}
+    assert report.places[TEMPLATED_TWICE] == [f"{path}:3"]
+    assert split_of(path, tokenizer, template_strings=False).report.notes == {}
 
 
 def test_tokens_are_remembered_by_content(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

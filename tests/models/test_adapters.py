@@ -13,11 +13,18 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from orpo_mlx.data.batching import collate
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.errors import ConfigError, ModelError
-from orpo_mlx.models.adapters import adapter_weights, adapters_off, add_adapters, load_adapter_file
+from orpo_mlx.models.adapters import (
+    adapter_weights,
+    adapters_off,
+    add_adapters,
+    add_trained_adapters,
+    load_adapter_file,
+)
 from tests.conftest import make_model, make_pairs
 
 LORA: dict[str, Any] = {"rank": 2, "scale": 4.0, "dropout": 0.0}
@@ -223,6 +230,11 @@ def test_an_embedding_that_is_also_the_head_is_adapted_twice_here_and_once_by_pe
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 8}))
     with pytest.raises(ModelError, match="also uses as its head: mlx-lm adapts both uses and PEFT only one"):
         load_adapter_file(model, folder, 4.0)
+    head = {"lora_A": mx.ones((2, 32)), "lora_B": mx.ones((259, 2))}
+    arrays = {f"base_model.model.lm_head.{leaf}.weight": array for leaf, array in head.items()}
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), arrays)
+    with pytest.raises(ModelError, match="adapts 'lm_head', and this model's head is its embedding"):
+        load_adapter_file(model, folder, 4.0)
 
 
 def test_peft_weights_alone_do_not_say_their_scale(tmp_path: Path) -> None:
@@ -243,6 +255,32 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     broken.write_bytes(b"not safetensors at all")
     with pytest.raises(ModelError, match="cannot be read as safetensors"):
         load_adapter_file(adapted(), broken, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "without", "said"),
+    [
+        (["auto"], "", r"mlp.down_proj.lora_a has no place in the model \(and 27 more\)"),
+        (None, "layers.1.self_attn.q_proj.lora_a", r"layers.1.self_attn.q_proj.lora_a is not in the file \(and 0 more"),
+    ],
+)
+def test_an_adapter_that_mlx_lm_would_load_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: list[str] | None, without: str, said: str
+) -> None:
+    """Versions of mlx-lm differ in what they say of it; here it says nothing."""
+    lora = {**LORA, **({"keys": keys} if keys else {})}
+    folder = saved(tmp_path / "a", adapted(), fine_tune_type="lora", num_layers=-1, lora_parameters=lora)
+    arrays = {name: value for name, value in adapter_weights(adapted()).items() if not without or without not in name}
+    mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
+
+    def load_silently(model: nn.Module, path: str) -> nn.Module:
+        linear_to_lora_layers(model, -1, lora)
+        model.load_weights(f"{path}/adapters.safetensors", strict=False)
+        return model
+
+    monkeypatch.setattr("orpo_mlx.models.adapters.load_adapters", load_silently)
+    with pytest.raises(ModelError, match=said):
+        add_trained_adapters(make_model(), folder)
 
 
 def test_mlx_lm_reads_the_folder(tmp_path: Path) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from orpo_mlx.data.shapes.columns import Columns, extras
 from orpo_mlx.data.shapes.dialogues import dialogue_turns, is_dialogue
-from orpo_mlx.data.shapes.messages import text_or_turns
+from orpo_mlx.data.shapes.messages import as_turns, text_or_turns, texts
 from orpo_mlx.data.shapes.ratings import label_of, pairs_of_scores, rated_completions_of, weight_of
-from orpo_mlx.data.shapes.row_parts import Found, Options, completed, ids_of
+from orpo_mlx.data.shapes.row_parts import Completed, Found, Options, completed, ids_of
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Group, Pair, Text, TokenizedGroup, TokenizedPair
 
 # Where a row of rated or labelled completions has its prompt.
 _GROUP_PROMPTS = ("prompt", "instruction", "question", "messages")
 # Where a labelled row has its completion.
+_CONVERSATIONS = ("messages", "conversations")
 _COMPLETION = ("completion", "response", "answer", "generation", "output")
 
 
@@ -41,10 +42,23 @@ def labelled_completion(row: Columns, location: str, options: Options) -> Found:
     """One completion of a prompt, and whether it is good."""
     name = next((name for name in _COMPLETION if name in row), None)
     if name is None:
-        raise DataError(f"{location}: the row has a label but no completion ({', '.join(_COMPLETION)}).")
-    texts_of = completed(_group_prompt(row, location), [row[name]], [name], row, location)
+        texts_of = _labelled_turns(row, location)
+    else:
+        texts_of = completed(_group_prompt(row, location), [row[name]], [name], row, location)
     score = _label(row, location, options)
     return Found([Group(*texts_of, (score,), True, (), location, *extras(row, location), weight_of(row, location))])
+
+
+def _labelled_turns(row: Columns, location: str) -> Completed:
+    """A conversation whose last turn is what the label is about, as LLaMA-Factory and ms-swift have it."""
+    name = next((name for name in _CONVERSATIONS if name in row), None)
+    turns = texts(row[name], name, location) if name else ()
+    if name is None or len(turns) < 2 or turns[-1]["role"] != "assistant":
+        raise DataError(
+            f"{location}: the row has a label but no completion ({', '.join(_COMPLETION)}, or messages that end with "
+            "the assistant's turn)."
+        )
+    return completed(as_turns(turns[:-1], "user"), [list(turns[-1:])], [name], row, location)
 
 
 def rated_completions(row: Columns, location: str, options: Options) -> Found:

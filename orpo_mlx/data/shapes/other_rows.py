@@ -45,6 +45,12 @@ def refuse_other_rows(row: Mapping[str, Any], location: str) -> None:
         return
     for kind in _KINDS:
         if all(name in row for name in kind.columns):
+            answers = row[kind.columns[-1]]
+            if isinstance(answers, list) and len(answers) > 1 and not isinstance(answers[0], dict):
+                raise OtherRowsError(
+                    f"{location}: {kind.columns[-1]!r} is a list of {len(answers)}, and nothing says which of them is "
+                    "better; expected chosen and rejected, or scores beside a list of completions."
+                )
             raise OtherRowsError(f"{location}: {kind.text}; {_NEEDED}.")
 
 

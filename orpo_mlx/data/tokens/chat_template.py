@@ -16,6 +16,10 @@ from orpo_mlx.types import Group, Message, Pair, Text
 
 TOOLS_LEFT_OUT = "without its tools, which the chat template leaves out"
 CALLS_LEFT_OUT = "without its earlier tool calls, which the chat template leaves out"
+TEMPLATED_TWICE = (
+    "whose prompt has the marks of the chat template in it and was put into the template once more "
+    "(`template_strings=False` takes strings as they stand)"
+)
 CALL_LEFT_OUT = "without a tool call of an answer, which the chat template leaves out"
 WORDS_LEFT_OUT = "without some words of an answer, which the chat template leaves out or changes"
 THOUGHT_LEFT_OUT = "without a thought of an answer, which the chat template leaves out"
@@ -142,11 +146,14 @@ class PairRenderer:
         return texts._replace(prompt=texts.prompt[:end], notes=(note,))
 
     def _left_out(self, pair: Pair | Group, texts: RenderedTexts) -> Iterator[str]:
-        """Notes of what the template does not write.
+        """Notes of what the template does not write, or writes twice.
 
         Raises:
             DataError: of a completion that is a tool call nothing is left.
         """
+        # Three letters are no mark: a template may write no more than a colon.
+        if isinstance(pair.prompt, str) and len(self._traits.asks) > 3 and self._traits.asks in pair.prompt:
+            yield TEMPLATED_TWICE
         if pair.tools and not self._traits.shows_tools:
             yield TOOLS_LEFT_OUT
         called = [name for turn in as_turns(pair.prompt, "user") for name in _called(turn)]

@@ -63,6 +63,12 @@ class TemplateTraits:
         return rendered is None or _shown(rendered)
 
     @cached_property
+    def asks(self) -> str:
+        """What the template writes behind a user's text where an answer is asked for, white space around it aside."""
+        rendered = self._rendered([{"role": "user", "content": MARK}], True) or ""
+        return rendered.rpartition(MARK)[2].strip()
+
+    @cached_property
     def shows_tools(self) -> bool:
         """Whether descriptions of tools are in what is rendered."""
         rendered = self._rendered([_QUESTION], True, tools=[_TOOL])

@@ -439,6 +439,20 @@ def test_two_system_texts_are_refused() -> None:
             read_row(row, "f:1")
 
 
+@pytest.mark.parametrize(("name", "form"), [("messages", list), ("conversations", sharegpt)])
+def test_a_label_is_about_the_turn_that_ends_a_conversation(name: str, form: Callable[..., Any]) -> None:
+    asked = turns("Q", history=True, system="S")
+    ((group,), shape) = read_row({name: form([*asked, said("assistant", "A")]), "label": False}, "f:1")[1::-1]
+    assert shape == "labelled completion"
+    assert isinstance(group, Group)
+    assert (group.prompt, group.completions, group.scores, group.labelled) == (
+        tuple(asked), ((said("assistant", "A"),),), (0.0,), True
+    )  # fmt: skip
+    for wrong in (asked, [said("assistant", "A")]):
+        with pytest.raises(DataError, match="f:1: the row has a label but no completion"):
+            read_row({name: form(wrong), "label": True}, "f:1")
+
+
 def test_columns_that_a_row_has_no_use_for_are_noted() -> None:
     assert read_row({**strings("Q", "A", "B"), "question": "R", "history": [["a", "b"]]}, "f:1").notes == (
         "without their history and question, which the rest of the row has no use for",
@@ -454,6 +468,11 @@ def test_columns_that_a_row_has_no_use_for_are_noted() -> None:
         ({"prompt": "Q", "completion": "A"}, "the row is one answer to imitate"),
         ({"messages": turns("Q")}, "the row is one conversation to imitate"),
         ({"text": "Q"}, "the row is one text"),
+        (
+            {"instruction": "Q", "output": ["A", "B"]},
+            "'output' is a list of 2, and nothing says which of",
+        ),
+        ({"question": "Q", "answer": [turns("Q"), turns("Q")]}, "'answer' is a list of 2, and nothing says"),
         ({**strings("Q", "A", "B"), "images": ["x.png"]}, "the row has 'images'; only text"),
         ({"prompt": None, "chosen": "The A", "rejected": "The B"}, "'prompt' is a JSON null"),
     ],
