@@ -61,7 +61,8 @@ def spell_unprintable() -> None:
     """
     codecs.register_error(_SPELLED, _spell)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        # In the C locale standard output is no longer strict, and as unable.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors=_SPELLED)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,24 @@ def test_the_nearest_known_word_is_named() -> None:
     assert did_you_mean("trian", ["train", "test"]) == "; did you mean train?"
     assert did_you_mean("x", ["train"]) == "."
     assert did_you_mean(3, ["train"], "; expected train.") == "; expected train."
+
+
+def test_names_that_the_locale_lacks_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = OneLineParser("prog")
+    parser.add_argument("--data")
+    remedies = {"ascii": "set LC_ALL=C.UTF-8, or PYTHONUTF8=1", "utf-8": "rename it"}
+    for encoding, remedy in remedies.items():
+        monkeypatch.setattr(sys, "getfilesystemencoding", lambda encoding=encoding: encoding)
+        # As Python reads an umlaut's two bytes where the locale has none, and a byte that is no UTF-8 anywhere.
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--data", "\udcc3\udcbc/d"])
+        assert remedy in capsys.readouterr().err
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    assert raising(UnicodeEncodeError("ascii", "o/\xfc", 2, 3, "ordinal not in range(128)")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert remedies["ascii"] in line
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "utf-8")
+    with pytest.raises(UnicodeEncodeError):
+        raising(UnicodeEncodeError("ascii", "a defect", 2, 3, "ordinal not in range(128)"))

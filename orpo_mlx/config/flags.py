@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from orpo_mlx.config.settings import SETTINGS
 from orpo_mlx.errors import TrainingError, UserError
 from orpo_mlx.interrupts import Interrupted, finished, raising_interrupts
-from orpo_mlx.text import clipped, printable, spell_unprintable
+from orpo_mlx.text import clipped, printable, quoted, spell_unprintable
 
 _MENTION = re.compile(r"`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>[^`]*))?`")
 """How libraries mention a setting: `seed`, or with a value `memory=fast`, `shuffle=False`."""
@@ -44,7 +44,11 @@ class OneLineParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """argparse's; `--batch_size` is `--batch-size`, and empty values are refused: `--adapter-path=` would be the
         folder one happens to be in."""
-        found, rest = super().parse_known_args(self._dashed(sys.argv[1:] if args is None else args), namespace)
+        words = sys.argv[1:] if args is None else args
+        for word in words:
+            if not _is_utf8(word):
+                self.error(f"{printable(word)}: is no text in UTF-8, {_locale_advice()}")
+        found, rest = super().parse_known_args(self._dashed(words), namespace)
         for action in self._actions:
             if getattr(found, action.dest, None) == "" and action.default != "":
                 long = [flag for flag in action.option_strings if flag.startswith("--")]
@@ -78,6 +82,21 @@ class OneLineParser(argparse.ArgumentParser):
             own = flag.replace("_", "-")
             dashed.append(own + equals + value if own in self._option_string_actions else word)
         return dashed
+
+
+def _is_utf8(word: str) -> bool:
+    """Whether a word can be given to libraries: bytes that Python could not read stand there as half surrogates."""
+    try:
+        word.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _locale_advice() -> str:
+    if sys.getfilesystemencoding() == "utf-8":
+        return "which the names of a model's files must be; rename it"
+    return f"since this locale is {sys.getfilesystemencoding()}; set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
 
 
 def flag_of(name: str, value: str | None = None) -> str:
@@ -123,6 +142,10 @@ def exit_status(prog: str, command: Callable[[], object]) -> int:
             # Libraries turn an interrupt in the middle of an import into errors of their own.
             if signals.number is not None:
                 status = _tell_interrupt(prog, Interrupted(signals.number), signals.number)
+            elif isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+                # A name from a file, which is in UTF-8 whatever the locale.
+                _print(f"{prog}: error: {quoted(error.object)}: is no name of a file {_locale_advice()}.")
+                status = 2
             elif isinstance(error, (UserError, OSError)):
                 _tell_error(prog, error)
                 status = 2

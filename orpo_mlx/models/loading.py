@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from huggingface_hub import errors as hub_errors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
 
@@ -19,6 +21,7 @@ from orpo_mlx.models.activations import match_activation, match_embedding_scale
 from orpo_mlx.models.gguf.loading import load_gguf, read_gguf_info
 from orpo_mlx.models.names import DEFAULT_MODEL, DTYPES, FLOAT16_IN_FLOAT32
 from orpo_mlx.models.shared_keys import share_keys
+from orpo_mlx.models.stored.config_values import check_ends, check_files, check_text_numbers
 from orpo_mlx.models.stored.hf_config import normalise_config, rope_note, unseen_window
 from orpo_mlx.models.stored.model_classes import model_classes
 from orpo_mlx.models.stored.stored_formats import check_format
@@ -39,6 +42,8 @@ LOADING_ERRORS = (
     RuntimeError,
     TypeError,
     ValueError,
+    # What transformers raises over a config with values of a wrong kind; older versions of it have no such class.
+    *filter(None, [getattr(hub_errors, "StrictDataclassError", None)]),
 )
 """What mlx-lm raises over a damaged or foreign folder, or a config with numbers that fit nothing."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -208,6 +213,7 @@ def locate(name: str, source: str = "`model`") -> tuple[Path, str | None]:
 def _folder_info(path: Path, trust_remote_code: bool) -> tuple[TokenizerWrapper | None, dict[str, Any]]:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json in this folder, so it is not a model.")
+    check_files(path)
     with _naming_errors(path):
         config = load_config(path)
         if "model_file" not in config:
@@ -221,6 +227,7 @@ def _folder_info(path: Path, trust_remote_code: bool) -> tuple[TokenizerWrapper 
         extra = {"trust_remote_code": trust_remote_code}
         # transformers 5 writes a vision-language model's ends into the part they belong to.
         ends = config.get("eos_token_id") or (config.get("text_config") or {}).get("eos_token_id")
+        check_ends(ends, path)
         return load_tokenizer(path, extra, eos_token_ids=ends), config
 
 
@@ -231,6 +238,7 @@ def _load_folder(info: ModelInfo, trust_remote_code: bool, left_out: str | None)
 
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
         model_class, args_class = model_classes(config)
+        check_text_numbers(config, args_class, info.path)
         build = class_for_stored(model_class, config)
         return (build if left_out is None else without_weights(build, left_out)), args_class
 
@@ -242,6 +250,10 @@ def _load_folder(info: ModelInfo, trust_remote_code: bool, left_out: str | None)
 @contextmanager
 def _naming_errors(path: Path) -> Iterator[None]:
     """Let what mlx-lm raises over a damaged or foreign folder become an error that names the folder."""
+    said = logging.getLogger("transformers")
+    level = said.level
+    # It warns of parts of a config that are not used here, before the sentence that says what is wrong.
+    said.setLevel(logging.ERROR)
     try:
         yield
     except LOADING_ERRORS as error:
@@ -252,3 +264,5 @@ def _naming_errors(path: Path) -> Iterator[None]:
                 "`trust_remote_code`."
             ) from None
         raise ModelError(f"{path}: mlx-lm cannot load this model ({reason_of(error)}).") from error
+    finally:
+        said.setLevel(level)

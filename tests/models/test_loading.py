@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -86,3 +90,42 @@ def test_files_and_folders_that_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="mlx-lm cannot load this model"):
         load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "expected"),
+    [
+        ("config.json", {"hidden_size": -1}, "mlx-lm cannot load this model"),
+        ("config.json", {"num_attention_heads": 3}, "mlx-lm cannot load this model"),
+        ("config.json", {"rms_norm_eps": None}, "mlx-lm cannot load this model"),
+        ("config.json", {"rope_theta": "x"}, "rope_theta: found 'x', expected a number"),
+        ("config.json", {"eos_token_id": -5}, "eos_token_id: found -5, expected a token id"),
+        ("config.json", {"eos_token_id": [2, {"a": 1}]}, "eos_token_id: found .*, expected a token id"),
+        ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id: found 'x', expected a token id"),
+        # transformers warns of these on stderr as well.
+        ("config.json", {"vocab_size": 10}, "mlx-lm cannot load this model"),
+        ("config.json", {"rope_scaling": {"type": "nope"}}, "mlx-lm cannot load this model"),
+    ],
+)
+def test_odd_values_are_one_sentence(
+    model_folder: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    file: str,
+    values: dict[str, Any],
+    expected: str,
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "m")
+    known = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+    (folder / file).write_text(json.dumps({**known, **values}))
+    with pytest.raises(ModelError, match=expected):
+        load(str(folder))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_pipe_is_not_waited_for(model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    os.mkfifo(folder / "tokenizer.json")
+    with pytest.raises(ModelError, match=r"tokenizer.json: is no regular file"):
+        load(str(folder))
