@@ -561,3 +561,26 @@ def test_the_order_is_saved_with_the_adapters_and_restored(
             {**first, "save_every": 1, "iters": 2, "overwrite": True, "resume_adapter_file": str(tmp_path / "first")}
         )
     assert seen == resumed[2:6]
+
+
+def test_what_is_in_the_way_of_results_is_said_before_anything_is_trained(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(settings["adapter_path"])
+    # What a run writes is known from one that wrote it.
+    with_report = {name: value for name, value in settings.items() if name != "report"}
+    assert main(flags({**with_report, "iters": 1})) == 0
+    written = {path.name: path.is_dir() for path in folder.iterdir() if path.name != "train.lock"}
+    assert {"adapters.safetensors", "report.html", "metrics.jsonl", "checkpoints"} <= written.keys()
+    capsys.readouterr()
+    for name, holds_files in written.items():
+        other = folder.with_name(f"in the way of {name}")
+        other.mkdir()
+        (other / name).touch() if holds_files else (other / name).mkdir()
+        assert main(flags({**settings, "adapter_path": str(other), "model": "not read"})) == 2
+        printed = capsys.readouterr()
+        assert f"{other / name}: is {'no' if holds_files else 'a'} folder, where a run" in printed.err
+        assert printed.out == ""
+    deep = {**settings, "adapter_path": "a/" * 1500}
+    assert main(flags(deep)) == 2
+    assert capsys.readouterr().err.count("\n") == 1

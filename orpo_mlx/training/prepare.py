@@ -24,15 +24,22 @@ from orpo_mlx.losses.registry import COMPLETION, LIST, PAIR
 from orpo_mlx.models.adapters import add_adapters, load_adapter_file
 from orpo_mlx.models.loading import LoadedModel, ModelInfo, find, load
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
+from orpo_mlx.reporting.metrics_log import METRICS_FILE, RUN_FILE, SAMPLES_FILE
+from orpo_mlx.reporting.model_card import CARD_FILE
+from orpo_mlx.training.checkpoints.save import ADAPTERS_FILE, CHECKPOINTS
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.optimizers import make_optimizer
 from orpo_mlx.training.references.choose_reference import choose_reference, find_other_model, names_a_path
 from orpo_mlx.training.references.reference_store import weights_fingerprint
-from orpo_mlx.training.run import Run
+from orpo_mlx.training.run import ADAPTER_CONFIG_FILE, Run
 from orpo_mlx.training.steps.row_values import find_weighted
 from orpo_mlx.training.steps.step_functions import StepFunctions
 
 EVAL_SPLITS = ("test", "valid")
+_OUTPUTS = (
+    METRICS_FILE, RUN_FILE, SAMPLES_FILE, CARD_FILE, ADAPTERS_FILE, ADAPTER_CONFIG_FILE, "report.html", "report.png",
+    "left_out.txt",
+)  # fmt: skip
 
 
 def find_data(config: TrainingConfig, ranks: Ranks) -> dict[str, Source]:
@@ -72,7 +79,20 @@ def make_output_folder(name: str) -> Path:
         raise ConfigError(f"`adapter_path` {name}: is, or lies below, a file; give a folder.") from None
     except OSError as error:
         raise ConfigError(f"`adapter_path` {name}: cannot be made ({error.strerror}).") from None
+    except RecursionError:
+        raise ConfigError(f"`adapter_path` {name}: lies too deep; give a shorter path.") from None
+    check_outputs(folder)
     return folder
+
+
+def check_outputs(folder: Path) -> None:
+    """Refuse what would keep a run from writing its results once it is trained; raises ConfigError."""
+    for name in _OUTPUTS:
+        if (folder / name).is_dir():
+            raise ConfigError(f"{folder / name}: is a folder, where a run writes a file; remove it.")
+    checkpoints = folder / CHECKPOINTS
+    if (checkpoints.exists() or checkpoints.is_symlink()) and not checkpoints.is_dir():
+        raise ConfigError(f"{checkpoints}: is no folder, where a run keeps its checkpoints; remove it.")
 
 
 def load_run(config: TrainingConfig, sources: Mapping[str, Source], folder: Path, ranks: Ranks) -> Run:
