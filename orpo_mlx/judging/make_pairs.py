@@ -151,7 +151,7 @@ def identity_of(plan: PairPlan, prompts: Sequence[Prompt]) -> dict[str, Any]:
         "side": plan.side.model,
         # By what is in the file: another training may have written to the same folder since.
         "adapter": None if weights is None else sha256_of(weights),
-        "judge": plan.judge.name,
+        "judge": plan.judge.identity if isinstance(plan.judge, Scorer) else plan.judge.name,
         "sampling": plan.sampling._asdict(),
         "loading": plan.loading.dtype,
         "prompts": sha256_of(head=repr([prompt.pair for prompt in prompts]).encode()),

@@ -11,9 +11,10 @@ from orpo_mlx.data.tokens.tokenization import PairTokenizer
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ModelError
+from orpo_mlx.files import sha256_of
 from orpo_mlx.judging.judges.model_judge import context_of
 from orpo_mlx.judging.judges.scorer import IMPLICIT, Asked, Score, Scorer, number
-from orpo_mlx.models.adapters import adapters_off, add_trained_adapters, has_switchable_adapters
+from orpo_mlx.models.adapters import adapters_off, add_trained_adapters, has_switchable_adapters, weights_file
 from orpo_mlx.models.loading import LoadedModel, load
 from orpo_mlx.models.recorded import base_model
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
@@ -52,6 +53,12 @@ class ImplicitJudge(Scorer):
         self._template_strings = template_strings
         self._trust_remote_code = trust_remote_code
         self._loaded: LoadedModel | None = None
+
+    @property
+    def identity(self) -> str:
+        """See `Scorer`: by the adapters' content, since another training may write to the same folder."""
+        weights = weights_file(self._folder)
+        return self.name if weights is None else f"{self.name} {sha256_of(weights)}"
 
     def scores(self, asked: Sequence[Asked], progress: Callable[[int], None]) -> list[Score]:
         """See `Scorer`; ModelError where the model cannot be used, DataError where a row cannot be given to it."""

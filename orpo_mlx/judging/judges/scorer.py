@@ -53,6 +53,11 @@ class Scorer(ABC):
     name: str
     fair = True
 
+    @property
+    def identity(self) -> str:
+        """Equal for scorers that give the same scores, as far as can be told without running them."""
+        return self.name
+
     @abstractmethod
     def scores(self, asked: Sequence[Asked], progress: Callable[[int], None]) -> list[Score]:
         """A score for each reply; `progress` is called with the number scored so far."""

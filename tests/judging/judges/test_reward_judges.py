@@ -89,7 +89,10 @@ def test_an_implicit_reward_is_the_log_ratio_of_the_reply(tmp_path: Path) -> Non
     adapter = write_adapter_folder(tmp_path / "adapters")
     config = adapter / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model": str(folder)}))
-    found = values(make_judge(f"implicit:{adapter}"), asked())
+    judge = make_judge(f"implicit:{adapter}")
+    assert isinstance(judge, Scorer)
+    identity = judge.identity
+    found = values(judge, asked())
     loaded = load(str(folder))
     tuned = load(str(folder)).model
     add_trained_adapters(tuned, adapter)
@@ -102,6 +105,9 @@ def test_an_implicit_reward_is_the_log_ratio_of_the_reply(tmp_path: Path) -> Non
         assert whole[: len(prompt)] == prompt
         both = [np.sum(oracle_logps(model, prompt, whole[len(prompt) :])) for model in (tuned, loaded.model)]
         assert value == pytest.approx(both[0] - both[1], abs=1e-3)
+    # A run of `pairs` that goes on must not go on with other adapters of the same name.
+    mx.save_safetensors(str(adapter / "adapters.safetensors"), {"other": mx.ones(2)})
+    assert judge.identity != identity
 
 
 def test_scores_choose_samples_and_judge_pairs(tmp_path: Path) -> None:
