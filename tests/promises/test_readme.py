@@ -106,7 +106,6 @@ ADDED = {
     ],
     "chat": ["--max-tokens", "4"],
     "doctor": ["--quick"],
-    "convert hf": ["--group-size", "32"],
     "convert peft-to-mlx": ["--overwrite"],
     "convert mlx-to-peft": ["--overwrite"],
     "generate": ["--max-tokens", "4"],
@@ -125,7 +124,9 @@ def as_run(line: Line) -> list[str] | None:
     for pattern, replacement in SUBSTITUTES:
         words = [re.sub(f"^{pattern}$", replacement, word) for word in words]
     kind = f"{name} {ours[1][0]}" if ours and ours[1] else name
-    return [*words, *ADDED.get(name, ADDED.get(kind, []))]
+    # The tiny model is narrower than the groups of 64 that are the default.
+    narrow = ["--group-size", "32"] if "--quantize" in words else []
+    return [*words, *narrow, *ADDED.get(name, ADDED.get(kind, []))]
 
 
 def run(words: Sequence[str], folder: Path) -> str:
