@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from orpo_mlx.compare.report import facts
 from orpo_mlx.compare.tables import number
 from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.errors import ConfigError, DataError
-from orpo_mlx.files import read_json_table, save_json, write_text
+from orpo_mlx.files import read_json_table, write_text
 from orpo_mlx.losses.recipe import PARAMETERS
 from orpo_mlx.losses.registry import METHODS
 from orpo_mlx.reporting.html_page import Table, TableCell, markdown_text
@@ -39,6 +40,9 @@ and `parameters` are the cards of the losses."""
 EXAMINED = {"macs": "No Mac has been measured yet.", "gpus": "No other GPU has been measured yet."}
 """Folders of the doctor's files, and what stands where they have none."""
 
+# A list of numbers in one line: raw figures of an exercise would be a million lines.
+_NUMBERS = re.compile(r"\[[-+.\deE,\s]*\]")
+_MISSING = "Not measured yet."
 _MARKED = re.compile(r"<!-- results: (?P<what>[a-z0-9_ -]+) -->\n.*?<!-- end of results -->", re.S)
 
 
@@ -110,7 +114,7 @@ EXERCISE_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "quality": _exercise_quality,
     "sanity": lambda results: exercise_tables.sanity(results).markdown(),
     "costs": lambda results: exercise_tables.costs(results).markdown(),
-    "peaks": lambda results: exercise_tables.peaks(results).markdown(),
+    "peaks": lambda results: exercise_tables.peaks(results).markdown() if results["cost"].get("peaks") else _MISSING,
     "copies": lambda results: exercise_tables.copies(results).markdown(),
 }
 """What may stand after the name of results of the exercise."""
@@ -298,7 +302,7 @@ def add_results(source: Path, root: Path, name: str, *, replies: bool) -> Path:
         results["methods"] = [{**arm, "replies": []} for arm in results["methods"]]
     target = root / FOLDER / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_json(target, results)
+    write_text(target, _NUMBERS.sub(lambda found: re.sub(r"\s+", "", found[0]), json.dumps(results, indent=1)) + "\n")
     return target
 
 
@@ -346,7 +350,7 @@ def _block(what: str, root: Path) -> str:
         known = {**EXERCISE_TABLES, **TABLES} if results is None else tables_for(results)
         if table not in known:
             raise DataError(f"<!-- results: {what} -->: no table {table!r}, expected one of {', '.join(known)}.")
-        body = "Not measured yet." if results is None else known[table](results)
+        body = _MISSING if results is None else known[table](results)
     return f"<!-- results: {what} -->\n{body}\n<!-- end of results -->"
 
 
