@@ -217,4 +217,4 @@ def with_remedy(error: DataError) -> DataError:
 
 def raise_no_rows(name: str) -> NoReturn:
     """The error of a file without rows, which reads as nothing to do and is a wrong path more often than not."""
-    raise DataError(f"{name}:1: the file has no rows; expected prompt, chosen and rejected in each.")
+    raise DataError(f"{name}:1: the file has no rows; expected at least one.")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from orpo_mlx.data.prompts import Prompt, prompt_key
 from orpo_mlx.judging.intervals import Interval
+from orpo_mlx.judging.judges.rules import Rule
 from orpo_mlx.judging.judges.verdicts import (
     FAILURES,
     FIRST,
@@ -15,9 +16,11 @@ from orpo_mlx.judging.judges.verdicts import (
     TIE,
     Ballot,
     Judge,
+    Loaded,
     Question,
     Verdict,
     ballots,
+    check_references,
     count_failures,
 )
 from orpo_mlx.judging.win_rate import WinRate, mean_interval, win_rate
@@ -64,6 +67,19 @@ class Judged(NamedTuple):
 def question_of(prompt: Prompt, first: str, second: str) -> Question:
     """Which of two replies to a prompt is better?"""
     return Question(prompt.question, first, second, prompt.reference, prompt.pair)
+
+
+def check_judge(judge: Judge, prompts: Sequence[Prompt]) -> None:
+    """Find out before replies are drawn what would keep a judge from judging them.
+
+    Raises:
+        DataError: it needs right answers, and a prompt has none.
+        ModelError: it is a model, and is not to be had.
+    """
+    if isinstance(judge, Rule) and judge.needs_reference:
+        check_references([question_of(prompt, "", "") for prompt in prompts], judge.name)
+    if isinstance(judge, Loaded):
+        judge.find()
 
 
 def compare_replies(

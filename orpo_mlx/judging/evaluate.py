@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from orpo_mlx.data.prompts import Prompt
 from orpo_mlx.files import write_text
 from orpo_mlx.judging.calibration import PROMPTS, calibrate, findings
-from orpo_mlx.judging.contest import Judged, by_category, compare_replies, failures_text, figures
+from orpo_mlx.judging.contest import Judged, by_category, check_judge, compare_replies, failures_text, figures
 from orpo_mlx.judging.divergence import distinct_n
 from orpo_mlx.judging.generation import Generated
 from orpo_mlx.judging.judges.rules import Rule
@@ -53,6 +53,7 @@ def evaluate(plan: Plan, prompts: Sequence[Prompt], reporter: Reporter) -> Evalu
     Raises:
         UserError: a model or the judge cannot be used, or a prompt cannot be given to them.
     """
+    check_judge(plan.judge, prompts)
     with reporter.bar("replies", 2 * len(prompts), "replies") as advance:
         replies = replies_of_both(
             plan.baseline,

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 from orpo_mlx.data.prompts import Prompt, distinct
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import read_json_table, save_json, sha256_of
-from orpo_mlx.judging.contest import question_of
+from orpo_mlx.judging.contest import check_judge, question_of
 from orpo_mlx.judging.generation import Generator
-from orpo_mlx.judging.judges.rules import Rule
 from orpo_mlx.judging.judges.scorer import Asked, Scorer
-from orpo_mlx.judging.judges.verdicts import Judge, ballots, check_references
+from orpo_mlx.judging.judges.verdicts import Judge, ballots
 from orpo_mlx.judging.ranking import Sample, Scored, different, make_rows
 from orpo_mlx.judging.requests import ROWS, Loading, Sampling, Side
 from orpo_mlx.judging.sides import load_side, prompt_ids
@@ -129,8 +128,7 @@ def make_pairs(
     prompts = distinct(prompts)
     if repeated > len(prompts):
         reporter.say(f"{repeated - len(prompts)} prompts repeat another and are asked once.")
-    if isinstance(plan.judge, Rule) and plan.judge.needs_reference:
-        check_references([question_of(prompt, "", "") for prompt in prompts], plan.judge.name)
+    check_judge(plan.judge, prompts)
     state = State(output, identity_of(plan, prompts), overwrite=overwrite)
     if state.is_new:
         # A state of an earlier run, or its samples, must not be taken for this one's.

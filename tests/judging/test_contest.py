@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
 from orpo_mlx.data.prompts import Prompt, read_prompt
+from orpo_mlx.errors import UserError
+from orpo_mlx.judging import evaluate as evaluating
+from orpo_mlx.judging import make_pairs as pairing
 from orpo_mlx.judging.calibration import PADDING, calibrate, cohens_kappa, findings
 from orpo_mlx.judging.contest import by_category, compare_replies, figures, order_figures
+from orpo_mlx.judging.judges.judges import make_judge
 from orpo_mlx.judging.judges.rules import make_rule
 from orpo_mlx.judging.judges.verdicts import FIRST, SECOND, TIE, Judge, Question, Verdict
+from orpo_mlx.judging.requests import Sampling, Side
+from orpo_mlx.reporting.console import Reporter
 
 
 class Scripted:
@@ -131,3 +138,29 @@ def test_kappa_is_that_of_cohens_example() -> None:
     both = [(FIRST, FIRST)] * 20 + [(FIRST, SECOND)] * 5 + [(SECOND, FIRST)] * 10 + [(SECOND, SECOND)] * 15
     assert cohens_kappa(both) == pytest.approx(0.4)
     assert cohens_kappa([(TIE, TIE)] * 3) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "`judge` ./nowhere: no such file or folder."),
+        ("reward:./nowhere", "`judge=reward:./nowhere`: ./nowhere: no such file or folder."),
+        ("rule:exact", "`judge=rule:exact`: 1 of 1 rows have no right answer"),
+    ],
+)
+def test_a_judge_that_could_not_judge_says_so_before_replies_are_drawn(
+    name: str, message: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drawn(*_: Any, **__: Any) -> NoReturn:
+        raise AssertionError("replies were drawn")
+
+    monkeypatch.setattr(evaluating, "replies_of_both", drawn)
+    monkeypatch.setattr(pairing, "draw_samples", drawn)
+    judge, side, asked = make_judge(name), Side(str(model_folder)), prompts(1)
+    with pytest.raises(UserError) as caught:
+        evaluating.evaluate(evaluating.Plan(side, side, judge), asked, Reporter())
+    assert str(caught.value).startswith(message)
+    with pytest.raises(UserError) as caught:
+        pairing.make_pairs(pairing.PairPlan(side, judge, Sampling(4)), asked, tmp_path / "o.jsonl", Reporter())
+    assert str(caught.value).startswith(message)
+    assert not list(tmp_path.glob("o.jsonl*"))

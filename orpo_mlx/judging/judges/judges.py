@@ -33,9 +33,11 @@ def make_judge(name: str, options: JudgeOptions | None = None) -> Judge:
 
     Raises:
         ConfigError: the name is empty, or no rule's or address's.
-        ModelError: what it names is no reward model, or no adapters.
+        ModelError: what it names are no adapters.
     """
     options = options or JudgeOptions()
+    if name in (REWARD, IMPLICIT):
+        raise ConfigError(f"`judge={name}`: names no folder; expected {name}FOLDER.")
     if name.startswith(PREFIX):
         return make_rule(name)
     if name.startswith(REWARD):

@@ -64,6 +64,12 @@ class ModelJudge:
         clear_cache_above(0)
         return verdicts
 
+    def find(self) -> None:
+        """See `Loaded`."""
+        from orpo_mlx.models.loading import find
+
+        find(self.name, trust_remote_code=self._trust_remote_code, source="`judge`")
+
     def _load(self) -> LoadedModel:
         # Only now: until the replies are there, the memory is theirs.
         if self._loaded is None:

@@ -50,9 +50,6 @@ class RewardJudge(Scorer):
         name: `reward:` and a folder or Hub id.
         dtype: a key of `LOAD_DTYPES`; None for the checkpoint's.
         trust_remote_code: whether Python code that comes with the checkpoint may run.
-
-    Raises:
-        ModelError: a folder of that name holds no such checkpoint.
     """
 
     def __init__(self, name: str, *, dtype: str | None = None, trust_remote_code: bool = False) -> None:
@@ -61,9 +58,10 @@ class RewardJudge(Scorer):
         self._dtype = dtype
         self._trust_remote_code = trust_remote_code
         self._model: RewardModel | None = None
-        # Said before replies are drawn, where it costs no download.
-        if Path(self._path).expanduser().is_dir():
-            find_score(Path(self._path).expanduser(), name)
+
+    def find(self) -> None:
+        """See `Loaded`."""
+        find_score(locate(self._path, f"`judge={self.name}`:")[0], self.name)
 
     def scores(self, asked: Sequence[Asked], progress: Callable[[int], None]) -> list[Score]:
         """See `Scorer`; ModelError where the model cannot be used, DataError where a row cannot be given to it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Pair
@@ -65,6 +65,14 @@ class Judge(Protocol):
 
     def __call__(self, questions: Sequence[Question], progress: Callable[[int], None]) -> list[Verdict]:
         """A verdict on each question; `progress` is called with the number judged so far."""
+
+
+@runtime_checkable
+class Loaded(Protocol):
+    """A judge that is loaded from somewhere, when it is first asked."""
+
+    def find(self) -> None:
+        """Make sure that it is there, without reading its weights; ModelError where it cannot be had."""
 
 
 class Ballot(NamedTuple):

@@ -10,7 +10,7 @@ from functools import partial
 
 from orpo_mlx.data.prompts import Prompt, plain_text, spread
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.judging.contest import compare_replies, figures
+from orpo_mlx.judging.contest import check_judge, compare_replies, figures
 from orpo_mlx.judging.generation import Generated
 from orpo_mlx.judging.judges.judges import JudgeOptions, make_judge
 from orpo_mlx.judging.requests import Sampling
@@ -32,7 +32,7 @@ class JudgedReplies:
         prompts: what is asked.
 
     Raises:
-        ConfigError: the judge is none.
+        UserError: the judge is none, or could not judge these prompts.
     """
 
     def __init__(self, run: Run, prompts: Sequence[Prompt]) -> None:
@@ -46,6 +46,7 @@ class JudgedReplies:
             template_strings=config.template_strings,
         )
         self._judge = make_judge(str(config.judge), options)
+        check_judge(self._judge, prompts)
         self._base: list[Generated] | None = None
 
     def __call__(self) -> dict[str, float]:

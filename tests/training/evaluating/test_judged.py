@@ -12,7 +12,7 @@ from mlx_lm.utils import load_tokenizer
 from rich.console import Console
 
 from orpo_mlx.config.checks import make_config
-from orpo_mlx.errors import ConfigError
+from orpo_mlx.errors import ConfigError, ModelError
 from orpo_mlx.judging.generation import Generated, Generator
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.metrics_log import read_run
@@ -115,6 +115,12 @@ def test_what_cannot_be_judged_is_refused(judged: dict[str, Any], changes: dict[
     with pytest.raises(ConfigError) as caught:
         run({name: value for name, value in (judged | changes).items() if value is not None})
     assert message in str(caught.value)
+
+
+def test_a_judge_that_is_not_there_is_said_before_the_first_step(judged: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="`judge` ./nowhere: no such file or folder"):
+        run(judged | {"judge": "./nowhere"})
+    assert not (Path(str(judged["adapter_path"])) / "adapters.safetensors").exists()
 
 
 def test_rows_of_token_ids_cannot_be_asked(tmp_path: Path, judged: dict[str, Any]) -> None:
