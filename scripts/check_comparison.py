@@ -180,13 +180,15 @@ def check_verdicts(results: dict[str, Any]) -> Iterator[tuple[str, float, float]
     sentence = sentences["DPO's sensitivity to hyper-parameters is moderate, ORPO's low"]
     for variant, methods in variants.items():
         part = sentence.split(f"{variant}: ")[1]
-        published = [float(found) for found in re.findall(r"([\d.]+) of [-\d.]+ for", part)[:2]]
-        for value, name in zip(published, ("orpo", "dpo"), strict=True):
+        published = re.findall(r"([\d.]+) of ([-\d.]+) for", part)[:2]
+        for (value, gain), name in zip(published, ("orpo", "dpo"), strict=True):
             shortest = min(entry["steps"] for entry in methods[name]["tuning"])
             grid = [entry for entry in methods[name]["tuning"] if entry["steps"] == shortest]
             means = [sum(entry["valid_gold"]) / len(entry["valid_gold"]) for entry in grid]
             lost = max(means) - sum(means) / len(means)
-            yield f"sensitivity {variant} {name}", value, round(lost, 2)
+            yield f"sensitivity {variant} {name}", float(value), round(lost, 2)
+            gained = max(means) - methods[name]["seeds"][0]["curve"][0]["gold"]
+            yield f"sensitivity {variant} {name}, gain", float(gain), round(gained, 2)
 
 
 def differing(ours: Any, theirs: Any, path: str = "") -> Iterator[str]:

@@ -126,8 +126,8 @@ def frontier_panel(tier: Mapping[str, Any], variant: str) -> Panel:
 
     def draw(axes: Axes, theme: Theme) -> None:
         best = tier["facts"].get("frontier", [])
-        # Of the line, the part that methods could reach: beyond twice the bound it would flatten everything else.
-        shown = [point for point in best if point["kl"] <= 2 * tier["size"]["kl_bound"]]
+        # No training is worth anything beyond the bound, and a longer line would flatten everything else.
+        shown = [point for point in best if point["kl"] <= tier["size"]["kl_bound"]]
         axes.plot([p["kl"] for p in shown], [p["gold"] for p in shown], color=theme.ink, linewidth=1)
         for number, (name, method) in enumerate(tier["variants"][variant].items()):
             look = style(number)

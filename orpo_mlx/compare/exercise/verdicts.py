@@ -98,6 +98,8 @@ def convergence(variant: Variant, size: Mapping[str, Any]) -> Verdict:
     ]
     steps = [point["step"] for point in variant[ORPO]["seeds"][0]["curve"][1:]][: min(map(len, gaps))]
     found = [seed_interval([row[place] for row in gaps]) for place in range(len(steps))]
+    kl = {name: _last_kl(variant[name]["seeds"], len(steps)) for name in (ORPO, DPO)}
+    rates = {name: variant[name]["chosen"]["rate"] for name in (ORPO, DPO)}
     ahead = sum(low > 0 for _, low, _ in found)
     behind = sum(high < 0 for _, _, high in found)
     shown = "; ".join(
@@ -115,9 +117,15 @@ def convergence(variant: Variant, size: Mapping[str, Any]) -> Verdict:
         verdict,
         f"gold of ORPO minus DPO on valid prompts, each at its tuned rate, with 95 % intervals over {len(gaps)} seeds: "
         f"{shown}",
-        "the same steps are the same pair tokens; seconds are in the costs. DPO moves further from the base in as many "
-        "steps and is tuned to a lower rate for it, so this is no comparison at equal KL",
+        "the same steps are the same pair tokens; seconds are in the costs. No comparison at equal KL: at the last of "
+        f"these looks it is {kl[ORPO]:.2f} nats for ORPO (rate {rates[ORPO]:g}) and {kl[DPO]:.2f} for DPO (rate "
+        f"{rates[DPO]:g})",
     )
+
+
+def _last_kl(seeds: Sequence[Mapping[str, Any]], looks: int) -> float:
+    """KL to the base model at a look, nats per reply, the mean over seeds; the look at the base itself is number 0."""
+    return statistics.fmean(seed["curve"][looks]["kl"] for seed in seeds)
 
 
 def seed_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -140,9 +148,9 @@ def sensitivity(variants: Mapping[str, Variant]) -> Verdict:
         gap = paired_bootstrap([lost[ORPO]], [lost[DPO]])
         signs.append(-1 if gap.high < 0 else 1 if gap.low > 0 else 0)
         means = {method: mean_with_error([values])[0] for method, values in lost.items()}
-        best = {method: max(entry["score"] for entry in variant[method]["tuning"]) for method in (ORPO, DPO)}
+        gained = {method: _most_gained(variant[method]) for method in (ORPO, DPO)}
         parts.append(
-            f"{name}: {means[ORPO]:.2f} of {best[ORPO]:.2f} for ORPO, {means[DPO]:.2f} of {best[DPO]:.2f} for DPO "
+            f"{name}: {means[ORPO]:.2f} of {gained[ORPO]:.2f} for ORPO, {means[DPO]:.2f} of {gained[DPO]:.2f} for DPO "
             f"(difference {gap.low:+.2f} to {gap.high:+.2f})"
         )
     settings = sum(entry["steps"] == min_steps(variant) for entry in variant[ORPO]["tuning"])
@@ -152,11 +160,17 @@ def sensitivity(variants: Mapping[str, Variant]) -> Verdict:
     return Verdict(
         "DPO's sensitivity to hyper-parameters is moderate, ORPO's low",
         verdict if verdict != OPEN else f"{OPEN}: the variants do not agree, or their intervals hold 0",
-        f"gold lost by the average of {settings} settings of learning rate and β against the best of them, within the "
-        f"KL bound: {'; '.join(parts)}",
+        f"gold lost by the average of {settings} settings of learning rate and β against the best of them, of what "
+        f"that one gains over the base model within the KL bound: {'; '.join(parts)}",
         "a setting that is beyond the KL bound at its first look is worth what the base model is; a method that gains "
         "little can lose little. One seed; intervals over prompts",
     )
+
+
+def _most_gained(method: Mapping[str, Any]) -> float:
+    """Gold of the best setting on valid prompts, less the base model's."""
+    start: float = method["seeds"][0]["curve"][0]["gold"]
+    return max(entry["score"] for entry in method["tuning"]) - start
 
 
 def min_steps(variant: Variant) -> int:

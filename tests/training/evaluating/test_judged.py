@@ -118,7 +118,7 @@ def test_what_cannot_be_judged_is_refused(judged: dict[str, Any], changes: dict[
 
 
 def test_a_judge_that_is_not_there_is_said_before_the_first_step(judged: dict[str, Any]) -> None:
-    with pytest.raises(ModelError, match="`judge` ./nowhere: no such file or folder"):
+    with pytest.raises(ModelError, match=r"`judge` \./nowhere: no such file or folder"):
         run(judged | {"judge": "./nowhere"})
     assert not (Path(str(judged["adapter_path"])) / "adapters.safetensors").exists()
 
