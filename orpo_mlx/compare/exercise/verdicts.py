@@ -153,7 +153,7 @@ def sensitivity(variants: Mapping[str, Variant]) -> Verdict:
             f"{name}: {means[ORPO]:.2f} of {gained[ORPO]:.2f} for ORPO, {means[DPO]:.2f} of {gained[DPO]:.2f} for DPO "
             f"(difference {gap.low:+.2f} to {gap.high:+.2f})"
         )
-    settings = sum(entry["steps"] == min_steps(variant) for entry in variant[ORPO]["tuning"])
+    settings = len(_grid(variant[ORPO]["tuning"]))
     verdict = CONFIRMED if set(signs) == {-1} else REFUTED if set(signs) == {1} else OPEN
     if verdict != OPEN and settings < _REAL_GRID:
         verdict = f"{verdict} on {settings} settings; a grid of {_REAL_GRID} and more is needed to say so in general"
@@ -168,20 +168,21 @@ def sensitivity(variants: Mapping[str, Variant]) -> Verdict:
 
 
 def _most_gained(method: Mapping[str, Any]) -> float:
-    """Gold of the best setting on valid prompts, less the base model's."""
+    """Gold of the grid's best setting on valid prompts, less the base model's."""
     start: float = method["seeds"][0]["curve"][0]["gold"]
-    return max(entry["score"] for entry in method["tuning"]) - start
-
-
-def min_steps(variant: Variant) -> int:
-    """The length of the first round's trainings, in which the whole grid took part."""
-    return min(int(entry["steps"]) for entry in variant[ORPO]["tuning"])
+    best: float = max(entry["score"] for entry in _grid(method["tuning"]))
+    return best - start
 
 
 def shortfall(tuning: Sequence[Mapping[str, Any]]) -> list[float]:
     """For each valid prompt, the gold of the grid's best setting minus the mean over the grid."""
-    first = min(entry["steps"] for entry in tuning)
-    grid = [entry for entry in tuning if entry["steps"] == first]
+    grid = _grid(tuning)
     best = max(grid, key=lambda entry: entry["score"])["valid_gold"]
     columns = zip(*(entry["valid_gold"] for entry in grid), strict=True)
     return [top - statistics.fmean(column) for top, column in zip(best, columns, strict=True)]
+
+
+def _grid(tuning: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first round's trainings, in which all settings took part."""
+    first = min(entry["steps"] for entry in tuning)
+    return [entry for entry in tuning if entry["steps"] == first]
