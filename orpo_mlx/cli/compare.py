@@ -39,16 +39,7 @@ def build_parser() -> OneLineParser:
         help="methods with commas between, each with flags of its own if need be: 'orpo,dpo,dpo --reference copy' "
         "(default: %(default)s)",
     )
-    parser.add_argument(
-        "--quick",
-        dest="extent",
-        action="store_const",
-        const="quick",
-        help="the chapter's exercise, small: gold reward against KL, with sanity checks; takes --output alone",
-    )
-    parser.add_argument(
-        "--full", dest="extent", action="store_const", const="full", help="the same, all methods and seeds: a night"
-    )
+    _add_extents(parser)
     parser.add_argument("--steps", type=count, metavar="N", help="budget: optimiser steps")
     parser.add_argument("--pair-tokens", type=count, metavar="N", help="budget: tokens of pairs trained on")
     parser.add_argument("--seconds", type=amount, metavar="X", help="budget: seconds of training, reference included")
@@ -79,6 +70,20 @@ def build_parser() -> OneLineParser:
         "--accuracy", type=share, default=0.9, metavar="X", help="report when this accuracy is reached (default: 0.9)"
     )
     return parser
+
+
+def _add_extents(parser: argparse.ArgumentParser) -> None:
+    """The flags that ask for the chapter's exercise."""
+    parser.add_argument(
+        "--quick",
+        dest="extent",
+        action="store_const",
+        const="quick",
+        help="the chapter's exercise, small: gold reward against KL, with sanity checks; takes --output alone",
+    )
+    parser.add_argument(
+        "--full", dest="extent", action="store_const", const="full", help="the same, all methods and seeds: a night"
+    )
 
 
 class ExerciseRequest(NamedTuple):
