@@ -14,6 +14,8 @@ from orpo_mlx.config.command_line import resolve
 from orpo_mlx.config.flags import OneLineParser, exit_status, naming_flags, with_flags
 from orpo_mlx.errors import ConfigError, TrainingError
 
+# Of a comparison; the exercise has its own.
+_METHODS, _SEEDS = "orpo,dpo", 3
 _OWN = ("methods", "learning_rates", "output")
 """Flags of this command that messages of the room mention."""
 
@@ -35,15 +37,14 @@ def build_parser() -> OneLineParser:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for results.json, reports and pictures")
     parser.add_argument(
         "--methods",
-        default="orpo,dpo",
         help="methods with commas between, each with flags of its own if need be: 'orpo,dpo,dpo --reference copy' "
-        "(default: %(default)s)",
+        f"(default: {_METHODS})",
     )
     _add_extents(parser)
     parser.add_argument("--steps", type=count, metavar="N", help="budget: optimiser steps")
     parser.add_argument("--pair-tokens", type=count, metavar="N", help="budget: tokens of pairs trained on")
     parser.add_argument("--seconds", type=amount, metavar="X", help="budget: seconds of training, reference included")
-    parser.add_argument("--seeds", type=count, default=3, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
+    parser.add_argument("--seeds", type=count, metavar="N", help=f"seeds 0 to N - 1 (default: {_SEEDS})")
     parser.add_argument(
         "--learning-rates",
         default="1e-4,3e-4",
@@ -79,10 +80,16 @@ def _add_extents(parser: argparse.ArgumentParser) -> None:
         dest="extent",
         action="store_const",
         const="quick",
-        help="the chapter's exercise, small: gold reward against KL, with sanity checks; takes --output alone",
+        help="the chapter's exercise, small: gold reward against KL, with sanity checks; takes --output, --tier, "
+        "--methods and --seeds alone",
     )
     parser.add_argument(
         "--full", dest="extent", action="store_const", const="full", help="the same, all methods and seeds: a night"
+    )
+    parser.add_argument(
+        "--tier",
+        choices=("exact", "open"),
+        help="of the exercise: the tiny model with an exact reward, or SmolLM2; both by default",
     )
 
 
@@ -92,6 +99,12 @@ class ExerciseRequest(NamedTuple):
     extent: str
     """A key of `compare.exercise.sizes.EXTENTS`."""
     output: Path
+    tier: str | None
+    methods: tuple[str, ...] | None
+    seeds: int | None
+
+
+_OF_EXERCISE = ("extent", "output", "tier", "methods", "seeds")
 
 
 @naming_flags(_OWN)
@@ -99,13 +112,19 @@ def parse_request(argv: Sequence[str] | None) -> Plan | ExerciseRequest:
     """What a command line asks for; ConfigError as of `parse_plan`."""
     own, rest = build_parser().parse_known_args(argv)
     if own.extent is None:
+        if own.tier is not None:
+            raise ConfigError(f"--tier {own.tier}: is a part of the exercise; give --quick or --full with it.")
         return parse_plan(argv)
     defaults = build_parser().parse_args(["--output", own.output])
-    given = [name for name, value in vars(own).items() if value != getattr(defaults, name) and name != "extent"]
+    given = [name for name, value in vars(own).items() if name not in _OF_EXERCISE and value != getattr(defaults, name)]
     if rest or given:
         what = rest[0] if rest else f"--{given[0].replace('_', '-')}"
-        raise ConfigError(f"{what}: --quick and --full set everything themselves; give --output alone with them.")
-    return ExerciseRequest(own.extent, output_folder(own.output))
+        raise ConfigError(
+            f"{what}: --quick and --full set everything themselves; of other flags give --output, --tier, --methods "
+            "and --seeds alone."
+        )
+    methods = None if own.methods is None else tuple(parse_names(own.methods, "--methods"))
+    return ExerciseRequest(own.extent, output_folder(own.output), own.tier, methods, own.seeds)
 
 
 def output_folder(name: str) -> Path:
@@ -128,7 +147,7 @@ def parse_plan(argv: Sequence[str] | None) -> Plan:
     config = resolve(arguments, PROG)
     check_shared(config)
     budget = parse_budget(own)
-    arms = tuple(make_arm(name, arguments) for name in parse_names(own.methods, "--methods"))
+    arms = tuple(make_arm(name, arguments) for name in parse_names(own.methods or _METHODS, "--methods"))
     if len({arm.name for arm in arms}) < len(arms):
         raise ConfigError(f"--methods {own.methods}: a method stands in the list twice.")
     if arms[0].copies_reference:
@@ -141,7 +160,7 @@ def parse_plan(argv: Sequence[str] | None) -> Plan:
         arguments=arguments,
         config=config,
         arms=arms,
-        seeds=own.seeds,
+        seeds=own.seeds or _SEEDS,
         budget=budget,
         rates=parse_numbers(own.learning_rates, "--learning-rates"),
         beta_factors=parse_numbers(own.beta_factors, "--beta-factors") if own.beta_factors else (),
@@ -228,12 +247,14 @@ def run_request(request: ExerciseRequest, argv: Sequence[str]) -> None:
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from orpo_mlx.compare.exercise.page import write_page
     from orpo_mlx.compare.exercise.run import failures, run_exercise
+    from orpo_mlx.compare.exercise.sizes import Part
     from orpo_mlx.reporting.console import Reporter
 
     reporter = Reporter(render=with_flags)
     try:
         with naming_flags(_OWN):
-            results = run_exercise(request.extent, request.output, argv, reporter)
+            part = Part(request.tier, request.methods, request.seeds)
+            results = run_exercise(request.extent, request.output, argv, reporter, part)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what is finished is in {request.output}/, the same command goes on") from None
     for path in write_page(results, request.output):

@@ -58,8 +58,10 @@ def first_line(results: Results) -> str:
     failed = failures(results)
     if failed:
         return f"A SANITY CHECK FAILED ({'; '.join(failed)}): believe nothing below before you know why."
-    waiting = f" Not finished: {', '.join(results['unfinished'])} tier." if results["unfinished"] else ""
     checked = sum(len(tier["analysis"].get("sanity", {"methods": []})["methods"]) for tier in results["tiers"].values())
+    if not checked:
+        return "Sanity: not checked here; the checks are the exact tier's, whose labels can be shuffled many times."
+    waiting = f" Not finished: {', '.join(results['unfinished'])} tier." if results["unfinished"] else ""
     return f"Sanity: swapped labels mirror and shuffled labels teach nothing, for all of {checked} methods.{waiting}"
 
 
@@ -86,28 +88,38 @@ def sections_of(results: Results) -> list[Section]:
             "finding among all methods of a row (Holm). Read this before the results.",
             tables.power(results),
         ),
-        Section("The chapter's claims", "", tables.claims(results)),
     ]
+    if "verdicts" in results:
+        found.append(Section("The chapter's claims", "", tables.claims(results)))
     for tier in results["tiers"]:
         for variant in results["tiers"][tier]["variants"]:
             text = (
                 "Means over seeds and test prompts, standard errors over both in brackets; each method at its tuned "
                 "setting and its best step within the KL bound. p: paired bootstrap over prompts and seeds, after Holm."
             )
+            first, *others = results["tiers"][tier]["variants"]
+            if results["tiers"][tier]["size"].get("tuned_once") and variant in others:
+                text += f" Settings are those tuned on {first}."
             found.append(Section(f"{tier} tier, {variant}", text, tables.quality(results, tier, variant)))
-    found.append(
+    return [*found, *(_sections_of_exact(results) if "exact" in results["tiers"] else ())]
+
+
+def _sections_of_exact(results: Results) -> list[Section]:
+    return [
         Section(
             "Sanity",
             "Share of held-out pairs whose better side a method's own reward was moved towards. Swapped must be below "
             "given; shuffled must be 50 %, or, with a likelihood term, that term's own share on the same shuffles.",
             tables.sanity(results),
-        )
-    )
-    found.append(Section("Costs of a step", "Measured; seconds are of a shared machine.", tables.costs(results)))
-    text = "MLX's peak of a step, GiB, measured; a precomputed reference is no part of it."
-    found.append(Section("Peaks by length, pairs, and what is trained", text, tables.peaks(results)))
-    found.append(Section("A second copy of the weights", "Predicted peaks of a step.", tables.copies(results)))
-    return found
+        ),
+        Section("Costs of a step", "Measured; seconds are of a shared machine.", tables.costs(results)),
+        Section(
+            "Peaks by length, pairs, and what is trained",
+            "MLX's peak of a step, GiB, measured; a precomputed reference is no part of it.",
+            tables.peaks(results),
+        ),
+        Section("A second copy of the weights", "Predicted peaks of a step.", tables.copies(results)),
+    ]
 
 
 _CAPTION = (

@@ -14,7 +14,7 @@ from orpo_mlx.compare.exercise.analysis import analyse
 from orpo_mlx.compare.exercise.cells import Cells
 from orpo_mlx.compare.exercise.cost import measured_peaks, measured_steps, predicted_copies
 from orpo_mlx.compare.exercise.progress import ProgressPage
-from orpo_mlx.compare.exercise.sizes import EXTENTS, make_tasks
+from orpo_mlx.compare.exercise.sizes import EXTENTS, Part, make_tasks, part_of
 from orpo_mlx.compare.exercise.study import count_cells, run_study, size_record
 from orpo_mlx.compare.exercise.task import Task
 from orpo_mlx.compare.exercise.verdicts import verdicts
@@ -33,17 +33,22 @@ TIMES = ("step_s", "reference_s")
 # What no training depends on: methods, seeds, settings can be added to what is there.
 _MAY_GROW = ("rates", "rounds", "seeds", "shuffles", "variants", "contenders")
 _COST_TOKENS, _COST_PAIRS, _COST_STEPS = 128, 2, 2
+EVERYTHING = Part()
 
 
-def run_exercise(extent_name: str, output: Path, argv: Sequence[str], reporter: Reporter) -> dict[str, Any]:
+def run_exercise(
+    extent_name: str, output: Path, argv: Sequence[str], reporter: Reporter, part: Part = EVERYTHING
+) -> dict[str, Any]:
     """Run what is missing and write `output`/results.json; docs/results.md has its keys.
+
+    Costs and the claims are the first tier's: without it there are none.
 
     Raises:
         UserError: a package, the model or the folder cannot be used.
     """
     started = time.perf_counter()
     configure_allocator()
-    tasks = make_tasks(EXTENTS[extent_name])
+    tasks = make_tasks(part_of(EXTENTS[extent_name], part), part.tier)
     decisive = {name: versions()[name] for name in ("orpo-mlx", "mlx", "mlx-lm", "device")}
     tiers: dict[str, Any] = {}
     results: dict[str, Any] = {}
@@ -61,9 +66,10 @@ def run_exercise(extent_name: str, output: Path, argv: Sequence[str], reporter: 
             "commit": commit(),
             "unfinished": [other for other in tasks if other not in tiers],
             "tiers": tiers,
-            "cost": cost(output, decisive, reporter),
         }
-        results["verdicts"] = [verdict._asdict() for verdict in verdicts(results)]
+        if "exact" in tasks:
+            results["cost"] = cost(output, decisive, reporter)
+            results["verdicts"] = [verdict._asdict() for verdict in verdicts(results)]
         # After each tier: the second one may take a night.
         save_json(output / RESULTS, results)
     return results
@@ -124,6 +130,8 @@ def without_times(results: Mapping[str, Any]) -> dict[str, Any]:
     """What two runs of one command must have in common: all but when and how long they ran, and where they were asked
     to write."""
     kept = {key: value for key, value in results.items() if key not in ("date", "seconds", "command", "commit")}
+    if "cost" not in kept:
+        return kept
     measured = results["cost"]["measured"]
     bare = {arm: {key: value for key, value in found.items() if key not in TIMES} for arm, found in measured.items()}
     return {**kept, "cost": {**results["cost"], "measured": bare}}

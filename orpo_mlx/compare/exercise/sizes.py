@@ -8,6 +8,7 @@ from typing import NamedTuple
 from orpo_mlx.compare.exercise.contenders import CONTENDERS
 from orpo_mlx.compare.exercise.halving import Round
 from orpo_mlx.compare.exercise.task import Size, Task
+from orpo_mlx.errors import ConfigError
 
 _ALL = tuple(contender.name for contender in CONTENDERS)
 
@@ -63,16 +64,18 @@ FULL_OPEN = Size(
     pairs=180,
     batch_size=4,
     rates=(3e-5, 1e-4, 3e-4, 1e-3),
-    rounds=(Round(16, 20), Round(4, 40)),
-    looks=4,
+    rounds=(Round(8, 20), Round(2, 40)),
+    looks=2,
     seeds=5,
     valid_prompts=30,
     test_prompts=60,
     samples=1,
     held_out=0,
     shuffles=0,
-    variants=("clean", "25 % flipped", "80 % longer chosen"),
+    variants=("clean", "80 % longer chosen", "25 % flipped"),
     contenders=_ALL,
+    # A training takes minutes here, and in life nobody has clean gold to tune on twice.
+    tuned_once=True,
 )
 
 
@@ -84,10 +87,40 @@ class Extent(NamedTuple):
 
 
 EXTENTS: Mapping[str, Extent] = {"quick": Extent(QUICK_EXACT, QUICK_OPEN), "full": Extent(FULL_EXACT, FULL_OPEN)}
+TIERS = Extent._fields
 
 
-def make_tasks(extent: Extent) -> dict[str, Callable[[], Task]]:
-    """The tiers by name; each is made when it is called, which takes a while.
+class Part(NamedTuple):
+    """What of an extent is run; None: all of it."""
+
+    tier: str | None = None
+    """One of `TIERS`."""
+    methods: tuple[str, ...] | None = None
+    seeds: int | None = None
+
+
+def part_of(extent: Extent, part: Part) -> Extent:
+    """An extent with fewer methods or seeds.
+
+    Raises:
+        ConfigError: a method that is not among the extent's, or DPO or ORPO missing, which the claims are about.
+    """
+    smaller = {}
+    for tier, size in extent._asdict().items():
+        if part.methods is not None and tier in (part.tier or tier):
+            wrong = next((each for each in part.methods if each not in size.contenders), None)
+            if wrong is not None:
+                every = ", ".join(size.contenders)
+                raise ConfigError(f"`methods` {wrong}: does not take part in this extent; expected some of {every}.")
+            if not {"orpo", "dpo"} <= set(part.methods):
+                raise ConfigError(f"`methods` {','.join(part.methods)}: must have orpo and dpo among them.")
+            size = size._replace(contenders=tuple(each for each in size.contenders if each in part.methods))
+        smaller[tier] = size if part.seeds is None else size._replace(seeds=part.seeds)
+    return Extent(**smaller)
+
+
+def make_tasks(extent: Extent, tier: str | None = None) -> dict[str, Callable[[], Task]]:
+    """The tiers by name, or one; each is made when it is called, which takes a while.
 
     Raises:
         ConfigError: the second tier's scorer is not installed.
@@ -96,6 +129,12 @@ def make_tasks(extent: Extent) -> dict[str, Callable[[], Task]]:
     from orpo_mlx.compare.exercise.gold_task import GoldTask
     from orpo_mlx.compare.exercise.open_task import OpenTask, sentiment_scorer
 
-    # A package that is missing is said now, and not after the first tier's hours.
-    sentiment_scorer()
-    return {"exact": lambda: GoldTask(extent.exact), "open": lambda: OpenTask(extent.open)}
+    tasks: dict[str, Callable[[], Task]] = {
+        "exact": lambda: GoldTask(extent.exact),
+        "open": lambda: OpenTask(extent.open),
+    }
+    asked = {name: make for name, make in tasks.items() if name in (tier or name)}
+    if "open" in asked:
+        # A package that is missing is said now, and not after the first tier's hours.
+        sentiment_scorer()
+    return asked

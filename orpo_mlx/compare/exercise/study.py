@@ -53,12 +53,14 @@ def run_variant(
 
 
 def run_contender(task: Task, cells: Cells, variant: str, contender: Contender, start: PerPrompt) -> dict[str, Any]:
-    """One method on one variant: its tuning, its choice, its final trainings."""
+    """One method on one variant: its tuning (on the first variant, where one is to do for all), its choice, its final
+    trainings."""
     size = task.size
+    tuned_on = size.variants[0] if size.tuned_once else variant
     tuning: list[dict[str, Any]] = []
 
     def score(setting: Setting, steps: int) -> float:
-        cell = training(task, cells, variant, contender, setting, 0, steps, start)
+        cell = training(task, cells, tuned_on, contender, setting, 0, steps, start)
         best = cell["curve"][cell["best"]]
         tuning.append({**setting._asdict(), "steps": steps, "score": best["gold"], "kl": best["kl"], **cell})
         return float(best["gold"])
@@ -99,7 +101,8 @@ def training(
 
     def compute() -> dict[str, Any]:
         # Finals of seed 0 repeat a training of the tuning: it takes seconds, and its adapters were not kept.
-        with fresh_run(task.loaded, contender.config(setting, task.shared(), seed)) as run:
+        table = task.reference_table(variant)
+        with fresh_run(task.loaded, contender.config(setting, task.shared(), seed), table) as run:
             seen: list[PerPrompt] = [start]
 
             def look(run: Run) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from orpo_mlx.compare.exercise.halving import Round
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.models.loading import LoadedModel
+from orpo_mlx.training.references.reference_store import ReferenceTable
 from orpo_mlx.types import TokenizedPair
 
 PerPrompt = Mapping[str, Sequence[float]]
@@ -36,6 +37,8 @@ class Size(NamedTuple):
     """Of the labels, each trained on with its mirror image, for each method; 0: no sanity checks."""
     variants: tuple[str, ...]
     contenders: tuple[str, ...]
+    tuned_once: bool = False
+    """Whether the settings that were found on the first variant are those of the others."""
 
 
 class Task(Protocol):
@@ -52,6 +55,9 @@ class Task(Protocol):
 
     def train_pairs(self, variant: str) -> list[TokenizedPair]:
         """What is trained on, with the labels of a variant."""
+
+    def reference_table(self, variant: str) -> ReferenceTable | None:
+        """Log-probs of a variant's pairs under the base model, for all trainings; None: each computes its own."""
 
     def held_out_pairs(self) -> list[TokenizedPair]:
         """Pairs labelled by the reward itself; the base model prefers the chosen side in exactly half of them."""

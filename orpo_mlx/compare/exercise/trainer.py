@@ -22,6 +22,7 @@ from orpo_mlx.losses.recipe import make_recipe
 from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.training.prepare import assemble
 from orpo_mlx.training.references.reference import with_reference
+from orpo_mlx.training.references.reference_store import ReferenceTable
 from orpo_mlx.training.run import Run
 from orpo_mlx.types import TokenizedPair
 
@@ -45,12 +46,17 @@ class Trained(NamedTuple):
 
 
 @contextmanager
-def fresh_run(loaded: LoadedModel, config: TrainingConfig) -> Iterator[Run]:
-    """A run with new adapters on a model without any, which it is without again at the end."""
+def fresh_run(loaded: LoadedModel, config: TrainingConfig, table: ReferenceTable | None = None) -> Iterator[Run]:
+    """A run with new adapters on a model without any, which it is without again at the end.
+
+    `table` has log-probs under the model without adapters that the run need not compute, where it has a reference.
+    """
     # Before the adapters are made, whose starting values are drawn.
     mx.random.seed(config.seed)
     run = assemble(config, Path(), {}, loaded)
     run.optimizer.init(loaded.model.trainable_parameters())
+    if run.reference is not None and table is not None:
+        run.reference.table = table
     try:
         yield run
     finally:
