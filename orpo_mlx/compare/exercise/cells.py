@@ -14,7 +14,7 @@ from orpo_mlx.errors import ConfigError
 from orpo_mlx.files import save_json
 
 Progress = Callable[[int, str, float], None]
-"""Told of the number of cells that are done, the name of the newest, and the seconds it took; 0 where remembered."""
+"""Told of how many different cells are done, the name of the newest, and the seconds it took; 0 where remembered."""
 
 
 class Cells:
@@ -32,7 +32,7 @@ class Cells:
     def __init__(self, folder: Path, common: Mapping[str, Any], progress: Progress) -> None:
         self._folder = folder
         self._progress = progress
-        self.done = 0
+        self._seen: set[str] = set()
         found = json.loads(json.dumps(dict(common)))
         file = folder / "exercise.json"
         try:
@@ -59,8 +59,8 @@ class Cells:
             result = json.loads(json.dumps(rounded(dict(compute()))))
             seconds = time.perf_counter() - started
             save_json(file, {"identity": key, "result": result})
-        self.done += 1
-        self._progress(self.done, name_of(identity), seconds)
+        self._seen.add(key)
+        self._progress(len(self._seen), name_of(identity), seconds)
         return result
 
     def _remembered(self, file: Path, key: str) -> dict[str, Any] | None:

@@ -61,7 +61,7 @@ def first_line(results: Results) -> str:
     checked = sum(len(tier["analysis"].get("sanity", {"methods": []})["methods"]) for tier in results["tiers"].values())
     if not checked:
         return "Sanity: not checked here; the checks are the exact tier's, whose labels can be shuffled many times."
-    waiting = f" Not finished: {', '.join(results['unfinished'])} tier." if results["unfinished"] else ""
+    waiting = f" Not finished: {'; '.join(results['unfinished'])}." if results["unfinished"] else ""
     return f"Sanity: swapped labels mirror and shuffled labels teach nothing, for all of {checked} methods.{waiting}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,8 @@ def run_exercise(
     decisive = {name: versions()[name] for name in ("orpo-mlx", "mlx", "mlx-lm", "device")}
     tiers: dict[str, Any] = {}
     results: dict[str, Any] = {}
-    for name, make in tasks.items():
-        tiers[name] = run_tier(make, output, decisive, reporter)
+    for name, tier in run_tiers(tasks, output, decisive, reporter):
+        tiers[name] = tier
         results = {
             "schema": SCHEMA,
             "kind": "exercise",
@@ -64,29 +64,41 @@ def run_exercise(
             "machine": machine(),
             "versions": versions(),
             "commit": commit(),
-            "unfinished": [other for other in tasks if other not in tiers],
+            "unfinished": unfinished(tasks, tiers),
             "tiers": tiers,
         }
         if "exact" in tasks:
             results["cost"] = cost(output, decisive, reporter)
             results["verdicts"] = [verdict._asdict() for verdict in verdicts(results)]
-        # After each tier: the second one may take a night.
+        # After each variant: those of the second tier may take a night each.
         save_json(output / RESULTS, results)
     return results
 
 
-def run_tier(make: Callable[[], Task], output: Path, decisive: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
-    """One tier with its analysis, and a line of what it could find."""
-    reporter.say("Drawing prompts and replies")
-    task = make()
-    page = ProgressPage(output, task.name, count_cells(task), reporter)
-    common = {key: value for key, value in size_record(task).items() if key not in _MAY_GROW}
-    study = run_study(task, Cells(output / "cells" / task.name, {**common, "versions": decisive}, page.tell))
-    analysis = analyse(study)
-    for variant, found in analysis["variants"].items():
-        if "detectable" in found:
-            reporter.say(f"{task.name}, {variant}: differences in gold of {found['detectable']:.2f} would be found")
-    return {**study, "analysis": analysis}
+def run_tiers(
+    tasks: Mapping[str, Callable[[], Task]], output: Path, decisive: Mapping[str, Any], reporter: Reporter
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each tier by name, with its analysis, as it is after each of its variants; and a line of what that could find."""
+    for name, make in tasks.items():
+        reporter.say("Drawing prompts and replies")
+        task = make()
+        page = ProgressPage(output, name, count_cells(task), reporter)
+        common = {key: value for key, value in size_record(task).items() if key not in _MAY_GROW}
+        cells = Cells(output / "cells" / name, {**common, "versions": decisive}, page.tell)
+        for study in run_study(task, cells):
+            analysis = analyse(study)
+            variant, found = list(analysis["variants"].items())[-1]
+            if "detectable" in found:
+                reporter.say(f"{name}, {variant}: differences in gold of {found['detectable']:.2f} would be found")
+            yield name, {**study, "analysis": analysis}
+
+
+def unfinished(asked: Iterable[str], tiers: Mapping[str, Any]) -> list[str]:
+    """Variants of tiers, and tiers, that are still to come."""
+    begun = [
+        f"{name}, {each}" for name, tier in tiers.items() for each in tier["size"]["variants"][len(tier["variants"]) :]
+    ]
+    return [*begun, *(name for name in asked if name not in tiers)]
 
 
 def cost(output: Path, decisive: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:

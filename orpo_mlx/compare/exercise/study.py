@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,23 +13,25 @@ from orpo_mlx.compare.exercise.contenders import CONTENDERS, LIKELIHOOD_ALONE, C
 from orpo_mlx.compare.exercise.halving import successive_halving
 from orpo_mlx.compare.exercise.task import PerPrompt, Task
 from orpo_mlx.compare.exercise.trainer import fresh_run, put_back, reward_margins, train
+from orpo_mlx.config.derived import recipe
 from orpo_mlx.training.run import Run
 from orpo_mlx.types import TokenizedPair
 
 GIVEN, SWAPPED = "given", "swapped"
 
 
-def run_study(task: Task, cells: Cells) -> dict[str, Any]:
-    """All trainings of a tier; docs/results.md has the keys."""
+def run_study(task: Task, cells: Cells) -> Iterator[dict[str, Any]]:
+    """All trainings of a tier, and what is known after each variant; docs/results.md has the keys."""
     by_name = {contender.name: contender for contender in CONTENDERS}
     contenders = [by_name[name] for name in task.size.contenders]
     base = cells.get({"tier": task.name, "what": "base model on both splits"}, lambda: measured_base(task))
-    variants = {variant: run_variant(task, cells, variant, contenders, base["valid"]) for variant in task.size.variants}
-    found = {"facts": task.facts(), "size": size_record(task), "base": base["test"], "variants": variants}
-    if task.size.shuffles:
-        clean = variants[task.size.variants[0]]
-        found["sanity"] = [sanity_cells(task, cells, contender, clean) for contender in contenders]
-    return found
+    found = {"facts": task.facts(), "size": size_record(task), "base": base["test"], "variants": {}}
+    for variant in task.size.variants:
+        found["variants"][variant] = run_variant(task, cells, variant, contenders, base["valid"])
+        if task.size.shuffles and variant == task.size.variants[0]:
+            clean = found["variants"][variant]
+            found["sanity"] = [sanity_cells(task, cells, contender, clean) for contender in contenders]
+        yield found
 
 
 def size_record(task: Task) -> dict[str, Any]:
@@ -101,8 +103,9 @@ def training(
 
     def compute() -> dict[str, Any]:
         # Finals of seed 0 repeat a training of the tuning: it takes seconds, and its adapters were not kept.
-        table = task.reference_table(variant)
-        with fresh_run(task.loaded, contender.config(setting, task.shared(), seed), table) as run:
+        config = contender.config(setting, task.shared(), seed)
+        table = task.reference_table(variant) if recipe(config).needs_reference else None
+        with fresh_run(task.loaded, config, table) as run:
             seen: list[PerPrompt] = [start]
 
             def look(run: Run) -> dict[str, float]:
@@ -204,10 +207,11 @@ def count_cells(task: Task) -> int:
     """How many cells `run_study` will ask for."""
     size = task.size
     contenders = [each for each in CONTENDERS if each.name in size.contenders]
-    one = sum(each.settings for each in size.rounds) + size.seeds
+    tunings = 1 if size.tuned_once else len(size.variants)
+    trainings = tunings * sum(each.settings for each in size.rounds) + len(size.variants) * size.seeds
     shuffled = 2 * size.shuffles
     sane = (2 + shuffled) * len(contenders) + shuffled * sum(each.likelihood for each in contenders)
-    return 1 + len(size.variants) * len(contenders) * one + (sane if size.shuffles else 0)
+    return 1 + len(contenders) * trainings + (sane if size.shuffles else 0)
 
 
 def _identity(

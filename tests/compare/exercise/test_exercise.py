@@ -18,6 +18,7 @@ from orpo_mlx.cli import compare as command
 from orpo_mlx.compare.exercise import run as exercise
 from orpo_mlx.compare.exercise import sizes, study
 from orpo_mlx.compare.exercise.analysis import analyse
+from orpo_mlx.compare.exercise.contenders import CONTENDERS
 from orpo_mlx.compare.exercise.gold_task import GoldTask
 from orpo_mlx.compare.exercise.halving import Round
 from orpo_mlx.compare.exercise.page import first_line, markdown
@@ -166,10 +167,68 @@ def test_what_differs_is_named(made: dict[str, Any]) -> None:
     assert list(differing(made, other)) == ["/verdicts/0/verdict"]
 
 
-@pytest.mark.parametrize("words", [["--steps", "3"], ["--methods", "orpo"], ["--batch-size", "2"]])
-def test_the_exercise_sets_everything_itself(words: list[str]) -> None:
-    with pytest.raises(ConfigError, match="give --output alone"):
+@pytest.mark.parametrize("words", [["--steps", "3"], ["--batch-size", "2"]])
+def test_the_exercise_sets_everything_else_itself(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="--methods and --seeds alone"):
         command.parse_request(["--quick", "--output", "x", *words])
+
+
+def test_a_part_of_the_exercise_can_be_asked_for() -> None:
+    words = ["--full", "--tier", "open", "--methods", "orpo, dpo", "--seeds", "3", "--output", "x"]
+    asked = command.parse_request(words)
+    assert asked == command.ExerciseRequest("full", Path("x"), "open", ("orpo", "dpo"), 3)
+    part = sizes.part_of(sizes.EXTENTS["full"], sizes.Part("open", ("dpo", "orpo"), 3))
+    assert part.open == sizes.FULL_OPEN._replace(contenders=("orpo", "dpo"), seeds=3)
+    assert sizes.part_of(sizes.EXTENTS["full"], sizes.Part()) == sizes.EXTENTS["full"]
+    assert list(sizes.make_tasks(part, "exact")) == ["exact"]
+    with pytest.raises(ConfigError, match=r"--tier open: .*give --quick or --full"):
+        command.parse_request(["--tier", "open", "--output", "x"])
+
+
+@pytest.mark.parametrize(("methods", "match"), [(("orpo", "dpo", "ppo"), "ppo: does not"), (("orpo",), "orpo and dpo")])
+def test_methods_that_the_exercise_cannot_do_with_are_refused(methods: tuple[str, ...], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        sizes.part_of(sizes.EXTENTS["quick"], sizes.Part(methods=methods))
+
+
+def test_settings_of_the_first_variant_are_those_of_all_where_tuning_is_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def training(task: Any, cells: Any, variant: str, *others: Any, test: bool = False) -> dict[str, Any]:
+        asked.append((variant, test))
+        point = {"gold": 1.0, "kl": 0.0}
+        return {"curve": [point], "best": 0, "failed": None, "valid_gold": [1.0]}
+
+    monkeypatch.setattr(study, "training", training)
+    dpo = next(each for each in CONTENDERS if each.name == "dpo")
+    for once, expected in ((True, {("a", False), ("b", True)}), (False, {("b", False), ("b", True)})):
+        size = TINY._replace(variants=("a", "b"), tuned_once=once)
+        study.run_contender(SimpleNamespace(size=size), None, "b", dpo, {})  # type: ignore[arg-type]
+        assert set(asked) == expected
+        asked.clear()
+
+
+def test_what_is_still_to_come_is_named_by_tier_and_variant() -> None:
+    size = {"variants": ["a", "b", "c"]}
+    assert exercise.unfinished(["exact", "open"], {"exact": {"size": size, "variants": {"a": 0, "b": 0}}}) == [
+        "exact, c",
+        "open",
+    ]
+    assert exercise.unfinished(["open"], {"open": {"size": size, "variants": {"a": 0, "b": 0, "c": 0}}}) == []
+
+
+def test_the_open_tier_alone_has_a_page_without_claims(made: dict[str, Any]) -> None:
+    del made["cost"], made["verdicts"]
+    tier = made["tiers"].pop("exact")
+    del tier["sanity"], tier["analysis"]["sanity"]
+    tier["size"]["tuned_once"] = True
+    made["tiers"]["open"] = tier
+    text = markdown(made)
+    assert text.startswith("Sanity: not checked here")
+    assert "claims" not in text
+    assert text.count("tuned on 0 % flipped") == 1
+    assert check(made)[1] == []
+    assert list(differing(made, made)) == []
 
 
 @pytest.mark.slow
