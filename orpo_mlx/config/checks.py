@@ -100,6 +100,11 @@ def check_together(config: TrainingConfig) -> None:
         raise ConfigError("`patience_on` says what `patience` goes by; add that, or leave it out.")
     if config.lora_plus_ratio is not None and config.fine_tune_type == "full":
         raise ConfigError("`lora_plus_ratio` is about lora_b, and `fine_tune_type=full` has none; leave it out.")
+    if config.router_aux_loss_coef > 0 and config.memory != "plain":
+        raise ConfigError(
+            f"`router_aux_loss_coef={config.router_aux_loss_coef:g}`: looks at every router and every token at once, "
+            f"which `memory={config.memory}` never has; add `memory=plain`."
+        )
     if config.resume_with_changes and not config.resume:
         raise ConfigError("`resume_with_changes` says how `resume` goes on; add that.")
     if config.dry_run and config.resume:

@@ -91,6 +91,11 @@ def shared_tokens(examples: Sequence[Example], layout: RowLayout) -> int:
     return bucket(min(len(example.prompt_ids) for example in examples) - 1, layout.multiple, layout, up=False)
 
 
+def row_lengths(examples: Sequence[Example], layout: RowLayout) -> list[npt.NDArray[np.int32]]:
+    """Tokens of each row without padding, for each array of rows that `collate` makes where it shares no prompt."""
+    return [np.array([len(row) for row in rows], np.int32) for rows in _row_groups(examples, 0, layout)]
+
+
 def bucket(length: int, multiple: int, layout: RowLayout, *, up: bool = True) -> int:
     """`length`, rounded up or down to a multiple of `multiple`.
 

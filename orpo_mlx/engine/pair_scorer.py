@@ -26,6 +26,7 @@ from orpo_mlx.engine.head_logps import (
     trained_head_logps,
 )
 from orpo_mlx.engine.lm_head import find_head
+from orpo_mlx.engine.router_loss import Routers
 from orpo_mlx.engine.shared_prompt import PrefixCaches
 from orpo_mlx.types import SUMS_ALONE, Batch, Example, GroupLogProbs, LogProbs, PairLogProbs, Wanted
 
@@ -65,6 +66,8 @@ class PairScorer:
         self.model, self.profile, self._kept_attention_bytes = model, profile or device_profile(), kept_attention_bytes
         self.layout = self.profile.layout._replace(share_prompt=False)
         self.proofs = Proofs(frozenset(), ())
+        self.routers: Routers | None = None
+        """Given where a loss looks at what routers of experts said."""
         with without_dropout(model):
             self.head = find_head(model) if split_head else None
             if lean:

@@ -317,7 +317,10 @@ def whole_value_and_grad(
 
     def function(parameters: dict[str, Any]) -> tuple[mx.array, Any]:
         model.update(parameters)
-        return share(scorer.states(batch), batch, extra)
+        # Elsewhere what routers say is not kept: it would keep what it was made from.
+        with scorer.routers.recorded() if scorer.routers else nullcontext():
+            states = scorer.states(batch)
+        return share(states, batch, extra)
 
     try:
         output, gradients = mx.value_and_grad(function)(trained)

@@ -29,6 +29,9 @@ METRICS = (
 )
 """Keys of `pair_metrics`, in its order."""
 
+AUX_LOSS = "aux_loss"
+"""TRL's name of the load-balancing loss of experts, which stands behind the others where it is computed."""
+
 OF_ONE_SIDE = ("loss", "nll_loss", "rewards/chosen", "logps/chosen")
 """Those of them that a single completion has as well."""
 
@@ -121,6 +124,13 @@ def metric_array(logps: LogProbs, output: Any) -> mx.array:
     return mx.stack([mx.stack(list(column)) for column in zip(*found, strict=True)])
 
 
+def with_balance_loss(metrics: mx.array, loss: mx.array) -> mx.array:
+    """What `metric_array` gave, and the load-balancing loss of the batch as that of each of its rows."""
+    row = mx.broadcast_to(mx.stop_gradient(loss), (1, metrics.shape[-1]))
+    # Of whole groups: the sums, and how many each is a sum of.
+    return mx.concatenate([metrics, row if metrics.ndim == 2 else mx.stack([row, mx.ones_like(row)])], axis=-2)
+
+
 def _sum(values: mx.array) -> mx.array:
     """(B,) sums, float32."""
     return values.astype(mx.float32).reshape(values.shape[0], -1).sum(axis=1)
@@ -149,17 +159,17 @@ class MetricMeans:
         """
         if values.ndim == 2:
             part = MetricMeans()
-            part.add(dict(zip(METRICS, values, strict=True)))
+            part.add(dict(zip((*METRICS, AUX_LOSS), values, strict=False)))
             if two_sided is not None and not two_sided.all():
-                of_pairs = {key: row[two_sided] for key, row in zip(METRICS, values, strict=True)}
+                of_pairs = {key: row[two_sided] for key, row in zip(METRICS, values, strict=False)}
                 for key in of_pairs.keys() - set(OF_ONE_SIDE):
                     part._sums[key] = float(of_pairs[key].astype(np.float64).sum())
                     part._counts[key] = float(np.count_nonzero(two_sided))
             self.merge(part)
             return
         sums, counts = np.asarray(values, np.float64).sum(axis=2).tolist()
-        _add(self._sums, dict(zip(GROUP_METRICS, sums, strict=True)))
-        _add(self._counts, dict(zip(GROUP_METRICS, counts, strict=True)))
+        _add(self._sums, dict(zip((*GROUP_METRICS, AUX_LOSS), sums, strict=False)))
+        _add(self._counts, dict(zip((*GROUP_METRICS, AUX_LOSS), counts, strict=False)))
         self.pairs += values.shape[2]
 
     def total(self, *keys: str) -> tuple[float, float]:

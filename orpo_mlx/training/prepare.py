@@ -16,6 +16,7 @@ from orpo_mlx.data.splits import Lengths, Split, tokenized_split
 from orpo_mlx.data.tokens.token_store import RATED
 from orpo_mlx.engine.memory_modes import Memory, spend_memory
 from orpo_mlx.engine.pair_scorer import PairScorer
+from orpo_mlx.engine.router_loss import Routers
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import cache_folder
 from orpo_mlx.judging.judges.judges import make_judge
@@ -220,6 +221,8 @@ def assemble(
     if config.resume_adapter_file is not None and not config.resume:
         load_adapter_file(loaded.model, config.resume_adapter_file, config.lora_parameters["scale"])
     scorer, memory = spend_memory_as(config, loaded.model)
+    if config.router_aux_loss_coef > 0:
+        scorer.routers = Routers(loaded.model)
     method = recipe(config)
 
     def make_scorer(model: nn.Module) -> PairScorer:

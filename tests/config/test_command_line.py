@@ -137,7 +137,7 @@ def test_tables_come_from_the_file_and_keep_the_other_defaults(tmp_path: Path) -
 _TEXTS = {"columns": "prompt=text", "labels": "good,bad", "report_to": "wandb,tensorboard"}
 _ALONE = (
     *("epochs", "fine_tune_type", "full_model", "lora_plus_ratio", "method", "reference", "sync_reference"),
-    *("report_every", "test", *PARAMETERS),
+    *("report_every", "router_aux_loss_coef", "test", *PARAMETERS),
 )
 
 

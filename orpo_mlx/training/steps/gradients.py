@@ -10,7 +10,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from orpo_mlx.data.batching import count_pairs, micro_batches, sequence_tokens, two_sided
+from orpo_mlx.data.batching import count_pairs, micro_batches, row_lengths, sequence_tokens, two_sided
 from orpo_mlx.engine.pair_scorer import join_logps, log_probs
 from orpo_mlx.engine.segmented_backward import Gradients
 from orpo_mlx.losses.metrics import MetricMeans, metric_array
@@ -18,7 +18,7 @@ from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.training.references.reference import with_reference
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.steps.row_values import row_values, with_row_values
-from orpo_mlx.training.steps.step_functions import LossGradient, MicroBatch, differentiated
+from orpo_mlx.training.steps.step_functions import BalanceShare, LossGradient, MicroBatch, differentiated
 from orpo_mlx.training.steps.step_values import StepValues, kl_estimate, mismatched_batches, with_step_values
 from orpo_mlx.types import Example
 
@@ -102,7 +102,15 @@ def micro_batch_inputs(
         None if tokens is None else mx.array(tokens),
         loss_gradient,
         step_values(run, step_batch) if values is None else values,
+        _balance_share(run, step_batch, pairs),
     )
+
+
+def _balance_share(run: Run, step_batch: Sequence[Example], pairs: Sequence[Example]) -> BalanceShare | None:
+    if run.scorer.routers is None:
+        return None
+    factor = run.config.router_aux_loss_coef * len(pairs) / len(step_batch)
+    return BalanceShare(mx.array(factor), tuple(map(mx.array, row_lengths(pairs, run.scorer.layout))))
 
 
 def _micro_batches(run: Run, pairs: Sequence[Example]) -> list[list[Example]]:

@@ -15,7 +15,7 @@ from orpo_mlx.engine.compiled import CompiledByShape
 from orpo_mlx.engine.memory_modes import Memory
 from orpo_mlx.engine.pair_scorer import PairScorer, log_probs
 from orpo_mlx.engine.segmented_backward import Gradients, Share
-from orpo_mlx.losses.metrics import metric_array
+from orpo_mlx.losses.metrics import metric_array, with_balance_loss
 from orpo_mlx.losses.recipe import Recipe
 from orpo_mlx.training.references.reference import GroupReference, ReferenceValues, with_reference
 from orpo_mlx.training.steps.row_values import RowValues, with_row_values
@@ -48,6 +48,15 @@ def differentiated(logps: LogProbs) -> dict[str, mx.array]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+class BalanceShare(NamedTuple):
+    """A micro-batch's share of `Routers.loss`."""
+
+    factor: mx.array
+    """`router_aux_loss_coef` times the micro-batch's share of the step's rows, float32."""
+    lengths: tuple[mx.array, ...]
+    """Tokens of each row, for each array of rows."""
+
+
 class MicroBatch(NamedTuple):
     """All that a micro-batch's gradient depends on beside the model: a tree of arrays, which `mx.compile` takes."""
 
@@ -62,6 +71,8 @@ class MicroBatch(NamedTuple):
     loss_gradient: LossGradient | None
     """Given where the loss couples pairs and the step batch is in several parts."""
     values: StepValues = StepValues()
+    balance: BalanceShare | None = None
+    """Given where routers of experts are kept balanced."""
 
 
 class StepFunctions:
@@ -119,7 +130,12 @@ def _share(
     given = inputs.loss_gradient
     total = output.losses.sum() / inputs.step_pairs if given is None else given.times(logps)
     # One array: MLX 0.32.4 cannot compile several outputs that are one number behind `stop_gradient` ("map::at").
-    return total, metric_array(logps, output)
+    metrics = metric_array(logps, output)
+    if inputs.balance is not None and scorer.routers is not None:
+        balance = scorer.routers.loss(inputs.balance.lengths, [ids.shape[1] for ids in batch.row_ids])
+        total = total + inputs.balance.factor * balance
+        metrics = with_balance_loss(metrics, balance)
+    return total, metrics
 
 
 def _add_micro_batch(
