@@ -18,6 +18,7 @@ from orpo_mlx.data.sources import find_splits
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import read_json_table, save_json, sha256_of
 from orpo_mlx.folder_lock import locked
+from orpo_mlx.judging.contest import check_judge
 from orpo_mlx.judging.evaluate import Plan, evaluate, write_replies
 from orpo_mlx.judging.generation import Generated
 from orpo_mlx.judging.make_pairs import PairCounts, PairPlan, make_pairs
@@ -50,6 +51,8 @@ class Rounds:
         self.reporter = reporter
         self.judge = config.make_judge()
         self.prompts, self.asked = prompts_of(config)
+        # The prompts that are compared come last: without this, after hours.
+        check_judge(self.judge, [*self.prompts, *self.asked])
         self.record = self._open_record()
 
     def run(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import orpo_mlx.files
 from orpo_mlx.cli.iterate import main
-from orpo_mlx.errors import ConfigError
+from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.rounds.iterate import RECORD, iterate
 from orpo_mlx.rounds.settings import RoundsConfig, rounds_config
@@ -111,3 +111,13 @@ def test_rounds_end_where_nothing_is_gained(
     error = capsys.readouterr().err
     assert "nowhere: no such file or folder" in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_judge_that_cannot_judge_the_last_prompts_is_refused_before_the_first(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    made = config(tmp_path, model_folder, judge="rule:exact")
+    write_rows(tmp_path / "prompts" / "train.jsonl", [{"prompt": "One?", "completion": "1"}])
+    with pytest.raises(DataError, match=r"4 of 5 rows have no right answer, the first of them .*test\.jsonl:1"):
+        iterate(made, tmp_path / "out", QUIET)
+    assert not (tmp_path / "out" / RECORD).exists()

@@ -163,9 +163,11 @@ def read_verdict(said: str) -> Verdict:
 
 def check_references(questions: Sequence[Question], judge: str) -> None:
     """Make sure that every question has a right answer; DataError where one has none."""
-    missing = sum(question.reference is None for question in questions)
+    missing = [question for question in questions if question.reference is None]
     if missing:
+        row = missing[0].row
+        where = "" if row is None else f", the first of them {row.location}"
         raise DataError(
-            f"`judge={judge}`: {missing} of {len(questions)} rows have no right answer; expected chosen, completion or "
-            "answer in each."
+            f"`judge={judge}`: {len(missing)} of {len(questions)} rows have no right answer{where}; expected chosen, "
+            "completion or answer in each."
         )
