@@ -325,13 +325,14 @@ def test_what_was_half_applied_is_not_saved(settings: dict[str, Any], tmp_path: 
 
     def step(run: Run, pairs: Any, number: int) -> Any:
         if number == 6:
-            update = run.optimizer.update
+            # The step's own: the optimiser's may be in a trace already.
+            update = run.functions.update
 
             def broken(*arguments: Any) -> None:
                 update(*arguments)
                 raise RuntimeError("[METAL] out of memory")
 
-            run.optimizer.update = broken  # type: ignore[method-assign, assignment]
+            run.functions.update = broken  # type: ignore[method-assign, assignment]
         return optimiser_step(run, pairs, number)
 
     with pytest.MonkeyPatch.context() as patch:
