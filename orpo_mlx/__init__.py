@@ -5,15 +5,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from orpo_mlx._blas import load_blas
-from orpo_mlx._open_files import allow_fewer_files
 from orpo_mlx.interrupts import end_early_in_one_sentence
 
-# Before anything that takes time: where this process is a command, a signal now is as good as one later.
+# Before anything that takes time, other imports too: where this process is a command, a signal now is as good as later.
 end_early_in_one_sentence()
-# Both before MLX and mlx-lm are imported: a BLAS is bound as MLX is loaded, and mlx-lm sets its limit at once.
-load_blas()
-allow_fewer_files()
+
+
+def _prepare_process() -> None:
+    from orpo_mlx._blas import load_blas
+    from orpo_mlx._open_files import allow_fewer_files
+
+    # Both before MLX and mlx-lm are imported: a BLAS is bound as MLX is loaded, and mlx-lm sets its limit at once.
+    load_blas()
+    allow_fewer_files()
+
+
+_prepare_process()
 
 if TYPE_CHECKING:
     from orpo_mlx.chapter import compute_odds_ratio, odds_ratio_loss, orpo_training_step

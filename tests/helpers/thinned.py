@@ -6,6 +6,7 @@ EVERY_NTH = {
     "test_a_rank_that_dies_or_hangs_ends_the_others": 2,
     "test_a_resumed_run_is_the_run_it_would_have_been": 2,
     "test_a_resumed_run_takes_the_same_steps": 2,
+    "test_a_step_adds_the_loss_of_all_its_tokens": 3,
     "test_an_accumulation_window_equals_the_big_batch": 6,
     "test_an_error_in_a_callback_ends_the_run_saved_and_resumed_it_is_the_run_it_would_have_been": 2,
     "test_batch_size_changes_no_metric": 2,
