@@ -58,8 +58,8 @@ def add_judge_options(parser: argparse.ArgumentParser, *, required: bool = True)
         "--judge",
         required=required,
         help="rule:plain, rule:length=5-20, rule:regex=PATTERN, rule:json=KEY,KEY, rule:exact; reward: and a "
-        "reward model; implicit: and a folder of adapters; or a model to load; or "
-        "endpoint (an OpenAI-style server at 127.0.0.1:8080), or such a server's address",
+        "reward model; implicit: and a folder of adapters; or a model to load; choice: and a "
+        "model, for small ones; or endpoint (an OpenAI-style server at 127.0.0.1:8080), or such a server's address",
     )
     group.add_argument(
         "--judge-tokens",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.judging.judges.endpoint_judge import ENDPOINT, LOOPBACK, EndpointJudge
-from orpo_mlx.judging.judges.model_judge import TOKENS, ModelJudge
+from orpo_mlx.judging.judges.model_judge import CHOICE, TOKENS, ChoiceJudge, ModelJudge
 from orpo_mlx.judging.judges.rules import PREFIX, Rule, make_rule
 from orpo_mlx.judging.judges.scorer import IMPLICIT, REWARD
 from orpo_mlx.judging.judges.verdicts import Judge
@@ -29,15 +29,15 @@ class JudgeOptions(NamedTuple):
 
 def make_judge(name: str, options: JudgeOptions | None = None) -> Judge:
     """The judge of that name: `rule:...`, `reward:` a reward model, `implicit:` adapters, `endpoint` (mlx_lm.server's
-    address on this machine), the address of another, or a model.
+    address on this machine), the address of another, a model, or `choice:` and a model.
 
     Raises:
         ConfigError: the name is empty, or no rule's or address's.
         ModelError: what it names are no adapters.
     """
     options = options or JudgeOptions()
-    if name in (REWARD, IMPLICIT):
-        raise ConfigError(f"`judge={name}`: names no folder; expected {name}FOLDER.")
+    if name in (REWARD, IMPLICIT, CHOICE):
+        raise ConfigError(f"`judge={name}`: names nothing; expected {name}FOLDER.")
     if name.startswith(PREFIX):
         return make_rule(name)
     if name.startswith(REWARD):
@@ -59,9 +59,11 @@ def make_judge(name: str, options: JudgeOptions | None = None) -> Judge:
         return EndpointJudge(url, model=options.model, timeout_s=options.timeout_s, max_tokens=options.max_tokens)
     if not name.strip():
         raise ConfigError(
-            "`judge`: is empty; expected rule:..., reward:..., implicit:..., endpoint, an address, or a model."
+            "`judge`: is empty; expected rule:..., reward:..., implicit:..., choice:..., endpoint, an address, or a "
+            "model."
         )
-    return ModelJudge(
+    kind = ChoiceJudge if name.startswith(CHOICE) else ModelJudge
+    return kind(
         name,
         max_tokens=options.max_tokens,
         dtype=options.dtype,

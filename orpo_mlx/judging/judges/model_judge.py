@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_mlx.data.tokens.bounded_templates import render
 from orpo_mlx.errors import DataError, ModelError, reason_of
-from orpo_mlx.judging.judges.verdicts import Question, Verdict, judge_parts, read_verdict
+from orpo_mlx.judging.judges.verdicts import FIRST, SECOND, TIE, Question, Verdict, judge_parts, read_verdict
 from orpo_mlx.judging.requests import Sampling
 from orpo_mlx.process_memory import clear_cache_above
 
@@ -20,6 +20,9 @@ TOKENS = 16
 # Judges' prompts are long, and all of them are in memory at once.
 _ROWS = 16
 _UNKNOWN_CONTEXT = 1 << 20
+
+
+CHOICE = "choice:"
 
 
 class ModelJudge:
@@ -38,6 +41,7 @@ class ModelJudge:
         self, name: str, *, max_tokens: int = TOKENS, dtype: str | None = None, trust_remote_code: bool = False
     ) -> None:
         self.name = name
+        self._path = name.removeprefix(CHOICE)
         self._max_tokens = max_tokens
         self._dtype = dtype
         self._trust_remote_code = trust_remote_code
@@ -47,19 +51,13 @@ class ModelJudge:
         """See `Judge`; ModelError where the model cannot be used, DataError where it lacks ids of its tokenizer's."""
         # Here and not above: a command names a judge before it waits for mlx-lm.
         from orpo_mlx.judging.generation import Generator
-        from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 
         loaded = self._load()
-        prompts = [judge_ids(loaded.tokenizer, question) for question in questions]
-        vocabulary = vocabulary_of(loaded.model)
-        for prompt in prompts:
-            check_ids(vocabulary, prompt, f"a prompt of `judge={self.name}`")
-        room = context_of(loaded) - self._max_tokens
-        fitting = [number for number, prompt in enumerate(prompts) if len(prompt) <= room]
         generator = Generator(loaded.model, loaded.tokenizer, Sampling(self._max_tokens), rows=_ROWS)
+        asked = self._asked(loaded, questions, self._max_tokens)
         verdicts = [Verdict(None, "prompt_too_long")] * len(questions)
-        said = generator.replies([prompts[number] for number in fitting], progress)
-        for number, (reply,) in zip(fitting, said, strict=True):
+        said = generator.replies(list(asked.values()), progress)
+        for number, (reply,) in zip(asked, said, strict=True):
             verdicts[number] = read_verdict(reply.text)
         clear_cache_above(0)
         return verdicts
@@ -68,17 +66,63 @@ class ModelJudge:
         """See `Loaded`."""
         from orpo_mlx.models.loading import find
 
-        find(self.name, trust_remote_code=self._trust_remote_code, source="`judge`")
+        find(self._path, trust_remote_code=self._trust_remote_code, source="`judge`")
+
+    def _asked(self, loaded: LoadedModel, questions: Sequence[Question], room: int) -> dict[int, list[int]]:
+        """The prompt of each question, by number, that leaves room for so many tokens behind it."""
+        from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
+
+        prompts = [judge_ids(loaded.tokenizer, question) for question in questions]
+        vocabulary = vocabulary_of(loaded.model)
+        for prompt in prompts:
+            check_ids(vocabulary, prompt, f"a prompt of `judge={self.name}`")
+        longest = context_of(loaded) - room
+        return {number: prompt for number, prompt in enumerate(prompts) if len(prompt) <= longest}
 
     def _load(self) -> LoadedModel:
         # Only now: until the replies are there, the memory is theirs.
         if self._loaded is None:
             from orpo_mlx.models.loading import load
 
-            self._loaded = load(self.name, dtype=self._dtype, trust_remote_code=self._trust_remote_code)
+            self._loaded = load(self._path, dtype=self._dtype, trust_remote_code=self._trust_remote_code)
         if self._loaded.tokenizer is None:
             raise ModelError(f"`judge={self.name}`: has no tokenizer, so it cannot judge texts; give a model with one.")
         return self._loaded
+
+
+class ChoiceJudge(ModelJudge):
+    """Reads a model's verdict off the probabilities of its next token: is `[[` followed by A or by B?
+
+    For models that are too small to keep to a form. Every question has a verdict; a tie is one order against the other.
+    See `ModelJudge` for the arguments; `name` has `choice:` before the model.
+    """
+
+    def __call__(self, questions: Sequence[Question], progress: Callable[[int], None]) -> list[Verdict]:
+        """See `ModelJudge`; ModelError where the model's tokenizer does not part the two."""
+        import mlx.core as mx
+
+        from orpo_mlx.models.adapters import in_evaluation
+
+        loaded = self._load()
+        opening, first, second = self._choices(loaded)
+        asked = self._asked(loaded, questions, len(opening))
+        verdicts = [Verdict(None, "prompt_too_long")] * len(questions)
+        with in_evaluation(loaded.model):
+            for done, (number, prompt) in enumerate(asked.items(), 1):
+                logits = loaded.model(mx.array([[*prompt, *opening]]))[0, -1].astype(mx.float32)
+                better = (logits[second] - logits[first]).item()
+                verdicts[number] = Verdict(SECOND if better > 0 else FIRST if better < 0 else TIE)
+                progress(done)
+        clear_cache_above(0)
+        return verdicts
+
+    def _choices(self, loaded: LoadedModel) -> tuple[list[int], int, int]:
+        """What both verdicts begin with, and the first token in which each differs from the other."""
+        first, second = (encoded(loaded.tokenizer, f"[[{mark}]]", special=False) for mark in "AB")
+        same = next((place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
+        if same is None:
+            raise ModelError(f"`judge={self.name}`: its tokenizer does not tell [[A]] from [[B]]; give another model.")
+        return first[:same], first[same], second[same]
 
 
 def context_of(loaded: LoadedModel) -> int:

@@ -13,7 +13,8 @@ from orpo_mlx.types import Pair
 FIRST, SECOND, TIE = "first", "second", "tie"
 
 FAILURES = {
-    "unreadable": "said neither [[A]] nor [[B]] nor [[TIE]], or more than one of them",
+    "unreadable": "said neither [[A]] nor [[B]] nor [[TIE]], or more than one of them (choice:MODEL asks a model that "
+    "cannot keep to a form for the more likely of the two)",
     "too_long": "answered with more than 10 MB",
     "timeout": "took too long",
     "refused": "could not be reached, or answered with an error",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -11,10 +12,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import mlx_lm
 import pytest
 from mlx_lm.utils import load_tokenizer
 
-from orpo_mlx.errors import ConfigError
+from orpo_mlx.errors import ConfigError, ModelError
 from orpo_mlx.judging.judges.endpoint_judge import KEY_VARIABLE, EndpointJudge, is_loopback
 from orpo_mlx.judging.judges.judges import make_judge
 from orpo_mlx.judging.judges.model_judge import ModelJudge, judge_ids
@@ -160,3 +163,42 @@ def test_a_local_model_that_babbles_fails_every_judgement(model_folder: Path) ->
     # A tiny model of 256 positions: the prompt is longer than that.
     verdicts = judge([QUESTION] * 2, lambda done: None)
     assert [verdict.failure for verdict in verdicts] == ["prompt_too_long"] * 2
+
+
+def long_context(folder: Path, model_folder: Path) -> Path:
+    """The model with room for a judge's prompt."""
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    return folder
+
+
+def test_a_choice_is_the_likelier_of_two_marks(tmp_path: Path, model_folder: Path) -> None:
+    folder = long_context(tmp_path / "judge", model_folder)
+    judge = make_judge(f"choice:{folder}")
+    questions = [QUESTION._replace(first=str(number), second="b" * number) for number in range(12)]
+    done: list[int] = []
+    verdicts = judge(questions, done.append)
+    assert done == list(range(1, 13))
+    # By mlx-lm alone: one token per byte, so the marks part at their third.
+    model, tokenizer = mlx_lm.load(str(folder))[:2]
+    expected = []
+    for question in questions:
+        text = "".join(part for part, _ in judge_parts(question))
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+        logits = model(mx.array([[*ids, *tokenizer.encode("[[", add_special_tokens=False)]]))[0, -1]
+        a, b = (float(logits[tokenizer.encode(mark, add_special_tokens=False)[0]]) for mark in "AB")
+        expected.append(FIRST if a > b else SECOND)
+    assert [verdict.winner for verdict in verdicts] == expected
+    assert len(set(expected)) == 2
+
+
+def test_a_choice_that_a_tokenizer_cannot_make_is_refused(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = make_judge(f"choice:{long_context(tmp_path / 'judge', model_folder)}")
+    monkeypatch.setattr("orpo_mlx.judging.judges.model_judge.encoded", lambda tokenizer, text, special: [1, 2])
+    with pytest.raises(ModelError, match=r"`judge=choice:.*does not tell \[\[A\]\] from \[\[B\]\]"):
+        judge([QUESTION], lambda done: None)
+    with pytest.raises(ConfigError, match="`judge=choice:`: names nothing"):
+        make_judge("choice:")
