@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from orpo_mlx._command import end_without_traceback
 
-from orpo_mlx.interrupts import end_early_in_one_sentence
-
-# Before anything that takes time, other imports too: where this process is a command, a signal now is as good as later.
-end_early_in_one_sentence()
+# Before any other import, which takes time: where this process is a command, a signal now is as good as one later.
+end_without_traceback()
 
 
 def _prepare_process() -> None:
+    from orpo_mlx.interrupts import end_early_in_one_sentence
+
+    end_early_in_one_sentence()
     from orpo_mlx._blas import load_blas
     from orpo_mlx._open_files import allow_fewer_files
 
@@ -22,7 +22,11 @@ def _prepare_process() -> None:
 
 _prepare_process()
 
+# As `typing` has it, which would have to be imported.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from orpo_mlx.chapter import compute_odds_ratio, odds_ratio_loss, orpo_training_step
     from orpo_mlx.config.settings import TrainingConfig
     from orpo_mlx.errors import UserError
@@ -60,6 +64,8 @@ def __getattr__(name: str) -> Any:
     # Looked up when asked for: mlx-lm and transformers take a second to import.
     if name not in _HOMES:
         raise AttributeError(f"module 'orpo_mlx' has no attribute {name!r}")
+    import importlib
+
     module, attribute = _HOMES[name]
     return getattr(importlib.import_module(module), attribute)
 

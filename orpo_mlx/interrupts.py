@@ -13,14 +13,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from orpo_mlx._command import is_a_command
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What a user, a system that shuts down, and a closed terminal send."""
 
-_PACKAGE = "orpo_mlx"
 _COMMAND = "orpo-mlx"
 
 
@@ -45,14 +45,6 @@ def end_early_in_one_sentence() -> None:
     if is_a_command() and threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             set_handler(number, _leave)
-
-
-def is_a_command() -> bool:
-    """Whether this process was started as `orpo-mlx` or as `python -m orpo_mlx...`."""
-    if sys.argv[:1] != ["-m"]:  # What stands there while packages of `python -m` are imported.
-        return Path(sys.argv[0]).name == _COMMAND if sys.argv else False
-    after = sys.orig_argv[sys.orig_argv.index("-m") + 1 :] if "-m" in sys.orig_argv else []
-    return bool(after) and after[0].partition(".")[0] == _PACKAGE
 
 
 def set_handler(number: int, handler: Any) -> Any:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from orpo_mlx._command import is_a_command
 from orpo_mlx.config.flags import exit_status
-from orpo_mlx.interrupts import SIGNALS, Interrupted, is_a_command, raising_interrupts
+from orpo_mlx.interrupts import SIGNALS, Interrupted, raising_interrupts
 
 _READY = "import orpo_mlx.interrupts as i; print('ready', flush=True); import time; time.sleep(20)"
 
@@ -36,6 +37,24 @@ def test_during_the_imports_of_a_command(number: int, status: int, tmp_path: Pat
         status,
         "orpo-mlx: interrupted: nothing was saved.\n",
     )
+
+
+@pytest.mark.parametrize("module", ["interrupts", "_blas", "_open_files"])
+def test_while_the_package_is_imported(module: str) -> None:
+    code = f"""
+import os, signal, sys
+class Sender:
+    def find_spec(self, name, *others):
+        if name == "orpo_mlx.{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Sender())
+sys.argv = ["orpo-mlx"]
+import orpo_mlx
+"""
+    # Before there is anybody to say so, it is ended without a word.
+    early = (-signal.SIGINT, "")
+    expected = early if module == "interrupts" else (130, "orpo-mlx: interrupted: nothing was saved.\n")
+    assert killed([sys.executable, "-c", code], 0) == expected
 
 
 def test_other_programs_keep_their_handlers() -> None:

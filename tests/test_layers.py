@@ -11,6 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
 GROUND = (
     "__init__", "types", "errors", "text", "interrupts", "files", "folder_lock", "device_profile", "process_memory",
+    "_command",
     "_blas",
     "_open_files",
 )  # fmt: skip
