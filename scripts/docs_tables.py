@@ -28,6 +28,7 @@ DOCUMENTS = (
     "README.md",
     "docs/comparison.md",
     "docs/data.md",
+    "docs/evaluating.md",
     "docs/macs.md",
     "docs/memory.md",
     "docs/methods.md",

@@ -36,3 +36,9 @@ class LossSettings:
         "tokens of the NLL term: the chosen completion's, or prompt and chosen as in TRL",
         choices=("completion", "sequence"),
     )
+    router_aux_loss_coef: float = in_loss(
+        0.0,
+        "mixtures of experts: weight of the load-balancing loss of their routers; takes --memory plain",
+        Trait.ON_CARD | Trait.COMPARED,
+        range=NOT_NEGATIVE,
+    )

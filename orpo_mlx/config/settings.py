@@ -177,12 +177,6 @@ class TrainingConfig(LossSettings):
     lora_plus_ratio: float | None = in_training(
         None, "LoRA+: learning rate of lora_b, as a multiple of lora_a's; default: the same", range=POSITIVE
     )
-    router_aux_loss_coef: float = in_training(
-        0.0,
-        "mixtures of experts: weight of the load-balancing loss of their routers; takes --memory plain",
-        Trait.ON_CARD | Trait.COMPARED,
-        range=NOT_NEGATIVE,
-    )
     patience: int | None = in_training(
         None,
         "end the run after so many validations in a row that were no better than the best; default: never",
