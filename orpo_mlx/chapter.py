@@ -72,6 +72,7 @@ def orpo_training_step(model: nn.Module | PairScorer, batch: Batch, optimizer: o
 
     (loss, chosen, rejected), gradients = nn.value_and_grad(scorer.model, forward)(batch)
     optimizer.update(scorer.model, gradients)
+    # MLX is lazy: the weights would hold on to this step's graph, and to that of each step after it.
     mx.eval(loss, scorer.model.trainable_parameters(), optimizer.state)
     accuracy, ratio = (chosen > rejected).astype(mx.float32).mean(), compute_odds_ratio(chosen, rejected).mean()
     return {"loss": float(loss), "accuracy": float(accuracy), "odds_ratio": float(ratio)}

@@ -37,10 +37,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     temporary: Path | None = None
     try:
+        # Beside it: a rename is one operation within a file system alone. MLX adds its suffix to a name that lacks it.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
         write(temporary)
+        # Before the rename: after a power cut, the name must not stand over content that never reached the disk.
         flush_to_disk(temporary)
         # mkstemp makes files that only their owner can read.
         temporary.chmod(0o644)
@@ -235,6 +237,7 @@ def staged_file(destination: Path, *, overwrite: bool = False) -> Iterator[Path]
 
 
 def _check_free(destination: Path, overwrite: bool) -> None:
+    # Not `exists`: a link that leads nowhere is somebody's as well.
     if not os.path.lexists(destination):
         return
     if not overwrite:
@@ -286,11 +289,14 @@ def _put_in_place(staging: Path, destination: Path) -> None:
             destination.rename(old)
             try:
                 _rename(staging, destination)
+            # Ctrl-C as well: where the new folder does not come, the old one must have its name back.
             except BaseException:
                 old.rename(destination)
                 raise
+        # The new folder is in place by then; what is left of the old one is cleaned up the next time.
         with suppress(OSError):
             shutil.rmtree(old)
+    # The new name is an entry of the parent, which has to reach the disk as well.
     flush_to_disk(destination.parent)
 
 

@@ -35,6 +35,7 @@ def locked(folder: Path) -> Iterator[None]:
                 f"`adapter_path` {folder}: {who} is training into it; wait for it, or give another folder"
             ) from None
         except OSError as error:
+            # `flock` is given a descriptor, so its error names no file.
             error.filename = str(path)
             raise
         # Only once the lock is held: until then the file names its holder, to be read by whoever finds it taken.

@@ -46,6 +46,7 @@ def configure_allocator() -> None:
         if share is not None:
             mx.set_cache_limit(int(share * size))
     if sys.platform == "linux":
+        # C libraries other than glibc, such as musl, have none.
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(_TRIM_THRESHOLD, _NEVER_TRIM)

@@ -77,6 +77,7 @@ class Runner:
         return self._cell(name, "test.json", identity, (*self._argv(arm, seed, rate), *adapters))
 
     def _argv(self, arm: Arm, seed: int, rate: float) -> tuple[str, ...]:
+        # `repr` is read back as the very same float, which is the one in the cell's identity.
         own = ("--seed", str(seed), "--learning-rate", repr(rate), "--no-memory-check")
         # The method alone: an arm's own flags are for training, and its adapters are judged without them.
         return (*self._plan.arguments, *arm.argv[:2], *own)
@@ -153,6 +154,7 @@ def in_a_process(spec: dict[str, Any], title: str, report_share: Callable[[float
             # Libraries may print as well.
             if line.startswith('{"progress"'):
                 report_share(json.loads(line)["progress"])
+    # Whatever ends this command must not leave a training behind that nobody waits for.
     except BaseException:
         process.terminate()
         raise
@@ -274,6 +276,7 @@ def claim_folder(plan: Plan) -> None:
     file = plan.output / "comparison.json"
     found = versions()
     decisive = {name: found[name] for name in ("orpo-mlx", "mlx", "mlx-lm", "device")}
+    # Through JSON, which makes lists of tuples, as the file's own has been.
     identity = json.loads(json.dumps({**plan.identity, "versions": decisive}))
     try:
         plan.output.mkdir(parents=True, exist_ok=True)

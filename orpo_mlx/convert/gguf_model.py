@@ -273,6 +273,7 @@ def write_gguf_model(path: Path, model: GgufModel, destination: Path) -> int:
     model.arrays.clear()
     for name, array in tensors.items():
         raw = gguf.GGMLQuantizationType.BF16 if array.dtype == mx.bfloat16 else None
+        # NumPy has no bfloat16: any type of its size will do, since `raw_dtype` says what it is.
         kind = np.dtype(np.float32 if array.dtype == mx.float32 else np.float16)
         writer.add_tensor_info(name, array.shape, kind, array.nbytes, raw_dtype=raw)
     total = sum(array.nbytes for array in tensors.values())

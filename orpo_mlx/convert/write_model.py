@@ -55,6 +55,7 @@ def write_weights(folder: Path, weights: dict[str, mx.array], destination: Path,
             shards[number] = {}
             name = f"model-{number + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
             for array in shard.values():
+                # One by one: left lazy, all would be computed as the file is saved, while the bar stands still.
                 mx.eval(array)
                 advance(array.nbytes)
             save_safetensors(folder / name, shard, {"format": layout})

@@ -240,6 +240,7 @@ def offline() -> Iterator[None]:
     modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     before = [module.HF_HUB_OFFLINE for module in modules]
     for module in modules:
+        # Both libraries read the environment as they are imported: a variable set now would be too late.
         module.HF_HUB_OFFLINE = True
     try:
         yield

@@ -68,6 +68,7 @@ def check_steps(shape: str, sizes: Sizes, dtype: str, mode: str, *, quantised: b
     pairs = made_pairs([(prompt, completion, completion)] * 2, shape)
     gc.collect()  # What an earlier check held in a cycle would be freed in between.
     predicted = predicted_peak(shape, dtype, mode, pairs, quantised=quantised)
+    # The models of the prediction, freed later, would make the step's peak look smaller.
     gc.collect()
     before = mx.get_active_memory()
     model = make_model(shape, dtype, quantised=quantised)
@@ -139,6 +140,7 @@ def check_rival(shape: str, sizes: Sizes, dtype: str, *, quantised: bool = False
         )
         return
     step_s = statistics.median(1 / report["iterations_per_second"] for report in reports)
+    # Reported in GB, as by mlx-lm's trainer; all else here is in GiB.
     peak = reports[-1]["peak_memory"] * 1e9 / 2**30 - before / 2**30
     figures = {
         "version": found,

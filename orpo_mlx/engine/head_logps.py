@@ -35,6 +35,7 @@ def log_sum_exp(logits: mx.array) -> tuple[mx.array, mx.array]:
         logits: (..., V) of any float dtype.
     """
     logits = logits.astype(mx.float32)
+    # Whatever is taken off, m + s is the same, so the gradients through the maximum would cancel each other.
     peak = mx.stop_gradient(mx.max(logits, axis=-1, keepdims=True))
     exps = mx.exp(logits - peak)
     return peak.squeeze(-1), mx.log(sum_in_blocks(exps))

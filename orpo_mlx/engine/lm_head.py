@@ -109,6 +109,7 @@ def find_head(model: nn.Module) -> ModelHead | None:
             if close(head(hidden), logits):
                 head.tiles = tiles_fit(head, hidden, logits)
                 return head
+        # What bears such a name and is no backbone fails in one of these ways when it is run as one.
         except (AttributeError, TypeError, ValueError):
             continue
     return None
@@ -135,6 +136,7 @@ def inner_module(module: nn.Module, path: str) -> Any:
 
 def tiles_fit(head: ModelHead, hidden: mx.array, logits: mx.array) -> bool:
     """Whether the head run for some tokens gives the very logits of those tokens."""
+    # The two ways in which `tiled_logps` asks for tokens: some in a row, and the targets in any order.
     choices: list[Rows] = [slice(1, 4), mx.array([2, 0, 3])]
     try:
         return all(close(head(hidden, rows), logits[..., rows]) for rows in choices)

@@ -64,6 +64,7 @@ class PairScorer:
         profile: DeviceProfile | None = None,
     ) -> None:
         self.model, self.profile, self._kept_attention_bytes = model, profile or device_profile(), kept_attention_bytes
+        # The proofs below, that of sharing last of all, are made against prompts that are run once per completion.
         self.layout = self.profile.layout._replace(share_prompt=False)
         self.proofs = Proofs(frozenset(), ())
         self.routers: Routers | None = None
@@ -171,6 +172,7 @@ class PairScorer:
         self.layout = self.layout._replace(share_prompt=True)
         try:
             return same_states(self._probe_states(), plain)
+        # Whatever a model's own code raises over these caches, it can run prompts once per completion.
         except Exception:
             return False
         finally:

@@ -199,6 +199,7 @@ class SegmentedBackward:
                     return self._run(
                         layers,
                         segment.calls,
+                        # States that nothing before them learns from are constants here, not among the primals.
                         tuple(given) or streams,
                         arrays,
                         lambda: taking(next(outputs), widest),
@@ -352,6 +353,7 @@ def find_segmented(
             same = close(states, expected_states) and all(
                 close(gradients[name], expected[name], rounding) for name in expected
             )
+        # Whatever a model's own code raises here, the run goes on by the whole graph and says why.
         except Exception as error:
             return None, reason_of(error)
     return (segmented, "") if same else (None, "its states or gradients differ from those of the whole graph")

@@ -155,6 +155,7 @@ def load_adapter_file(model: nn.Module, path: str | Path, scale: float) -> None:
         )
     _check_fit(weights, adapter_weights(model), path)
     own = adapter_weights(model)
+    # Not strict: the file holds only what is trained, and all of that, as `_check_fit` has seen.
     model.load_weights([(name, weights[name].astype(array.dtype)) for name, array in own.items()], strict=False)
 
 

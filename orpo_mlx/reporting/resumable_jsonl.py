@@ -74,6 +74,7 @@ class LineFile:
             while done < len(lines):
                 done += os.pwrite(self._handle, lines[done:], self._size + done)
         except OSError as error:
+            # `pwrite` is given a descriptor, so its error names no file.
             error.filename = str(self._path)
             raise
         self._size += len(lines)

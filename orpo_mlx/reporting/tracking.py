@@ -52,6 +52,7 @@ def reporting_to(
         for name, each in zip(names, opened, strict=False):
             try:
                 _close(name, each.callback, ended_well)
+            # Each service raises what it likes, and must not hide how the run itself has ended.
             except Exception as error:
                 say(f"Warning: {each.name}: could not be closed ({kind_and_reason(error)}).")
 

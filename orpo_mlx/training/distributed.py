@@ -115,6 +115,7 @@ class Ranks:
             for names in _batches(arrays):
                 flat = mx.concatenate([arrays[name].reshape(-1) for name in names])
                 total = mx.distributed.all_sum(flat, group=self._group)
+                # Now: a lazy transfer would take place wherever it is first looked at, outside of the time limit.
                 mx.eval(total)
                 # One transfer for many small arrays: LoRA has two of each layer, and latency would rule.
                 bounds = np.cumsum([arrays[name].size for name in names])[:-1].tolist()

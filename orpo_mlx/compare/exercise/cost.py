@@ -64,6 +64,7 @@ def _measured(loaded: LoadedModel, settings: dict[str, Any], tokens: int, pairs:
         batch_size=pairs, max_seq_length=tokens, lora_parameters=_LORA, num_layers=-1, memory="fast", **settings
     )
     vocabulary = int(loaded.config["vocab_size"])
+    # What an earlier arm has left in a cycle would be part of this one's peak.
     gc.collect()
     mx.clear_cache()
     reference_s, step_s, forward = [], [], 0

@@ -204,6 +204,7 @@ class StoreWriter:
             first, prompt_tokens = len(pair.completions[0]), len(pair.prompt_ids)
             lengths = (prompt_tokens, first, len(ids) - prompt_tokens - first)
             scored = np.array([math.nan if pair.margin is None else pair.margin, pair.weight], np.float64)
+            # Signed, as the index is of int64: half of all hashes without a sign would not fit.
             hashed = int.from_bytes(prompt, "little", signed=True)
             rows.append((self._position, *lengths, int(line), hashed, *scored.view(np.int64).tolist()))
             self._position += len(ids)

@@ -66,6 +66,7 @@ class EndpointJudge:
             # Whatever proxy the environment names, it has no business here.
             handlers.append(urllib.request.ProxyHandler({}))
         self._opener = urllib.request.build_opener(*handlers)
+        # Questions are asked in several threads: a count that two of them read and write back would lose one.
         self._lock = threading.Lock()
         self._lost_in_a_row = 0
 

@@ -167,6 +167,7 @@ def parse_gguf(path: Path, cursor: Cursor) -> GgufFile:
     if cursor.take(4) != b"GGUF":
         raise ModelError(f"{path}: cannot be read as GGUF (it does not begin with that word).")
     version = cursor.number("<I")
+    # Version 1 has counts and lengths of 32 bits, where 64 are read here.
     if version not in (2, 3):
         raise ModelError(f"{path}: is GGUF of version {version}, and 2 and 3 can be read; convert it with llama.cpp.")
     # An entry has at least so many bytes: lengths, type and offset of a tensor; length and type of a value.

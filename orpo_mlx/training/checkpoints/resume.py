@@ -244,6 +244,7 @@ def restore(run: Run, resumed: Resumed) -> list[str]:
     load_adapter_file(run.loaded.model, folder / ADAPTERS_FILE, run.config.lora_parameters["scale"])
     run.rewards = resumed.state.rewards
     notes = _restore_optimizer(run, folder / OPTIMIZER_FILE)
+    # Read now: the checkpoint's file may be gone before a lazy array of it is looked at.
     mx.eval(run.loaded.model.trainable_parameters(), run.optimizer.state)
     # Last: between here and the first step nothing may draw any.
     set_random_state(random_state_of(run.ranks.rank, resumed.state.random_states))

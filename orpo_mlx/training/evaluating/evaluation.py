@@ -72,6 +72,7 @@ def evaluate(
             reference.adopt(group, logps)
         logps = with_reference(logps, reference.values(group, batch) if reference else None)
         parts.append(with_row_values(logps, row_values(group, method, weighted=weighted)))
+        # Batch by batch: all graphs evaluated together at the end could hold the activations of several.
         mx.eval(parts[-1])
         done += len(group)
         progress(done)

@@ -84,6 +84,7 @@ class CopiedReference(SecondModel):
         """Log-probs of both sides under the copy."""
         tokens = self._nll_tokens_per_pair
         logps = pair_logps(self._own, batch, nll_tokens_per_pair=tokens, gradient=False, wanted=self._wanted)
+        # Now: the copy's activations are gone before the step's own are made.
         mx.eval(logps)
         return ReferenceValues(logps.chosen, logps.rejected, logps.chosen_tail, logps.rejected_tail)
 
@@ -203,6 +204,7 @@ def mix_into(reference: nn.Module, policy: nn.Module, tau: float) -> None:
         if name not in mixed:
             mixed[name] = array if tau == 1 else (tau * array + (1 - tau) * own[name]).astype(array.dtype)
     reference.load_weights(list(mixed.items()), strict=False)
+    # Left lazy, they would hold on to the policy's weights, and their own, from before.
     mx.eval(reference.parameters())
 
 

@@ -96,6 +96,7 @@ class ReferenceLogProbs:
         # Alignment is the policy's alone.
         self._wanted = wanted._replace(alignment=False)
         self._live = adapters_are_new
+        # Any number will do: it asks for the prompts, and nobody looks at the reference's own NLL.
         self._nll_tokens_per_pair = 1.0 if with_prompt else None
         self.table = ReferenceTable()
 

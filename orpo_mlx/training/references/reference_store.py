@@ -151,6 +151,7 @@ def weights_fingerprint(model: nn.Module) -> str:
         [name, list(array.shape), str(array.dtype), digest]
         for (name, array), digest in zip(parameters, digests, strict=True)
     ]
+    # A scale is a number of Python's and no parameter, but changes the model as much.
     described += sorted([name, module.scale] for name, module in model.named_modules() if "lora_a" in module)
     return hashlib.sha256(_canonical(described).encode()).hexdigest()
 

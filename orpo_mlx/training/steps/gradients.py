@@ -147,6 +147,7 @@ def _loss_gradients(
         wanted = run.method.wanted
         policy = log_probs(run.scorer, inputs.batch, nll_tokens_per_pair=tokens, gradient=False, wanted=wanted)
         logps.append(with_row_values(with_reference(policy, inputs.reference), inputs.rows))
+        # One by one: all graphs evaluated together at the end could hold the activations of several micro-batches.
         mx.eval(logps[-1])
     together = with_step_values(join_logps(logps) if run.ranks.size == 1 else run.ranks.gather_logps(logps), values)
     count = float(run.method.count(step_batch))

@@ -19,6 +19,7 @@ from orpo_mlx.types import Example
 
 _SHOWN = 4
 
+# PyTorch's own, so that the same `max_grad_norm` clips alike.
 _NORM_FLOOR = 1e-6
 
 

@@ -152,12 +152,15 @@ def _apply(
     model: nn.Module, optimizer: optim.Optimizer, gradients: Gradients, factor: mx.array | None
 ) -> list[mx.array]:
     if factor is not None:
+        # Half precision times a float32 array is float32, and the weights would be that after the update.
         gradients = {name: gradient * factor.astype(gradient.dtype) for name, gradient in gradients.items()}
     optimizer.update(model, tree_unflatten(list(gradients.items())))
+    # A compiled function has to return arrays; what this one changes is in its state.
     return []
 
 
 def gradient_norm(gradients: Gradients) -> mx.array:
     """Euclidean norm over all trained parameters, in float32; not finite where any entry is not."""
+    # float16 ends at 65,504: squares leave it where the gradient itself is far within it.
     squares = [value.astype(mx.float32).square().sum() for value in gradients.values()]
     return mx.sqrt(mx.stack(squares).sum())
