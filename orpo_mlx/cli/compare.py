@@ -41,33 +41,35 @@ def build_parser() -> OneLineParser:
         f"(default: {_METHODS})",
     )
     _add_extents(parser)
-    parser.add_argument("--steps", type=count, metavar="N", help="budget: optimiser steps")
-    parser.add_argument("--pair-tokens", type=count, metavar="N", help="budget: tokens of pairs trained on")
-    parser.add_argument("--seconds", type=amount, metavar="X", help="budget: seconds of training, reference included")
-    parser.add_argument("--seeds", type=count, metavar="N", help=f"seeds 0 to N - 1 (default: {_SEEDS})")
-    parser.add_argument(
+    budget = parser.add_argument_group("budget of every method, one of")
+    budget.add_argument("--steps", type=count, metavar="N", help="optimiser steps")
+    budget.add_argument("--pair-tokens", type=count, metavar="N", help="tokens of pairs trained on")
+    budget.add_argument("--seconds", type=amount, metavar="X", help="seconds of training, reference included")
+    tuning = parser.add_argument_group("trainings and what they are judged by")
+    tuning.add_argument("--seeds", type=count, metavar="N", help=f"seeds 0 to N - 1 (default: {_SEEDS})")
+    tuning.add_argument(
         "--learning-rates",
         default="1e-4,3e-4",
         metavar="X,...",
         help="rates each method is tried with on the valid split, under seed 0 (default: %(default)s)",
     )
-    parser.add_argument(
+    tuning.add_argument(
         "--beta-factors",
         default="",
         metavar="X,...",
         help="sensitivity: also train with β times these, at each learning rate; default: the rates alone",
     )
-    parser.add_argument(
+    tuning.add_argument(
         "--sanity", default="", metavar="METHODS", help="train these also with labels swapped, and with labels shuffled"
     )
-    parser.add_argument(
+    tuning.add_argument(
         "--valid-pairs", type=some, default=24, metavar="N", help="valid pairs for sweeps and curves (default: 24)"
     )
-    parser.add_argument("--test-pairs", type=some, default=-1, metavar="N", help="held-out pairs (default: -1, all)")
-    parser.add_argument(
+    tuning.add_argument("--test-pairs", type=some, default=-1, metavar="N", help="held-out pairs (default: -1, all)")
+    tuning.add_argument(
         "--curve-points", type=count, default=3, metavar="N", help="validations during the budget (default: 3)"
     )
-    parser.add_argument(
+    tuning.add_argument(
         "--accuracy", type=share, default=0.9, metavar="X", help="report when this accuracy is reached (default: 0.9)"
     )
     return parser
@@ -75,21 +77,21 @@ def build_parser() -> OneLineParser:
 
 def _add_extents(parser: argparse.ArgumentParser) -> None:
     """The flags that ask for the chapter's exercise."""
-    parser.add_argument(
+    group = parser.add_argument_group("the chapter's exercise")
+    group.add_argument(
         "--quick",
         dest="extent",
         action="store_const",
         const="quick",
-        help="the chapter's exercise, small: gold reward against KL, with sanity checks; takes --output, --tier, "
-        "--methods and --seeds alone",
+        help="small: gold reward against KL, with sanity checks; takes --output, --tier, --methods and --seeds alone",
     )
-    parser.add_argument(
+    group.add_argument(
         "--full", dest="extent", action="store_const", const="full", help="the same, all methods and seeds: a night"
     )
-    parser.add_argument(
+    group.add_argument(
         "--tier",
         choices=("exact", "open"),
-        help="of the exercise: the tiny model with an exact reward, or SmolLM2; both by default",
+        help="the tiny model with an exact reward, or SmolLM2; both by default",
     )
 
 
