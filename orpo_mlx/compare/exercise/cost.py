@@ -30,7 +30,7 @@ _ARMS: Mapping[str, dict[str, Any]] = {
 }
 PRECOMPUTED = "dpo --precompute-reference"
 _LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
-_SHAPES = ((64, 1), (256, 1), (1024, 1), (256, 4))
+Shapes = tuple[tuple[int, int], ...]
 """Tokens a side and pairs a step, all of which are one micro-batch."""
 
 _LLAMA3: dict[str, Any] = {
@@ -89,7 +89,7 @@ def _measured(loaded: LoadedModel, settings: dict[str, Any], tokens: int, pairs:
     return {"steps": steps, "forward_tokens": forward, "peak_gib": round(peak, 2), **times}
 
 
-def measured_peaks() -> list[dict[str, Any]]:
+def measured_peaks(shapes: Shapes) -> list[dict[str, Any]]:
     """Peaks of one step at several lengths and numbers of pairs, LoRA and full fine-tuning, for each way to have a
     reference.
 
@@ -99,7 +99,7 @@ def measured_peaks() -> list[dict[str, Any]]:
     return [
         {"fine_tune_type": kind, "tokens": tokens, "pairs": pairs, "peaks_gib": _peaks(kind, tokens, pairs)}
         for kind in ("lora", "full")
-        for tokens, pairs in _SHAPES
+        for tokens, pairs in shapes
     ]
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from orpo_mlx.compare.exercise.analysis import analyse
 from orpo_mlx.compare.exercise.cells import Cells
-from orpo_mlx.compare.exercise.cost import measured_peaks, measured_steps, predicted_copies
+from orpo_mlx.compare.exercise.cost import Shapes, measured_peaks, measured_steps, predicted_copies
 from orpo_mlx.compare.exercise.progress import ProgressPage
-from orpo_mlx.compare.exercise.sizes import EXTENTS, Part, make_tasks, part_of
+from orpo_mlx.compare.exercise.sizes import EXTENTS, PEAK_SHAPES, Part, make_tasks, part_of
 from orpo_mlx.compare.exercise.study import count_cells, run_study, size_record
 from orpo_mlx.compare.exercise.task import Task
 from orpo_mlx.compare.exercise.verdicts import verdicts
@@ -68,7 +68,7 @@ def run_exercise(
             "tiers": tiers,
         }
         if "exact" in tasks:
-            results["cost"] = cost(output, decisive, reporter)
+            results["cost"] = cost(output, decisive, PEAK_SHAPES[extent_name], reporter)
             results["verdicts"] = [verdict._asdict() for verdict in verdicts(results)]
         # After each variant: those of the second tier may take a night each.
         save_json(output / RESULTS, results)
@@ -101,14 +101,14 @@ def unfinished(asked: Iterable[str], tiers: Mapping[str, Any]) -> list[str]:
     return [*begun, *(name for name in asked if name not in tiers)]
 
 
-def cost(output: Path, decisive: Mapping[str, Any], reporter: Reporter) -> dict[str, Any]:
+def cost(output: Path, decisive: Mapping[str, Any], shapes: Shapes, reporter: Reporter) -> dict[str, Any]:
     """Peaks and seconds of steps, measured here and predicted."""
     page = ProgressPage(output, "cost", 3, reporter)
     cells = Cells(output / "cells" / "cost", {"versions": decisive, "tokens": _COST_TOKENS}, page.tell)
     measured = cells.get(
         {"what": "measured"}, lambda: measured_steps(load(DEFAULT_MODEL), _COST_TOKENS, _COST_PAIRS, _COST_STEPS)
     )
-    peaks = cells.get({"what": "peaks"}, lambda: {"rows": measured_peaks()})
+    peaks = cells.get({"what": "peaks", "shapes": shapes}, lambda: {"rows": measured_peaks(shapes)})
     predicted = cells.get({"what": "predicted, large models too"}, lambda: {"rows": predicted_copies()})
     shape = {"model": DEFAULT_MODEL, "tokens": _COST_TOKENS, "pairs": _COST_PAIRS}
     return {**shape, "measured": measured, "peaks": peaks["rows"], "predicted": predicted["rows"]}

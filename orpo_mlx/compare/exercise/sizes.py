@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from orpo_mlx.compare.exercise.contenders import CONTENDERS
+from orpo_mlx.compare.exercise.cost import Shapes
 from orpo_mlx.compare.exercise.halving import Round
 from orpo_mlx.compare.exercise.task import Size, Task
 from orpo_mlx.errors import ConfigError
@@ -87,14 +88,15 @@ class Extent(NamedTuple):
 
 
 EXTENTS: Mapping[str, Extent] = {"quick": Extent(QUICK_EXACT, QUICK_OPEN), "full": Extent(FULL_EXACT, FULL_OPEN)}
-TIERS = Extent._fields
+PEAK_SHAPES: Mapping[str, Shapes] = {"quick": ((64, 1),), "full": ((64, 1), (256, 1), (1024, 1), (256, 4))}
+"""What peaks are measured at; all of them take nine minutes."""
 
 
 class Part(NamedTuple):
     """What of an extent is run; None: all of it."""
 
     tier: str | None = None
-    """One of `TIERS`."""
+    """A field of `Extent`."""
     methods: tuple[str, ...] | None = None
     seeds: int | None = None
 

@@ -50,10 +50,10 @@ COST = {"steps": 2, "forward_tokens": 512, "peak_gib": 1.25, "step_s": 0.5, "ref
 def tiny() -> Iterator[pytest.MonkeyPatch]:
     """The exercise with its exact tier alone, and costs that are not measured: they need the real model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exercise, "make_tasks", lambda extent: {"exact": lambda: GoldTask(TINY)})
+        patch.setattr(exercise, "make_tasks", lambda extent, tier: {"exact": lambda: GoldTask(TINY)})
         patch.setattr(exercise, "load", lambda name: None)
         patch.setattr(exercise, "measured_steps", lambda *shape: {name: dict(COST) for name in ARMS})
-        patch.setattr(exercise, "measured_peaks", lambda: [PEAKS])
+        patch.setattr(exercise, "measured_peaks", lambda shapes: [PEAKS])
         patch.setattr(exercise, "predicted_copies", lambda: [ROW])
         yield patch
 
@@ -254,6 +254,6 @@ def test_what_was_done_is_not_done_again_and_a_second_run_is_the_same(run_folder
 @pytest.mark.slow
 def test_cells_of_another_exercise_are_not_taken(run_folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exercise, "make_tasks", lambda extent: {"exact": lambda: GoldTask(TINY._replace(pairs=48))})
+        patch.setattr(exercise, "make_tasks", lambda extent, tier: {"exact": lambda: GoldTask(TINY._replace(pairs=48))})
         with pytest.raises(ConfigError, match="another exercise"):
             exercise.run_exercise("quick", run_folder, [], quiet())
