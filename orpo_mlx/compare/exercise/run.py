@@ -28,8 +28,6 @@ from orpo_mlx.training.run import versions
 
 SCHEMA = 1
 RESULTS = "results.json"
-TIMES = ("step_s", "reference_s")
-"""Keys of a cost that differ from run to run."""
 # What no training depends on: methods, seeds, settings can be added to what is there.
 _MAY_GROW = ("rates", "rounds", "seeds", "shuffles", "variants", "contenders")
 _COST_TOKENS, _COST_PAIRS, _COST_STEPS = 128, 2, 2
@@ -136,14 +134,3 @@ def failures(results: Mapping[str, Any]) -> list[str]:
         sanity = tier["analysis"].get("sanity", {"failed": []})
         found += [f"{name} tier, {method}" for method in sanity["failed"]]
     return found
-
-
-def without_times(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What two runs of one command must have in common: all but when and how long they ran, and where they were asked
-    to write."""
-    kept = {key: value for key, value in results.items() if key not in ("date", "seconds", "command", "commit")}
-    if "cost" not in kept:
-        return kept
-    measured = results["cost"]["measured"]
-    bare = {arm: {key: value for key, value in found.items() if key not in TIMES} for arm, found in measured.items()}
-    return {**kept, "cost": {**results["cost"], "measured": bare}}

@@ -162,6 +162,8 @@ def test_the_page_has_the_power_before_the_results(made: dict[str, Any]) -> None
 def test_what_differs_is_named(made: dict[str, Any]) -> None:
     other = copy.deepcopy(made)
     other["date"], other["cost"]["measured"]["dpo"]["step_s"] = "tomorrow", 9.0
+    other["cost"]["predicted"][0] |= {"peak_gib": 2.1, "copy_ratio": 1.4}
+    other["verdicts"][2]["measured"] = "1.4 times"
     assert list(differing(made, other)) == []
     other["verdicts"][0]["verdict"] = "?"
     assert list(differing(made, other)) == ["/verdicts/0/verdict"]
