@@ -130,10 +130,14 @@ _CAPTION = (
 
 def frontier_panels(results: Results) -> list[Panel]:
     """Gold against KL, a panel for each tier and variant."""
-    return [frontier_panel(tier, variant) for tier in results["tiers"].values() for variant in tier["variants"]]
+    return [
+        frontier_panel(tier, variant, f"{name} tier, {variant}")
+        for name, tier in results["tiers"].items()
+        for variant in tier["variants"]
+    ]
 
 
-def frontier_panel(tier: Mapping[str, Any], variant: str) -> Panel:
+def frontier_panel(tier: Mapping[str, Any], variant: str, title: str) -> Panel:
     """Gold against KL of every method on one variant."""
 
     def draw(axes: Axes, theme: Theme) -> None:
@@ -148,7 +152,7 @@ def frontier_panel(tier: Mapping[str, Any], variant: str) -> Panel:
             tests = [seed["test"] for seed in method["seeds"]]
             kl, gold = ([statistics.fmean(statistics.fmean(test[key]) for test in tests)] for key in ("kl", "gold"))
             axes.scatter(kl, gold, s=60, color=look.color, marker=look.marker, label=label(name, 24))
-        axes.set_title(label(variant))
+        axes.set_title(label(title))
         axes.set_xlabel("KL to the base model (nats per reply)")
         axes.set_ylabel("gold")
         legend(axes)

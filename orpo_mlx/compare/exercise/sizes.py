@@ -107,18 +107,25 @@ def part_of(extent: Extent, part: Part) -> Extent:
     Raises:
         ConfigError: a method that is not among the extent's, or DPO or ORPO missing, which the claims are about.
     """
-    smaller = {}
-    for tier, size in extent._asdict().items():
-        if part.methods is not None and tier in (part.tier or tier):
-            wrong = next((each for each in part.methods if each not in size.contenders), None)
-            if wrong is not None:
-                every = ", ".join(size.contenders)
-                raise ConfigError(f"`methods` {wrong}: does not take part in this extent; expected some of {every}.")
-            if not {"orpo", "dpo"} <= set(part.methods):
-                raise ConfigError(f"`methods` {','.join(part.methods)}: must have orpo and dpo among them.")
-            size = size._replace(contenders=tuple(each for each in size.contenders if each in part.methods))
-        smaller[tier] = size if part.seeds is None else size._replace(seeds=part.seeds)
-    return Extent(**smaller)
+    sizes = extent._asdict()
+    if part.methods is not None:
+        # Of two tiers the smaller one may have fewer methods.
+        every = list(
+            dict.fromkeys(each for tier in sizes if tier in (part.tier or tier) for each in sizes[tier].contenders)
+        )
+        wrong = next((each for each in part.methods if each not in every), None)
+        if wrong is not None:
+            raise ConfigError(
+                f"`methods` {wrong}: does not take part in this extent; expected some of {', '.join(every)}."
+            )
+        if not {"orpo", "dpo"} <= set(part.methods):
+            raise ConfigError(f"`methods` {','.join(part.methods)}: must have orpo and dpo among them.")
+    return Extent(**{tier: _part_of(size, part) for tier, size in sizes.items()})
+
+
+def _part_of(size: Size, part: Part) -> Size:
+    kept = tuple(each for each in size.contenders if part.methods is None or each in part.methods)
+    return size._replace(contenders=kept, seeds=part.seeds or size.seeds)
 
 
 def make_tasks(extent: Extent, tier: str | None = None) -> dict[str, Callable[[], Task]]:

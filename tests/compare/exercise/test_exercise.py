@@ -183,6 +183,9 @@ def test_a_part_of_the_exercise_can_be_asked_for() -> None:
     assert part.open == sizes.FULL_OPEN._replace(contenders=("orpo", "dpo"), seeds=3)
     assert sizes.part_of(sizes.EXTENTS["full"], sizes.Part()) == sizes.EXTENTS["full"]
     assert list(sizes.make_tasks(part, "exact")) == ["exact"]
+    # SFT takes part in one tier of the quick exercise alone.
+    both = sizes.part_of(sizes.EXTENTS["quick"], sizes.Part(methods=("orpo", "dpo", "sft")))
+    assert [size.contenders for size in both] == [("orpo", "dpo", "sft"), ("orpo", "dpo")]
     with pytest.raises(ConfigError, match=r"--tier open: .*give --quick or --full"):
         command.parse_request(["--tier", "open", "--output", "x"])
 
