@@ -69,6 +69,8 @@ class DeviceProfile(NamedTuple):
     """Whether e^x is this package's polynomial rather than MLX's function."""
     half_products: bool
     """Whether products of half-precision matrices are as fast as those of float32."""
+    load_dtype: str | None
+    """What a model's weights are converted to where --dtype is not given; None keeps the checkpoint's dtype."""
     native_gated_delta: bool
     """Whether the gated delta rule is MLX's kernel where it has one, forward and backward."""
     native_cross_entropy: bool
@@ -107,6 +109,7 @@ CPU = DeviceProfile(
     polynomial_exp=True,
     # No BLAS has them: MLX's own loops take thirty times as long as float32's, conversions included.
     half_products=False,
+    load_dtype="float32",
     native_gated_delta=False,
     # There it sums in the logits' dtype, and in one level.
     native_cross_entropy=False,
@@ -136,6 +139,7 @@ GPU = DeviceProfile(
     cache_share=0.5,
     polynomial_exp=False,
     half_products=True,
+    load_dtype=None,
     native_gated_delta=True,
     native_cross_entropy=True,
     # Shapes come in sizes (`few_shapes`): a night of training meets a few dozen. A trace holds a graph, not arrays.

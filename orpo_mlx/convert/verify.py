@@ -21,7 +21,7 @@ from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.files import read_json_table
 from orpo_mlx.models.adapters import add_trained_adapters
-from orpo_mlx.models.loading import ModelInfo, load, loaded_dtype
+from orpo_mlx.models.loading import ModelInfo, is_float32, load, loaded_dtype
 from orpo_mlx.models.names import FLOAT16_IN_FLOAT32
 from orpo_mlx.models.peft_adapters import Adapter
 from orpo_mlx.models.vocabulary import vocabulary_of
@@ -191,7 +191,7 @@ def record_baseline(task: Task, info: ModelInfo, adapter: Path | None = None) ->
     if not task.verify:
         return None
     # What is written of a GGUF file has its blocks in float16.
-    in_float32 = info.path.is_file() and loaded_dtype(None) == mx.float32
+    in_float32 = info.path.is_file() and is_float32(loaded_dtype(None))
     model = load(info, dtype=FLOAT16_IN_FLOAT32 if in_float32 else None, trust_remote_code=task.trust_remote_code).model
     pairs = probe_pairs(info.tokenizer, vocabulary_of(model), info.config)
     if adapter is None:

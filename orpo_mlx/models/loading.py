@@ -16,6 +16,7 @@ from huggingface_hub import errors as hub_errors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _download, load_config, load_model, load_tokenizer
 
+from orpo_mlx.device_profile import device_profile
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.models.activations import match_activation, match_embedding_scale
 from orpo_mlx.models.gguf.loading import load_gguf, read_gguf_info
@@ -107,7 +108,7 @@ def load(
     """
     info = find(name, trust_remote_code=trust_remote_code) if isinstance(name, str) else name
     wanted = loaded_dtype(dtype)
-    exact = wanted == mx.float32 and dtype != FLOAT16_IN_FLOAT32
+    exact = is_float32(wanted) and dtype != FLOAT16_IN_FLOAT32
     model, config = load_lazily(
         info, trust_remote_code=trust_remote_code, gguf=mx.float32 if exact else mx.float16, left_out=left_out
     )
@@ -160,11 +161,17 @@ def vocabulary_unloaded(info: ModelInfo, *, trust_remote_code: bool = False) -> 
 
 def loaded_dtype(asked: str | None) -> mx.Dtype | None:
     """What floating-point weights are converted to when they are loaded; None keeps the checkpoint's dtype."""
-    if asked is None and mx.default_device() == mx.Device(mx.cpu):
-        asked = "float32"
+    if asked is None:
+        asked = device_profile().load_dtype
     if asked == FLOAT16_IN_FLOAT32:
         return mx.float32
     return None if asked is None else DTYPES[asked]
+
+
+def is_float32(dtype: mx.Dtype | None) -> bool:
+    """Whether that is the dtype; None is not."""
+    # MLX's own == raises TypeError where one side is None.
+    return dtype is not None and dtype == mx.float32
 
 
 def offline_gguf() -> Path | None:

@@ -89,7 +89,8 @@ class OpenTask:
 
     def __init__(self, size: Size) -> None:
         self.size = size
-        self.loaded = load(DEFAULT_MODEL)
+        # On every device: in half precision a method's small differences would be the rounding's.
+        self.loaded = load(DEFAULT_MODEL, dtype="float32")
         self._tokenizer: Any = self.loaded.tokenizer
         self._score = sentiment_scorer()
         self._seen: list[Answer] = []
