@@ -29,7 +29,7 @@ from orpo_mlx.doctor.functions import NAMES, check_function
 from orpo_mlx.doctor.machine import check_calibration, check_machine, check_paths
 from orpo_mlx.doctor.package import MEMORY_MODES
 from orpo_mlx.doctor.speed import check_rival, check_steps
-from orpo_mlx.doctor.training import check_modes, check_training
+from orpo_mlx.doctor.training import check_defaults, check_modes, check_training
 from orpo_mlx.process_memory import configure_allocator
 
 SCHEMA = 1
@@ -77,6 +77,7 @@ def planned(sizes: Sizes, *, full: bool, bench: bool, gpu: bool) -> list[Unit]:
             for kind in sizes.dtypes
         ),
         *(("modes", label_of(*kind), partial(check_modes, kind[0], sizes.tokens, quantised=kind[1])) for kind in kinds),
+        ("training", "settings left at their defaults", check_defaults),
         ("training", "20 steps, interrupted and resumed", check_training),
         *(
             ("speed", f"{shape}, {mode}", partial(check_steps, shape, sizes, name, mode, quantised=quantised))

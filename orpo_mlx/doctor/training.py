@@ -42,6 +42,8 @@ _LOSS, _GRADIENT = 1e-5, 1e-4
 """How far, relative to it, a mode's loss and gradients may be from plain's in float32."""
 _STEP_LOSS, _STEP_NORM, _TF32_TIMES = 1e-4, 1e-2, 10
 """How far the loss and the gradient's norm of a step may be from the CPU's, and how often that with TF32 products."""
+_DEFAULT_LOSS = 0.05
+"""How far the first loss of a run in bfloat16 may be from the CPU's in float32."""
 # From one token on either side, so that attention is met with one to nine queries; then lengths that need padding.
 _SHORT = [(1, 1, 2), (2, 3, 1), (4, 5, 8), (9, 9, 6)]
 
@@ -119,8 +121,43 @@ def check_training() -> Iterator[Finding]:
     yield resumed_finding(first, second, resumed)
 
 
+def check_defaults() -> Iterator[Finding]:
+    """Three steps of `train` on a model in bfloat16, as the Hub has them, with every setting left at its default that
+    can be."""
+    with tempfile.TemporaryDirectory(prefix="orpo_mlx-") as name, patch.dict(os.environ, {"ORPO_MLX_CACHE": "off"}):
+        folder = Path(name)
+        write_inputs(folder, "bfloat16")
+        config = TrainingConfig(
+            model=str(folder / "model"),
+            data=str(folder / "train.jsonl"),
+            adapter_path=str(folder / "run"),
+            resume_adapter_file=str(folder / "adapters.safetensors"),
+            iters=3,
+            batch_size=2,
+            steps_per_report=1,
+        )
+        importlib.import_module("orpo_mlx.train").train(config, Reporter(Console(quiet=True)))
+        rows, _ = written(folder / "run")
+    yield near_stored(rows)
+
+
+def near_stored(rows: list[dict[str, float]]) -> Finding:
+    """The first step's loss, before adapters have moved, is that of float32 on a CPU but for bfloat16's rounding."""
+    expected = stored_steps()["loss"][0]
+    error = abs(rows[0]["loss"] - expected) / expected
+    sentence = f"the first step's loss is {error:.1e} off float32's on a CPU, allowed {_DEFAULT_LOSS:.0e}"
+    figures = {"losses": [row["loss"] for row in rows], "loss_error": error}
+    return Finding("training", "settings left at their defaults", error <= _DEFAULT_LOSS, sentence, figures)
+
+
+def stored_steps() -> dict[str, Any]:
+    """What `STORED` holds; see `stored_values`."""
+    found: dict[str, Any] = json.loads(files("orpo_mlx.doctor").joinpath(STORED).read_text(encoding="utf-8"))
+    return found
+
+
 def against_stored(rows: list[dict[str, float]]) -> Finding:
-    stored = json.loads(files("orpo_mlx.doctor").joinpath(STORED).read_text(encoding="utf-8"))
+    stored = stored_steps()
     times = _TF32_TIMES if product_error() > TF32_FROM else 1
     errors = {}
     for key, limit in (("loss", _STEP_LOSS * times), ("grad_norm", _STEP_NORM * times)):
@@ -150,9 +187,9 @@ def resumed_finding(first: dict[str, mx.array], second: dict[str, mx.array], res
     return Finding("training", "interrupt and resume", passed, sentence, figures)
 
 
-def write_inputs(folder: Path) -> None:
-    """A model, adapters to begin with, and pairs, as `train` reads them."""
-    model = make_model("tiny", "float32")
+def write_inputs(folder: Path, dtype: str = "float32") -> None:
+    """A model in a dtype, adapters to begin with, and pairs, as `train` reads them."""
+    model = make_model("tiny", dtype)
     (folder / "model").mkdir()
     mx.save_safetensors(str(folder / "model" / "model.safetensors"), dict(tree_flatten(model.parameters())))
     (folder / "model" / "config.json").write_text(json.dumps(SHAPES["tiny"]), encoding="utf-8")
@@ -195,9 +232,14 @@ def train_in(
         except TrainingError:
             config = dataclasses.replace(config, resume=True)
     train(config, quiet)
-    lines = (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return written(folder / name)
+
+
+def written(run: Path) -> tuple[list[dict[str, float]], dict[str, mx.array]]:
+    """What a run's folder holds: metrics of each step, and the adapters."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "grad_norm" in row]
-    adapters = mx.load(str(folder / name / "adapters.safetensors"))
+    adapters = mx.load(str(run / "adapters.safetensors"))
     assert isinstance(adapters, dict)
     return rows, adapters
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from importlib.resources import files
 
 import mlx.core as mx
@@ -16,7 +17,9 @@ from orpo_mlx.doctor.training import (
     Step,
     against_plain,
     against_stored,
+    near_stored,
     resumed_finding,
+    stored_steps,
 )
 from tests.doctor.conftest import Examined
 
@@ -35,7 +38,9 @@ def test_every_mode_is_plain(examined: Examined) -> None:
 
 
 def test_training_gives_the_stored_steps_and_resumes_bit_for_bit(examined: Examined) -> None:
-    stored, resumed = examined.of("training")
+    defaults, stored, resumed = examined.of("training")
+    assert defaults.passed, defaults.sentence
+    assert len(defaults.figures["losses"]) == 3
     assert stored.passed, stored.sentence
     assert len(stored.figures["losses"]) == STEPS
     assert resumed.passed
@@ -68,6 +73,13 @@ def test_steps_that_are_not_the_stored_ones_fail() -> None:
     assert against_stored(rows).passed
     rows[-1]["loss"] *= 1.01
     assert against_stored(rows).passed is False
+
+
+def test_a_first_loss_that_no_rounding_explains_fails() -> None:
+    expected = stored_steps()["loss"][0]
+    assert near_stored([{"loss": 1.01 * expected}]).passed
+    for wrong in (1.1 * expected, math.nan):
+        assert near_stored([{"loss": wrong}]).passed is False
 
 
 @pytest.mark.parametrize(
