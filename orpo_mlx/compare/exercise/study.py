@@ -193,9 +193,10 @@ def shuffles(count: int) -> list[str]:
 
 
 def look_steps(task: Task, steps: int) -> list[int]:
-    """The steps at which a training is looked at."""
-    count = min(task.size.looks, steps)
-    return [steps * (number + 1) // count for number in range(count)]
+    """The steps at which a training is looked at, its last among them: a short one's are those of a final one."""
+    # A setting that is best early must be met there again by its final trainings: later it may be beyond the bound.
+    every = max(1, task.size.rounds[-1].steps // task.size.looks)
+    return [*range(every, steps, every), steps]
 
 
 def means(measures: PerPrompt) -> dict[str, float]:

@@ -25,7 +25,7 @@ class Size(NamedTuple):
     rounds: tuple[Round, ...]
     """Of the tuning; the last one's steps are those of the final trainings."""
     looks: int
-    """Times a training is looked at, evenly spread over its steps."""
+    """Times a final training is looked at, evenly spread over its steps; a shorter one at the same steps."""
     seeds: int
     valid_prompts: int
     test_prompts: int

@@ -22,6 +22,7 @@ from orpo_mlx.compare.exercise.contenders import CONTENDERS
 from orpo_mlx.compare.exercise.gold_task import GoldTask
 from orpo_mlx.compare.exercise.halving import Round
 from orpo_mlx.compare.exercise.page import first_line, markdown
+from orpo_mlx.compare.exercise.task import Size
 from orpo_mlx.compare.exercise.verdicts import verdicts
 from orpo_mlx.errors import ConfigError, DataError, TrainingError
 from orpo_mlx.reporting.console import Reporter
@@ -44,6 +45,18 @@ ARMS = ("orpo", "dpo", "dpo --reference copy")
 ROW = {"model": "m", "memory": "fast", "tokens": 8, "weights_gib": 1.0, "peak_gib": 2.0, "copy_ratio": 1.5}
 PEAKS = {"fine_tune_type": "full", "tokens": 8, "pairs": 1, "peaks_gib": {"orpo": 1.0, "dpo": 1.5}}
 COST = {"steps": 2, "forward_tokens": 512, "peak_gib": 1.25, "step_s": 0.5, "reference_s": 0.1}
+
+
+@pytest.mark.parametrize("size", [size for extent in sizes.EXTENTS.values() for size in extent])
+def test_what_tuning_saw_final_trainings_see_again(size: Size) -> None:
+    task = SimpleNamespace(size=size)
+    final = size.rounds[-1].steps
+    looks = study.look_steps(task, final)  # type: ignore[arg-type]
+    assert len(looks) == size.looks
+    assert looks[-1] == final
+    for each in size.rounds:
+        short = study.look_steps(task, each.steps)  # type: ignore[arg-type]
+        assert short == [step for step in looks if step <= each.steps]
 
 
 @pytest.fixture(scope="module")
