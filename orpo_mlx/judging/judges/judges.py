@@ -37,7 +37,7 @@ def make_judge(name: str, options: JudgeOptions | None = None) -> Judge:
     """
     options = options or JudgeOptions()
     if name in (REWARD, IMPLICIT, CHOICE):
-        raise ConfigError(f"`judge={name}`: names nothing; expected {name}FOLDER.")
+        raise ConfigError(f"`judge={name}`: names nothing; expected {name}{'MODEL' if name == CHOICE else 'FOLDER'}.")
     if name.startswith(PREFIX):
         return make_rule(name)
     if name.startswith(REWARD):

@@ -200,5 +200,5 @@ def test_a_choice_that_a_tokenizer_cannot_make_is_refused(
     monkeypatch.setattr("orpo_mlx.judging.judges.model_judge.encoded", lambda tokenizer, text, special: [1, 2])
     with pytest.raises(ModelError, match=r"`judge=choice:.*does not tell \[\[A\]\] from \[\[B\]\]"):
         judge([QUESTION], lambda done: None)
-    with pytest.raises(ConfigError, match="`judge=choice:`: names nothing"):
+    with pytest.raises(ConfigError, match="`judge=choice:`: names nothing; expected choice:MODEL"):
         make_judge("choice:")
