@@ -86,7 +86,8 @@ def _exercise_facts(results: Mapping[str, Any]) -> str:
 
 def _exercise_taken(results: Mapping[str, Any]) -> str:
     """One sentence on how and where the figures were taken."""
-    size, machine, versions = results["tiers"]["exact"]["size"], results["machine"], results["versions"]
+    size = next(iter(results["tiers"].values()))["size"]
+    machine, versions = results["machine"], results["versions"]
     kept = ", ".join(f"{name} {versions[name]}" for name in ("orpo-mlx", "mlx", "mlx-lm", "python"))
     return (
         f"{size['seeds']} seeds, {size['test_prompts'] * size['samples']} replies each; standard errors in brackets. "
@@ -108,22 +109,27 @@ def _exercise_quality(results: Mapping[str, Any]) -> str:
 EXERCISE_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "facts": _exercise_facts,
     "taken": _exercise_taken,
-    "overview": lambda results: exercise_tables.overview(results).markdown(),
     "power": lambda results: exercise_tables.power(results).markdown(),
+    "quality": _exercise_quality,
+}
+"""What may stand after the name of results of the exercise, or of one tier of it."""
+EXACT_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "overview": lambda results: exercise_tables.overview(results).markdown(),
     "claims": lambda results: exercise_tables.claims(results).markdown(),
     "verdicts": lambda results: exercise_tables.claims(results, short=True).markdown(),
-    "quality": _exercise_quality,
     "sanity": lambda results: exercise_tables.sanity(results).markdown(),
     "costs": lambda results: exercise_tables.costs(results).markdown(),
     "peaks": lambda results: exercise_tables.peaks(results).markdown() if results["cost"].get("peaks") else _MISSING,
     "copies": lambda results: exercise_tables.copies(results).markdown(),
 }
-"""What may stand after the name of results of the exercise."""
+"""What may stand there besides where the exact tier was run, to which claims and costs belong."""
 
 
 def tables_for(results: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
     """The tables that can be made of some results."""
-    return EXERCISE_TABLES if results.get("kind") == "exercise" else TABLES
+    if results.get("kind") != "exercise":
+        return TABLES
+    return {**EXERCISE_TABLES, **EXACT_TABLES} if "exact" in results["tiers"] else EXERCISE_TABLES
 
 
 def memory_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -348,7 +354,7 @@ def _block(what: str, root: Path) -> str:
     else:
         file = root / FOLDER / f"{name}.json"
         results = read_json_table(file, DataError) if file.is_file() else None
-        known = {**EXERCISE_TABLES, **TABLES} if results is None else tables_for(results)
+        known = {**EXERCISE_TABLES, **EXACT_TABLES, **TABLES} if results is None else tables_for(results)
         if table not in known:
             raise DataError(f"<!-- results: {what} -->: no table {table!r}, expected one of {', '.join(known)}.")
         body = _MISSING if results is None else known[table](results)
