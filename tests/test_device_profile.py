@@ -12,7 +12,10 @@ from orpo_mlx.errors import ConfigError
 
 @pytest.fixture(autouse=True)
 def unnamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU, wherever the tests run."""
     monkeypatch.delenv("ORPO_MLX_PROFILE", raising=False)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
 
 
 def test_the_device_chooses_unless_the_environment_does(monkeypatch: pytest.MonkeyPatch) -> None:

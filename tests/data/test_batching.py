@@ -163,8 +163,8 @@ def test_micro_batches_keep_every_pair_within_both_limits(most_pairs: int, most_
 def test_micro_batches_are_no_smaller_than_they_must() -> None:
     # 10 + 8 + 8 tokens each: completions are padded to a multiple of 8.
     pairs = [TokenizedPair((1,) * 10, (2,) * 5, (3,) * 5)] * 7
-    assert [len(batch) for batch in micro_batches(pairs, 100, 80)] == [3, 3, 1]
-    assert [len(batch) for batch in micro_batches(pairs, 2, 80)] == [2, 2, 2, 1]
+    assert [len(batch) for batch in micro_batches(pairs, 100, 80, CPU.layout)] == [3, 3, 1]
+    assert [len(batch) for batch in micro_batches(pairs, 2, 80, CPU.layout)] == [2, 2, 2, 1]
 
 
 def test_a_pair_joins_the_batch_it_pads_least_or_none() -> None:

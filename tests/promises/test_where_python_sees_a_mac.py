@@ -11,7 +11,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm.generate  # noqa: F401  (makes a stream of the default device when it is imported)
 import pytest
 from mlx.utils import tree_flatten
 
@@ -22,25 +21,14 @@ from orpo_mlx.cli.score import main as score
 from orpo_mlx.cli.train import main as train
 from orpo_mlx.models.loading import load
 from tests.conftest import write_model_folder, write_rows
+from tests.helpers.as_on_a_gpu import answer_as_a_gpu
 
-MAC = {
-    "architecture": "applegpu_g14s",
-    "device_name": "Apple M2 Max",
-    "max_buffer_length": 22_906_503_168,
-    "max_recommended_working_set_size": 22_906_503_168,
-    "memory_size": 34_359_738_368,
-    "resource_limit": 499_000,
-}
 JUDGE = ("--judge", "rule:regex=a")
 
 
 @pytest.fixture(autouse=True)
 def mac(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ORPO_MLX_PROFILE", raising=False)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    monkeypatch.setattr(mx, "device_info", lambda *_: MAC)
-    monkeypatch.setattr(mx, "set_wired_limit", lambda _: 0)
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    answer_as_a_gpu(monkeypatch, metal=True)
 
 
 @pytest.fixture(scope="module")

@@ -49,13 +49,13 @@ COST = {"steps": 2, "forward_tokens": 512, "peak_gib": 1.25, "step_s": 0.5, "ref
 
 @pytest.mark.parametrize("size", [size for extent in sizes.EXTENTS.values() for size in extent])
 def test_what_tuning_saw_final_trainings_see_again(size: Size) -> None:
-    task = SimpleNamespace(size=size)
+    task: Any = SimpleNamespace(size=size)
     final = size.rounds[-1].steps
-    looks = study.look_steps(task, final)  # type: ignore[arg-type]
+    looks = study.look_steps(task, final)
     assert len(looks) == size.looks
     assert looks[-1] == final
     for each in size.rounds:
-        short = study.look_steps(task, each.steps)  # type: ignore[arg-type]
+        short = study.look_steps(task, each.steps)
         assert short == [step for step in looks if step <= each.steps]
 
 

@@ -247,7 +247,8 @@ def test_a_model_has_the_same_gradients_on_either_profile(
         monkeypatch.setenv(VARIABLE, name)
         profile = device_profile()
         assert profile.name == name
-        assert largest_gap(gradients(model, ids, ALL, profile), plain) < 1e-4
+        # Rounding: 2e-5 with OpenBLAS, 1.1e-4 with the BLAS that MLX's Linux wheel brings.
+        assert largest_gap(gradients(model, ids, ALL, profile), plain) < 3e-4
 
 
 WIDE: dict[str, Any] = {
