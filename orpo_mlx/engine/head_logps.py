@@ -50,6 +50,20 @@ def sum_in_blocks(terms: mx.array) -> mx.array:
     return total
 
 
+def log_softmax(logits: mx.array) -> mx.array:
+    """log softmax over the last axis, in nats: (..., V) of any float dtype -> (..., V) float32, by `log_sum_exp`.
+
+    MLX's own sums in one level on a CPU: over 49,152 columns it is 1.4e-4 nats off in every one of them.
+    """
+    peak, rest = log_sum_exp(logits)
+    return (logits.astype(mx.float32) - peak[..., None]) - rest[..., None]
+
+
+def kl_divergence(logps: mx.array, others: mx.array) -> mx.array:
+    """KL(p ‖ q) = Σ_v exp(log p_v) (log p_v - log q_v) in nats, of log-probs (..., V) in float32 -> (...)."""
+    return sum_in_blocks(mx.exp(logps) * (logps - others))
+
+
 def token_logps(logits: mx.array, targets: mx.array, *, native: bool = False) -> mx.array:
     """log softmax(logits)[targets] in nats: (..., V) logits of any float dtype, (...) integer targets -> (...) float32.
 

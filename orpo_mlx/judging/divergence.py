@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 
+from orpo_mlx.engine.head_logps import kl_divergence, log_softmax
 from orpo_mlx.models.adapters import adapters_off, in_evaluation
 
 
@@ -57,12 +58,11 @@ def sequence_kl(model: nn.Module, prompt: Sequence[int], reply: Sequence[int]) -
     ids = mx.array([[*prompt, *reply]])
     # The distribution that a token was drawn from stands at the position before it.
     places = slice(len(prompt) - 1, ids.shape[1] - 1)
-    policy = nn.log_softmax(model(ids)[0, places].astype(mx.float32), axis=-1)
+    policy = log_softmax(model(ids)[0, places])
     with adapters_off(model):
-        base = nn.log_softmax(model(ids)[0, places].astype(mx.float32), axis=-1)
+        base = log_softmax(model(ids)[0, places])
     mx.eval(policy, base)
-    divergence: mx.array = (mx.exp(policy) * (policy - base)).sum()
-    return divergence
+    return kl_divergence(policy, base).sum()
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float | None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from orpo_mlx.compare.exercise.prompts import open_prompts
@@ -17,12 +16,14 @@ from orpo_mlx.compare.exercise.task import PerPrompt, Size
 from orpo_mlx.compare.exercise.trainer import fresh_run
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.batching import micro_batches
+from orpo_mlx.engine.head_logps import token_logps
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ConfigError
+from orpo_mlx.judging.divergence import sequence_kl
 from orpo_mlx.judging.generation import Generated, Generator
 from orpo_mlx.judging.requests import Sampling
-from orpo_mlx.models.adapters import adapters_off, in_evaluation
+from orpo_mlx.models.adapters import in_evaluation
 from orpo_mlx.models.loading import load
 from orpo_mlx.models.names import DEFAULT_MODEL
 from orpo_mlx.training.references.reference_store import ReferenceTable
@@ -193,16 +194,11 @@ class OpenTask:
 
     def _kl(self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> list[float]:
         """KL(model ‖ base) of each reply: summed over its positions and the whole vocabulary, nats."""
-        found = []
-        with in_evaluation(self.loaded.model):
-            for prompt, answer in zip(prompts, answers, strict=True):
-                ids = mx.array([[*prompt, *answer.ids]])
-                places = slice(len(prompt) - 1, ids.shape[1] - 1)
-                policy = nn.log_softmax(self.loaded.model(ids)[0, places].astype(mx.float32), axis=-1)
-                with adapters_off(self.loaded.model):
-                    base = nn.log_softmax(self.loaded.model(ids)[0, places].astype(mx.float32), axis=-1)
-                found.append(float((mx.exp(policy) * (policy - base)).sum()))
-        return found
+        model = self.loaded.model
+        with in_evaluation(model):
+            return [
+                float(sequence_kl(model, prompt, answer.ids)) for prompt, answer in zip(prompts, answers, strict=True)
+            ]
 
     def _log_probs(self) -> PerPrompt:
         drift = [after - before for after, before in zip(self._logps(), self._base_logps, strict=True)]
@@ -218,8 +214,8 @@ class OpenTask:
         """Nats per token of `HELD_OUT_TEXT`."""
         ids = mx.array([self._tokenizer.encode(HELD_OUT_TEXT)])
         with in_evaluation(self.loaded.model):
-            logits = self.loaded.model(ids[:, :-1]).astype(mx.float32)
-        return float(nn.losses.cross_entropy(logits, ids[:, 1:]).mean())
+            logps = token_logps(self.loaded.model(ids[:, :-1]), ids[:, 1:])
+        return -float(logps.mean())
 
 
 def make_pairs(
