@@ -111,6 +111,7 @@ EXERCISE_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "taken": _exercise_taken,
     "power": lambda results: exercise_tables.power(results).markdown(),
     "quality": _exercise_quality,
+    "lengths": lambda results: exercise_tables.lengths(results).markdown(),
 }
 """What may stand after the name of results of the exercise, or of one tier of it."""
 EXACT_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {

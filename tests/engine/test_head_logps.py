@@ -40,11 +40,12 @@ def test_token_logps_are_within_1e5_nats_of_float64(vocabulary: int, spread: flo
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_kl_of_whole_distributions_is_float64s(vocabulary: int, dtype: mx.Dtype) -> None:
     rng = np.random.default_rng(vocabulary)
-    base = 3 * rng.standard_normal((8, vocabulary))
-    policy, base = (mx.array(each).astype(dtype) for each in (base + 0.3 * rng.standard_normal(base.shape), base))
+    drawn = 3 * rng.standard_normal((8, vocabulary))
+    base = mx.array(drawn).astype(dtype)
+    policy = mx.array(drawn + 0.3 * rng.standard_normal(drawn.shape)).astype(dtype)
     logps, others = (
-        each - np.log(np.exp(each).sum(-1, keepdims=True))
-        for each in (np.array(logits.astype(mx.float32), np.float64) for logits in (policy, base))
+        wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+        for wide in (np.array(logits.astype(mx.float32), np.float64) for logits in (policy, base))
     )
     found = log_softmax(policy)
     assert found.dtype == mx.float32

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from orpo_mlx.compare.exercise.significance import holm, paired_bootstrap
 from orpo_mlx.compare.tables import number
 from orpo_mlx.reporting.html_page import Table, TableCell
 
@@ -89,6 +90,33 @@ def overview(results: Results) -> Table:
             cells += [mean_cell(found["gold"], "{:.3f}"), mean_cell(found["kl"], "{:.2f}"), gap_cell(gap)]
         rows.append(tuple(cells))
     return Table(tuple(header), tuple(rows))
+
+
+def lengths(results: Results) -> Table:
+    """Tokens of a reply after training on each further variant minus those after the first, where a tier has them.
+
+    Paired bootstrap over prompts and seeds; p after Holm's correction over the methods of a variant.
+    """
+    rows = []
+    for name, tier in results["tiers"].items():
+        first, *others = tier["variants"]
+        for variant in others:
+            before, after = (
+                {method: _tokens(found) for method, found in tier["variants"][key].items()} for key in (first, variant)
+            )
+            gaps = {method: paired_bootstrap(after[method], before[method]) for method in after if after[method]}
+            corrected = holm({method: gap.p for method, gap in gaps.items()})
+            for method, gap in gaps.items():
+                star = "*" if corrected[method] < 0.05 else ""
+                shown = f"{gap.mean:+.1f}{star} ({gap.low:+.1f} to {gap.high:+.1f})"
+                cells = (TableCell(shown, gap.mean), number(corrected[method], "{:.4f}"))
+                rows.append((TableCell(name), TableCell(f"{variant} minus {first}"), TableCell(method), *cells))
+    return Table(("tier", "variant", "method", "tokens of a reply", "p"), tuple(rows))
+
+
+def _tokens(method: Mapping[str, Any]) -> list[list[float]]:
+    """For each seed the length of each reply; empty where the tier has no lengths."""
+    return [seed["test"]["tokens"] for seed in method["seeds"] if "tokens" in seed["test"]]
 
 
 def gap_cell(gap: Mapping[str, Any] | None) -> TableCell:

@@ -22,6 +22,7 @@ from orpo_mlx.compare.exercise.contenders import CONTENDERS
 from orpo_mlx.compare.exercise.gold_task import GoldTask
 from orpo_mlx.compare.exercise.halving import Round
 from orpo_mlx.compare.exercise.page import first_line, markdown
+from orpo_mlx.compare.exercise.tables import lengths
 from orpo_mlx.compare.exercise.task import Size
 from orpo_mlx.compare.exercise.verdicts import verdicts
 from orpo_mlx.errors import ConfigError, DataError, TrainingError
@@ -45,6 +46,22 @@ ARMS = ("orpo", "dpo", "dpo --reference copy")
 ROW = {"model": "m", "memory": "fast", "tokens": 8, "weights_gib": 1.0, "peak_gib": 2.0, "copy_ratio": 1.5}
 PEAKS = {"fine_tune_type": "full", "tokens": 8, "pairs": 1, "peaks_gib": {"orpo": 1.0, "dpo": 1.5}}
 COST = {"steps": 2, "forward_tokens": 512, "peak_gib": 1.25, "step_s": 0.5, "reference_s": 0.1}
+
+
+def test_lengths_are_those_of_a_variant_minus_the_first(made: dict[str, Any]) -> None:
+    assert lengths(made).rows == ()
+    rng = np.random.default_rng(1)
+    variants = made["tiers"]["exact"]["variants"]
+    more = {"orpo": 4.0, "dpo": 0.0, "chapter's step": -4.0}
+    for name, extra in more.items():
+        for before, after in zip(*(variants[each][name]["seeds"] for each in variants), strict=True):
+            before["test"]["tokens"] = rng.normal(30, 1, 7).tolist()
+            after["test"]["tokens"] = [tokens + extra for tokens in before["test"]["tokens"]]
+    rows = [[cell.text for cell in row] for row in lengths(made).rows]
+    assert [row[:3] for row in rows] == [["exact", "20 % flipped minus 0 % flipped", name] for name in more]
+    assert [row[3] for row in rows] == ["+4.0* (+4.0 to +4.0)", "+0.0 (+0.0 to +0.0)", "-4.0* (-4.0 to -4.0)"]
+    assert [float(row[4]) < 0.05 for row in rows] == [True, False, True]
+    assert "Length of replies" in markdown(made)
 
 
 @pytest.mark.parametrize("size", [size for extent in sizes.EXTENTS.values() for size in extent])
