@@ -43,6 +43,8 @@ def check_tier(tier: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
                 yield from _mean(f"{variant} {name} {key}", found["methods"][name][key], rows)
         if "differences" in found:
             yield from _differences(variant, methods, found)
+    if "lengths" in analysis:
+        yield from _lengths(tier["variants"], analysis["lengths"])
     if "sanity" in tier:
         yield from _sanity(tier["sanity"], analysis["sanity"])
 
@@ -98,14 +100,31 @@ def _holm(ps: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _differences(variant: str, methods: dict[str, Any], found: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
-    gold = {name: np.array([seed["test"]["gold"] for seed in each["seeds"]]) for name, each in methods.items()}
-    base = gold.pop("dpo")
-    mine = {name: _bootstrap(table - base) for name, table in gold.items()}
+def _measured(methods: dict[str, Any], key: str) -> dict[str, np.ndarray[Any, Any]]:
+    return {name: np.array([seed["test"][key] for seed in each["seeds"]]) for name, each in methods.items()}
+
+
+def _compared(
+    what: str, mine: dict[str, dict[str, float]], published: dict[str, dict[str, float]]
+) -> Iterator[tuple[str, float, float]]:
     corrected = _holm({name: each["p"] for name, each in mine.items()})
     for name, each in mine.items():
         for key, value in {**each, "p_holm": corrected[name]}.items():
-            yield f"{variant} {name} minus dpo, {key}", found["differences"][name][key], value
+            yield f"{what} {name}, {key}", published[name][key], value
+
+
+def _lengths(variants: dict[str, Any], published: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
+    first, *others = (_measured(methods, "tokens") for methods in variants.values())
+    for variant, tokens in zip(list(variants)[1:], others, strict=True):
+        mine = {name: _bootstrap(table - first[name]) for name, table in tokens.items()}
+        yield from _compared(f"{variant} tokens", mine, published[variant])
+
+
+def _differences(variant: str, methods: dict[str, Any], found: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
+    gold = _measured(methods, "gold")
+    base = gold.pop("dpo")
+    mine = {name: _bootstrap(table - base) for name, table in gold.items()}
+    yield from _compared(f"{variant} minus dpo", mine, found["differences"])
     errors = sorted(each["standard_error"] for each in mine.values())
     middle = (errors[(len(errors) - 1) // 2] + errors[len(errors) // 2]) / 2
     z = _normal_quantile(1 - 0.025 / len(errors)) + _Z["power 80 %"]

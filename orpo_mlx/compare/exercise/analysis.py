@@ -9,6 +9,7 @@ from typing import Any
 
 from orpo_mlx.compare.exercise.contenders import BASELINE
 from orpo_mlx.compare.exercise.significance import (
+    Difference,
     NullTest,
     detectable,
     holm,
@@ -31,6 +32,9 @@ def analyse(study: Study) -> dict[str, Any]:
         "base": {key: _mean_and_error([values]) for key, values in study["base"].items() if _per_prompt(values)},
         "variants": {name: analyse_variant(variant) for name, variant in study["variants"].items()},
     }
+    lengths = analyse_lengths(study["variants"])
+    if lengths:
+        found["lengths"] = lengths
     if "sanity" in study:
         found["sanity"] = analyse_sanity(study["sanity"])
     cleaned: dict[str, Any] = rounded(found)
@@ -48,13 +52,34 @@ def analyse_variant(variant: Mapping[str, Any]) -> dict[str, Any]:
     if BASELINE in variant and len(variant) > 1:
         gold = {name: [seed["test"]["gold"] for seed in method["seeds"]] for name, method in variant.items()}
         differences = {name: paired_bootstrap(gold[name], gold[BASELINE]) for name in variant if name != BASELINE}
-        corrected = holm({name: difference.p for name, difference in differences.items()})
-        found["differences"] = {
-            name: {**difference._asdict(), "p_holm": corrected[name]} for name, difference in differences.items()
-        }
+        found["differences"] = _corrected(differences)
         errors = [difference.standard_error for difference in differences.values()]
         found["detectable"] = detectable(statistics.median(errors), len(errors))
     return found
+
+
+def analyse_lengths(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Tokens of a reply after training on each further variant minus those after the first, method by method; empty
+    where replies have one length."""
+    tokens = {
+        variant: {name: [seed["test"].get("tokens") for seed in method["seeds"]] for name, method in methods.items()}
+        for variant, methods in variants.items()
+    }
+    first, *others = tokens
+    if any(None in seeds for seeds in tokens[first].values()):
+        return {}
+    return {
+        variant: _corrected(
+            {name: paired_bootstrap(seeds, tokens[first][name]) for name, seeds in tokens[variant].items()}
+        )
+        for variant in others
+    }
+
+
+def _corrected(differences: Mapping[str, Difference]) -> dict[str, dict[str, float]]:
+    """Differences with their p values after Holm's correction among them."""
+    corrected = holm({name: difference.p for name, difference in differences.items()})
+    return {name: {**difference._asdict(), "p_holm": corrected[name]} for name, difference in differences.items()}
 
 
 def analyse_sanity(sanity: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

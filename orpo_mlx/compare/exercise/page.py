@@ -103,7 +103,7 @@ def sections_of(results: Results) -> list[Section]:
             found.append(Section(f"{tier} tier, {variant}", text, tables.quality(results, tier, variant)))
     lengths = tables.lengths(results)
     if lengths.rows:
-        text = "What labels in which length is a bait, or noise, made of the length of replies (Holm over the methods)."
+        text = "What each kind of labels did to the length of replies; paired bootstrap, p after Holm over the methods."
         found.append(Section("Length of replies", text, lengths))
     return [*found, *(_sections_of_exact(results) if "exact" in results["tiers"] else ())]
 

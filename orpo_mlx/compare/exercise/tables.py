@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from orpo_mlx.compare.exercise.significance import holm, paired_bootstrap
 from orpo_mlx.compare.tables import number
 from orpo_mlx.reporting.html_page import Table, TableCell
 
@@ -61,7 +60,7 @@ def power(results: Results) -> Table:
     for name, tier in results["tiers"].items():
         size = tier["size"]
         for variant, found in tier["analysis"]["variants"].items():
-            budget = " then ".join(f"{each['settings']} settings of {each['steps']} steps" for each in size["rounds"])
+            budget = " then ".join(_round(**each) for each in size["rounds"])
             rows.append(
                 (
                     TableCell(name),
@@ -75,6 +74,10 @@ def power(results: Results) -> Table:
             )
     header = ("tier", "variant", "detectable", "seeds", "test replies", "KL bound", "tuning of every method")
     return Table(header, tuple(rows))
+
+
+def _round(settings: int, steps: int) -> str:
+    return f"{settings} setting{'s' if settings > 1 else ''} of {steps} steps"
 
 
 def overview(results: Results) -> Table:
@@ -93,38 +96,29 @@ def overview(results: Results) -> Table:
 
 
 def lengths(results: Results) -> Table:
-    """Tokens of a reply after training on each further variant minus those after the first, where a tier has them.
-
-    Paired bootstrap over prompts and seeds; p after Holm's correction over the methods of a variant.
-    """
-    rows = []
-    for name, tier in results["tiers"].items():
-        first, *others = tier["variants"]
-        for variant in others:
-            before, after = (
-                {method: _tokens(found) for method, found in tier["variants"][key].items()} for key in (first, variant)
-            )
-            gaps = {method: paired_bootstrap(after[method], before[method]) for method in after if after[method]}
-            corrected = holm({method: gap.p for method, gap in gaps.items()})
-            for method, gap in gaps.items():
-                star = "*" if corrected[method] < 0.05 else ""
-                shown = f"{gap.mean:+.1f}{star} ({gap.low:+.1f} to {gap.high:+.1f})"
-                cells = (TableCell(shown, gap.mean), number(corrected[method], "{:.4f}"))
-                rows.append((TableCell(name), TableCell(f"{variant} minus {first}"), TableCell(method), *cells))
+    """Tokens of a reply after training on each further variant minus those after the first, where a tier has them."""
+    rows = [
+        (
+            TableCell(tier),
+            TableCell(f"{variant} minus {next(iter(found['variants']))}"),
+            TableCell(method),
+            gap_cell(gap, "{:+.1f}"),
+            number(gap["p_holm"], "{:.4f}"),
+        )
+        for tier, found in results["tiers"].items()
+        for variant, gaps in found["analysis"].get("lengths", {}).items()
+        for method, gap in gaps.items()
+    ]
     return Table(("tier", "variant", "method", "tokens of a reply", "p"), tuple(rows))
 
 
-def _tokens(method: Mapping[str, Any]) -> list[list[float]]:
-    """For each seed the length of each reply; empty where the tier has no lengths."""
-    return [seed["test"]["tokens"] for seed in method["seeds"] if "tokens" in seed["test"]]
-
-
-def gap_cell(gap: Mapping[str, Any] | None) -> TableCell:
+def gap_cell(gap: Mapping[str, Any] | None, form: str = "{:+.3f}") -> TableCell:
     """A difference with its interval; a star where p is below 5 % after Holm's correction."""
     if gap is None:
         return TableCell("–")
     star = "*" if gap["p_holm"] < 0.05 else ""
-    return TableCell(f"{gap['mean']:+.3f}{star} ({gap['low']:+.3f} to {gap['high']:+.3f})", gap["mean"])
+    mean, low, high = (form.format(gap[key]) for key in ("mean", "low", "high"))
+    return TableCell(f"{mean}{star} ({low} to {high})", gap["mean"])
 
 
 def claims(results: Results, *, short: bool = False) -> Table:

@@ -51,12 +51,14 @@ COST = {"steps": 2, "forward_tokens": 512, "peak_gib": 1.25, "step_s": 0.5, "ref
 def test_lengths_are_those_of_a_variant_minus_the_first(made: dict[str, Any]) -> None:
     assert lengths(made).rows == ()
     rng = np.random.default_rng(1)
-    variants = made["tiers"]["exact"]["variants"]
+    tier = made["tiers"]["exact"]
+    variants = tier["variants"]
     more = {"orpo": 4.0, "dpo": 0.0, "chapter's step": -4.0}
     for name, extra in more.items():
         for before, after in zip(*(variants[each][name]["seeds"] for each in variants), strict=True):
             before["test"]["tokens"] = rng.normal(30, 1, 7).tolist()
             after["test"]["tokens"] = [tokens + extra for tokens in before["test"]["tokens"]]
+    tier["analysis"] = analyse(tier)
     rows = [[cell.text for cell in row] for row in lengths(made).rows]
     assert [row[:3] for row in rows] == [["exact", "20 % flipped minus 0 % flipped", name] for name in more]
     assert [row[3] for row in rows] == ["+4.0* (+4.0 to +4.0)", "+0.0 (+0.0 to +0.0)", "-4.0* (-4.0 to -4.0)"]
