@@ -264,10 +264,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run() -> None:
+def run() -> None:
+    """The command; DataError where figures differ or there are none."""
     args = build_parser().parse_args()
     results = read(args.results)
-    count, wrong = check(results)
+    try:
+        count, wrong = check(results)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"{args.results}: raw figures or those made of them are missing or damaged ({error!r}); give results.json "
+            "as compare --quick or --full wrote it."
+        ) from None
+    if not count:
+        raise DataError(f"{args.results}: has no figures; give results.json as compare --quick or --full wrote it.")
     if wrong:
         raise DataError(f"{args.results}: {len(wrong)} of {count} figures differ; the first: {wrong[0]}")
     print(f"{count} figures recomputed, all as published")
@@ -281,4 +290,4 @@ def _run() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(PROG, _run))
+    sys.exit(exit_status(PROG, run))

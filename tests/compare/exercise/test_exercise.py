@@ -28,6 +28,7 @@ from orpo_mlx.compare.exercise.verdicts import verdicts
 from orpo_mlx.errors import ConfigError, DataError, TrainingError
 from orpo_mlx.reporting.console import Reporter
 from scripts.check_comparison import check, differing, read
+from scripts.check_comparison import run as check_command
 
 TINY = sizes.QUICK_EXACT._replace(
     pairs=64,
@@ -46,6 +47,24 @@ ARMS = ("orpo", "dpo", "dpo --reference copy")
 ROW = {"model": "m", "memory": "fast", "tokens": 8, "weights_gib": 1.0, "peak_gib": 2.0, "copy_ratio": 1.5}
 PEAKS = {"fine_tune_type": "full", "tokens": 8, "pairs": 1, "peaks_gib": {"orpo": 1.0, "dpo": 1.5}}
 COST = {"steps": 2, "forward_tokens": 512, "peak_gib": 1.25, "step_s": 0.5, "reference_s": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("tiers", "words"),
+    [
+        ({}, "has no figures"),
+        ({"open": {"size": 3}}, r"missing or damaged \(KeyError\('analysis'\)\)"),
+        ({"open": {"analysis": [], "base": {"gold": [1]}}}, "missing or damaged"),
+    ],
+)
+def test_results_without_figures_are_not_called_right(
+    tiers: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"kind": "exercise", "tiers": tiers}))
+    monkeypatch.setattr("sys.argv", ["check_comparison.py", str(file)])
+    with pytest.raises(DataError, match=words):
+        check_command()
 
 
 def test_lengths_are_those_of_a_variant_minus_the_first(made: dict[str, Any]) -> None:
