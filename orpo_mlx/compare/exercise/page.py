@@ -127,8 +127,9 @@ def _sections_of_exact(results: Results) -> list[Section]:
 
 
 _CAPTION = (
-    "Gold against KL to the base model: each training of the tuning at its best step (small), final means over seeds "
-    "(large), and, in the exact tier, the highest gold there is at a KL (line)."
+    "Gold against KL to the base model: each training of the variant's own tuning at its best step, on valid prompts "
+    "(small), final means over seeds, on test prompts (large), the base model on these (cross), and, in the exact "
+    "tier, the highest gold there is at a KL (line)."
 )
 
 
@@ -149,9 +150,14 @@ def frontier_panel(tier: Mapping[str, Any], variant: str, title: str) -> Panel:
         # No training is worth anything beyond the bound, and a longer line would flatten everything else.
         shown = [point for point in best if point["kl"] <= tier["size"]["kl_bound"]]
         axes.plot([p["kl"] for p in shown], [p["gold"] for p in shown], color=theme.ink, linewidth=1)
+        axes.scatter(
+            [0], [statistics.fmean(tier["base"]["gold"])], s=60, color=theme.ink, marker="+", label="base model"
+        )
+        borrowed = tier["size"].get("tuned_once") and variant != next(iter(tier["variants"]))
         for number, (name, method) in enumerate(tier["variants"][variant].items()):
             look = style(number)
-            kl, gold = ([entry[key] for entry in method["tuning"]] for key in ("kl", "score"))
+            own = [] if borrowed else method["tuning"]
+            kl, gold = ([entry[key] for entry in own] for key in ("kl", "score"))
             axes.scatter(kl, gold, s=10, color=look.color, marker=look.marker, alpha=0.5)
             tests = [seed["test"] for seed in method["seeds"]]
             kl, gold = ([statistics.fmean(statistics.fmean(test[key]) for test in tests)] for key in ("kl", "gold"))
