@@ -56,8 +56,8 @@ def rows(settings: dict[str, Any], split: str | None = None) -> list[dict[str, A
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_its_train_split(settings: dict[str, Any], method: str) -> None:
-    # Its gradient grows exponentially as the chosen side falls below the reference.
-    rate = 3e-3 if method == "dpo_alpha" else 1e-2
+    # Their gradients grow exponentially as the chosen side falls below the reference: at 1e-2 rounding decides the end.
+    rate = 3e-3 if method in ("dpo_alpha", "dpo_forward_kl") else 1e-2
     metrics = run_quietly({**settings, "method": method, "iters": 30, "learning_rate": rate, "shuffle": False})
     reports = rows(settings, "train")
     assert [row["step"] for row in reports] == list(range(1, 31))
