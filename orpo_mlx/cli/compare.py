@@ -83,7 +83,8 @@ def _add_extents(parser: argparse.ArgumentParser) -> None:
         dest="extent",
         action="store_const",
         const="quick",
-        help="small: gold reward against KL, with sanity checks; takes --output, --tier, --methods and --seeds alone",
+        help="small: gold reward against KL, with sanity checks; takes --output, --tier, --methods, --seeds and "
+        "--processes alone",
     )
     group.add_argument(
         "--full", dest="extent", action="store_const", const="full", help="the same, all methods and seeds: a night"
@@ -92,6 +93,13 @@ def _add_extents(parser: argparse.ArgumentParser) -> None:
         "--tier",
         choices=("exact", "open"),
         help="the tiny model with an exact reward, or SmolLM2; both by default",
+    )
+    group.add_argument(
+        "--processes",
+        type=checked_number(int, lambda value: value > 0, "a whole number above 0"),
+        default=1,
+        metavar="N",
+        help="trainings at the same time, 1 to 2 GB each; on a CPU as many as there are cores (default: 1)",
     )
 
 
@@ -104,9 +112,10 @@ class ExerciseRequest(NamedTuple):
     tier: str | None
     methods: tuple[str, ...] | None
     seeds: int | None
+    processes: int = 1
 
 
-_OF_EXERCISE = ("extent", "output", "tier", "methods", "seeds")
+_OF_EXERCISE = ("extent", "output", "tier", "methods", "seeds", "processes")
 
 
 @naming_flags(_OWN)
@@ -114,19 +123,20 @@ def parse_request(argv: Sequence[str] | None) -> Plan | ExerciseRequest:
     """What a command line asks for; ConfigError as of `parse_plan`."""
     own, rest = build_parser().parse_known_args(argv)
     if own.extent is None:
-        if own.tier is not None:
-            raise ConfigError(f"--tier {own.tier}: is a part of the exercise; give --quick or --full with it.")
+        for flag, value, default in (("--tier", own.tier, None), ("--processes", own.processes, 1)):
+            if value != default:
+                raise ConfigError(f"{flag} {value}: is for the exercise; give --quick or --full with it.")
         return parse_plan(argv)
     defaults = build_parser().parse_args(["--output", own.output])
     given = [name for name, value in vars(own).items() if name not in _OF_EXERCISE and value != getattr(defaults, name)]
     if rest or given:
         what = rest[0] if rest else f"--{given[0].replace('_', '-')}"
         raise ConfigError(
-            f"{what}: --quick and --full set everything themselves; of other flags give --output, --tier, --methods "
-            "and --seeds alone."
+            f"{what}: --quick and --full set everything themselves; of other flags give --output, --tier, --methods, "
+            "--seeds and --processes alone."
         )
     methods = None if own.methods is None else tuple(parse_names(own.methods, "--methods"))
-    return ExerciseRequest(own.extent, output_folder(own.output), own.tier, methods, own.seeds)
+    return ExerciseRequest(own.extent, output_folder(own.output), own.tier, methods, own.seeds, own.processes)
 
 
 def output_folder(name: str) -> Path:
@@ -256,7 +266,7 @@ def run_request(request: ExerciseRequest, argv: Sequence[str]) -> None:
     try:
         with naming_flags(_OWN):
             part = Part(request.tier, request.methods, request.seeds)
-            results = run_exercise(request.extent, request.output, argv, reporter, part)
+            results = run_exercise(request.extent, request.output, argv, reporter, part, request.processes)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what is finished is in {request.output}/, the same command goes on") from None
     for path in write_page(results, request.output):

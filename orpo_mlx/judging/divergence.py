@@ -55,14 +55,28 @@ def sampled_kl(
 
 def sequence_kl(model: nn.Module, prompt: Sequence[int], reply: Sequence[int]) -> mx.array:
     """Σ over the reply's positions of KL(with adapters ‖ without), nats."""
-    ids = mx.array([[*prompt, *reply]])
-    # The distribution that a token was drawn from stands at the position before it.
-    places = slice(len(prompt) - 1, ids.shape[1] - 1)
-    policy = log_softmax(model(ids)[0, places])
+    return sequence_kls(model, [prompt], [reply])[0]
+
+
+def sequence_kls(
+    model: nn.Module, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]
+) -> list[mx.array]:
+    """`sequence_kl` of each reply to each prompt, run together: the logits of all their tokens are held twice."""
+    rows = [[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)]
+    longest = max(map(len, rows))
+    # Padding follows what counts, which it cannot change.
+    ids = mx.array([row + [0] * (longest - len(row)) for row in rows])
+    policy = model(ids)
     with adapters_off(model):
-        base = log_softmax(model(ids)[0, places])
+        base = model(ids)
     mx.eval(policy, base)
-    return kl_divergence(policy, base).sum()
+    found = []
+    for row, (prompt, tokens) in enumerate(zip(prompts, rows, strict=True)):
+        # The distribution that a token was drawn from stands at the position before it.
+        places = slice(len(prompt) - 1, len(tokens) - 1)
+        found.append(kl_divergence(log_softmax(policy[row, places]), log_softmax(base[row, places])).sum())
+        mx.eval(found[-1])
+    return found
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float | None:

@@ -76,8 +76,12 @@ class Generator:
 
     def groups(self, prompts: Sequence[Ids], first: int = 0) -> Iterator[list[list[Generated]]]:
         """The replies to each group of `prompts` in turn, from group number `first`: `samples` for each prompt."""
-        for start in range(first * self.group_size, len(prompts), self.group_size):
-            yield self.group(prompts[start : start + self.group_size], start // self.group_size)
+        for number, group in enumerate(self.split(prompts)[first:], first):
+            yield self.group(group, number)
+
+    def split(self, prompts: Sequence[Ids]) -> list[Sequence[Ids]]:
+        """The groups of `prompts`, by number."""
+        return [prompts[start : start + self.group_size] for start in range(0, len(prompts), self.group_size)]
 
     def replies(
         self, prompts: Sequence[Ids], progress: Callable[[int], None] = lambda done: None

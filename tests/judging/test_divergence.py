@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from orpo_mlx.judging.divergence import distinct_n, sampled_kl, sequence_kl
+from orpo_mlx.judging.divergence import distinct_n, sampled_kl, sequence_kl, sequence_kls
 from orpo_mlx.models.adapters import adapter_weights, add_adapters
 from tests.conftest import make_model
 
@@ -46,6 +46,17 @@ def test_a_given_reply() -> None:
     model.eval()
     assert sequence_kl(model, PROMPT, REPLY).item() == pytest.approx(expected(REPLY), rel=1e-4)
     assert expected(REPLY) > 0.1
+
+
+def test_replies_of_several_lengths_together_are_each_as_alone() -> None:
+    model = trained()
+    model.eval()
+    replies = [REPLY, REPLY[:1], (*REPLY, 4, 4, 9, 100)]
+    found = sequence_kls(model, [PROMPT] * 3, replies)
+    assert [kl.item() for kl in found] == pytest.approx([expected(reply) for reply in replies], rel=1e-4)
+    # And where prompts differ in length.
+    both = sequence_kls(model, [PROMPT, PROMPT[:1]], [REPLY, REPLY])
+    assert both[1].item() == pytest.approx(sequence_kl(model, PROMPT[:1], REPLY).item(), rel=1e-5)
 
 
 def test_replies_of_one_token_need_no_sampling() -> None:

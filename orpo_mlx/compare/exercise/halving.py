@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Generic, NamedTuple, TypeVar
+
+from orpo_mlx.compare.exercise.cells import every
 
 Point = TypeVar("Point")
 
@@ -40,13 +43,15 @@ def successive_halving(
 
     Raises:
         ValueError: not as many settings as the first round takes.
+        BusyError: another process is at a score of this round; all others of it were asked for.
     """
     if not rounds or len(settings) != rounds[0].settings:
         raise ValueError(f"halving needs as many settings as its first round, found {len(settings)}.")
     found: list[Entry[Point]] = []
     alive = list(settings)
     for number, (count, steps) in enumerate(rounds):
-        entries = [Entry(number, setting, score(setting, steps)) for setting in alive[:count]]
+        scores = every(partial(score, setting, steps) for setting in alive[:count])
+        entries = [Entry(number, *each) for each in zip(alive[:count], scores, strict=True)]
         # Stable: ties stay in the order of the grid.
         entries.sort(key=lambda entry: -entry.score)
         alive = [entry.setting for entry in entries]

@@ -6,11 +6,13 @@ import dataclasses
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from orpo_mlx.compare.exercise.cells import Cells, until_done
 from orpo_mlx.compare.exercise.prompts import open_prompts
 from orpo_mlx.compare.exercise.task import PerPrompt, Size
 from orpo_mlx.compare.exercise.trainer import fresh_run
@@ -20,7 +22,7 @@ from orpo_mlx.engine.head_logps import token_logps
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.judging.divergence import sequence_kl
+from orpo_mlx.judging.divergence import sequence_kls
 from orpo_mlx.judging.generation import Generated, Generator
 from orpo_mlx.judging.requests import Sampling
 from orpo_mlx.models.adapters import in_evaluation
@@ -83,13 +85,18 @@ class OpenTask:
     Variants: of `clean` and `25 % flipped` a pair is the best and the worst of four replies whose lengths differ by at
     most three tokens; of `80 % longer chosen` by at least four, and the better one is the longer one in 80 % of them.
     Valid and test are prompts alone, so nothing about length is in them.
+
+    Args:
+        size: how large the tier is run.
+        cells: where the base model's replies and log-probs are kept, which take minutes on a CPU.
     """
 
     name = "open"
     bound = 5.0
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, cells: Cells) -> None:
         self.size = size
+        self._cells = cells
         # On every device: in half precision a method's small differences would be the rounding's.
         self.loaded = load(DEFAULT_MODEL, dtype="float32")
         self._tokenizer: Any = self.loaded.tokenizer
@@ -101,10 +108,10 @@ class OpenTask:
             "test": open_prompts("test", size.test_prompts),
         }
         self._ids = {split: [self._prompt_ids(text) for text in texts] for split, texts in self._prompts.items()}
-        self._answers = {split: self._answer(split, SAMPLES, seed=_SEEDS[split]) for split in ("train", "valid")}
+        self._answers = {split: self._of_base(split, SAMPLES, seed=_SEEDS[split]) for split in ("train", "valid")}
         self._pairs = {variant: make_pairs(self._ids["train"], self._answers["train"], variant) for variant in VARIANTS}
         self._held_out = make_pairs(self._ids["valid"], self._answers["valid"], CLEAN)
-        self._base_logps = self._logps()
+        self._base_logps = self._kept(("held-out log-probs", lambda: {"logps": self._logps()}))[0]["logps"]
         self._tables: dict[str, ReferenceTable] = {}
         self._base_gold = {split: self._golds(split) for split in ("valid", "test")}
 
@@ -121,13 +128,11 @@ class OpenTask:
     def reference_table(self, variant: str) -> ReferenceTable:
         """Log-probs of a variant's pairs under the base model, computed once, in batches of the training's size."""
         if variant not in self._tables:
-            config = dataclasses.replace(self.shared(), method="dpo")
-            with fresh_run(self.loaded, config) as run:
-                assert run.reference is not None
-                run.reference.remember(
-                    micro_batches(self._pairs[variant], config.batch_size, config.micro_batch_tokens)
-                )
-                self._tables[variant] = run.reference.table
+            rows = self._kept((f"reference of {variant}", partial(self._reference_rows, variant)))[0]
+            self._tables[variant] = ReferenceTable()
+            self._tables[variant].restore(
+                {"keys": mx.array(rows["keys"], mx.uint8), "logps": mx.array(rows["logps"], mx.float32)}
+            )
         return self._tables[variant]
 
     def held_out_pairs(self) -> list[TokenizedPair]:
@@ -173,15 +178,46 @@ class OpenTask:
             }
         return found
 
+    def _kept(self, *wanted: tuple[str, Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
+        """What has a name and is computed once, by whichever process comes to it first."""
+        return until_done(
+            [partial(self._cells.keep, {"tier": self.name, "what": what}, compute) for what, compute in wanted]
+        )
+
+    def _reference_rows(self, variant: str) -> dict[str, Any]:
+        config = dataclasses.replace(self.shared(), method="dpo")
+        with fresh_run(self.loaded, config) as run:
+            assert run.reference is not None
+            run.reference.remember(micro_batches(self._pairs[variant], config.batch_size, config.micro_batch_tokens))
+            return {name: rows.tolist() for name, rows in run.reference.table.arrays().items()}
+
     def _prompt_ids(self, text: str) -> list[int]:
         # Without the system turn that the template would put first: two fifths of all tokens to run.
         turns = [{"role": "system", "content": ""}, {"role": "user", "content": text}]
         return list(self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True))
 
     def _answer(self, split: str, samples: int, seed: int) -> list[list[Answer]]:
+        found = self._generator(samples, seed).replies(self._ids[split])
+        return [[self._scored(reply) for reply in replies] for replies in found]
+
+    def _generator(self, samples: int, seed: int) -> Generator:
         sampling = Sampling(max_tokens=REPLY_TOKENS, temperature=1.0, seed=seed)
-        generator = Generator(self.loaded.model, self._tokenizer, sampling, samples=samples, rows=_ROWS * SAMPLES)
-        return [[self._scored(reply) for reply in replies] for replies in generator.replies(self._ids[split])]
+        return Generator(self.loaded.model, self._tokenizer, sampling, samples=samples, rows=_ROWS * SAMPLES)
+
+    def _scored_group(self, generator: Generator, prompts: Sequence[Sequence[int]], number: int) -> dict[str, Any]:
+        replies = generator.group(prompts, number)
+        return {"answers": [[self._scored(reply) for reply in of_prompt] for of_prompt in replies]}
+
+    def _of_base(self, split: str, samples: int, seed: int) -> list[list[Answer]]:
+        """Answers of the model as it was loaded."""
+        generator = self._generator(samples, seed)
+        named = f"{samples} answers to {split} prompts"
+        groups = [
+            (f"{named}, group {number}", partial(self._scored_group, generator, prompts, number))
+            for number, prompts in enumerate(generator.split(self._ids[split]))
+        ]
+        kept = [answers for group in self._kept(*groups) for answers in group["answers"]]
+        return [[Answer(tuple(ids), text, gold) for ids, text, gold in answers] for answers in kept]
 
     def _scored(self, reply: Generated) -> Answer:
         # The token that ends a reply is trained on as well: how long to speak is part of what is said.
@@ -190,14 +226,17 @@ class OpenTask:
 
     def _golds(self, split: str) -> list[float]:
         # The seed of `look`: a reply wins or loses against the base model's under the same random numbers.
-        return [each[0].gold for each in self._answer(split, 1, seed=100 + _SEEDS[split])]
+        return [each[0].gold for each in self._of_base(split, 1, seed=100 + _SEEDS[split])]
 
     def _kl(self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> list[float]:
         """KL(model ‖ base) of each reply: summed over its positions and the whole vocabulary, nats."""
         model = self.loaded.model
+        replies = [answer.ids for answer in answers]
         with in_evaluation(model):
             return [
-                float(sequence_kl(model, prompt, answer.ids)) for prompt, answer in zip(prompts, answers, strict=True)
+                float(kl)
+                for start in range(0, len(replies), _ROWS)
+                for kl in sequence_kls(model, prompts[start : start + _ROWS], replies[start : start + _ROWS])
             ]
 
     def _log_probs(self) -> PerPrompt:

@@ -20,17 +20,19 @@ class ProgressPage:
         tier: its part that is running.
         total: cells of this part.
         reporter: where finished cells are said.
+        processes: how many compute cells at the same time.
     """
 
-    def __init__(self, folder: Path, tier: str, total: int, reporter: Reporter) -> None:
+    def __init__(self, folder: Path, tier: str, total: int, reporter: Reporter, processes: int = 1) -> None:
         self._folder, self._tier, self._total, self._reporter = folder, tier, total, reporter
+        self._processes = processes
         self._seconds: list[float] = []
 
     def tell(self, done: int, name: str, seconds: float) -> None:
-        """A cell is done; `seconds` is 0 where it was remembered."""
+        """A cell is done; `seconds` is 0 where it was done before."""
         if seconds > 0:
             self._seconds.append(seconds)
-        left = (self._total - done) * (statistics.fmean(self._seconds) if self._seconds else 0.0)
+        left = (self._total - done) * (statistics.fmean(self._seconds) if self._seconds else 0.0) / self._processes
         line = f"{self._tier}: {done} of {self._total} trainings, {words(left)} left"
         if seconds > 0:
             self._reporter.say(f"{line} ({name}, {seconds:.0f} s)")

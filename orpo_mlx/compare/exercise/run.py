@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 from orpo_mlx.compare.exercise.analysis import analyse
 from orpo_mlx.compare.exercise.cells import Cells
 from orpo_mlx.compare.exercise.cost import Shapes, measured_peaks, measured_steps, predicted_copies
+from orpo_mlx.compare.exercise.helpers import helped
 from orpo_mlx.compare.exercise.progress import ProgressPage
-from orpo_mlx.compare.exercise.sizes import EXTENTS, PEAK_SHAPES, Part, make_tasks, part_of
+from orpo_mlx.compare.exercise.sizes import EXTENTS, PEAK_SHAPES, Part, part_of, tiers_of
 from orpo_mlx.compare.exercise.study import count_cells, run_study, size_record
-from orpo_mlx.compare.exercise.task import Task
+from orpo_mlx.compare.exercise.task import Tier
 from orpo_mlx.compare.exercise.verdicts import verdicts
 from orpo_mlx.compare.runner import machine
 from orpo_mlx.files import save_json
@@ -35,22 +37,28 @@ EVERYTHING = Part()
 
 
 def run_exercise(
-    extent_name: str, output: Path, argv: Sequence[str], reporter: Reporter, part: Part = EVERYTHING
+    extent_name: str,
+    output: Path,
+    argv: Sequence[str],
+    reporter: Reporter,
+    part: Part = EVERYTHING,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Run what is missing and write `output`/results.json; docs/results.md has its keys.
 
-    Costs and the claims are the first tier's: without it there are none.
+    Costs and the claims are the first tier's: without it there are none. Several `processes` share the trainings, and
+    give the results that one gives.
 
     Raises:
         UserError: a package, the model or the folder cannot be used.
     """
     started = time.perf_counter()
     configure_allocator()
-    tasks = make_tasks(part_of(EXTENTS[extent_name], part), part.tier)
+    asked = tiers_of(part_of(EXTENTS[extent_name], part), part.tier)
     decisive = {name: versions()[name] for name in ("orpo-mlx", "mlx", "mlx-lm", "device")}
     tiers: dict[str, Any] = {}
     results: dict[str, Any] = {}
-    for name, tier in run_tiers(tasks, output, decisive, reporter):
+    for name, tier in run_tiers(asked, output, decisive, reporter, processes):
         tiers[name] = tier
         results = {
             "schema": SCHEMA,
@@ -62,10 +70,11 @@ def run_exercise(
             "machine": machine(),
             "versions": versions(),
             "commit": commit(),
-            "unfinished": unfinished(tasks, tiers),
+            "unfinished": unfinished(asked, tiers),
             "tiers": tiers,
         }
-        if "exact" in tasks:
+        # Seconds of steps are not measured while helpers train.
+        if "exact" in tiers and not unfinished([], {"exact": tiers["exact"]}):
             results["cost"] = cost(output, decisive, PEAK_SHAPES[extent_name], reporter)
             results["verdicts"] = [verdict._asdict() for verdict in verdicts(results)]
         # After each variant: those of the second tier may take a night each.
@@ -74,21 +83,29 @@ def run_exercise(
 
 
 def run_tiers(
-    tasks: Mapping[str, Callable[[], Task]], output: Path, decisive: Mapping[str, Any], reporter: Reporter
+    asked: Mapping[str, Tier],
+    output: Path,
+    decisive: Mapping[str, Any],
+    reporter: Reporter,
+    processes: int,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each tier by name, with its analysis, as it is after each of its variants; and a line of what that could find."""
-    for name, make in tasks.items():
+    for name, tier in asked.items():
+        page = ProgressPage(output, name, count_cells(tier.size), reporter, processes)
+        record = size_record(tier.size, tier.bound)
+        common = {key: value for key, value in record.items() if key not in _MAY_GROW}
+        folder = output / "cells" / name
+        cells = Cells(folder, {**common, "versions": decisive}, page.tell)
         reporter.say("Drawing prompts and replies")
-        task = make()
-        page = ProgressPage(output, name, count_cells(task), reporter)
-        common = {key: value for key, value in size_record(task).items() if key not in _MAY_GROW}
-        cells = Cells(output / "cells" / name, {**common, "versions": decisive}, page.tell)
-        for study in run_study(task, cells):
-            analysis = analyse(study)
-            variant, found = list(analysis["variants"].items())[-1]
-            if "detectable" in found:
-                reporter.say(f"{name}, {variant}: differences in gold of {found['detectable']:.2f} would be found")
-            yield name, {**study, "analysis": analysis}
+        helpers = helped(folder, name, tier.size, processes) if processes > 1 else nullcontext(lambda: False)
+        with helpers as cells.left_to_others:
+            task = tier.make(cells)
+            for study in run_study(task, cells):
+                analysis = analyse(study)
+                variant, found = list(analysis["variants"].items())[-1]
+                if "detectable" in found:
+                    reporter.say(f"{name}, {variant}: differences in gold of {found['detectable']:.2f} would be found")
+                yield name, {**study, "analysis": analysis}
 
 
 def unfinished(asked: Iterable[str], tiers: Mapping[str, Any]) -> list[str]:

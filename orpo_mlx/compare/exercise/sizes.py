@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from orpo_mlx.compare.exercise.contenders import CONTENDERS
 from orpo_mlx.compare.exercise.cost import Shapes
 from orpo_mlx.compare.exercise.halving import Round
-from orpo_mlx.compare.exercise.task import Size, Task
+from orpo_mlx.compare.exercise.task import Size, Tier
 from orpo_mlx.errors import ConfigError
 
 _ALL = tuple(contender.name for contender in CONTENDERS)
@@ -65,7 +65,7 @@ FULL_OPEN = Size(
     pairs=180,
     batch_size=4,
     rates=(3e-5, 1e-4, 3e-4, 1e-3),
-    rounds=(Round(8, 20), Round(1, 40)),
+    rounds=(Round(16, 10), Round(4, 20), Round(1, 40)),
     looks=4,
     seeds=5,
     valid_prompts=30,
@@ -128,22 +128,34 @@ def _part_of(size: Size, part: Part) -> Size:
     return size._replace(contenders=kept, seeds=part.seeds or size.seeds)
 
 
-def make_tasks(extent: Extent, tier: str | None = None) -> dict[str, Callable[[], Task]]:
-    """The tiers by name, or one; each is made when it is called, which takes a while.
+def tiers_of(extent: Extent, tier: str | None = None) -> dict[str, Tier]:
+    """The tiers by name, or one.
 
     Raises:
         ConfigError: the second tier's scorer is not installed.
+    """
+    return {name: make_tier(name, size) for name, size in extent._asdict().items() if name == (tier or name)}
+
+
+def make_tier(name: str, size: Size) -> Tier:
+    """The tier of a name, in a size.
+
+    Raises:
+        ConfigError: its scorer is not installed.
     """
     # Only now: the second tier needs a model and a package that the first does not.
     from orpo_mlx.compare.exercise.gold_task import GoldTask
     from orpo_mlx.compare.exercise.open_task import OpenTask, sentiment_scorer
 
-    tasks: dict[str, Callable[[], Task]] = {
-        "exact": lambda: GoldTask(extent.exact),
-        "open": lambda: OpenTask(extent.open),
-    }
-    asked = {name: make for name, make in tasks.items() if name in (tier or name)}
-    if "open" in asked:
-        # A package that is missing is said now, and not after the first tier's hours.
-        sentiment_scorer()
-    return asked
+    if name == "exact":
+        return Tier(size, GoldTask.bound, lambda cells: GoldTask(size))
+    # A package that is missing is said now, and not after the first tier's hours.
+    sentiment_scorer()
+    return Tier(size, OpenTask.bound, lambda cells: OpenTask(size, cells))
+
+
+def size_from(record: Mapping[str, Any]) -> Size:
+    """A size that went through JSON."""
+    found: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+    found["rounds"] = tuple(Round(*each) for each in record["rounds"])
+    return Size(**found)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from orpo_mlx.compare.exercise.cells import Cells
+from orpo_mlx.compare.exercise.cells import Cells, every, until_done
 from orpo_mlx.compare.exercise.contenders import CONTENDERS, LIKELIHOOD_ALONE, Contender, Setting, grid
 from orpo_mlx.compare.exercise.halving import successive_halving
-from orpo_mlx.compare.exercise.task import PerPrompt, Task
+from orpo_mlx.compare.exercise.task import PerPrompt, Size, Task
 from orpo_mlx.compare.exercise.trainer import fresh_run, put_back, reward_margins, train
 from orpo_mlx.config.derived import recipe
 from orpo_mlx.training.run import Run
@@ -22,36 +23,66 @@ GIVEN, SWAPPED = "given", "swapped"
 
 def run_study(task: Task, cells: Cells) -> Iterator[dict[str, Any]]:
     """All trainings of a tier, and what is known after each variant; docs/results.md has the keys."""
-    by_name = {contender.name: contender for contender in CONTENDERS}
-    contenders = [by_name[name] for name in task.size.contenders]
-    base = cells.get({"tier": task.name, "what": "base model on both splits"}, lambda: measured_base(task))
-    found = {"facts": task.facts(), "size": size_record(task), "base": base["test"], "variants": {}}
+    contenders = contenders_of(task.size)
+    size = size_record(task.size, task.bound)
+    found: dict[str, Any] = {"facts": task.facts(), "size": size, "variants": {}}
     for variant in task.size.variants:
-        found["variants"][variant] = run_variant(task, cells, variant, contenders, base["valid"])
-        if task.size.shuffles and variant == task.size.variants[0]:
-            clean = found["variants"][variant]
-            found["sanity"] = [sanity_cells(task, cells, contender, clean) for contender in contenders]
+        until_done(calls_of(task, cells, variant))
+        base = base_cell(task, cells)
+        found["base"] = base["test"]
+        found["variants"][variant] = {
+            each.name: run_contender(task, cells, variant, each, base["valid"]) for each in contenders
+        }
+        if has_sanity(task.size, variant):
+            found["sanity"] = [sanity_cells(task, cells, each, base["valid"]) for each in contenders]
         yield found
 
 
-def size_record(task: Task) -> dict[str, Any]:
-    """How large the tier was run."""
-    size = task.size
+def help_study(task: Task, cells: Cells) -> None:
+    """Compute what no other process is at, until all of it is there."""
+    until_done([call for variant in task.size.variants for call in calls_of(task, cells, variant)])
+
+
+def calls_of(task: Task, cells: Cells, variant: str) -> list[Callable[[], object]]:
+    """What computes all cells of a variant: calls that depend on each other through cells alone."""
+
+    def call(made: Callable[..., object], *arguments: Any) -> object:
+        return made(task, cells, *arguments, base_cell(task, cells)["valid"])
+
+    contenders = contenders_of(task.size)
+    sane = contenders if has_sanity(task.size, variant) else []
+    return [
+        *(partial(call, run_contender, variant, each) for each in contenders),
+        *(partial(call, sanity_cells, each) for each in sane),
+    ]
+
+
+def contenders_of(size: Size) -> list[Contender]:
+    """Those that take part, in the order in which they were asked for."""
+    by_name = {contender.name: contender for contender in CONTENDERS}
+    return [by_name[name] for name in size.contenders]
+
+
+def has_sanity(size: Size, variant: str) -> bool:
+    """Whether sanity checks are made on this variant's labels."""
+    return size.shuffles > 0 and variant == size.variants[0]
+
+
+def size_record(size: Size, bound: float) -> dict[str, Any]:
+    """How large a tier was run."""
     rounds = [each._asdict() for each in size.rounds]
-    return {**size._asdict(), "rounds": rounds, "kl_bound": task.bound, "replies_per_prompt": size.samples}
+    return {**size._asdict(), "rounds": rounds, "kl_bound": bound, "replies_per_prompt": size.samples}
+
+
+def base_cell(task: Task, cells: Cells) -> dict[str, Any]:
+    """What `measured_base` found."""
+    return cells.get({"tier": task.name, "what": "base model on both splits"}, lambda: measured_base(task))
 
 
 def measured_base(task: Task) -> dict[str, PerPrompt]:
     """The base model on both splits, with adapters that do nothing yet: what every training looks like at step 0."""
     with fresh_run(task.loaded, task.shared()):
         return {split: task.look(split) for split in ("valid", "test")}
-
-
-def run_variant(
-    task: Task, cells: Cells, variant: str, contenders: Sequence[Contender], start: PerPrompt
-) -> dict[str, Any]:
-    """Every method tuned on one variant of the labels, then trained under all seeds at its best setting."""
-    return {contender.name: run_contender(task, cells, variant, contender, start) for contender in contenders}
 
 
 def run_contender(task: Task, cells: Cells, variant: str, contender: Contender, start: PerPrompt) -> dict[str, Any]:
@@ -69,10 +100,10 @@ def run_contender(task: Task, cells: Cells, variant: str, contender: Contender, 
 
     entries = successive_halving(grid(contender, size.rates, size.rounds[0].settings), size.rounds, score)
     chosen = entries[-1].setting
-    finals = [
-        training(task, cells, variant, contender, chosen, seed, size.rounds[-1].steps, start, test=True)
+    finals = every(
+        partial(training, task, cells, variant, contender, chosen, seed, size.rounds[-1].steps, start, test=True)
         for seed in range(size.seeds)
-    ]
+    )
     kept = ("rate", "strength", "steps", "score", "kl", "best", "failed", "valid_gold")
     return {
         "strength": contender.strength,
@@ -132,21 +163,23 @@ def training(
     return cells.get({**identity, "what": "final" if test else "tuning"}, compute)
 
 
-def sanity_cells(task: Task, cells: Cells, contender: Contender, clean: Mapping[str, Any]) -> dict[str, Any]:
+def sanity_cells(task: Task, cells: Cells, contender: Contender, start: PerPrompt) -> dict[str, Any]:
     """Trainings of one method on the given, the swapped and shuffled labels, judged by its own reward.
 
     `wins` have a 1 where training raised the method's own reward of the held-out pair's better side by more than that
     of the worse one; the change, since a reward that has no reference prefers one side before any training.
     """
-    setting = Setting(**clean[contender.name]["chosen"])
+    setting = Setting(**run_contender(task, cells, task.size.variants[0], contender, start)["chosen"])
     labels = [GIVEN, SWAPPED, *shuffles(task.size.shuffles)]
     found = {"name": contender.name, "likelihood": contender.likelihood, **setting._asdict()}
-    found["wins"] = {each: own_reward(task, cells, contender, setting, each) for each in labels}
+    wins = every(partial(own_reward, task, cells, contender, setting, each) for each in labels)
+    found["wins"] = dict(zip(labels, wins, strict=True))
     if contender.likelihood:
         # What the likelihood term does by itself, at the same rate, on the same shuffles.
         alone = next(each for each in CONTENDERS if each.name == LIKELIHOOD_ALONE)
         same_rate = Setting(setting.rate, None)
-        found["likelihood_wins"] = {each: own_reward(task, cells, alone, same_rate, each) for each in labels[2:]}
+        wins = every(partial(own_reward, task, cells, alone, same_rate, each) for each in labels[2:])
+        found["likelihood_wins"] = dict(zip(labels[2:], wins, strict=True))
     return found
 
 
@@ -195,8 +228,8 @@ def shuffles(count: int) -> list[str]:
 def look_steps(task: Task, steps: int) -> list[int]:
     """The steps at which a training is looked at, its last among them: a short one's are those of a final one."""
     # A setting that is best early must be met there again by its final trainings: later it may be beyond the bound.
-    every = max(1, task.size.rounds[-1].steps // task.size.looks)
-    return [*range(every, steps, every), steps]
+    apart = max(1, task.size.rounds[-1].steps // task.size.looks)
+    return [*range(apart, steps, apart), steps]
 
 
 def means(measures: PerPrompt) -> dict[str, float]:
@@ -204,10 +237,9 @@ def means(measures: PerPrompt) -> dict[str, float]:
     return {key: statistics.fmean(values) for key, values in measures.items()}
 
 
-def count_cells(task: Task) -> int:
+def count_cells(size: Size) -> int:
     """How many cells `run_study` will ask for."""
-    size = task.size
-    contenders = [each for each in CONTENDERS if each.name in size.contenders]
+    contenders = contenders_of(size)
     tunings = 1 if size.tuned_once else len(size.variants)
     trainings = tunings * sum(each.settings for each in size.rounds) + len(size.variants) * size.seeds
     shuffled = 2 * size.shuffles

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from orpo_mlx.compare.exercise.cells import Cells
 from orpo_mlx.compare.exercise.halving import Round
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.models.loading import LoadedModel
@@ -70,3 +71,13 @@ class Task(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """What a reader has to know of the data."""
+
+
+class Tier(NamedTuple):
+    """A task that is not made yet."""
+
+    size: Size
+    bound: float
+    """The task's."""
+    make: Callable[[Cells], Task]
+    """Makes it, with what it keeps in the cells; takes a while."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,10 @@ import pytest
 from rich.console import Console
 
 from orpo_mlx.cli import compare as command
+from orpo_mlx.compare.exercise import helpers, sizes, study
 from orpo_mlx.compare.exercise import run as exercise
-from orpo_mlx.compare.exercise import sizes, study
 from orpo_mlx.compare.exercise.analysis import analyse
 from orpo_mlx.compare.exercise.contenders import CONTENDERS
-from orpo_mlx.compare.exercise.gold_task import GoldTask
 from orpo_mlx.compare.exercise.halving import Round
 from orpo_mlx.compare.exercise.page import first_line, markdown
 from orpo_mlx.compare.exercise.tables import lengths
@@ -101,7 +101,7 @@ def test_what_tuning_saw_final_trainings_see_again(size: Size) -> None:
 def tiny() -> Iterator[pytest.MonkeyPatch]:
     """The exercise with its exact tier alone, and costs that are not measured: they need the real model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exercise, "make_tasks", lambda extent, tier: {"exact": lambda: GoldTask(TINY)})
+        patch.setattr(exercise, "tiers_of", lambda extent, tier: {"exact": sizes.make_tier("exact", TINY)})
         patch.setattr(exercise, "load", lambda name: None)
         patch.setattr(exercise, "measured_steps", lambda *shape: {name: dict(COST) for name in ARMS})
         patch.setattr(exercise, "measured_peaks", lambda shapes: [PEAKS])
@@ -155,7 +155,7 @@ def made() -> dict[str, Any]:
     names = ("orpo", "dpo", "chapter's step")
     tier: dict[str, Any] = {
         "facts": {"frontier": [{"kl": 0.5, "gold": 1.0}]},
-        "size": study.size_record(SimpleNamespace(size=TINY, bound=1.0)),
+        "size": study.size_record(TINY, 1.0),
         "base": {"gold": some(7), "kl": [0.0] * 7},
         "variants": {variant: {name: method(name) for name in names} for variant in ("0 % flipped", "20 % flipped")},
         "sanity": [sane(name) for name in names],
@@ -222,23 +222,24 @@ def test_what_differs_is_named(made: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("words", [["--steps", "3"], ["--batch-size", "2"]])
 def test_the_exercise_sets_everything_else_itself(words: list[str]) -> None:
-    with pytest.raises(ConfigError, match="--methods and --seeds alone"):
+    with pytest.raises(ConfigError, match="--seeds and --processes alone"):
         command.parse_request(["--quick", "--output", "x", *words])
 
 
 def test_a_part_of_the_exercise_can_be_asked_for() -> None:
-    words = ["--full", "--tier", "open", "--methods", "orpo, dpo", "--seeds", "3", "--output", "x"]
+    words = ["--full", "--tier", "open", "--methods", "orpo, dpo", "--seeds", "3", "--processes", "2", "--output", "x"]
     asked = command.parse_request(words)
-    assert asked == command.ExerciseRequest("full", Path("x"), "open", ("orpo", "dpo"), 3)
+    assert asked == command.ExerciseRequest("full", Path("x"), "open", ("orpo", "dpo"), 3, 2)
     part = sizes.part_of(sizes.EXTENTS["full"], sizes.Part("open", ("dpo", "orpo"), 3))
     assert part.open == sizes.FULL_OPEN._replace(contenders=("orpo", "dpo"), seeds=3)
     assert sizes.part_of(sizes.EXTENTS["full"], sizes.Part()) == sizes.EXTENTS["full"]
-    assert list(sizes.make_tasks(part, "exact")) == ["exact"]
+    assert list(sizes.tiers_of(part, "exact")) == ["exact"]
     # SFT takes part in one tier of the quick exercise alone.
     both = sizes.part_of(sizes.EXTENTS["quick"], sizes.Part(methods=("orpo", "dpo", "sft")))
     assert [size.contenders for size in both] == [("orpo", "dpo", "sft"), ("orpo", "dpo")]
-    with pytest.raises(ConfigError, match=r"--tier open: .*give --quick or --full"):
-        command.parse_request(["--tier", "open", "--output", "x"])
+    for flags in (["--tier", "open"], ["--processes", "2"]):
+        with pytest.raises(ConfigError, match=rf"{' '.join(flags)}: .*give --quick or --full"):
+            command.parse_request([*flags, "--output", "x"])
 
 
 @pytest.mark.parametrize(("methods", "match"), [(("orpo", "dpo", "ppo"), "ppo: does not"), (("orpo",), "orpo and dpo")])
@@ -262,6 +263,11 @@ def test_settings_of_the_first_variant_are_those_of_all_where_tuning_is_once(mon
         study.run_contender(SimpleNamespace(size=size), None, "b", dpo, {})  # type: ignore[arg-type]
         assert set(asked) == expected
         asked.clear()
+
+
+@pytest.mark.parametrize("size", [size for extent in sizes.EXTENTS.values() for size in extent])
+def test_a_size_is_the_same_after_json(size: Size) -> None:
+    assert sizes.size_from(json.loads(json.dumps(size._asdict()))) == size
 
 
 def test_what_is_still_to_come_is_named_by_tier_and_variant() -> None:
@@ -308,8 +314,21 @@ def test_what_was_done_is_not_done_again_and_a_second_run_is_the_same(run_folder
 
 
 @pytest.mark.slow
+def test_several_processes_give_what_one_gives(run_folder: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        # The first process leaves all trainings to the others.
+        patch.setattr(study, "train", None)
+        # A CPU's sums depend on how many threads a product is shared by.
+        for variable in helpers._THREADS:
+            patch.setenv(variable, str(os.cpu_count()))
+        exercise.run_exercise("quick", tmp_path, [], quiet(), processes=2)
+    assert list(differing(read(run_folder / "results.json"), read(tmp_path / "results.json"))) == []
+
+
+@pytest.mark.slow
 def test_cells_of_another_exercise_are_not_taken(run_folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exercise, "make_tasks", lambda extent, tier: {"exact": lambda: GoldTask(TINY._replace(pairs=48))})
+        other = sizes.make_tier("exact", TINY._replace(pairs=48))
+        patch.setattr(exercise, "tiers_of", lambda extent, tier: {"exact": other})
         with pytest.raises(ConfigError, match="another exercise"):
             exercise.run_exercise("quick", run_folder, [], quiet())
