@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import generate_step
-from mlx_lm.sample_utils import make_sampler
 
 from orpo_mlx.engine.head_logps import kl_divergence, log_softmax
+from orpo_mlx.judging.generation import Generator, StopTokens
+from orpo_mlx.judging.requests import Sampling
 from orpo_mlx.models.adapters import adapters_off, in_evaluation
 
 
@@ -36,20 +36,15 @@ def sampled_kl(
     """
     # Whole distributions rather than the usual mean of log π(y) - log π₀(y): never negative, and of smaller variance.
     # Every method is asked with the same draws.
-    mx.random.seed(seed)
-    sampler = make_sampler(temp=1.0)
+    generator = Generator(model, StopTokens(stop), Sampling(max_tokens, 1.0, seed=seed), rows=len(prompts))
     total = 0.0
     tokens = 0
-    with in_evaluation(model):
-        for prompt in prompts:
-            reply = []
-            for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_tokens, sampler=sampler):
-                # The stop token is kept: when to stop is part of the distribution over replies.
-                reply.append(int(token))
-                if reply[-1] in stop:
-                    break
+    for prompt, (ids, end) in zip(prompts, generator.draw(prompts, 0), strict=True):
+        # The stop token is kept: when to stop is part of the distribution over replies.
+        reply = ids if end is None else [*ids, end]
+        with in_evaluation(model):
             total += float(sequence_kl(model, prompt, reply))
-            tokens += len(reply)
+        tokens += len(reply)
     return Divergence(total / len(prompts), total / tokens, len(prompts), tokens)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -34,10 +34,17 @@ class Generated(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A reply as token ids, and whether it ended by itself."""
+    """A reply as token ids."""
 
     ids: list[int]
-    finished: bool
+    end: int | None
+    """The token that ended it, which is not among them; None where it was cut at `max_tokens`."""
+
+
+class StopTokens(NamedTuple):
+    """A tokenizer for who draws token ids and reads no text."""
+
+    eos_token_ids: Collection[int]
 
 
 # Unequal lengths, so that one of them is padded.
@@ -52,7 +59,7 @@ class Generator:
 
     Args:
         model: an mlx-lm model in any mode, which it keeps; as it is when a group is drawn, adapters on or off.
-        tokenizer: mlx-lm's; its EOS tokens end a reply.
+        tokenizer: mlx-lm's, or for `draw` alone `StopTokens`; its EOS tokens end a reply.
         sampling: how replies are drawn.
         samples: replies per prompt.
         rows: sequences that are generated together, at least one prompt's.
@@ -95,11 +102,14 @@ class Generator:
 
     def group(self, prompts: Sequence[Ids], number: int) -> list[list[Generated]]:
         """The replies to the prompts of one group, whose random numbers are those of `number`."""
+        replies = [self._reply(row) for row in self.draw(prompts, number)]
+        return [replies[start : start + self._samples] for start in range(0, len(replies), self._samples)]
+
+    def draw(self, prompts: Sequence[Ids], number: int) -> list[Drawn]:
+        """As `group`, as token ids: all samples of the first prompt, then those of the second."""
         mx.random.seed(seed_of(self._sampling.seed, number))
         with in_evaluation(self._model):
-            rows = self._together(prompts) if self.batches else self._one_by_one(prompts)
-        replies = [self._reply(row) for row in rows]
-        return [replies[start : start + self._samples] for start in range(0, len(replies), self._samples)]
+            return self._together(prompts) if self.batches else self._one_by_one(prompts)
 
     def _together(self, prompts: Sequence[Ids]) -> list[Drawn]:
         rows = [prompt for prompt in prompts for _ in range(self._samples)]
@@ -107,14 +117,14 @@ class Generator:
             caches = [cache for prompt in prompts for cache in [self._run_prompt(prompt)] * self._samples]
             uids = insert(generator, rows, caches, self._sampling.max_tokens)
             drawn: dict[int, list[int]] = {uid: [] for uid in uids}
-            finished: set[int] = set()
+            ends: dict[int, int] = {}
             while responses := generator.next_generated():
                 for response in responses:
                     if response.finish_reason == "stop":
-                        finished.add(response.uid)
+                        ends[response.uid] = int(response.token)
                     else:
                         drawn[response.uid].append(int(response.token))
-        return [Drawn(drawn[uid], uid in finished) for uid in uids]
+        return [Drawn(drawn[uid], ends.get(uid)) for uid in uids]
 
     def _batch_generator(self, rows: int) -> BatchGenerator:
         return BatchGenerator(
@@ -167,12 +177,12 @@ class Generator:
         ids: list[int] = []
         for token, _ in generate_step(mx.array(list(prompt)), self._model, max_tokens=most, sampler=self._sampler):
             if int(token) in self._stop:
-                return Drawn(ids, True)
+                return Drawn(ids, int(token))
             ids.append(int(token))
-        return Drawn(ids, False)
+        return Drawn(ids, None)
 
     def _reply(self, row: Drawn) -> Generated:
-        return Generated(tuple(row.ids), str(self._tokenizer.decode(row.ids)).strip(), row.finished)
+        return Generated(tuple(row.ids), str(self._tokenizer.decode(row.ids)).strip(), row.end is not None)
 
 
 def insert(generator: BatchGenerator, rows: Sequence[Ids], caches: Sequence[list[Any]], most: int) -> list[int]:

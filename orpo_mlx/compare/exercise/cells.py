@@ -72,6 +72,7 @@ class Cells:
 
         Raises:
             BusyError: another process is at it, or will be.
+            ConfigError: the folder is on a file system without locks.
         """
         file, found = self._get(identity, lambda: rounded(dict(compute())))
         if found["identity"] not in self._seen:
@@ -112,6 +113,10 @@ class Cells:
             fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
         except (BlockingIOError, PermissionError):
             raise BusyError from None
+        except OSError as error:
+            raise ConfigError(
+                f"`output` {self._folder}: its file system has no locks ({error.strerror}); give another `output`."
+            ) from None
         try:
             yield
         finally:

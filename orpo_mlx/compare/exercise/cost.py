@@ -132,15 +132,19 @@ def _peak(kind: str, settings: dict[str, Any], tokens: int, pairs: int, precompu
     return peak_gib()
 
 
-def predicted_copies() -> list[dict[str, Any]]:
+def predicted_copies(small: Sequence[int], large: Sequence[int]) -> list[dict[str, Any]]:
     """The peak of an ORPO step with and without a second copy of the weights, for several models, lengths and modes.
 
     `copy_ratio` is (peak + weights)/peak: a copy's own activations are gone before the step's are made.
+
+    Args:
+        small: tokens of a side, for the default model.
+        large: the same, for larger ones.
     """
-    rows = _copies(DEFAULT_MODEL, read_blueprint(DEFAULT_MODEL), (32, 128, 512))
+    rows = _copies(DEFAULT_MODEL, read_blueprint(DEFAULT_MODEL), small)
     with cheap_products():
         for name, config in _LARGE.items():
-            rows += _copies(name, four_bit_blueprint(config), (64, 256))
+            rows += _copies(name, four_bit_blueprint(config), large)
     return rows
 
 

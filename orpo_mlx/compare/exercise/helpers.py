@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,37 +21,77 @@ from orpo_mlx.compare.plan import PROG
 from orpo_mlx.config.flags import exit_status
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.process_memory import configure_allocator
+from orpo_mlx.reporting.console import Reporter
 
+_MODULE = "orpo_mlx.compare.exercise.helpers"
 # OpenBLAS and MKL take all cores each, and several processes then wait for each other.
-_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_PATIENCE_SECONDS = 10.0
+
+
+class Helpers:
+    """Processes that were started to compute cells.
+
+    Args:
+        processes: as they were started, their standard input a pipe.
+        reporter: told of each that ends early.
+    """
+
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]], reporter: Reporter) -> None:
+        self._living = list(processes)
+        self._reporter = reporter
+
+    def at_work(self) -> bool:
+        """Whether any lives; says of each that has failed since that it did."""
+        for process in [each for each in self._living if each.poll() is not None]:
+            self._living.remove(process)
+            _close_input(process)
+            status = process.returncode
+            if status:
+                how = f"status {status}" if status > 0 else signal.Signals(-status).name
+                rest = f"{len(self._living)} go on" if self._living else "this one goes on alone"
+                self._reporter.say(f"A process that helped has ended ({how}); {rest}.")
+        return bool(self._living)
+
+    def end(self) -> None:
+        """End those that live, and wait for them."""
+        for process in self._living:
+            _close_input(process)
+        for process in self._living:
+            try:
+                process.wait(_PATIENCE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _close_input(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 @contextmanager
-def helped(folder: Path, tier: str, size: Size, processes: int) -> Iterator[Callable[[], bool]]:
-    """Start `processes` that compute the cells of a tier in `folder`; yields whether any of them lives.
-
-    They end with this process, however it ends. One that ends early has said why on stderr.
-    """
+def helped(folder: Path, tier: str, size: Size, processes: int, reporter: Reporter) -> Iterator[Helpers]:
+    """Start `processes` that compute the cells of a tier in `folder`; they end with this process, however it ends."""
     spec = json.dumps({"folder": str(folder), "tier": tier, "size": size._asdict(), "processes": processes})
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    environment = {**dict.fromkeys(_THREADS, threads), **os.environ}
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "orpo_mlx.compare.exercise.helpers", spec],
+            [sys.executable, "-m", _MODULE, spec],
             # Closed by the system when this process ends, which is how a helper knows.
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            env=environment,
+            env={**dict.fromkeys(THREADS, threads), **os.environ},
             # Ctrl-C is for the command alone, which ends its helpers.
             start_new_session=True,
         )
         for _ in range(processes)
     ]
+    helpers = Helpers(started, reporter)
     try:
-        yield lambda: any(each.poll() is None for each in started)
+        yield helpers
     finally:
-        for each in started:
-            each.communicate()
+        helpers.end()
 
 
 def help_out(spec: Mapping[str, Any]) -> None:
@@ -69,7 +110,7 @@ def help_out(spec: Mapping[str, Any]) -> None:
 
 def _end_with_the_first_process() -> None:
     sys.stdin.read()
-    # Whatever it computes is of no use: nothing else can be interrupted from a thread.
+    # From a thread nothing gentler reaches a product that takes seconds; a cell's file is written whole or not at all.
     os._exit(1)
 
 

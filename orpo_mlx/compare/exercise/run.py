@@ -5,18 +5,19 @@ from __future__ import annotations
 import shlex
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from orpo_mlx.compare.exercise.analysis import analyse
-from orpo_mlx.compare.exercise.cells import Cells
-from orpo_mlx.compare.exercise.cost import Shapes, measured_peaks, measured_steps, predicted_copies
+from orpo_mlx.compare.exercise.cells import Cells, until_done
+from orpo_mlx.compare.exercise.cost import measured_peaks, measured_steps, predicted_copies
 from orpo_mlx.compare.exercise.helpers import helped
 from orpo_mlx.compare.exercise.progress import ProgressPage
-from orpo_mlx.compare.exercise.sizes import EXTENTS, PEAK_SHAPES, Part, part_of, tiers_of
+from orpo_mlx.compare.exercise.sizes import COST_SHAPES, EXTENTS, CostShapes, Part, part_of, tiers_of
 from orpo_mlx.compare.exercise.study import count_cells, run_study, size_record
 from orpo_mlx.compare.exercise.task import Tier
 from orpo_mlx.compare.exercise.verdicts import verdicts
@@ -75,7 +76,7 @@ def run_exercise(
         }
         # Seconds of steps are not measured while helpers train.
         if "exact" in tiers and not unfinished([], {"exact": tiers["exact"]}):
-            results["cost"] = cost(output, decisive, PEAK_SHAPES[extent_name], reporter)
+            results["cost"] = cost(output, decisive, COST_SHAPES[extent_name], reporter)
             results["verdicts"] = [verdict._asdict() for verdict in verdicts(results)]
         # After each variant: those of the second tier may take a night each.
         save_json(output / RESULTS, results)
@@ -97,8 +98,10 @@ def run_tiers(
         folder = output / "cells" / name
         cells = Cells(folder, {**common, "versions": decisive}, page.tell)
         reporter.say("Drawing prompts and replies")
-        helpers = helped(folder, name, tier.size, processes) if processes > 1 else nullcontext(lambda: False)
-        with helpers as cells.left_to_others:
+        helping = helped(folder, name, tier.size, processes, reporter) if processes > 1 else nullcontext()
+        with helping as helpers:
+            if helpers is not None:
+                cells.left_to_others = helpers.at_work
             task = tier.make(cells)
             for study in run_study(task, cells):
                 analysis = analyse(study)
@@ -116,15 +119,23 @@ def unfinished(asked: Iterable[str], tiers: Mapping[str, Any]) -> list[str]:
     return [*begun, *(name for name in asked if name not in tiers)]
 
 
-def cost(output: Path, decisive: Mapping[str, Any], shapes: Shapes, reporter: Reporter) -> dict[str, Any]:
+def cost(output: Path, decisive: Mapping[str, Any], shapes: CostShapes, reporter: Reporter) -> dict[str, Any]:
     """Peaks and seconds of steps, measured here and predicted."""
     page = ProgressPage(output, "cost", 3, reporter)
     cells = Cells(output / "cells" / "cost", {"versions": decisive, "tokens": _COST_TOKENS}, page.tell)
-    measured = cells.get(
-        {"what": "measured"}, lambda: measured_steps(load(DEFAULT_MODEL), _COST_TOKENS, _COST_PAIRS, _COST_STEPS)
-    )
-    peaks = cells.get({"what": "peaks", "shapes": shapes}, lambda: {"rows": measured_peaks(shapes)})
-    predicted = cells.get({"what": "predicted, large models too"}, lambda: {"rows": predicted_copies()})
+
+    def steps() -> Mapping[str, Any]:
+        return measured_steps(load(DEFAULT_MODEL), _COST_TOKENS, _COST_PAIRS, _COST_STEPS)
+
+    wanted: list[tuple[Mapping[str, Any], Callable[[], Mapping[str, Any]]]] = [
+        ({"what": "measured"}, steps),
+        ({"what": "peaks", "shapes": shapes.peaks}, lambda: {"rows": measured_peaks(shapes.peaks)}),
+        (
+            {"what": "predicted", "small": shapes.small, "large": shapes.large},
+            lambda: {"rows": predicted_copies(shapes.small, shapes.large)},
+        ),
+    ]
+    measured, peaks, predicted = until_done([partial(cells.get, *each) for each in wanted])
     shape = {"model": DEFAULT_MODEL, "tokens": _COST_TOKENS, "pairs": _COST_PAIRS}
     return {**shape, "measured": measured, "peaks": peaks["rows"], "predicted": predicted["rows"]}
 

@@ -88,8 +88,24 @@ class Extent(NamedTuple):
 
 
 EXTENTS: Mapping[str, Extent] = {"quick": Extent(QUICK_EXACT, QUICK_OPEN), "full": Extent(FULL_EXACT, FULL_OPEN)}
-PEAK_SHAPES: Mapping[str, Shapes] = {"quick": ((64, 1),), "full": ((64, 1), (256, 1), (1024, 1), (256, 4))}
-"""What peaks are measured at; all of them take nine minutes."""
+
+
+class CostShapes(NamedTuple):
+    """What costs are measured and predicted at."""
+
+    peaks: Shapes
+    """All of the full ones take nine minutes."""
+    small: tuple[int, ...]
+    """Tokens of a side that the default model's peak is predicted at."""
+    large: tuple[int, ...]
+    """The same of larger models."""
+
+
+# A second copy of the weights comes nearest to twice the memory where sides are short: the quick one has those alone.
+COST_SHAPES: Mapping[str, CostShapes] = {
+    "quick": CostShapes(((64, 1),), (32,), (64,)),
+    "full": CostShapes(((64, 1), (256, 1), (1024, 1), (256, 4)), (32, 128, 512), (64, 256)),
+}
 
 
 class Part(NamedTuple):

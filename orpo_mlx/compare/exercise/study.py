@@ -93,7 +93,8 @@ def run_contender(task: Task, cells: Cells, variant: str, contender: Contender, 
     tuning: list[dict[str, Any]] = []
 
     def score(setting: Setting, steps: int) -> float:
-        cell = training(task, cells, tuned_on, contender, setting, 0, steps, start)
+        test = ends_in_a_final(size) and steps == size.rounds[-1].steps
+        cell = training(task, cells, tuned_on, contender, setting, 0, steps, start, test=test)
         best = cell["curve"][cell["best"]]
         tuning.append({**setting._asdict(), "steps": steps, "score": best["gold"], "kl": best["kl"], **cell})
         return float(best["gold"])
@@ -112,6 +113,11 @@ def run_contender(task: Task, cells: Cells, variant: str, contender: Contender, 
         "tuning": [{key: entry[key] for key in kept} for entry in tuning],
         "seeds": finals,
     }
+
+
+def ends_in_a_final(size: Size) -> bool:
+    """Whether the tuning's last training is the final one of seed 0: the best setting alone, after shorter rounds."""
+    return len(size.rounds) > 1 and size.rounds[-1].settings == 1
 
 
 def training(
@@ -133,7 +139,8 @@ def training(
     identity = _identity(task, variant, contender, setting, seed, steps)
 
     def compute() -> dict[str, Any]:
-        # Finals of seed 0 repeat a training of the tuning: it takes seconds, and its adapters were not kept.
+        # A final training of seed 0 may repeat one of the tuning, whose adapters were not kept: only where all settings
+        # are trained to the end, which takes seconds each.
         config = contender.config(setting, task.shared(), seed)
         table = task.reference_table(variant) if recipe(config).needs_reference else None
         with fresh_run(task.loaded, config, table) as run:
@@ -241,7 +248,8 @@ def count_cells(size: Size) -> int:
     """How many cells `run_study` will ask for."""
     contenders = contenders_of(size)
     tunings = 1 if size.tuned_once else len(size.variants)
-    trainings = tunings * sum(each.settings for each in size.rounds) + len(size.variants) * size.seeds
+    tuned = sum(each.settings for each in size.rounds) - ends_in_a_final(size)
+    trainings = tunings * tuned + len(size.variants) * size.seeds
     shuffled = 2 * size.shuffles
     sane = (2 + shuffled) * len(contenders) + shuffled * sum(each.likelihood for each in contenders)
     return 1 + len(contenders) * trainings + (sane if size.shuffles else 0)

@@ -105,7 +105,7 @@ def tiny() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(exercise, "load", lambda name: None)
         patch.setattr(exercise, "measured_steps", lambda *shape: {name: dict(COST) for name in ARMS})
         patch.setattr(exercise, "measured_peaks", lambda shapes: [PEAKS])
-        patch.setattr(exercise, "predicted_copies", lambda: [ROW])
+        patch.setattr(exercise, "predicted_copies", lambda small, large: [ROW])
         yield patch
 
 
@@ -258,7 +258,8 @@ def test_settings_of_the_first_variant_are_those_of_all_where_tuning_is_once(mon
 
     monkeypatch.setattr(study, "training", training)
     dpo = next(each for each in CONTENDERS if each.name == "dpo")
-    for once, expected in ((True, {("a", False), ("b", True)}), (False, {("b", False), ("b", True)})):
+    # The last of the tuning is a final training.
+    for once, expected in ((True, {("a", False), ("a", True), ("b", True)}), (False, {("b", False), ("b", True)})):
         size = TINY._replace(variants=("a", "b"), tuned_once=once)
         study.run_contender(SimpleNamespace(size=size), None, "b", dpo, {})  # type: ignore[arg-type]
         assert set(asked) == expected
@@ -268,6 +269,25 @@ def test_settings_of_the_first_variant_are_those_of_all_where_tuning_is_once(mon
 @pytest.mark.parametrize("size", [size for extent in sizes.EXTENTS.values() for size in extent])
 def test_a_size_is_the_same_after_json(size: Size) -> None:
     assert sizes.size_from(json.loads(json.dumps(size._asdict()))) == size
+
+
+@pytest.mark.parametrize("size", [size for extent in sizes.EXTENTS.values() for size in extent])
+def test_the_cells_of_a_study_are_as_many_as_were_announced(size: Size) -> None:
+    asked = set()
+
+    class Counted:
+        def get(self, identity: dict[str, Any], compute: Any) -> dict[str, Any]:
+            asked.add(json.dumps(identity))
+            point = {"gold": identity.get("rate", 0.0), "kl": 0.0}
+            return {"curve": [point], "best": 0, "failed": None, "valid_gold": [], "wins": [], "test": {}, "valid": {}}
+
+    task: Any = SimpleNamespace(name="t", size=size, bound=1.0, facts=dict)
+    cells: Any = Counted()
+    for found in study.run_study(task, cells):
+        assert found["variants"]
+    # What the likelihood term does alone is the same training for methods that were given one rate.
+    shared = sum(each.likelihood for each in study.contenders_of(size)) * 2 * size.shuffles
+    assert study.count_cells(size) - shared <= len(asked) <= study.count_cells(size)
 
 
 def test_what_is_still_to_come_is_named_by_tier_and_variant() -> None:
@@ -319,7 +339,7 @@ def test_several_processes_give_what_one_gives(run_folder: Path, tmp_path: Path)
         # The first process leaves all trainings to the others.
         patch.setattr(study, "train", None)
         # A CPU's sums depend on how many threads a product is shared by.
-        for variable in helpers._THREADS:
+        for variable in helpers.THREADS:
             patch.setenv(variable, str(os.cpu_count()))
         exercise.run_exercise("quick", tmp_path, [], quiet(), processes=2)
     assert list(differing(read(run_folder / "results.json"), read(tmp_path / "results.json"))) == []
