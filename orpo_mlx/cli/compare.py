@@ -97,9 +97,8 @@ def _add_extents(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--processes",
         type=checked_number(int, lambda value: value > 0, "a whole number above 0"),
-        default=1,
         metavar="N",
-        help="trainings at the same time, 1 to 2 GB each; on a CPU as many as there are cores (default: 1)",
+        help="trainings at the same time, 1 to 2 GB each (default: on a GPU 1, on a CPU one for each core, at most 4)",
     )
 
 
@@ -112,7 +111,8 @@ class ExerciseRequest(NamedTuple):
     tier: str | None
     methods: tuple[str, ...] | None
     seeds: int | None
-    processes: int = 1
+    processes: int | None = None
+    """None: as many as the machine suggests."""
 
 
 _OF_EXERCISE = ("extent", "output", "tier", "methods", "seeds", "processes")
@@ -123,8 +123,8 @@ def parse_request(argv: Sequence[str] | None) -> Plan | ExerciseRequest:
     """What a command line asks for; ConfigError as of `parse_plan`."""
     own, rest = build_parser().parse_known_args(argv)
     if own.extent is None:
-        for flag, value, default in (("--tier", own.tier, None), ("--processes", own.processes, 1)):
-            if value != default:
+        for flag, value in (("--tier", own.tier), ("--processes", own.processes)):
+            if value is not None:
                 raise ConfigError(f"{flag} {value}: is for the exercise; give --quick or --full with it.")
         return parse_plan(argv)
     defaults = build_parser().parse_args(["--output", own.output])
@@ -257,6 +257,7 @@ def run(argv: Sequence[str]) -> None:
 def run_request(request: ExerciseRequest, argv: Sequence[str]) -> None:
     """The chapter's exercise; raises UserError, also where a sanity check fails."""
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
+    from orpo_mlx.compare.exercise.helpers import usual_processes
     from orpo_mlx.compare.exercise.page import write_page
     from orpo_mlx.compare.exercise.run import failures, run_exercise
     from orpo_mlx.compare.exercise.sizes import Part
@@ -266,7 +267,8 @@ def run_request(request: ExerciseRequest, argv: Sequence[str]) -> None:
     try:
         with naming_flags(_OWN):
             part = Part(request.tier, request.methods, request.seeds)
-            results = run_exercise(request.extent, request.output, argv, reporter, part, request.processes)
+            processes = request.processes or usual_processes()
+            results = run_exercise(request.extent, request.output, argv, reporter, part, processes)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what is finished is in {request.output}/, the same command goes on") from None
     for path in write_page(results, request.output):

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from orpo_mlx.compare.exercise.cells import Cells
 from orpo_mlx.compare.exercise.sizes import make_tier, size_from
 from orpo_mlx.compare.exercise.study import help_study
@@ -27,6 +29,17 @@ _MODULE = "orpo_mlx.compare.exercise.helpers"
 # OpenBLAS and MKL take all cores each, and several processes then wait for each other.
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _PATIENCE_SECONDS = 10.0
+_MOST_PROCESSES = 4
+# The first process holds a model as well, and a machine has other things to do.
+_BYTES_OF_A_PROCESS = 4 << 30
+
+
+def usual_processes() -> int:
+    """How many trainings run at the same time where nobody says: one for each core of a CPU, as far as memory goes."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        return 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(_MOST_PROCESSES, os.cpu_count() or 1, memory // _BYTES_OF_A_PROCESS))
 
 
 class Helpers:
