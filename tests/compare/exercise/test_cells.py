@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orpo_mlx.compare.exercise import cells as module
 from orpo_mlx.compare.exercise.cells import BusyError, Cells, every, until_done
 
 NAMED = {"method": "dpo", "seed": 0}
@@ -108,7 +108,7 @@ def test_what_nobody_is_at_is_not_held_up_by_what_somebody_is_at(monkeypatch: py
         pauses.append(seconds)
         held.update({name: left - 1 for name, left in held.items() if left})
 
-    monkeypatch.setattr(module.time, "sleep", others_finish)
+    monkeypatch.setattr(time, "sleep", others_finish)
     until_done(calls)
     assert len(pauses) == 2
     assert every(calls) == list("abcd")

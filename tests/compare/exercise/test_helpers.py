@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import time
@@ -72,10 +73,10 @@ def test_helpers_end_with_the_context_even_those_that_will_not(
 
 def test_a_cpu_has_a_training_for_each_core_that_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, gib, expected in ((2, 16, 2), (2, 4, 1), (1, 64, 1), (16, 64, 4), (8, 12, 3), (8, 2, 1)):
-        monkeypatch.setattr(module.os, "cpu_count", lambda cores=cores: cores)
-        monkeypatch.setattr(module.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gib << 18}.__getitem__)
-        monkeypatch.setattr(module.mx, "default_device", lambda: mx.Device(mx.cpu))
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gib << 18}.__getitem__)
+        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
         assert module.usual_processes() == expected
         # One GPU computes one thing at a time.
-        monkeypatch.setattr(module.mx, "default_device", lambda: mx.Device(mx.gpu))
+        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
         assert module.usual_processes() == 1
