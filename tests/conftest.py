@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+import tests.helpers.blas_threads  # noqa: F401  (before a BLAS is loaded)
+
+# isort: split
 import orpo_mlx  # noqa: F401  (loads a BLAS before mlx)
 
 # isort: split
