@@ -24,7 +24,7 @@ from orpo_mlx.config.settings import settings_with
 from orpo_mlx.config.traits import Trait
 from orpo_mlx.data.sources import find_splits
 from orpo_mlx.errors import ConfigError, TrainingError
-from orpo_mlx.files import save_json
+from orpo_mlx.files import read_json_table, save_json
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.text import printable
 from orpo_mlx.training.run import versions
@@ -123,7 +123,8 @@ def known_result(job: Job) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     # Through JSON, which makes lists of tuples, as the file's own has been.
-    return found if found.get("spec") == json.loads(json.dumps(job.identity)) else None
+    same = isinstance(found, dict) and found.get("spec") == json.loads(json.dumps(job.identity))
+    return found if same else None
 
 
 def in_a_process(spec: dict[str, Any], title: str, report_share: Callable[[float], None]) -> None:
@@ -285,10 +286,7 @@ def claim_folder(plan: Plan) -> None:
     if not file.is_file():
         save_json(file, identity)
         return
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ConfigError(f"{file}: is not JSON; give another `output`.") from None
+    before = read_json_table(file, ConfigError)
     # Earlier versions also wrote down settings that a comparison has no use for.
     for key in sorted({*identity, *before} - {*settings_with(Trait.COMPARED)}):
         if identity.get(key) != before.get(key):

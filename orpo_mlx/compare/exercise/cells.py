@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from orpo_mlx.compare.exercise.significance import rounded
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.files import save_json
+from orpo_mlx.files import read_json_table, save_json
 
 T = TypeVar("T")
 Progress = Callable[[int, str, float], None]
@@ -55,7 +55,7 @@ class Cells:
         file = folder / "exercise.json"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+            before = read_json_table(file, ConfigError) if file.is_file() else None
             self._done_before = {path.name for path in folder.glob("*.json")}
             # Held open: closing any descriptor of the file would let go of all of this process's locks.
             self._locks = os.open(folder / _LOCKS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -128,7 +128,7 @@ class Cells:
                 found = json.loads(file.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 return None
-            if found.get("identity") != key:
+            if not isinstance(found, dict) or found.get("identity") != key:
                 return None
             self._known[key] = found
         return self._known[key]

@@ -22,6 +22,7 @@ from orpo_mlx.compare.exercise.task import Size
 from orpo_mlx.compare.plan import PROG
 from orpo_mlx.config.flags import exit_status
 from orpo_mlx.errors import ConfigError
+from orpo_mlx.files import read_json_table
 from orpo_mlx.process_memory import configure_allocator
 from orpo_mlx.reporting.console import Reporter
 
@@ -113,10 +114,7 @@ def help_out(spec: Mapping[str, Any]) -> None:
     configure_allocator(spec["processes"])
     tier = make_tier(spec["tier"], size_from(spec["size"]))
     folder = Path(spec["folder"])
-    try:
-        common = json.loads((folder / "exercise.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: cannot be helped ({error}).") from None
+    common = read_json_table(folder / "exercise.json", ConfigError)
     cells = Cells(folder, common, lambda done, name, seconds: None)
     help_study(tier.make(cells), cells)
 

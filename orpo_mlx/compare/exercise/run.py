@@ -48,7 +48,7 @@ def run_exercise(
     """Run what is missing and write `output`/results.json; docs/results.md has its keys.
 
     Costs and the claims are the first tier's: without it there are none. Several `processes` share the trainings, and
-    give the results that one gives.
+    give the results that one gives, on a CPU but for rounding.
 
     Raises:
         UserError: a package, the model or the folder cannot be used.

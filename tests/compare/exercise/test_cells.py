@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from orpo_mlx.compare.exercise.cells import BusyError, Cells, every, until_done
+from orpo_mlx.errors import ConfigError
 
 NAMED = {"method": "dpo", "seed": 0}
 # A process that holds a cell until its input ends, and then dies within it.
@@ -59,6 +60,18 @@ def test_a_cell_that_another_process_is_at_is_left_to_it_and_taken_over_when_it_
     assert holder.wait() == 9
     assert cells.get(NAMED, lambda: {"a": 2}) == {"a": 2}
     assert Cells(tmp_path, {}, ignore).get(NAMED, never) == {"a": 2}
+
+
+def test_what_is_no_cell_is_computed_and_a_damaged_folder_is_one_sentence(tmp_path: Path) -> None:
+    Cells(tmp_path, {}, ignore).get(NAMED, lambda: {"a": 1})
+    (cell,) = (path for path in tmp_path.glob("*.json") if path.name != "exercise.json")
+    for text in ("[]", '"a"', '{"ident', "{}"):
+        cell.write_text(text)
+        assert Cells(tmp_path, {}, ignore).get(NAMED, lambda: {"a": 2}) == {"a": 2}
+    for text in ("[]", '{"half', ""):
+        (tmp_path / "exercise.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"exercise\.json"):
+            Cells(tmp_path, {}, ignore)
 
 
 def test_cells_are_rounded_and_what_they_are_computed_from_is_not(tmp_path: Path) -> None:
