@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -39,9 +39,9 @@ def sampled_kl(
     generator = Generator(model, StopTokens(stop), Sampling(max_tokens, 1.0, seed=seed), rows=len(prompts))
     total = 0.0
     tokens = 0
-    for prompt, (ids, end) in zip(prompts, generator.draw(prompts, 0), strict=True):
+    for prompt, drawn in zip(prompts, generator.draw(prompts, 0), strict=True):
         # The stop token is kept: when to stop is part of the distribution over replies.
-        reply = ids if end is None else [*ids, end]
+        reply = drawn.ids if drawn.end is None else [*drawn.ids, drawn.end]
         with in_evaluation(model):
             total += float(sequence_kl(model, prompt, reply))
         tokens += len(reply)
@@ -54,22 +54,36 @@ def sequence_kl(model: nn.Module, prompt: Sequence[int], reply: Sequence[int]) -
 
 
 def sequence_kls(
-    model: nn.Module, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    replies: Sequence[Sequence[int]],
+    policy: Iterable[mx.array] | None = None,
 ) -> list[mx.array]:
-    """`sequence_kl` of each reply to each prompt, run together: the logits of all their tokens are held twice."""
+    """`sequence_kl` of each reply to each prompt, run together: the logits of all their tokens are held twice.
+
+    Args:
+        model: with adapters.
+        prompts: not empty.
+        replies: with the tokens that ended them.
+        policy: the log-probs (T, V) of the replies' tokens with adapters, where they are at hand (`Drawn.logps`), which
+            halves the work. In half precision they are rounded, and those that are computed here are not.
+    """
     rows = [[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)]
     longest = max(map(len, rows))
     # Padding follows what counts, which it cannot change.
     ids = mx.array([row + [0] * (longest - len(row)) for row in rows])
-    policy = model(ids)
+    # The distribution that a token was drawn from stands at the position before it.
+    places = [slice(len(prompt) - 1, len(row) - 1) for prompt, row in zip(prompts, rows, strict=True)]
     with adapters_off(model):
         base = model(ids)
-    mx.eval(policy, base)
+    mx.eval(base)
+    if policy is None:
+        logits = model(ids)
+        policy = (logits[row, place] for row, place in enumerate(places))
     found = []
-    for row, (prompt, tokens) in enumerate(zip(prompts, rows, strict=True)):
-        # The distribution that a token was drawn from stands at the position before it.
-        places = slice(len(prompt) - 1, len(tokens) - 1)
-        found.append(kl_divergence(log_softmax(policy[row, places]), log_softmax(base[row, places])).sum())
+    for row, (place, moved) in enumerate(zip(places, policy, strict=True)):
+        # Of log-probs it is what they are.
+        found.append(kl_divergence(log_softmax(moved), log_softmax(base[row, place])).sum())
         mx.eval(found[-1])
     return found
 

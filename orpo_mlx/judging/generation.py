@@ -39,6 +39,9 @@ class Drawn(NamedTuple):
     ids: list[int]
     end: int | None
     """The token that ended it, which is not among them; None where it was cut at `max_tokens`."""
+    logps: mx.array | None = None
+    """(T, V): the model's log-probs of the whole vocabulary, of which its T tokens were drawn, `end` among them; where
+    they were to be kept."""
 
 
 class StopTokens(NamedTuple):
@@ -63,15 +66,24 @@ class Generator:
         sampling: how replies are drawn.
         samples: replies per prompt.
         rows: sequences that are generated together, at least one prompt's.
+        keep_logps: whether replies have their `logps`, which are a number for each word of the vocabulary and token.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, sampling: Sampling, *, samples: int = 1, rows: int = ROWS
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        sampling: Sampling,
+        *,
+        samples: int = 1,
+        rows: int = ROWS,
+        keep_logps: bool = False,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._samples = samples
+        self._keep_logps = keep_logps
         self.group_size = max(1, rows // samples)
         """Prompts of a group."""
         self._sampler = make_sampler(sampling.temperature, top_p=sampling.top_p)
@@ -102,7 +114,7 @@ class Generator:
 
     def group(self, prompts: Sequence[Ids], number: int) -> list[list[Generated]]:
         """The replies to the prompts of one group, whose random numbers are those of `number`."""
-        replies = [self._reply(row) for row in self.draw(prompts, number)]
+        replies = [self.reply(row) for row in self.draw(prompts, number)]
         return [replies[start : start + self._samples] for start in range(0, len(replies), self._samples)]
 
     def draw(self, prompts: Sequence[Ids], number: int) -> list[Drawn]:
@@ -111,6 +123,10 @@ class Generator:
         with in_evaluation(self._model):
             return self._together(prompts) if self.batches else self._one_by_one(prompts)
 
+    def reply(self, row: Drawn) -> Generated:
+        """What `draw` found, as text."""
+        return Generated(tuple(row.ids), str(self._tokenizer.decode(row.ids)).strip(), row.end is not None)
+
     def _together(self, prompts: Sequence[Ids]) -> list[Drawn]:
         rows = [prompt for prompt in prompts for _ in range(self._samples)]
         with closing(self._batch_generator(len(rows))) as generator:
@@ -118,13 +134,16 @@ class Generator:
             uids = insert(generator, rows, caches, self._sampling.max_tokens)
             drawn: dict[int, list[int]] = {uid: [] for uid in uids}
             ends: dict[int, int] = {}
+            logps: dict[int, list[mx.array]] = {uid: [] for uid in uids}
             while responses := generator.next_generated():
                 for response in responses:
+                    if self._keep_logps:
+                        logps[response.uid].append(response.logprobs)
                     if response.finish_reason == "stop":
                         ends[response.uid] = int(response.token)
                     else:
                         drawn[response.uid].append(int(response.token))
-        return [Drawn(drawn[uid], ends.get(uid)) for uid in uids]
+        return [Drawn(drawn[uid], ends.get(uid), _stacked(logps[uid])) for uid in uids]
 
     def _batch_generator(self, rows: int) -> BatchGenerator:
         return BatchGenerator(
@@ -175,14 +194,18 @@ class Generator:
     def _alone(self, prompt: Ids) -> Drawn:
         most = self._sampling.max_tokens
         ids: list[int] = []
-        for token, _ in generate_step(mx.array(list(prompt)), self._model, max_tokens=most, sampler=self._sampler):
+        logps: list[mx.array] = []
+        for token, found in generate_step(mx.array(list(prompt)), self._model, max_tokens=most, sampler=self._sampler):
+            if self._keep_logps:
+                logps.append(found)
             if int(token) in self._stop:
-                return Drawn(ids, int(token))
+                return Drawn(ids, int(token), _stacked(logps))
             ids.append(int(token))
-        return Drawn(ids, None)
+        return Drawn(ids, None, _stacked(logps))
 
-    def _reply(self, row: Drawn) -> Generated:
-        return Generated(tuple(row.ids), str(self._tokenizer.decode(row.ids)).strip(), row.end is not None)
+
+def _stacked(rows: list[mx.array]) -> mx.array | None:
+    return mx.stack(rows) if rows else None
 
 
 def insert(generator: BatchGenerator, rows: Sequence[Ids], caches: Sequence[list[Any]], most: int) -> list[int]:

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import pytest
 
 from orpo_mlx.judging.divergence import distinct_n, sampled_kl, sequence_kl, sequence_kls
+from orpo_mlx.judging.generation import Generator, StopTokens
+from orpo_mlx.judging.requests import Sampling
 from orpo_mlx.models.adapters import adapter_weights, add_adapters
 from tests.conftest import make_model
 
@@ -57,6 +59,30 @@ def test_replies_of_several_lengths_together_are_each_as_alone() -> None:
     # And where prompts differ in length.
     both = sequence_kls(model, [PROMPT, PROMPT[:1]], [REPLY, REPLY])
     assert both[1].item() == pytest.approx(sequence_kl(model, PROMPT[:1], REPLY).item(), rel=1e-5)
+
+
+def test_log_probs_that_replies_were_drawn_from_are_those_of_a_second_run() -> None:
+    model = trained()
+    prompts = [PROMPT, PROMPT[:2], (*PROMPT, 4, 9)]
+    generator = Generator(model, StopTokens(range(100)), Sampling(6, 1.0, seed=1), keep_logps=True)
+    assert generator.batches
+    drawn = generator.draw(prompts, 0)
+    # Cut, and ended by a token that is no part of `ids`.
+    assert {row.end is None for row in drawn} == {True, False}
+    replies = [[*row.ids, *([] if row.end is None else [row.end])] for row in drawn]
+    logps = [row.logps for row in drawn if row.logps is not None]
+    assert [len(each) for each in logps] == [len(reply) for reply in replies]
+    model.eval()
+    again = [kl.item() for kl in sequence_kls(model, prompts, replies)]
+    assert [kl.item() for kl in sequence_kls(model, prompts, replies, logps)] == pytest.approx(again, rel=1e-4)
+    # A model whose prompts are run singly keeps the same.
+    generator.batches = False
+    for row in generator.draw(prompts, 0):
+        ids = [*row.ids, *([] if row.end is None else [row.end])]
+        assert row.logps is not None
+        (kl,) = sequence_kls(model, prompts[:1], [ids], [row.logps])
+        assert kl.item() == pytest.approx(sequence_kl(model, prompts[0], ids).item(), rel=1e-4)
+        prompts = prompts[1:]
 
 
 def test_replies_of_one_token_need_no_sampling() -> None:

@@ -23,7 +23,7 @@ from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.judging.divergence import sequence_kls
-from orpo_mlx.judging.generation import Generated, Generator
+from orpo_mlx.judging.generation import Drawn, Generated, Generator
 from orpo_mlx.judging.requests import Sampling
 from orpo_mlx.models.adapters import in_evaluation
 from orpo_mlx.models.loading import load
@@ -145,12 +145,19 @@ class OpenTask:
         At the end of a training, on the test prompts, also what became of log-probs: `chosen_drift` and
         `rejected_drift` of held-out pairs, `text_nll` of a text.
         """
-        answers = [each[0] for each in self._answer(split, 1, seed=100 + _SEEDS[split])]
+        generator = self._generator(1, 100 + _SEEDS[split], keep_logps=True)
+        answers: list[Answer] = []
+        kls: list[float] = []
+        # Group by group: the log-probs of one are 8 MB a reply.
+        for number, prompts in enumerate(generator.split(self._ids[split])):
+            drawn = generator.draw(prompts, number)
+            answers += [self._scored(generator.reply(row)) for row in drawn]
+            kls += self._kls(prompts, answers[-len(drawn) :], drawn)
         self._seen = answers
         gold = [answer.gold for answer in answers]
         found = {
             "gold": gold,
-            "kl": self._kl(self._ids[split], answers),
+            "kl": kls,
             "tokens": [float(len(answer.ids)) for answer in answers],
             "win": [
                 1.0 if g > b else 0.5 if g == b else 0.0 for g, b in zip(gold, self._base_gold[split], strict=True)
@@ -196,13 +203,12 @@ class OpenTask:
         turns = [{"role": "system", "content": ""}, {"role": "user", "content": text}]
         return list(self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True))
 
-    def _answer(self, split: str, samples: int, seed: int) -> list[list[Answer]]:
-        found = self._generator(samples, seed).replies(self._ids[split])
-        return [[self._scored(reply) for reply in replies] for replies in found]
-
-    def _generator(self, samples: int, seed: int) -> Generator:
+    def _generator(self, samples: int, seed: int, *, keep_logps: bool = False) -> Generator:
         sampling = Sampling(max_tokens=REPLY_TOKENS, temperature=1.0, seed=seed)
-        return Generator(self.loaded.model, self._tokenizer, sampling, samples=samples, rows=_ROWS * SAMPLES)
+        rows = _ROWS * SAMPLES
+        return Generator(
+            self.loaded.model, self._tokenizer, sampling, samples=samples, rows=rows, keep_logps=keep_logps
+        )
 
     def _scored_group(self, generator: Generator, prompts: Sequence[Sequence[int]], number: int) -> dict[str, Any]:
         replies = generator.group(prompts, number)
@@ -228,16 +234,16 @@ class OpenTask:
         # The seed of `look`: a reply wins or loses against the base model's under the same random numbers.
         return [each[0].gold for each in self._of_base(split, 1, seed=100 + _SEEDS[split])]
 
-    def _kl(self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> list[float]:
+    def _kls(self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer], drawn: Sequence[Drawn]) -> list[float]:
         """KL(model ‖ base) of each reply: summed over its positions and the whole vocabulary, nats."""
-        model = self.loaded.model
-        replies = [answer.ids for answer in answers]
-        with in_evaluation(model):
-            return [
-                float(kl)
-                for start in range(0, len(replies), _ROWS)
-                for kl in sequence_kls(model, prompts[start : start + _ROWS], replies[start : start + _ROWS])
-            ]
+        found: list[float] = []
+        with in_evaluation(self.loaded.model):
+            for start in range(0, len(answers), _ROWS):
+                part = slice(start, start + _ROWS)
+                replies = [answer.ids for answer in answers[part]]
+                logps = [row.logps for row in drawn[part] if row.logps is not None]
+                found += map(float, sequence_kls(self.loaded.model, prompts[part], replies, logps))
+        return found
 
     def _log_probs(self) -> PerPrompt:
         drift = [after - before for after, before in zip(self._logps(), self._base_logps, strict=True)]

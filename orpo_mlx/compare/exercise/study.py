@@ -234,9 +234,11 @@ def shuffles(count: int) -> list[str]:
 
 def look_steps(task: Task, steps: int) -> list[int]:
     """The steps at which a training is looked at, its last among them: a short one's are those of a final one."""
+    final = task.size.rounds[-1].steps
+    apart = max(1, final // task.size.looks)
     # A setting that is best early must be met there again by its final trainings: later it may be beyond the bound.
-    apart = max(1, task.size.rounds[-1].steps // task.size.looks)
-    return [*range(apart, steps, apart), steps]
+    looks = {*range(apart, final + 1, apart), *(each.steps for each in task.size.rounds)}
+    return sorted(look for look in looks if look <= steps)
 
 
 def means(measures: PerPrompt) -> dict[str, float]:

@@ -26,7 +26,8 @@ class Size(NamedTuple):
     rounds: tuple[Round, ...]
     """Of the tuning; the last one's steps are those of the final trainings."""
     looks: int
-    """Times a final training is looked at, evenly spread over its steps; a shorter one at the same steps."""
+    """Times a final training is looked at, evenly spread over its steps, besides where a shorter one ends; those are
+    looked at in the same steps."""
     seeds: int
     valid_prompts: int
     test_prompts: int
