@@ -78,17 +78,14 @@ def test_the_same_command_gives_the_same_and_runs_nothing_twice(
     ran.clear()
     assert figures(run(argv)) == figures(first)
     assert ran == []
-    # A judgement that a crash left half written is done again, a training that is whole is not.
-    (tmp_path / "out" / "cells" / "dpo_seed0_lr0.01" / "test.json").write_text('{"accuracy": 0.')
-    assert figures(run(argv)) == figures(first)
-    assert ran == ["dpo_seed0_lr0.01 judged"]
-    ran.clear()
-    # Nor is a cell taken for another that happens to bear its name.
     file = tmp_path / "out" / "cells" / "dpo_seed0_lr0.01" / "test.json"
-    file.write_text(file.read_text().replace('"seed": 0', '"seed": 7', 1))
-    assert figures(run(argv)) == figures(first)
-    assert ran == ["dpo_seed0_lr0.01 judged"]
-    ran.clear()
+    # A judgement that a crash left half written, one that is none, and one of another cell that happens to bear its
+    # name are done again; the training that is whole is not.
+    for damaged in ('{"accuracy": 0.', "[]", file.read_text().replace('"seed": 0', '"seed": 7', 1)):
+        file.write_text(damaged)
+        assert figures(run(argv)) == figures(first)
+        assert ran == ["dpo_seed0_lr0.01 judged"]
+        ran.clear()
     anew = run(words(tmp_path / "new", model_folder, data, *ONE))
     assert figures(anew) == figures(first)
     assert len(ran) == 5
@@ -124,6 +121,15 @@ def test_another_comparison_is_not_mixed_in(tmp_path: Path, model_folder: Path, 
     write_rows(data / "train.jsonl", rows[::-1])
     with pytest.raises(TrainingError, match="was the data changed in between"):
         run([*argv, "--methods", "orpo,sft"])
+
+
+def test_a_damaged_folder_is_one_sentence(tmp_path: Path, model_folder: Path, data: Path, ran: list[str]) -> None:
+    argv = words(tmp_path / "out", model_folder, data, *ONE)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "comparison.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"comparison\.json: "):
+        run(argv)
+    assert not ran
 
 
 def test_what_a_comparison_holds(comparison: Path) -> None:
