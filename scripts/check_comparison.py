@@ -27,6 +27,7 @@ _RESAMPLES = 4000
 # Published figures are rounded to five digits.
 _TOLERANCE = 2e-5
 _Z = {"two-sided 5 %": 1.959963984540054, "power 80 %": 0.8416212335729143}
+_LOSSES = {"orpo": "", "orpo_style": " (the chapter's own loss, orpo_style)"}
 _VARYING = {"date", "seconds", "command", "commit", "step_s", "reference_s", "peak_gib", "peaks_gib", "copy_ratio"}
 
 
@@ -190,19 +191,29 @@ def check_verdicts(results: dict[str, Any]) -> Iterator[tuple[str, float, float]
         return
     sentences = {each["claim"]: each["measured"] for each in results["verdicts"]}
     variants = results["tiers"]["exact"]["variants"]
+    for method, which in _LOSSES.items():
+        if method in next(iter(variants.values())):
+            yield from _convergence(sentences[f"ORPO converges faster{which}"], variants, method)
+            claim = f"DPO's sensitivity to hyper-parameters is moderate, ORPO's low{which}"
+            yield from _sensitivity(sentences[claim], variants, method)
+
+
+def _convergence(sentence: str, variants: dict[str, Any], method: str) -> Iterator[tuple[str, float, float]]:
     first = next(iter(variants.values()))
-    shown = re.findall(r"step (\d+): ([+-][\d.]+)", sentences["ORPO converges faster"])
-    for place, (step, value) in enumerate(shown, 1):
-        gaps = [
-            ours["curve"][place]["gold"] - theirs["curve"][place]["gold"]
-            for ours, theirs in zip(first["orpo"]["seeds"], first["dpo"]["seeds"], strict=True)
-        ]
-        yield f"convergence at step {step}", float(value), round(sum(gaps) / len(gaps), 2)
-    sentence = sentences["DPO's sensitivity to hyper-parameters is moderate, ORPO's low"]
+    for step, value in re.findall(r"step (\d+): ([+-][\d.]+)", sentence):
+        golds = (
+            [next(look["gold"] for look in seed["curve"] if look["step"] == int(step)) for seed in first[name]["seeds"]]
+            for name in (method, "dpo")
+        )
+        gaps = [ours - theirs for ours, theirs in zip(*golds, strict=True)]
+        yield f"convergence of {method} at step {step}", float(value), round(sum(gaps) / len(gaps), 2)
+
+
+def _sensitivity(sentence: str, variants: dict[str, Any], method: str) -> Iterator[tuple[str, float, float]]:
     for variant, methods in variants.items():
         part = sentence.split(f"{variant}: ")[1]
         published = re.findall(r"([\d.]+) of ([-\d.]+) for", part)[:2]
-        for (value, gain), name in zip(published, ("orpo", "dpo"), strict=True):
+        for (value, gain), name in zip(published, (method, "dpo"), strict=True):
             shortest = min(entry["steps"] for entry in methods[name]["tuning"])
             grid = [entry for entry in methods[name]["tuning"] if entry["steps"] == shortest]
             means = [sum(entry["valid_gold"]) / len(entry["valid_gold"]) for entry in grid]

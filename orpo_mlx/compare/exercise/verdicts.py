@@ -1,4 +1,8 @@
-"""The course chapter's five claims, each a sentence with figures and a named limit."""
+"""The course chapter's five claims, each a sentence with figures and a named limit.
+
+ORPO is the paper's loss (Hong et al. 2024). The one that the chapter prints is another (`orpo_style`): where it took
+part, the two claims that losses decide are held against it as well.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from typing import Any, NamedTuple
 from orpo_mlx.compare.exercise.significance import mean_with_error, paired_bootstrap
 
 ORPO, DPO = "orpo", "dpo"
+CHAPTERS = "orpo_style"
+_LABELS = {ORPO: "ORPO", CHAPTERS: "the chapter's loss"}
 Variant = Mapping[str, Mapping[str, Any]]
 """A variant of a tier in `results.json`: methods by name."""
 
@@ -32,16 +38,23 @@ class Verdict(NamedTuple):
 
 
 def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
-    """All five, from raw figures alone; none of them holds a time, which differs from run to run."""
+    """All of them, from raw figures alone; none holds a time, which differs from run to run."""
     exact = results["tiers"]["exact"]
-    first = next(iter(exact["variants"].values()))
+    variants, bound = exact["variants"], exact["size"]["kl_bound"]
+    first = next(iter(variants.values()))
+    losses = [name for name in _LABELS if name in first]
     return [
         reference(results["cost"]),
         phases(results["cost"]),
         memory(results["cost"]),
-        convergence(first, exact["size"]),
-        sensitivity(exact["variants"]),
+        *(convergence(first, bound, name) for name in losses),
+        *(sensitivity(variants, name) for name in losses),
     ]
+
+
+def claim_of(claim: str, name: str) -> str:
+    """A claim about ORPO, and which loss that is where it is not the paper's."""
+    return claim if name == ORPO else f"{claim} (the chapter's own loss, {name})"
 
 
 def reference(cost: Mapping[str, Any]) -> Verdict:
@@ -88,44 +101,53 @@ def memory(cost: Mapping[str, Any]) -> Verdict:
     )
 
 
-def convergence(variant: Variant, size: Mapping[str, Any]) -> Verdict:
-    """Which of the two reaches more reward after as many steps and pair tokens."""
-    claim = "ORPO converges faster"
-    gaps = [
-        # Not strict: a training that failed has fewer looks, and those are compared that both have.
-        [ours["gold"] - theirs["gold"] for ours, theirs in zip(a["curve"][1:], b["curve"][1:], strict=False)]
-        for a, b in zip(variant[ORPO]["seeds"], variant[DPO]["seeds"], strict=True)
-    ]
-    steps = [point["step"] for point in variant[ORPO]["seeds"][0]["curve"][1:]][: min(map(len, gaps))]
-    found = [seed_interval([row[place] for row in gaps]) for place in range(len(steps))]
-    kl = {name: _last_kl(variant[name]["seeds"], len(steps)) for name in (ORPO, DPO)}
-    rates = {name: variant[name]["chosen"]["rate"] for name in (ORPO, DPO)}
+def convergence(variant: Variant, bound: float, name: str = ORPO) -> Verdict:
+    """Whether a method or DPO reaches more reward after as many steps and pair tokens, both within the KL bound."""
+    label = _LABELS[name]
+    curves = [(ours["curve"], theirs["curve"]) for ours, theirs in _seeds(variant, name)]
+    # A training that failed has fewer looks, and those are compared that all have; the first is of the base model.
+    looks = range(1, min(len(curve) for pair in curves for curve in pair))
+    kls = {
+        place: tuple(statistics.fmean(pair[side][place]["kl"] for pair in curves) for side in (0, 1)) for place in looks
+    }
+    within = [place for place in looks if max(kls[place]) <= bound]
+    found = [seed_interval([a[place]["gold"] - b[place]["gold"] for a, b in curves]) for place in within]
     ahead = sum(low > 0 for _, low, _ in found)
     behind = sum(high < 0 for _, _, high in found)
+    steps = {place: curves[0][0][place]["step"] for place in looks}
     shown = "; ".join(
-        f"step {step}: {mean:+.2f} ({low:+.2f} to {high:+.2f})"
-        for step, (mean, low, high) in zip(steps, found, strict=True)
+        f"step {steps[place]}: {mean:+.2f} ({low:+.2f} to {high:+.2f})"
+        for place, (mean, low, high) in zip(within, found, strict=True)
     )
     if ahead and behind:
-        verdict = f"depends on the budget: ORPO is ahead at {ahead} and behind at {behind} of {len(found)} looks"
+        verdict = f"depends on the budget: {label} is ahead at {ahead} and behind at {behind} of {len(found)} looks"
     elif ahead or behind:
         verdict = CONFIRMED if ahead else REFUTED
     else:
         verdict = f"{OPEN}: no look parts them; see what the design could find"
+    limit = "the same steps are the same pair tokens; seconds are in the costs. No comparison at equal KL"
+    if within:
+        kl, dpo_kl = kls[within[-1]]
+        rate, dpo_rate = (variant[each]["chosen"]["rate"] for each in (name, DPO))
+        limit += (
+            f": at the last of these looks it is {kl:.2f} nats for {label} (rate {rate:g}) and {dpo_kl:.2f} for DPO "
+            f"(rate {dpo_rate:g})"
+        )
+    beyond = [f"step {steps[place]}" for place in looks if place not in within]
+    if beyond:
+        limit += f"; left out, since one of them is beyond the KL bound of {bound:g}: {', '.join(beyond)}"
     return Verdict(
-        claim,
+        claim_of("ORPO converges faster", name),
         verdict,
-        f"gold of ORPO minus DPO on valid prompts, each at its tuned rate, with 95 % intervals over {len(gaps)} seeds: "
-        f"{shown}",
-        "the same steps are the same pair tokens; seconds are in the costs. No comparison at equal KL: at the last of "
-        f"these looks it is {kl[ORPO]:.2f} nats for ORPO (rate {rates[ORPO]:g}) and {kl[DPO]:.2f} for DPO (rate "
-        f"{rates[DPO]:g})",
+        f"gold of {label} minus DPO on valid prompts, each at its tuned rate, with 95 % intervals over {len(curves)} "
+        f"seeds: {shown or 'no look is within the KL bound'}",
+        limit,
     )
 
 
-def _last_kl(seeds: Sequence[Mapping[str, Any]], looks: int) -> float:
-    """KL to the base model at a look, nats per reply, the mean over seeds; the look at the base itself is number 0."""
-    return statistics.fmean(seed["curve"][looks]["kl"] for seed in seeds)
+def _seeds(variant: Variant, name: str) -> list[tuple[Any, Any]]:
+    """A method's final trainings and DPO's, seed by seed."""
+    return list(zip(variant[name]["seeds"], variant[DPO]["seeds"], strict=True))
 
 
 def seed_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -140,25 +162,25 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def sensitivity(variants: Mapping[str, Variant]) -> Verdict:
-    """Which of the two loses more by a setting that was not tuned."""
+def sensitivity(variants: Mapping[str, Variant], name: str = ORPO) -> Verdict:
+    """Whether a method or DPO loses more by a setting that was not tuned."""
     parts, signs = [], []
-    for name, variant in variants.items():
-        lost = {method: shortfall(variant[method]["tuning"]) for method in (ORPO, DPO)}
-        gap = paired_bootstrap([lost[ORPO]], [lost[DPO]])
+    for labels, variant in variants.items():
+        lost, dpo_lost = (shortfall(variant[each]["tuning"]) for each in (name, DPO))
+        gap = paired_bootstrap([lost], [dpo_lost])
         signs.append(-1 if gap.high < 0 else 1 if gap.low > 0 else 0)
-        means = {method: mean_with_error([values])[0] for method, values in lost.items()}
-        gained = {method: _most_gained(variant[method]) for method in (ORPO, DPO)}
+        mean, dpo_mean = (mean_with_error([values])[0] for values in (lost, dpo_lost))
+        gained, dpo_gained = (_most_gained(variant[each]) for each in (name, DPO))
         parts.append(
-            f"{name}: {means[ORPO]:.2f} of {gained[ORPO]:.2f} for ORPO, {means[DPO]:.2f} of {gained[DPO]:.2f} for DPO "
+            f"{labels}: {mean:.2f} of {gained:.2f} for {_LABELS[name]}, {dpo_mean:.2f} of {dpo_gained:.2f} for DPO "
             f"(difference {gap.low:+.2f} to {gap.high:+.2f})"
         )
-    settings = len(_grid(variant[ORPO]["tuning"]))
+    settings = len(_grid(variant[name]["tuning"]))
     verdict = CONFIRMED if set(signs) == {-1} else REFUTED if set(signs) == {1} else OPEN
     if verdict != OPEN and settings < _REAL_GRID:
         verdict = f"{verdict} on {settings} settings; a grid of {_REAL_GRID} and more is needed to say so in general"
     return Verdict(
-        "DPO's sensitivity to hyper-parameters is moderate, ORPO's low",
+        claim_of("DPO's sensitivity to hyper-parameters is moderate, ORPO's low", name),
         verdict if verdict != OPEN else f"{OPEN}: the variants do not agree, or their intervals hold 0",
         f"gold lost by the average of {settings} settings of learning rate and β against the best of them, of what "
         f"that one gains over the base model within the KL bound: {'; '.join(parts)}",

@@ -72,7 +72,7 @@ def test_lengths_are_those_of_a_variant_minus_the_first(made: dict[str, Any]) ->
     rng = np.random.default_rng(1)
     tier = made["tiers"]["exact"]
     variants = tier["variants"]
-    more = {"orpo": 4.0, "dpo": 0.0, "chapter's step": -4.0}
+    more = {"orpo": 4.0, "orpo_style": 4.0, "dpo": 0.0, "chapter's step": -4.0}
     for name, extra in more.items():
         for before, after in zip(*(variants[each][name]["seeds"] for each in variants), strict=True):
             before["test"]["tokens"] = rng.normal(30, 1, 7).tolist()
@@ -80,8 +80,9 @@ def test_lengths_are_those_of_a_variant_minus_the_first(made: dict[str, Any]) ->
     tier["analysis"] = analyse(tier)
     rows = [[cell.text for cell in row] for row in lengths(made).rows]
     assert [row[:3] for row in rows] == [["exact", "20 % flipped minus 0 % flipped", name] for name in more]
-    assert [row[3] for row in rows] == ["+4.0* (+4.0 to +4.0)", "+0.0 (+0.0 to +0.0)", "-4.0* (-4.0 to -4.0)"]
-    assert [float(row[4]) < 0.05 for row in rows] == [True, False, True]
+    longer, same, shorter = "+4.0* (+4.0 to +4.0)", "+0.0 (+0.0 to +0.0)", "-4.0* (-4.0 to -4.0)"
+    assert [row[3] for row in rows] == [longer, longer, same, shorter]
+    assert [float(row[4]) < 0.05 for row in rows] == [True, True, False, True]
     assert "Length of replies" in markdown(made)
 
 
@@ -152,7 +153,7 @@ def made() -> dict[str, Any]:
         found["wins"] = {"given": wins(0.8), "swapped": wins(0.2), **shuffled}
         return found | ({"likelihood_wins": {each: wins(0.5) for each in shuffled}} if name == "orpo" else {})
 
-    names = ("orpo", "dpo", "chapter's step")
+    names = ("orpo", "orpo_style", "dpo", "chapter's step")
     tier: dict[str, Any] = {
         "facts": {"frontier": [{"kl": 0.5, "gold": 1.0}]},
         "size": study.size_record(TINY, 1.0),
@@ -190,11 +191,11 @@ def test_a_failed_sanity_check_fails_the_command_and_stands_on_the_first_line(
     assert first_line(made).startswith("Sanity: swapped labels mirror")
     raw = made["tiers"]["exact"]
     # As if the shuffled labels had been learned from: by much the same under every shuffle.
-    for number, labels in enumerate(raw["sanity"][1]["wins"]):
-        raw["sanity"][1]["wins"][labels] = ("0" * (30 * (labels == "swapped") + number)).ljust(200, "1")
+    for number, labels in enumerate(raw["sanity"][2]["wins"]):
+        raw["sanity"][2]["wins"][labels] = ("0" * (30 * (labels == "swapped") + number)).ljust(200, "1")
     raw["analysis"] = analyse(raw)
     assert raw["analysis"]["sanity"]["failed"] == ["dpo"]
-    assert raw["analysis"]["sanity"]["methods"][1]["mirrors"]
+    assert raw["analysis"]["sanity"]["methods"][2]["mirrors"]
     assert markdown(made).startswith("A SANITY CHECK FAILED (exact tier, dpo)")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exercise, "run_exercise", lambda *a: made)
