@@ -136,9 +136,13 @@ def findings(figures: dict[str, Any]) -> list[str]:
     if longer is not None and longer["low"] > 0.5:
         found.append(f"The judge prefers longer answers: {_text(longer)} for the same reply with empty words after it.")
     agreed = (figures.get("agreement") or {}).get("agreed")
-    if agreed is not None and agreed["low"] < _LITTLE_AGREEMENT:
-        rule = figures["agreement"]["rule"]
-        found.append(f"The judge agrees with {rule} in {_text(agreed)} of what both decide: little more than chance.")
+    if agreed is not None:
+        rule, count = figures["agreement"]["rule"], figures["agreement"]["both_decided"]
+        said = f"The judge agrees with {rule} in {_text(agreed)} of the {count} that both decide:"
+        if agreed["share"] < _LITTLE_AGREEMENT:
+            found.append(f"{said} little more than chance.")
+        elif agreed["low"] <= 0.5:
+            found.append(f"{said} too few to tell from chance.")
     return found
 
 

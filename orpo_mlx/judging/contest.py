@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from orpo_mlx.data.prompts import Prompt, prompt_key
+from orpo_mlx.errors import TrainingError
 from orpo_mlx.judging.intervals import Interval
 from orpo_mlx.judging.judges.rules import Rule
 from orpo_mlx.judging.judges.verdicts import (
@@ -18,6 +19,7 @@ from orpo_mlx.judging.judges.verdicts import (
     Judge,
     Loaded,
     Question,
+    Remote,
     Verdict,
     ballots,
     check_references,
@@ -69,17 +71,26 @@ def question_of(prompt: Prompt, first: str, second: str) -> Question:
     return Question(prompt.question, first, second, prompt.reference, prompt.pair)
 
 
-def check_judge(judge: Judge, prompts: Sequence[Prompt]) -> None:
+def check_judge(judge: Judge, prompts: Sequence[Prompt], setting: str = "judge") -> None:
     """Find out before replies are drawn what would keep a judge from judging them.
 
     Raises:
         DataError: it needs right answers, and a prompt has none.
-        ModelError: it is a model, and is not to be had.
+        ModelError: it is a model, and is not to be had, or a server that does not answer.
     """
     if isinstance(judge, Rule) and judge.needs_reference:
-        check_references([question_of(prompt, "", "") for prompt in prompts], judge.name)
+        check_references([question_of(prompt, "", "") for prompt in prompts], judge.name, setting)
     if isinstance(judge, Loaded):
         judge.find()
+
+
+def check_answers(judge: Judge) -> None:
+    """Raise TrainingError where a judge that another process is has stopped answering."""
+    if isinstance(judge, Remote) and judge.lost:
+        raise TrainingError(
+            f"`judge={judge.name}`: has stopped answering; what was judged before is saved: start it again and give "
+            "the same command"
+        )
 
 
 def compare_replies(

@@ -54,6 +54,8 @@ def evaluate(plan: Plan, prompts: Sequence[Prompt], reporter: Reporter) -> Evalu
         UserError: a model or the judge cannot be used, or a prompt cannot be given to them.
     """
     check_judge(plan.judge, prompts)
+    if plan.check is not None:
+        check_judge(plan.check, prompts, "check_judge")
     with reporter.bar("replies", 2 * len(prompts), "replies") as advance:
         replies = replies_of_both(
             plan.baseline,

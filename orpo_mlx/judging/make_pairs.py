@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from orpo_mlx.data.prompts import Prompt, distinct
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import read_json_table, save_json, sha256_of
-from orpo_mlx.judging.contest import check_judge, question_of
+from orpo_mlx.judging.contest import check_answers, check_judge, question_of
 from orpo_mlx.judging.generation import Generator
 from orpo_mlx.judging.judges.scorer import Asked, Scorer
 from orpo_mlx.judging.judges.verdicts import Judge, ballots
@@ -26,7 +26,7 @@ from orpo_mlx.judging.requests import ROWS, Loading, Sampling, Side
 from orpo_mlx.judging.sides import load_side, prompt_ids
 from orpo_mlx.models.adapters import weights_file
 from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.reporting.resumable_jsonl import FileMark, LineFile
+from orpo_mlx.reporting.resumable_jsonl import FileMark, LineFile, check_beginning
 
 # Prompts that are judged together and then written down.
 _JUDGED_TOGETHER = 16
@@ -64,8 +64,9 @@ class State:
         ConfigError: the file there is of a run with other settings.
     """
 
-    def __init__(self, output: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
+    def __init__(self, output: Path, identity: dict[str, Any], prompts: int, *, overwrite: bool) -> None:
         self._path = state_file(output)
+        self._prompts = prompts
         self.counts: Counter[str] = Counter()
         self.sampled = 0
         """Groups of prompts whose samples are drawn."""
@@ -97,6 +98,26 @@ class State:
         known = self._table.get(name)
         return None if known is None else FileMark(int(known["size"]), str(known["sha256"]))
 
+    def forget_lost(self, output: Path) -> list[str]:
+        """Begin again with what was removed since it was written; a sentence about each."""
+        said = []
+        if self.mark("output") is not None and not output.exists():
+            del self._table["output"]
+            said.append(f"{output} is gone: {self.judged} prompts are judged again.")
+            self.judged = self.rows = 0
+            self.counts.clear()
+        samples = samples_file(output)
+        # Who has judged all of them may have removed them.
+        if self.mark("samples") is not None and not samples.exists() and self.finished(output) is None:
+            del self._table["samples"]
+            said.append(f"{samples} is gone: the samples are drawn again.")
+            self.sampled = 0
+        return said
+
+    def finished(self, output: Path) -> FileMark | None:
+        """What was made of the prompts, where all were judged and it is there."""
+        return self.mark("output") if self.judged == self._prompts and output.exists() else None
+
     def save(self, name: str, file: LineFile) -> None:
         """Write down what is done, once the lines of it are on the disk."""
         file.sync()
@@ -121,7 +142,8 @@ def make_pairs(
     """Sample, score, and write `output`; a run that was killed goes on where it was.
 
     Raises:
-        UserError: model, judge or prompts cannot be used, or the output is another run's.
+        UserError: model, judge or prompts cannot be used, the output is another run's, or a judge that is a server has
+            stopped answering.
         OSError: the disk is full.
     """
     repeated = len(prompts)
@@ -129,12 +151,19 @@ def make_pairs(
     if repeated > len(prompts):
         reporter.say(f"{repeated - len(prompts)} prompts repeat another and are asked once.")
     check_judge(plan.judge, prompts)
-    state = State(output, identity_of(plan, prompts), overwrite=overwrite)
+    state = State(output, identity_of(plan, prompts), len(prompts), overwrite=overwrite)
     if state.is_new:
         # A state of an earlier run, or its samples, must not be taken for this one's.
         # The state first: if this is killed in between, it must not speak of files that are gone.
         for path in (state_file(output), samples_file(output), output):
             path.unlink(missing_ok=True)
+    for sentence in state.forget_lost(output):
+        reporter.say(sentence)
+    finished = state.finished(output)
+    if finished is not None:
+        # Whatever was added to it since is the user's own.
+        check_beginning(output, finished)
+        return PairCounts(len(prompts), state.rows, dict(state.counts))
     draw_samples(plan, prompts, output, state, reporter)
     judge_samples(plan, prompts, output, state, reporter)
     return PairCounts(len(prompts), state.rows, dict(state.counts))
@@ -149,10 +178,11 @@ def identity_of(plan: PairPlan, prompts: Sequence[Prompt]) -> dict[str, Any]:
         "side": plan.side.model,
         # By what is in the file: another training may have written to the same folder since.
         "adapter": None if weights is None else sha256_of(weights),
-        "judge": plan.judge.identity if isinstance(plan.judge, Scorer) else plan.judge.name,
+        "judge": plan.judge.identity,
         "sampling": plan.sampling._asdict(),
         "loading": plan.loading.dtype,
-        "prompts": sha256_of(head=repr([prompt.pair for prompt in prompts]).encode()),
+        # A rule compares with the right answer, which a row of prompt and answer has beside its pair.
+        "prompts": sha256_of(head=repr([(prompt.pair, prompt.reference) for prompt in prompts]).encode()),
     }
 
 
@@ -189,10 +219,11 @@ def judge_samples(plan: PairPlan, prompts: Sequence[Prompt], output: Path, state
         while state.judged < len(prompts):
             chunk = slice(state.judged, state.judged + _JUDGED_TOGETHER)
             kept = [different(samples, state.counts) for samples in drawn[chunk]]
+            scores = list(score(plan.judge, prompts[chunk], kept, state.counts))
+            # Before they are written down as judged.
+            check_answers(plan.judge)
             rows = []
-            for prompt, scored in zip(
-                prompts[chunk], score(plan.judge, prompts[chunk], kept, state.counts), strict=True
-            ):
+            for prompt, scored in zip(prompts[chunk], scores, strict=True):
                 rows += make_rows(prompt, scored, plan.form, plan.min_gap, provenance(plan, prompt), state.counts)
             file.append(rows)
             state.rows += len(rows)

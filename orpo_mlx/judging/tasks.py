@@ -14,8 +14,8 @@ from orpo_mlx.judging.sides import load_side
 from orpo_mlx.models.adapters import adapters_off, has_switchable_adapters, in_evaluation
 from orpo_mlx.models.loading import LoadedModel
 
-Items = dict[str, dict[str, bool]]
-"""By task, then by item: whether it was answered right."""
+Samples = Sequence[Mapping[str, Any]]
+"""What lm-eval says of each item of a task: `doc_id`, `filter`, `metrics` and a value of each of these."""
 
 
 class TaskPlan(NamedTuple):
@@ -46,9 +46,9 @@ def run_tasks(plan: TaskPlan) -> dict[str, Regression]:
         raise ModelError(
             f"{plan.side.adapter}: holds whole weights, which cannot be switched off; tasks need LoRA or DoRA."
         )
-    before = right_items(plan, loaded, manager, adapters_off(loaded.model))
-    after = right_items(plan, loaded, manager, nullcontext())
-    return {name: compare_items(before[name], after[name]) for name in before}
+    before = answered_items(plan, loaded, manager, adapters_off(loaded.model))
+    after = answered_items(plan, loaded, manager, nullcontext())
+    return {name: compare_samples(name, before[name], after[name]) for name in before}
 
 
 def task_manager(plan: TaskPlan) -> Any:
@@ -64,8 +64,10 @@ def task_manager(plan: TaskPlan) -> Any:
     return manager
 
 
-def right_items(plan: TaskPlan, loaded: LoadedModel, manager: Any, state: AbstractContextManager[None]) -> Items:
-    """Whether each item of each task is answered right, in a `state` such as that with the adapters off."""
+def answered_items(
+    plan: TaskPlan, loaded: LoadedModel, manager: Any, state: AbstractContextManager[None]
+) -> Mapping[str, Samples]:
+    """The items of each task as they are answered in a `state` such as that with the adapters off."""
     import lm_eval
 
     with state, in_evaluation(loaded.model):
@@ -81,7 +83,8 @@ def right_items(plan: TaskPlan, loaded: LoadedModel, manager: Any, state: Abstra
             )
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
             raise DataError(f"`tasks`: lm-eval cannot run them ({reason_of(error)}).") from error
-    return {name: items_of(name, samples) for name, samples in found["samples"].items()}
+    answered: Mapping[str, Samples] = found["samples"]
+    return answered
 
 
 def harness_model(loaded: LoadedModel) -> Any:
@@ -98,15 +101,20 @@ def harness_model(loaded: LoadedModel) -> Any:
         module.load = real
 
 
-def items_of(task: str, samples: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
-    """Whether each item was right, by the task's first metric that is 0 or 1 for all.
+def compare_samples(task: str, before: Samples, after: Samples) -> Regression:
+    """Items right before and after, by the task's first metric that is 0 or 1 for all of both.
 
     Raises:
         DataError: it has none.
     """
-    for metric in dict.fromkeys(name for sample in samples for name in sample.get("metrics", ())):
-        # By filter too: a task with several lists every item once for each of them.
-        values = [(f"{sample['doc_id']}/{sample.get('filter', '')}", sample.get(metric)) for sample in samples]
-        if all(value in (0, 1) for _, value in values):
-            return {name: bool(value) for name, value in values}
+    # Of both: a graded metric may happen to be 0 for every item of a poor model.
+    both = [*before, *after]
+    for metric in dict.fromkeys(name for sample in both for name in sample.get("metrics", ())):
+        if all(sample.get(metric) in (0, 1) for sample in both):
+            return compare_items(_right(before, metric), _right(after, metric))
     raise DataError(f"`tasks`: {task} has no metric that is right or wrong for each item; give another.")
+
+
+def _right(samples: Samples, metric: str) -> dict[str, bool]:
+    # By filter too: a task with several lists every item once for each of them.
+    return {f"{sample['doc_id']}/{sample.get('filter', '')}": bool(sample[metric]) for sample in samples}

@@ -29,6 +29,20 @@ class Marks(NamedTuple):
     files: dict[str, FileMark]
 
 
+def check_beginning(path: Path, since: FileMark) -> Any:
+    """The hash, to be gone on with, of what a file held when it was marked; TrainingError where it does not now."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(since.size))
+        size = file.tell()
+    if (size, digest.hexdigest()) != since:
+        raise TrainingError(
+            f"{path}: its first {since.size} bytes are not those that were written before; put the file back, or move "
+            "it away to begin a new one"
+        )
+    return digest
+
+
 class LineFile:
     """One JSON object a line, each call's lines appended in one piece.
 
@@ -45,21 +59,12 @@ class LineFile:
         self._size = 0
         self._digest = hashlib.sha256()
         if since is not None and path.exists():
-            self._take_up(since)
+            self._digest = check_beginning(path, since)
+            self._size = since.size
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         # One operation of the file system: interrupted before or after, it is done again, or found done, when the run
         # is next resumed.
         os.ftruncate(self._handle, self._size)
-
-    def _take_up(self, since: FileMark) -> None:
-        with self._path.open("rb") as file:
-            self._digest.update(file.read(since.size))
-            self._size = file.tell()
-        if (self._size, self._digest.hexdigest()) != since:
-            raise TrainingError(
-                f"{self._path}: its first {since.size} bytes are not those the checkpoint was saved with; put the file "
-                "back, or move it away to begin a new one"
-            )
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append objects without NaN or infinity.

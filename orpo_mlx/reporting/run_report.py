@@ -28,6 +28,7 @@ from orpo_mlx.reporting.metrics_log import (
     read_run,
     read_samples,
 )
+from orpo_mlx.reporting.model_card import shareable
 from orpo_mlx.text import printable
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
 
 
 def run_facts(folder: Path) -> dict[str, str]:
-    """What a run is, by what is said of it, from its `run.json`; empty where it has none."""
+    """What a run is, by what is said of it, from its `run.json`; empty where it has none. Of paths only the last part:
+    a report is shown to others."""
     try:
         table = read_json_table(folder / RUN_FILE, DataError)
     except DataError:
@@ -109,7 +111,7 @@ def run_facts(folder: Path) -> dict[str, str]:
         # With a space, at which a narrow column breaks it.
         "started": str(table["started"]).replace("T", " ") if table.get("started") else None,
     }
-    return {name: printable(str(value)) for name, value in facts.items() if value is not None}
+    return {name: printable(str(shareable(value))) for name, value in facts.items() if value is not None}
 
 
 def facts_table(runs: Sequence[RunLog], facts: Sequence[Mapping[str, str]]) -> Table | None:

@@ -18,7 +18,7 @@ from orpo_mlx.data.sources import find_splits
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import read_json_table, save_json, sha256_of
 from orpo_mlx.folder_lock import locked
-from orpo_mlx.judging.contest import check_judge
+from orpo_mlx.judging.contest import check_answers, check_judge
 from orpo_mlx.judging.evaluate import Plan, evaluate, write_replies
 from orpo_mlx.judging.generation import Generated
 from orpo_mlx.judging.make_pairs import PairCounts, PairPlan, make_pairs
@@ -133,6 +133,8 @@ class Rounds:
             baseline_replies=self._known_base_replies(),
         )
         found = evaluate(plan, self.asked, self.reporter)
+        # Its failures would be a reason to stop for good.
+        check_answers(self.judge)
         save_json(self.folder / "base-replies.json", {"replies": [list(reply) for reply in found.replies.baseline]})
         write_replies(self.folder / f"round-{number}-replies.jsonl", found.judged)
         save_json(self.folder / f"round-{number}-evaluation.json", found.figures)

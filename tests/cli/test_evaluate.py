@@ -81,7 +81,9 @@ def test_a_judge_that_says_nothing_useful_ends_in_counts_and_one_sentence(
         (("--judge", "rule:plain", "--temp", "-1"), "--temp: found -1.0"),
         (("--judge", "rule:plain", "--baseline-adapter", "nowhere"), "--baseline-adapter nowhere: holds no"),
         (("--judge", "rule:exact"), "--judge rule:exact: 4 of 4 rows have no right answer"),
+        (("--judge", "rule:plain", "--check-judge", "rule:exact"), "--check-judge rule:exact: 4 of 4 rows have no"),
         (("--judge", "http://"), "--judge http://: is no address"),
+        (("--judge", "http://127.0.0.1:1/v1"), "--judge http://127.0.0.1:1/v1: could not be reached"),
         (("--judge", "rule:plain", "--json", "/nowhere/x.json"), "--json /nowhere/x.json: cannot be written there"),
     ],
 )

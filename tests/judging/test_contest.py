@@ -24,7 +24,7 @@ from orpo_mlx.reporting.console import Reporter
 class Scripted:
     """A judge that does what a function says."""
 
-    name = "scripted"
+    name = identity = "scripted"
     fair = False
 
     def __init__(self, verdict: Callable[[Question], Verdict]) -> None:
@@ -164,3 +164,18 @@ def test_a_judge_that_could_not_judge_says_so_before_replies_are_drawn(
         pairing.make_pairs(pairing.PairPlan(side, judge, Sampling(4)), asked, tmp_path / "o.jsonl", Reporter())
     assert str(caught.value).startswith(message)
     assert not list(tmp_path.glob("o.jsonl*"))
+
+
+@pytest.mark.parametrize(
+    ("agreed", "count", "said"),
+    [
+        ({"share": 0.5, "low": 0.3, "high": 0.7}, 20, "20 that both decide: little more than chance"),
+        ({"share": 1.0, "low": 0.48, "high": 1.0}, 3, "3 that both decide: too few to tell from chance"),
+        ({"share": 1.0, "low": 0.566, "high": 1.0}, 5, ""),
+    ],
+)
+def test_agreement_is_little_or_hardly_measured(agreed: dict[str, float], count: int, said: str) -> None:
+    agreement = {"rule": "rule:plain", "agreed": agreed, "both_decided": count}
+    found = " ".join(findings({"order": {"first_preferred": None}, "agreement": agreement}))
+    assert said in found
+    assert bool(said) == bool(found)

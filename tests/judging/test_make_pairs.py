@@ -14,7 +14,7 @@ from rich.console import Console
 
 from orpo_mlx.data.pairs import Reading, load_pairs
 from orpo_mlx.data.prompts import Prompt, read_prompt
-from orpo_mlx.errors import ConfigError
+from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.files import save_json
 from orpo_mlx.judging import make_pairs as module
 from orpo_mlx.judging.judges.judges import make_judge
@@ -82,7 +82,7 @@ def test_rows_are_what_training_reads(form: str, tmp_path: Path) -> None:
 
 def test_a_model_that_judges_scores_against_the_first_sample_in_both_orders() -> None:
     class Judge:
-        name = "scripted"
+        name = identity = "scripted"
         fair = False
 
         def __call__(self, questions: Sequence[Question], progress: Callable[[int], None]) -> list[Verdict]:
@@ -165,12 +165,78 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(
     assert make_pairs(plan(model_folder), prompts(), cut, QUIET) == expected
 
 
+def test_what_was_removed_is_made_again_and_what_was_added_stays(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "pairs.jsonl"
+    expected = make_pairs(plan(model_folder), prompts(), output, QUIET)
+    whole, drawn = output.read_bytes(), samples_file(output).read_bytes()
+    assert expected.rows
+    said = Reporter(Console(width=200))
+    for removed in ([output], [output, samples_file(output)]):
+        for path in removed:
+            path.unlink()
+        assert make_pairs(plan(model_folder), prompts(), output, said) == expected
+        assert output.read_bytes() == whole
+        assert samples_file(output).read_bytes() == drawn
+        text = capsys.readouterr().out.replace("\n", "")
+        assert f"{output} is gone: 36 prompts are judged again." in text
+        assert ("the samples are drawn again" in text) == (len(removed) == 2)
+    # Finished, nothing of a user's is cut off, and the samples are needed no more.
+    output.write_bytes(whole + b'{"mine": 1}\n')
+    samples_file(output).unlink()
+    assert make_pairs(plan(model_folder), prompts(), output, QUIET) == expected
+    assert output.read_bytes() == whole + b'{"mine": 1}\n'
+    output.write_bytes(whole[1:])
+    with pytest.raises(TrainingError, match="are not those that were written before"):
+        make_pairs(plan(model_folder), prompts(), output, QUIET)
+
+
+class Server:
+    """A judge that another process is, and that is gone for a while."""
+
+    name = identity = "a server"
+    fair = False
+    lost = False
+    down = range(0)
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, questions: Sequence[Question], progress: Callable[[int], None]) -> list[Verdict]:
+        self.calls += 1
+        self.lost = self.calls in self.down
+        lengths = [(len(each.first), len(each.second)) for each in questions]
+        failure = Verdict(None, "refused")
+        return [failure if self.lost else Verdict(FIRST if a < b else SECOND if a > b else TIE) for a, b in lengths]
+
+
+def test_a_judge_that_is_gone_for_a_while_changes_nothing(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_JUDGED_TOGETHER", 8)
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    expected = make_pairs(plan(model_folder, judge=Server()), prompts(), whole, QUIET)
+    assert expected.rows
+    gone = Server()
+    # Both orders of a group are a call each: in the midst of the second and of the third group.
+    gone.down = range(4, 5)
+    with pytest.raises(TrainingError, match="a server`: has stopped answering; what was judged before is saved"):
+        make_pairs(plan(model_folder, judge=gone), prompts(), cut, QUIET)
+    assert 0 < len(cut.read_bytes()) < len(whole.read_bytes())
+    assert make_pairs(plan(model_folder, judge=gone), prompts(), cut, QUIET) == expected
+    assert cut.read_bytes() == whole.read_bytes()
+
+
 def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path, model_folder: Path) -> None:
     output = tmp_path / "pairs.jsonl"
     make_pairs(plan(model_folder), prompts()[:4], output, QUIET)
     other = plan(model_folder, judge=make_judge("rule:plain"))
     with pytest.raises(ConfigError, match="was begun with another judge; give `overwrite`"):
         make_pairs(other, prompts()[:4], output, QUIET)
+    answered = [each._replace(reference="yes") for each in prompts()[:4]]
+    with pytest.raises(ConfigError, match="was begun with another prompts"):
+        make_pairs(plan(model_folder), answered, output, QUIET)
     make_pairs(other, prompts()[:4], output, QUIET, overwrite=True)
     assert json.loads(state_file(output).read_text())["identity"]["judge"] == "rule:plain"
     state_file(output).unlink()

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from orpo_mlx.cli.evaluate import main
+from orpo_mlx.errors import DataError
+from orpo_mlx.judging.tasks import compare_samples
 from tests.conftest import write_rows
 from tests.helpers.tuned_adapters import ANSWER, PROMPT, tuned_adapters
 
@@ -60,3 +62,17 @@ def test_what_tasks_need_is_said(tmp_path: Path, model_folder: Path, capsys: pyt
         error = capsys.readouterr().err
         assert message in error
         assert len(error.splitlines()) == 1
+
+
+def answered(f1: list[float], em: list[float]) -> list[dict[str, object]]:
+    rows = enumerate(zip(f1, em, strict=True))
+    return [{"doc_id": number, "metrics": ["f1", "em"], "f1": a, "em": b} for number, (a, b) in rows]
+
+
+def test_before_and_after_are_held_against_each_other_by_one_metric() -> None:
+    # Graded, and yet 0 for every item of a model that knows nothing.
+    before, after = answered([0.0, 0.0, 0.0], [0.0, 1.0, 0.0]), answered([1.0, 0.4, 0.0], [1.0, 0.0, 0.0])
+    found = compare_samples("qa", before, after)
+    assert (found.kept, found.gained, found.lost, found.missed) == (0, 1, 1, 1)
+    with pytest.raises(DataError, match="qa has no metric that is right or wrong"):
+        compare_samples("qa", before, answered([1.0, 0.4, 0.0], [1.0, 0.5, 0.0]))

@@ -16,6 +16,7 @@ from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.reporting import hub as module
 from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.reporting.run_report import write_report
 from orpo_mlx.train import train
 from tests.helpers.quiet_training import run_quietly
 
@@ -71,6 +72,19 @@ def test_everything_but_checkpoints_is_sent_as_it_is_and_without_local_paths(ada
     here = str(adapters.parent).encode()
     assert here in (adapters / "run.json").read_bytes()
     assert not any(here in content or own["model"].encode() in content for content in hub.sent.values())
+
+
+def test_a_report_that_is_sent_names_no_local_paths(adapters: Path, hub: Hub) -> None:
+    write_report([adapters], adapters)
+    assert main([str(adapters), "me/mine"]) == 0
+    assert {"report.html", "report.png"} <= set(hub.sent)
+    settings = json.loads((adapters / "run.json").read_text())["settings"]
+    model, data = Path(settings["model"]), Path(settings["data"])
+    page = hub.sent["report.html"].decode()
+    assert model.name in page
+    for path in (model, data):
+        assert path.is_absolute()
+        assert str(path.parent) not in page
 
 
 def test_private_is_passed_on(adapters: Path, hub: Hub) -> None:

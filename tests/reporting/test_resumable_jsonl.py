@@ -44,7 +44,7 @@ def test_a_file_that_does_not_begin_as_it_should_is_left_alone(tmp_path: Path, c
     mark = file.mark()
     file.close()
     path.write_text(content)
-    with pytest.raises(TrainingError, match="its first 18 bytes are not those the checkpoint was saved with"):
+    with pytest.raises(TrainingError, match="its first 18 bytes are not those that were written before"):
         LineFile(path, mark)
     assert path.read_text() == content
     path.unlink()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from rich.console import Console
 
 import orpo_mlx.files
 from orpo_mlx.cli.iterate import main
-from orpo_mlx.errors import ConfigError, DataError
+from orpo_mlx.errors import ConfigError, DataError, TrainingError
+from orpo_mlx.judging.judges.verdicts import FIRST, SECOND, TIE, Question, Verdict
 from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.rounds.iterate import RECORD, iterate
+from orpo_mlx.rounds.iterate import RECORD, Rounds, iterate
 from orpo_mlx.rounds.settings import RoundsConfig, rounds_config
 from tests.conftest import SMALL, write_rows
 from tests.helpers.kill_and_resume import adapters, metrics
@@ -121,3 +122,40 @@ def test_a_judge_that_cannot_judge_the_last_prompts_is_refused_before_the_first(
     with pytest.raises(DataError, match=r"4 of 5 rows have no right answer, the first of them .*test\.jsonl:1"):
         iterate(made, tmp_path / "out", QUIET)
     assert not (tmp_path / "out" / RECORD).exists()
+
+
+class Shorter:
+    """Prefers the shorter reply, as long as it is there."""
+
+    name = identity = "a server"
+    fair = False
+    lost = False
+
+    def __call__(self, questions: Sequence[Question], progress: Callable[[int], None]) -> list[Verdict]:
+        if self.lost:
+            return [Verdict(None, "refused")] * len(questions)
+        lengths = [(len(each.first), len(each.second)) for each in questions]
+        return [Verdict(FIRST if a < b else SECOND if a > b else TIE) for a, b in lengths]
+
+
+def test_a_judge_that_goes_away_ends_no_rounds(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config(tmp_path, model_folder, rounds=1)
+    server = Shorter()
+    monkeypatch.setattr(RoundsConfig, "make_judge", lambda self: server)
+    trained = Rounds.train
+
+    def gone_after_training(self: Rounds, number: int) -> dict[str, Any]:
+        found = trained(self, number)
+        server.lost = True
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rounds, "train", gone_after_training)
+        with pytest.raises(TrainingError, match="has stopped answering"):
+            iterate(made, tmp_path / "out", QUIET)
+    server.lost = False
+    record = iterate(made, tmp_path / "out", QUIET)
+    assert record["stopped"] == "all rounds are done"
+    assert record["rounds"][0]["evaluation"]["judge_failures"] == 0

@@ -261,7 +261,8 @@ def _identity(
     task: Task, variant: str, contender: Contender, setting: Setting, seed: int, steps: int
 ) -> dict[str, Any]:
     named = {"tier": task.name, "variant": variant, "method": contender.name, **setting._asdict()}
-    return {**named, "seed": seed, "steps": steps}
+    # What a training is worth depends on when it was looked at.
+    return {**named, "seed": seed, "steps": steps, "looks": look_steps(task, steps)}
 
 
 def _swapped(pair: TokenizedPair) -> TokenizedPair:

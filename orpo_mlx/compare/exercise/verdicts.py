@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from orpo_mlx.compare.exercise.significance import mean_with_error, paired_bootstrap
+from orpo_mlx.compare.exercise.significance import holm, mean_with_error, paired_bootstrap, student_p
 
 ORPO, DPO = "orpo", "dpo"
 CHAPTERS = "orpo_style"
@@ -21,6 +21,7 @@ Variant = Mapping[str, Mapping[str, Any]]
 
 # Settings from which a grid says something of a method: four rates by three strengths.
 _REAL_GRID = 12
+_LEVEL = 0.05
 # "Twice", of peaks that are predicted within a tenth.
 _TWICE = 1.9
 
@@ -111,13 +112,14 @@ def convergence(variant: Variant, bound: float, name: str = ORPO) -> Verdict:
         place: tuple(statistics.fmean(pair[side][place]["kl"] for pair in curves) for side in (0, 1)) for place in looks
     }
     within = [place for place in looks if max(kls[place]) <= bound]
-    found = [seed_interval([a[place]["gold"] - b[place]["gold"] for a, b in curves]) for place in within]
-    ahead = sum(low > 0 for _, low, _ in found)
-    behind = sum(high < 0 for _, _, high in found)
+    found = [seed_mean([a[place]["gold"] - b[place]["gold"] for a, b in curves]) for place in within]
+    ps = holm({str(place): p for place, (*_, p) in zip(within, found, strict=True)})
+    parted = [mean for (mean, *_), p in zip(found, ps.values(), strict=True) if p < _LEVEL]
+    ahead, behind = sum(mean > 0 for mean in parted), sum(mean < 0 for mean in parted)
     steps = {place: curves[0][0][place]["step"] for place in looks}
     shown = "; ".join(
         f"step {steps[place]}: {mean:+.2f} ({low:+.2f} to {high:+.2f})"
-        for place, (mean, low, high) in zip(within, found, strict=True)
+        for place, (mean, low, high, _) in zip(within, found, strict=True)
     )
     if ahead and behind:
         verdict = f"depends on the budget: {label} is ahead at {ahead} and behind at {behind} of {len(found)} looks"
@@ -125,7 +127,10 @@ def convergence(variant: Variant, bound: float, name: str = ORPO) -> Verdict:
         verdict = CONFIRMED if ahead else REFUTED
     else:
         verdict = f"{OPEN}: no look parts them; see what the design could find"
-    limit = "the same steps are the same pair tokens; seconds are in the costs. No comparison at equal KL"
+    limit = (
+        "looks count after Holm's correction for their number; the same steps are the same pair tokens; seconds are in "
+        "the costs. No comparison at equal KL"
+    )
     if within:
         kl, dpo_kl = kls[within[-1]]
         rate, dpo_rate = (variant[each]["chosen"]["rate"] for each in (name, DPO))
@@ -150,16 +155,28 @@ def _seeds(variant: Variant, name: str) -> list[tuple[Any, Any]]:
     return list(zip(variant[name]["seeds"], variant[DPO]["seeds"], strict=True))
 
 
-def seed_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95 % interval over seeds by Student's t; without bounds for one seed."""
+class SeedMean(NamedTuple):
+    """A mean over seeds."""
+
+    mean: float
+    low: float
+    """Of its 95 % interval by Student's t; without bounds for one seed."""
+    high: float
+    p: float
+    """Two-sided, of a mean of 0."""
+
+
+def seed_mean(values: Sequence[float]) -> SeedMean:
+    """The mean of a value for each seed."""
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return mean, -math.inf, math.inf
+        return SeedMean(mean, -math.inf, math.inf, 1.0)
     # The 97.5 % points for few degrees of freedom (any table of Student's t), else the normal one, which is within 5 %.
     points = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
     point = points[len(values) - 2] if len(values) - 2 < len(points) else 2.093
-    half = point * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    p = student_p(mean / error, len(values) - 1) if error else float(mean == 0)
+    return SeedMean(mean, mean - point * error, mean + point * error, p)
 
 
 def sensitivity(variants: Mapping[str, Variant], name: str = ORPO) -> Verdict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import os
 import threading
 import time
@@ -14,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
-from orpo_mlx.errors import ConfigError
-from orpo_mlx.judging.judges.verdicts import Question, Verdict, judge_parts, read_verdict
+from orpo_mlx.errors import ConfigError, ModelError
+from orpo_mlx.judging.judges.verdicts import FAILURES, Question, Verdict, judge_parts, read_verdict
 
 LOOPBACK = "http://127.0.0.1:8080/v1"
 """Where mlx_lm.server answers."""
@@ -29,9 +30,11 @@ MOST_BYTES = 10_000_000
 _BLOCK = 1 << 16
 # As many requests as small servers take at once.
 _THREADS = 4
-# A server that is not there need not be asked hundreds of times.
-_GIVE_UP = 8
+# A server that is not there need not be asked hundreds of times: after so many failures once in so many seconds.
+_GIVE_UP, _PAUSE_SECONDS = 8, 10.0
 _LOST = ("timeout", "refused")
+# Has an answer that no judge gets wrong; whether it is right is not looked at.
+_GREETING = Question("What is two and two?", "Four.", "Five.")
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -69,6 +72,25 @@ class EndpointJudge:
         # Questions are asked in several threads: a count that two of them read and write back would lose one.
         self._lock = threading.Lock()
         self._lost_in_a_row = 0
+        self._asked_at = -math.inf
+
+    @property
+    def identity(self) -> str:
+        """See `Judge`."""
+        return f"{self.name} {self._model}, {self._max_tokens} tokens"
+
+    @property
+    def lost(self) -> bool:
+        """See `Remote`."""
+        return self._lost_in_a_row >= _GIVE_UP
+
+    def find(self) -> None:
+        """See `Loaded`: asks one question, whatever the answer; ModelError where none comes."""
+        failure = self._ask(_GREETING).failure
+        if failure is not None and failure != "unreadable":
+            raise ModelError(
+                f"`judge={self.name}`: {FAILURES[failure]}; start the server, or give another judge or address."
+            )
 
     def __call__(self, questions: Sequence[Question], progress: Callable[[int], None]) -> list[Verdict]:
         """See `Judge`; never raises for what the endpoint does."""
@@ -82,8 +104,10 @@ class EndpointJudge:
     def ask(self, question: Question) -> Verdict:
         """The verdict on one question, or why there is none."""
         with self._lock:
-            if self._lost_in_a_row >= _GIVE_UP:
+            now = time.monotonic()
+            if self.lost and now < self._asked_at + _PAUSE_SECONDS:
                 return Verdict(None, "refused")
+            self._asked_at = now
         verdict = self._ask(question)
         with self._lock:
             self._lost_in_a_row = self._lost_in_a_row + 1 if verdict.failure in _LOST else 0

@@ -11,11 +11,11 @@ from orpo_mlx.data.tokens.tokenization import PairTokenizer
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ModelError
-from orpo_mlx.files import sha256_of
+from orpo_mlx.files import read_json_table, sha256_of
 from orpo_mlx.judging.judges.model_judge import context_of
 from orpo_mlx.judging.judges.scorer import IMPLICIT, Asked, Score, Scorer, number
 from orpo_mlx.models.adapters import adapters_off, add_trained_adapters, has_switchable_adapters, weights_file
-from orpo_mlx.models.loading import LoadedModel, load
+from orpo_mlx.models.loading import LoadedModel, find, load
 from orpo_mlx.models.recorded import base_model
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 from orpo_mlx.process_memory import clear_cache_above
@@ -60,6 +60,12 @@ class ImplicitJudge(Scorer):
         weights = weights_file(self._folder)
         return self.name if weights is None else f"{self.name} {sha256_of(weights)}"
 
+    def find(self) -> None:
+        """See `Loaded`; ModelError also where what was trained leaves no model to compare with."""
+        if read_json_table(self._folder / "adapter_config.json", ModelError).get("fine_tune_type") == "full":
+            raise self._not_switchable()
+        find(self._base, trust_remote_code=self._trust_remote_code, source="`judge`")
+
     def scores(self, asked: Sequence[Asked], progress: Callable[[int], None]) -> list[Score]:
         """See `Scorer`; ModelError where the model cannot be used, DataError where a row cannot be given to it."""
         loaded = self._load()
@@ -84,12 +90,14 @@ class ImplicitJudge(Scorer):
             loaded = load(self._base, dtype=self._dtype, trust_remote_code=self._trust_remote_code)
             add_trained_adapters(loaded.model, self._folder, f"`judge={self.name}`:")
             if not has_switchable_adapters(loaded.model):
-                raise ModelError(
-                    f"`judge={self.name}`: holds whole weights, which leave no model to compare with; expected LoRA or "
-                    "DoRA."
-                )
+                raise self._not_switchable()
             self._loaded = loaded
         return self._loaded
+
+    def _not_switchable(self) -> ModelError:
+        return ModelError(
+            f"`judge={self.name}`: holds whole weights, which leave no model to compare with; expected LoRA or DoRA."
+        )
 
 
 def log_ratios(model: nn.Module, pairs: Sequence[TokenizedPair]) -> list[float]:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_mlx.data.tokens.bounded_templates import render
 from orpo_mlx.errors import DataError, ModelError, reason_of
-from orpo_mlx.judging.judges.verdicts import FIRST, SECOND, TIE, Question, Verdict, judge_parts, read_verdict
+from orpo_mlx.judging.judges.verdicts import (
+    FIRST,
+    SECOND,
+    THOUGHT,
+    TIE,
+    Question,
+    Verdict,
+    judge_parts,
+    read_verdict,
+)
 from orpo_mlx.judging.requests import Sampling
 from orpo_mlx.process_memory import clear_cache_above
 
@@ -20,6 +29,8 @@ TOKENS = 16
 # Judges' prompts are long, and all of them are in memory at once.
 _ROWS = 16
 _UNKNOWN_CONTEXT = 1 << 20
+# Within which `<think>` and a line's end fit.
+_OPENING_TOKENS = 8
 
 
 CHOICE = "choice:"
@@ -47,18 +58,26 @@ class ModelJudge:
         self._trust_remote_code = trust_remote_code
         self._loaded: LoadedModel | None = None
 
+    @property
+    def identity(self) -> str:
+        """See `Judge`."""
+        return f"{self.name}, {self._max_tokens} tokens, {self._dtype}"
+
     def __call__(self, questions: Sequence[Question], progress: Callable[[int], None]) -> list[Verdict]:
         """See `Judge`; ModelError where the model cannot be used, DataError where it lacks ids of its tokenizer's."""
         # Here and not above: a command names a judge before it waits for mlx-lm.
         from orpo_mlx.judging.generation import Generator
 
         loaded = self._load()
-        generator = Generator(loaded.model, loaded.tokenizer, Sampling(self._max_tokens), rows=_ROWS)
+        tokenizer: Any = loaded.tokenizer
+        generator = Generator(loaded.model, tokenizer, Sampling(self._max_tokens), rows=_ROWS)
         asked = self._asked(loaded, questions, self._max_tokens)
         verdicts = [Verdict(None, "prompt_too_long")] * len(questions)
         said = generator.replies(list(asked.values()), progress)
         for number, (reply,) in zip(asked, said, strict=True):
-            verdicts[number] = read_verdict(reply.text)
+            # Some templates open the thought themselves.
+            opened = tokenizer.decode(asked[number][-_OPENING_TOKENS:]).rstrip().endswith(THOUGHT)
+            verdicts[number] = read_verdict(THOUGHT + reply.text if opened else reply.text)
         clear_cache_above(0)
         return verdicts
 

@@ -64,16 +64,29 @@ class Judge(Protocol):
     fair: bool
     """Whether the order of the replies cannot matter to it, as to a rule; it is then asked once, and not calibrated."""
 
+    @property
+    def identity(self) -> str:
+        """Equal for judges that give the same verdicts, as far as can be told without asking them."""
+
     def __call__(self, questions: Sequence[Question], progress: Callable[[int], None]) -> list[Verdict]:
         """A verdict on each question; `progress` is called with the number judged so far."""
 
 
 @runtime_checkable
 class Loaded(Protocol):
-    """A judge that is loaded from somewhere, when it is first asked."""
+    """A judge that is loaded from somewhere, or reached somewhere, when it is first asked."""
 
     def find(self) -> None:
         """Make sure that it is there, without reading its weights; ModelError where it cannot be had."""
+
+
+@runtime_checkable
+class Remote(Protocol):
+    """A judge that another process is."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether it has stopped answering; what it was asked since has no verdict, and could have one later."""
 
 
 class Ballot(NamedTuple):
@@ -145,13 +158,17 @@ def judge_parts(question: Question) -> list[tuple[str, bool]]:
 _MARK = re.compile(r"\[\[(A|B|TIE|C)\]\]")
 _BARE = re.compile(r"\s*(A|B|TIE)\s*[.!]?\s*", re.IGNORECASE)
 _WINNERS = {"A": FIRST, "B": SECOND, "TIE": TIE, "C": TIE}
+THOUGHT = "<think>"
 # Some judges think aloud first; what they weigh there is no verdict.
 _THOUGHT = re.compile(r"^.*</think>", re.DOTALL)
 
 
 def read_verdict(said: str) -> Verdict:
-    """The verdict in a judge's answer: one kind of mark in all of it, or A, B or TIE and nothing else."""
+    """The verdict in a judge's answer: one kind of mark in all of it, or A, B or TIE and nothing else; none in a
+    thought that was cut off."""
     said = _THOUGHT.sub("", said)
+    if THOUGHT in said:
+        return Verdict(None, "unreadable")
     marks = set(_MARK.findall(said))
     if not marks:
         # All of the answer: within a sentence a bare A is an article.
@@ -162,13 +179,13 @@ def read_verdict(said: str) -> Verdict:
     return Verdict(_WINNERS[marks.pop()])
 
 
-def check_references(questions: Sequence[Question], judge: str) -> None:
-    """Make sure that every question has a right answer; DataError where one has none."""
+def check_references(questions: Sequence[Question], judge: str, setting: str = "judge") -> None:
+    """Make sure that every question has a right answer; DataError, which names the setting, where one has none."""
     missing = [question for question in questions if question.reference is None]
     if missing:
         row = missing[0].row
         where = "" if row is None else f", the first of them {row.location}"
         raise DataError(
-            f"`judge={judge}`: {len(missing)} of {len(questions)} rows have no right answer{where}; expected chosen, "
-            "completion or answer in each."
+            f"`{setting}={judge}`: {len(missing)} of {len(questions)} rows have no right answer{where}; expected "
+            "chosen, completion or answer in each."
         )

@@ -19,7 +19,7 @@ from orpo_mlx.cli import compare as command
 from orpo_mlx.compare.exercise import helpers, sizes, study
 from orpo_mlx.compare.exercise import run as exercise
 from orpo_mlx.compare.exercise.analysis import analyse
-from orpo_mlx.compare.exercise.contenders import CONTENDERS
+from orpo_mlx.compare.exercise.contenders import CONTENDERS, Setting
 from orpo_mlx.compare.exercise.halving import Round
 from orpo_mlx.compare.exercise.page import first_line, markdown
 from orpo_mlx.compare.exercise.tables import lengths
@@ -96,6 +96,19 @@ def test_what_tuning_saw_final_trainings_see_again(size: Size) -> None:
     for each in size.rounds:
         short = study.look_steps(task, each.steps)
         assert short == [step for step in looks if step <= each.steps]
+
+
+def test_a_training_that_was_looked_at_otherwise_is_another() -> None:
+    contender = study.contenders_of(sizes.FULL_OPEN)[0]
+
+    def identity(size: Size) -> dict[str, Any]:
+        task: Any = SimpleNamespace(size=size, name="open")
+        return study._identity(task, "clean", contender, Setting(1e-4, 0.1), 0, 40)
+
+    # Rounds may be added to a folder that holds others.
+    other = sizes.FULL_OPEN._replace(rounds=(Round(8, 20), Round(1, 40)))
+    assert identity(other) != identity(sizes.FULL_OPEN)
+    assert identity(sizes.FULL_OPEN._replace(seeds=9)) == identity(sizes.FULL_OPEN)
 
 
 @pytest.fixture(scope="module")

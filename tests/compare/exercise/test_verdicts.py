@@ -40,6 +40,25 @@ def test_convergence(ours: dict[str, Any], dpo: dict[str, Any], verdict: str) ->
     assert convergence({"orpo": ours, "dpo": dpo}, BOUND).verdict.startswith(verdict)
 
 
+def test_one_look_of_several_does_not_decide() -> None:
+    looks = 8
+    spread = (0.0, 0.1, 0.5)
+
+    def seeds(first: float) -> dict[str, Any]:
+        def curve(seed: int) -> list[dict[str, float]]:
+            golds = [0.0, first + spread[seed], *[0.0] * (looks - 1)]
+            return [{"step": step, "gold": gold, "kl": 0.0} for step, gold in enumerate(golds)]
+
+        return {"chosen": {"rate": 1e-3}, "seeds": [{"curve": curve(seed)} for seed in range(3)]}
+
+    dpo = {"chosen": {"rate": 1e-3}, "seeds": [{"curve": [dict.fromkeys(("step", "gold", "kl"), 0.0)] * 9}] * 3}
+    # By itself it would: t of 2 degrees of freedom is 5.9, p 0.03, of eight looks 0.22.
+    found = convergence({"orpo": seeds(0.7), "dpo": dpo}, BOUND)
+    assert "step 1: +0.90 (+0.24 to +1.56)" in found.measured
+    assert found.verdict.startswith("not decided")
+    assert convergence({"orpo": seeds(20.0), "dpo": dpo}, BOUND).verdict == "confirmed"
+
+
 def test_looks_beyond_the_bound_are_named_and_not_shown() -> None:
     variant = {"orpo": method((0.0, 0.3, 9.0), (0.0, 0.2, 1.1)), "dpo": method((0.0, 0.2, 0.5))}
     found = convergence(variant, BOUND)

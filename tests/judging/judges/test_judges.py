@@ -18,8 +18,10 @@ import pytest
 from mlx_lm.utils import load_tokenizer
 
 from orpo_mlx.errors import ConfigError, ModelError
+from orpo_mlx.judging.contest import check_judge
+from orpo_mlx.judging.judges import endpoint_judge
 from orpo_mlx.judging.judges.endpoint_judge import KEY_VARIABLE, EndpointJudge, is_loopback
-from orpo_mlx.judging.judges.judges import make_judge
+from orpo_mlx.judging.judges.judges import JudgeOptions, make_judge
 from orpo_mlx.judging.judges.model_judge import ModelJudge, judge_ids
 from orpo_mlx.judging.judges.verdicts import FIRST, SECOND, TIE, Question, judge_parts, read_verdict
 
@@ -32,7 +34,7 @@ QUESTION = Question("Capital of France?", "Paris", "Rome")
         ("[[A]]", FIRST), ("B", SECOND), (" tie. ", TIE), ("Both are fine, so [[TIE]]", TIE), ("[[C]]", TIE),
         ("<think>[[A]] or [[B]]?</think>[[B]]", SECOND), ("[[A]] is better than B, hence [[A]]", FIRST),
         ("", None), ("[[A]] [[B]]", None), ("A or B", None), ("The first answer is better", None), ("[A]", None),
-        ("Answer A", None), ("[[D]]", None), ("\x00", None),
+        ("Answer A", None), ("[[D]]", None), ("\x00", None), ("<think>\nI could say [[A]]. But the second", None),
     ],
 )  # fmt: skip
 def test_verdicts_are_read_strictly(said: str, winner: str | None) -> None:
@@ -132,6 +134,37 @@ def test_a_server_that_is_not_there_is_not_asked_for_ever() -> None:
     judge = EndpointJudge(url, timeout_s=5)
     verdicts = judge([QUESTION] * 500, lambda done: None)
     assert {verdict.failure for verdict in verdicts} == {"refused"}
+    assert judge.lost
+
+
+def test_a_server_that_comes_back_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = Answer(b"no", status=500)
+    with serving(answer) as url:
+        judge = EndpointJudge(url)
+        judge([QUESTION] * 50, lambda done: None)
+        assert judge.lost
+        asked = len(answer.requests)
+        assert asked < 20
+        answer.status, answer.body = 200, completion("[[B]]")
+        # Not at once, and then with one question.
+        assert judge.ask(QUESTION).failure == "refused"
+        assert len(answer.requests) == asked
+        monkeypatch.setattr(endpoint_judge, "_PAUSE_SECONDS", 0.0)
+        verdicts = judge([QUESTION] * 5, lambda done: None)
+    assert [verdict.winner for verdict in verdicts] == [SECOND] * 5
+    assert not judge.lost
+
+
+@pytest.mark.parametrize("answer", [Answer(b"no", status=500), Answer(b"<html>"), Answer(completion("whatever"))])
+def test_whether_a_server_answers_is_known_before_replies_are_drawn(answer: Answer) -> None:
+    with serving(answer) as url:
+        judge = EndpointJudge(url)
+        if answer.status == 200 and answer.body != b"<html>":
+            check_judge(judge, [])
+        else:
+            with pytest.raises(ModelError, match=r"start the server, or give another judge or address\.$"):
+                check_judge(judge, [])
+    assert len(answer.requests) == 1
 
 
 @pytest.mark.parametrize("url", ["ftp://x/v1", "http://", "http://user:key@x/v1", "http://x/v1?key=1", "http://x:y/"])
@@ -202,3 +235,10 @@ def test_a_choice_that_a_tokenizer_cannot_make_is_refused(
         judge([QUESTION], lambda done: None)
     with pytest.raises(ConfigError, match="`judge=choice:`: names nothing; expected choice:MODEL"):
         make_judge("choice:")
+
+
+def test_judges_that_are_asked_otherwise_are_told_apart() -> None:
+    names = ("m", "choice:m", "http://127.0.0.1:1/v1")
+    options = [JudgeOptions(), JudgeOptions(max_tokens=512), JudgeOptions(model="other", dtype="float16")]
+    found = [make_judge(name, each).identity for name in names for each in options]
+    assert len(set(found)) == len(found)
