@@ -38,7 +38,7 @@ DOCUMENTS = (
 published measurement of memory; `memory START` compares the modes in those whose file names begin so; `figures NAME`
 is a table that another program printed; `macs` and `gpus` are what `orpo-mlx doctor --json` wrote on them; `methods`
 and `parameters` are the cards of the losses."""
-EXAMINED = {"macs": "No Mac has been measured yet.", "gpus": "No other GPU has been measured yet."}
+EXAMINED = {"macs": "No Mac has been measured yet.", "gpus": "No doctor's file of an NVIDIA GPU has been sent in yet."}
 """Folders of the doctor's files, and what stands where they have none."""
 
 # A list of numbers in one line: raw figures of an exercise would be a million lines.

@@ -160,7 +160,7 @@ class TrainingConfig(LossSettings):
     )
     micro_batch_tokens: int = in_training(
         None,
-        "padded tokens run at one time; bounds memory, changes no number; default: as suits the device",
+        "padded tokens run at one time; bounds memory, changes rounding alone; default: as suits the device",
         Trait.RESUMABLE | Trait.PER_RANK | Trait.PUBLISHED | Trait.INSPECTED,
         range=POSITIVE,
     )

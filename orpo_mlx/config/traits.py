@@ -62,7 +62,7 @@ GROUPS = {
     "loss": Group("loss", Trait.EVALUATED),
     "training": Group("training"),
     "adapters": Group("model and adapters"),
-    "memory": Group("memory; changes no number but time and size", Trait.RESUMABLE | Trait.PER_RANK),
+    "memory": Group("memory; changes time and size, results by rounding alone", Trait.RESUMABLE | Trait.PER_RANK),
     "machines": Group("more than one machine", Trait.RESUMABLE | Trait.COMPARED),
     "reports": Group("reports and saves", Trait.RESUMABLE | Trait.COMPARED),
     "resume": Group("going on with a run", Trait.OF_ROUNDS | Trait.RESUMABLE | Trait.THIS_COMMAND | Trait.COMPARED),

@@ -40,7 +40,7 @@ def quality(results: Results, tier: str, variant: str) -> Table:
     differences = analysis["variants"][variant].get("differences", {})
     raw = results["tiers"][tier]["variants"][variant]
     keys = [key for key in _MEASURES if key in next(iter(methods.values()))]
-    header = ("method", "rate", "strength", *(_MEASURES[key] for key in keys), "gold minus DPO's", "p")
+    header = ("method", "rate", "β", *(_MEASURES[key] for key in keys), "gold minus DPO's", "p")
     rows = [_row("base model", {}, keys, analysis["base"], None)]
     rows += [_row(name, raw[name]["chosen"], keys, found, differences.get(name)) for name, found in methods.items()]
     return Table(header, tuple(rows))
@@ -168,7 +168,8 @@ def costs(results: Results) -> Table:
         for name, found in cost["measured"].items()
     )
     shape = f"{cost['pairs']} pairs of {cost['tokens']} tokens a side"
-    return Table((shape, "peak, GiB (MLX)", "step, s", "of it reference, s", "tokens without gradient"), rows)
+    header = ("peak, GiB (MLX)", "step without reference, s", "reference before it, s", "tokens without gradient")
+    return Table((shape, *header), rows)
 
 
 def peaks(results: Results) -> Table:
