@@ -187,7 +187,7 @@ def complete_lora_parameters(config: TrainingConfig) -> dict[str, Any]:
     lora = {**DEFAULT_LORA, **config.lora_parameters}
     check_keys("lora_parameters", lora, {"rank", "scale", "dropout", "keys"})
     for key, allowed in (("rank", POSITIVE), ("scale", POSITIVE), ("dropout", NOT_NEGATIVE)):
-        parse_number(lora[key], int if key == "rank" else float, allowed, f"lora_parameters.{key}")
+        lora[key] = parse_number(lora[key], int if key == "rank" else float, allowed, f"lora_parameters.{key}")
     # mlx's Dropout divides by what is left.
     if lora["dropout"] >= 1:
         raise ConfigError(f"lora_parameters.dropout: found {lora['dropout']}, expected a number below 1.")
@@ -207,8 +207,19 @@ def complete_optimizer_config(config: TrainingConfig) -> dict[str, Any]:
         table = config.optimizer_config.get(key) or {}
         if not isinstance(table, dict):
             raise ConfigError(f"optimizer_config.{key}: found {quoted(table)}, expected a table.")
-        optimizers[key] = {**DEFAULT_OPTIMIZER_CONFIG[key], **table}
+        given = {name: _argument(value, f"optimizer_config.{key}.{name}") for name, value in table.items()}
+        optimizers[key] = {**DEFAULT_OPTIMIZER_CONFIG[key], **given}
     return optimizers
+
+
+def _argument(value: Any, location: str) -> Any:
+    """An optimiser's argument: YAML has a number such as 1e-2 for a text; raises ConfigError for another text."""
+    if isinstance(value, list):
+        return [_argument(each, location) for each in value]
+    if not isinstance(value, str):
+        return value
+    number = parse_number(value, float, None, location)
+    return int(value) if value.strip().lstrip("+-").isdigit() else number
 
 
 def memory_mode(config: TrainingConfig) -> str:

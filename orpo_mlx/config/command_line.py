@@ -183,8 +183,9 @@ def merged_lora(*tables: Mapping[str, Any] | None) -> dict[str, Any]:
     for table in tables:
         merged |= table or {}
     if "alpha" in merged:
-        rank = merged.get("rank", DEFAULT_LORA["rank"])
-        merged["scale"] = merged.pop("alpha") / max(rank, 1)  # A rank below 1 is refused with the others.
+        rank = parse_number(merged.get("rank", DEFAULT_LORA["rank"]), int, None, "lora_parameters.rank")
+        alpha = parse_number(merged.pop("alpha"), float, None, "lora_parameters.alpha")
+        merged["scale"] = alpha / max(rank, 1)  # A rank below 1 is refused with the others.
     return merged
 
 

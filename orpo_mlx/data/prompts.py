@@ -9,6 +9,7 @@ from orpo_mlx.data.pairs import raise_no_rows, renamed
 from orpo_mlx.data.shapes.columns import COMPLETION_IDS, PAIR_ID_COLUMNS
 from orpo_mlx.data.shapes.formats import has_sides, read_row
 from orpo_mlx.data.shapes.messages import is_empty, kind
+from orpo_mlx.data.shapes.ratings import label_of
 from orpo_mlx.data.sources import Source
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Pair, Text
@@ -28,7 +29,7 @@ class Prompt(NamedTuple):
     pair: Pair
     """Its prompt, tools and template arguments; its sides mean nothing."""
     reference: str | None
-    """A right answer: the chosen side, or the answer the row has."""
+    """A right answer: the chosen side, or the answer the row has, unless a label calls it bad."""
     category: str | None
     """The row's `subset` or `category`."""
 
@@ -86,8 +87,18 @@ def read_prompt(row: Any, location: str) -> Prompt:
         raise DataError(f"{location}: the prompt is empty.")
     if "chosen" in row:
         answer = plain_text(pair.chosen)
+    elif "label" in row and not _is_called_good(row["label"], location):
+        answer = None
     category = next((str(row[name]) for name in _CATEGORIES if row.get(name) is not None), None)
     return Prompt(pair, answer, category)
+
+
+def _is_called_good(label: Any, location: str) -> bool:
+    """Whether a label calls a completion good; in words of the data set's own nobody here knows."""
+    try:
+        return label_of(label, location, ())
+    except DataError:
+        return False
 
 
 def without_last_answer(row: dict[str, Any]) -> tuple[dict[str, Any], str | None]:

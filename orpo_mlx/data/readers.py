@@ -135,18 +135,32 @@ def json_rows(path: Path) -> Iterator[Row]:
         first = start.lstrip()[:1]
         if first not in ("[", "{", ""):
             raise DataError(f"{path}:1: found text that begins with {first!r}, expected a JSON list of rows.")
-        wrapped = _WRAPPED.match(start)
+        wrapped = None if _is_json_lines(start) else _WRAPPED.match(start)
         if first == "[" or wrapped:
             yield from list_items(file, path, start, wrapped.end() - 1 if wrapped else start.index("["))
     if first == "{" and not wrapped:
         yield from jsonl_rows(path)
 
 
+def _is_json_lines(start: str) -> bool:
+    """Whether the first line of a file is an object by itself, and something follows it."""
+    line, _, rest = start.lstrip().partition("\n")
+    if not line.startswith("{") or not rest.strip():
+        return False
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def list_items(file: TextIO, path: Path, buffer: str, opening: int) -> Iterator[Row]:
     """The items of a JSON list, decoded one at a time: `json.load` would hold the whole list in memory.
 
-    `buffer` is what has been read of the file, `opening` where in it the list begins.
+    `buffer` is what has been read of the file, `opening` where in it the list begins: with it, or within an object that
+    ends with the file.
     """
+    wrapped = buffer[:opening].strip() != ""
     decoder = json.JSONDecoder()
     ended = False
     start = opening + 1
@@ -157,6 +171,7 @@ def list_items(file: TextIO, path: Path, buffer: str, opening: int) -> Iterator[
             item = space.end() if space else start
             line += buffer.count("\n", start, item)
             if buffer.startswith("]", item):
+                _check_end(path, line, buffer[item + 1 :] + file.read(), wrapped=wrapped)
                 return
             reason = ""
             try:
@@ -181,6 +196,25 @@ def list_items(file: TextIO, path: Path, buffer: str, opening: int) -> Iterator[
             ended = not more
     except UnicodeDecodeError:
         raise not_utf8(f"{path}:{line}") from None
+
+
+def _check_end(path: Path, line: int, rest: str, *, wrapped: bool) -> None:
+    """Make sure that nothing follows a list of rows but the end of the object that it is in; DataError otherwise."""
+    end = 0
+    if wrapped:
+        # As the object would go on.
+        begun = '{"":[]'
+        try:
+            end = json.JSONDecoder().raw_decode(begun + rest)[1] - len(begun)
+        except (ValueError, RecursionError) as error:
+            raise _broken_list(path, line, f"{json_reason(error)}, behind the list") from None
+    more = rest[end:].lstrip()
+    if more:
+        line += rest.count("\n", 0, len(rest) - len(more))
+        raise DataError(
+            f"{path}:{line}: found {more[:20]!r} behind the end of the rows, expected nothing; make one list of them, "
+            "or a file of JSON lines (.jsonl)."
+        )
 
 
 def _broken_list(path: Path, line: int, reason: str) -> DataError:

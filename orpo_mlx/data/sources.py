@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 from orpo_mlx.data.arrow_values import rows_of
 from orpo_mlx.data.readers import READERS, Row, file_kind, file_stem, read_rows
 from orpo_mlx.errors import DataError, reason_of
-from orpo_mlx.files import sha256_of
+from orpo_mlx.files import read_json_table, sha256_of
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -22,7 +23,7 @@ SPLIT_NAMES = {
 """Our splits, and the names others give them."""
 
 # How `datasets` and Spark number the parts of a file.
-_SHARD = re.compile(r"^(?P<stem>.*?)-\d{5}-of-\d{5}$")
+_SHARD = re.compile(r"^(?P<stem>.*?)-(?P<number>\d{5})-of-(?P<count>\d{5})$")
 _LAST_WORD = re.compile(r"[._-]")
 # owner/name:configuration@revision; a revision may have slashes in it, as branches do.
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?$")
@@ -135,6 +136,7 @@ def folder_splits(folder: Path, needed: Sequence[str]) -> dict[str, Source]:
             found = ", ".join(str(path.relative_to(folder)) for paths in candidates for path in paths[:4])
             raise DataError(f"{folder}: several files for the {split} split ({found}); keep one, or give its path.")
         if candidates:
+            check_shards(candidates[0])
             splits[split] = FileSource(candidates[0])
     if not any(name in splits for name in needed):
         present = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
@@ -147,8 +149,46 @@ def data_files(folder: Path) -> list[Path]:
     """Readable files in a folder, its `data/`, and its sub-folders that bear a split's name."""
     known = {name for names in SPLIT_NAMES.values() for name in names} | {"data"}
     folders = [folder, *(entry for entry in sorted(folder.iterdir()) if entry.is_dir() and entry.name in known)]
-    files = [entry for each in folders for entry in sorted(each.iterdir()) if entry.is_file()]
+    files = [entry for each in folders for entry in _files_of(each)]
     return [entry for entry in files if file_kind(entry) in READERS and entry.name not in _NOT_ROWS]
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """A folder's files; of one that `datasets` saved, those that it says hold the rows."""
+    files = [entry for entry in sorted(folder.iterdir()) if entry.is_file()]
+    state = folder / "state.json"
+    if state not in files:
+        return files
+    # Beside them lie the results of `map` and `filter`, which are other rows.
+    listed = read_json_table(state, DataError).get("_data_files")
+    if not isinstance(listed, list):
+        return files
+    named = {entry.get("filename") for entry in listed if isinstance(entry, dict)}
+    missing = sorted(str(name) for name in named if not (folder / str(name)).is_file())
+    if missing:
+        raise DataError(f"{state}: names {missing[0]}, which is not there; copy the whole folder.")
+    return [entry for entry in files if entry.name in named]
+
+
+def check_shards(paths: Sequence[Path]) -> None:
+    """Make sure that the shards of a file are all there, and of one file; DataError where they are not."""
+    found = [(path, shard) for path in paths if (shard := _SHARD.match(file_stem(path)))]
+    for (_, stem), same in itertools.groupby(found, lambda each: (each[0].parent, each[1]["stem"])):
+        shards = list(same)
+        counts = sorted({shard["count"] for _, shard in shards})
+        folder = shards[0][0].parent
+        if len(counts) > 1:
+            raise DataError(
+                f"{folder}: shards of {stem} of which there are {int(counts[0])}, and of {int(counts[1])}; keep those "
+                "of one."
+            )
+        numbers = {int(shard["number"]) for _, shard in shards}
+        missing = next((number for number in range(int(counts[0])) if number not in numbers), None)
+        if missing is not None:
+            raise DataError(
+                f"{folder}: shard {stem}-{missing:05d}-of-{counts[0]} is missing; fetch it, or give the path of one "
+                "file."
+            )
 
 
 def _split_name(path: Path, folder: Path) -> str:

@@ -101,6 +101,9 @@ def tokenizer_fingerprint(tokenizer: Any | None) -> str:
         backend.to_str() if backend is not None else json.dumps(sorted(inner.get_vocab().items())),
         str(getattr(inner, "chat_template", None)),
         sorted(tokenizer.eos_token_ids),
+        # Of several ends the one that answers are given.
+        inner.eos_token_id,
+        str(getattr(inner, "special_tokens_map", None)),
         tokenizer.has_chat_template,
         inner.bos_token_id,
     )

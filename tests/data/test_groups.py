@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from orpo_mlx.data.groups import usable_group
 from orpo_mlx.data.row_counts import RowReport
+from orpo_mlx.data.shapes.formats import read_row
 from orpo_mlx.data.tokens.token_store import StoreWriter, TokenStore
 from orpo_mlx.data.tokens.truncation import fit
 from orpo_mlx.errors import DataError
@@ -76,3 +78,26 @@ def test_a_store_gives_back_pairs_and_groups(tmp_path: Path) -> None:
     (tmp_path / "store" / "groups.npz").write_bytes(damaged)
     with pytest.raises(ValueError, match=r"not a whole token store|not those that were written"):
         TokenStore(tmp_path / "store")
+
+
+HELLO = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: What is 2+2?"
+Q, A = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+
+
+@pytest.mark.parametrize("parts", [{"completion": "4", "label": True}, {"completions": ["4", "5"], "scores": [2, 1]}])
+def test_prompts_of_groups_lose_nothing(parts: dict[str, Any]) -> None:
+    def prompt(**columns: Any) -> Any:
+        (found,) = read_row({**columns, **parts}, "f:1").pairs
+        assert isinstance(found, Group)
+        return found.prompt
+
+    said = [("user", "Hi"), ("assistant", "Hello!"), ("user", "What is 2+2?")]
+    for text in (HELLO, f"{HELLO}\n\nAssistant:"):
+        assert [(turn["role"], turn["content"]) for turn in prompt(prompt=text)] == said
+    with pytest.raises(DataError, match="the prompt ends with a turn of the assistant"):
+        prompt(prompt=f"{HELLO}\n\nAssistant: The answer is")
+    with pytest.raises(DataError, match="the prompt ends with a turn of the assistant"):
+        prompt(messages=[Q, A])
+    assert prompt(instruction="Translate.", input="cat") == "Translate.\ncat"
+    turns = prompt(instruction="And 3+3?", history=[["2+2?", "4"]])
+    assert [turn["content"] for turn in turns] == ["2+2?", "4", "And 3+3?"]

@@ -32,6 +32,11 @@ ANSWER = {"role": "assistant", "content": "A"}
         ({"messages": [USER]}, "Q", None),
         ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, "Q", "A"),
         ({"prompt": "Q", "completions": ["A", "B"], "scores": [1, 2]}, "Q", None),
+        ({"prompt": "Q", "completion": "A", "label": True}, "Q", "A"),
+        ({"prompt": "Q", "completion": "B", "label": False}, "Q", None),
+        ({"messages": [USER, ANSWER], "label": 0}, "Q", None),
+        # In words that only --labels explains.
+        ({"prompt": "Q", "completion": "A", "label": "schlecht"}, "Q", None),
         ({"chosen": [USER, ANSWER], "rejected": [USER, {"role": "assistant", "content": "B"}]}, "Q", "A"),
     ],
 )

@@ -196,3 +196,27 @@ def test_a_list_under_the_name_of_json_lines(tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x.jsonl: cannot be read \(No such file"):
         list(read_rows(tmp_path / "x.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1}]\n[{"a": 2}, {"a": 3}]', r"x\.json:2: found .* behind the end of the rows"),
+        ('[{"a": 1}] garbage', r"x\.json:1: found 'garbage' behind the end of the rows"),
+        ('{"data": [{"a": 1}]} {"data": [{"a": 2}]}', "behind the end of the rows"),
+        ('{"data": [{"a": 1}], "more": ', "invalid JSON .* behind the list"),
+    ],
+)
+def test_nothing_behind_a_list_is_passed_over(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        list(read_rows(tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize("name", ["data", "examples"])
+def test_json_lines_whose_rows_hold_a_list_are_json_lines(tmp_path: Path, name: str) -> None:
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", name: [{"x": number}]} for number in range(2)]
+    (tmp_path / "x.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row.value for row in read_rows(tmp_path / "x.json")] == rows
+    (tmp_path / "x.json").write_text(json.dumps({name: rows, "info": {"n": [1]}}) + "\n\n")
+    assert [row.value for row in read_rows(tmp_path / "x.json")] == rows

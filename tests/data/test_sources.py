@@ -59,6 +59,15 @@ def test_a_data_set_saved_to_disk(tmp_path: Path) -> None:
     splits = find_splits(tmp_path)
     assert list(splits) == ["train", "valid"]
     assert [row.value for row in splits["valid"].rows()] == list(table)
+    # Whoever works on it leaves other rows beside the data set's own.
+    loaded = datasets.load_from_disk(str(tmp_path))["train"]
+    loaded.map(lambda row: {**row, "prompt": row["prompt"] * 2}, load_from_cache_file=False)
+    loaded.filter(lambda row: row["prompt"] == "Q", load_from_cache_file=False)
+    assert list((tmp_path / "train").glob("cache-*.arrow"))
+    assert [row.value for row in find_splits(tmp_path)["train"].rows()] == list(table)
+    next((tmp_path / "train").glob("data-*.arrow")).unlink()
+    with pytest.raises(DataError, match=r"state\.json: names data-00000-of-00001\.arrow, which is not there"):
+        find_splits(tmp_path)
 
 
 def test_a_file_is_the_train_split(tmp_path: Path) -> None:
@@ -76,6 +85,14 @@ def test_a_file_is_the_train_split(tmp_path: Path) -> None:
         (["train.jsonl", "train.csv"], "several files for the train split"),
         (["train.jsonl", "valid.jsonl", "dev.jsonl"], "several files for the valid split"),
         (["x.json"], "found x.json"),
+        (
+            ["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"],
+            "shard train-00001-of-00003 is missing; fetch it",
+        ),
+        (
+            ["train-00000-of-00001.jsonl", "train-00001-of-00002.jsonl"],
+            "shards of train of which there are 1, and of 2",
+        ),
         (["train.jsonl/"], "train.jsonl: is a folder, expected a file"),
     ],
 )

@@ -98,7 +98,7 @@ def is_given(value: Any, name: str) -> bool:
     """Whether a row has something in a column: Arrow has null where there was none, and CSV an empty text."""
     # A label of null is a label that was lost, and no reason to take the row for one of another kind.
     # An empty text in a column of texts is given: it is counted as an empty side, not refused as a missing one.
-    return name == "label" or (value is not None and (value != "" or name in _TEXTS))
+    return name == "label" or (value is not None and (value != "" or name in _TEXTS or name == "text"))
 
 
 def readable(value: Any, name: str, location: str) -> Any:

@@ -27,7 +27,15 @@ from orpo_mlx.data.shapes.group_shapes import group_token_ids, labelled_completi
 from orpo_mlx.data.shapes.messages import as_turns, kind, text_of, text_or_turns, texts
 from orpo_mlx.data.shapes.other_rows import refuse_media, refuse_other_rows
 from orpo_mlx.data.shapes.ratings import COMPLETION_LISTS, margin_of, weight_of
-from orpo_mlx.data.shapes.row_parts import Found, Options, RowData, completed, ids_of
+from orpo_mlx.data.shapes.row_parts import (
+    Found,
+    Options,
+    RowData,
+    check_prompt,
+    completed,
+    ids_of,
+    instruction_prompt,
+)
 from orpo_mlx.data.shapes.single_shapes import holds_single_completion, holds_text, single_completion, whole_text
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Pair, Text, TokenizedPair
@@ -163,22 +171,8 @@ def question(row: Columns, location: str) -> Sides:
 
 
 def alpaca(row: Columns, location: str) -> Sides:
-    """`instruction` with an optional `input` below it, and an optional `history` of earlier exchanges."""
-    prompt = text_of(row["instruction"], "instruction", location)
-    # On a line of its own, as the Alpaca template has it.
-    if row.get("input"):
-        prompt = f"{prompt}\n{text_of(row['input'], 'input', location)}"
-    history = row.get("history") or []
-    if not history:
-        return _completed(prompt, row, location)
-    if not (isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)):
-        raise DataError(f"{location}: 'history' must be a list of [question, answer] pairs.")
-    turns = [
-        {"role": role, "content": text_of(text, f"history[{number}]", location)}
-        for number, exchange in enumerate(history)
-        for role, text in zip(("user", "assistant"), exchange, strict=True)
-    ]
-    return _completed((*turns, {"role": "user", "content": prompt}), row, location)
+    """`instruction`, with what goes with it."""
+    return _completed(instruction_prompt(row, location), row, location)
 
 
 def earlier_turns(row: Columns, location: str) -> Sides:
@@ -235,11 +229,7 @@ def pair_shape(
         # By identity: `with_system` returns the very prompt where it has nothing to add.
         if prompt is not sides.prompt:
             sides = Sides(prompt, as_turns(sides.chosen, "assistant"), as_turns(sides.rejected, "assistant"))
-        if not isinstance(sides.prompt, str) and sides.prompt[-1]["role"] == "assistant":
-            raise DataError(
-                f"{location}: the prompt ends with a turn of the assistant, so the answer may be in it already; "
-                "expected the user's turn last."
-            )
+        check_prompt(sides.prompt, location)
         scored = (margin_of(row, location), weight_of(row, location))
         pair = Pair(*sides, location, *extras(row, location), *scored)
         return Found([pair], note(row, sides.prompt, location))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from orpo_mlx.data.shapes.columns import Columns, extras
-from orpo_mlx.data.shapes.dialogues import dialogue_turns, is_dialogue
+from orpo_mlx.data.shapes.dialogues import dialogue_prompt, is_dialogue
 from orpo_mlx.data.shapes.messages import as_turns, text_or_turns, texts
 from orpo_mlx.data.shapes.ratings import label_of, pairs_of_scores, rated_completions_of, weight_of
-from orpo_mlx.data.shapes.row_parts import Completed, Found, Options, completed, ids_of
+from orpo_mlx.data.shapes.row_parts import Completed, Found, Options, completed, ids_of, instruction_prompt
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Group, Pair, Text, TokenizedGroup, TokenizedPair
 
@@ -89,9 +89,10 @@ def _group_prompt(row: Columns, location: str) -> Text:
     if name is None:
         has = "a label" if "label" in row else "rated completions"
         raise DataError(f"{location}: the row has {has} but no prompt.")
+    if name == "instruction":
+        return instruction_prompt(row, location)
     prompt = text_or_turns(row[name], name, location, "user")
-    # Up to "Assistant:", whose turn is what the completions fill.
-    return dialogue_turns(prompt)[:-1] if isinstance(prompt, str) and is_dialogue(prompt) else prompt
+    return dialogue_prompt(prompt) if isinstance(prompt, str) and is_dialogue(prompt) else prompt
 
 
 def _label(row: Columns, location: str, options: Options) -> float:

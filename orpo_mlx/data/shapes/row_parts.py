@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from orpo_mlx.data.shapes.columns import Columns, with_system
-from orpo_mlx.data.shapes.messages import as_turns, text_or_turns, unpacked
+from orpo_mlx.data.shapes.messages import as_turns, text_of, text_or_turns, unpacked
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Group, Pair, Text, TokenizedGroup, TokenizedPair
 
@@ -52,6 +52,7 @@ def completed(prompt: Text, completions: Sequence[Any], names: Sequence[str], ro
         DataError: a completion that is none.
     """
     prompt = with_system(prompt, row, location)
+    check_prompt(prompt, location)
     found = tuple(
         text_or_turns(unpacked(value, name, location), name, location, "assistant")
         for value, name in zip(completions, names, strict=True)
@@ -65,6 +66,34 @@ def completed(prompt: Text, completions: Sequence[Any], names: Sequence[str], ro
     if all(isinstance(text, str) for text in (prompt, *found)):
         return Completed(prompt, found)
     return Completed(as_turns(prompt, "user"), tuple(as_turns(text, "assistant") for text in found))
+
+
+def check_prompt(prompt: Text, location: str) -> None:
+    """Refuse turns that end in the assistant's; raises DataError."""
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        raise DataError(
+            f"{location}: the prompt ends with a turn of the assistant, so the answer may be in it already; "
+            "expected the user's turn last."
+        )
+
+
+def instruction_prompt(row: Columns, location: str) -> Text:
+    """`instruction` with an optional `input` below it, and an optional `history` of earlier exchanges before it."""
+    prompt = text_of(row["instruction"], "instruction", location)
+    # On a line of its own, as the Alpaca template has it.
+    if row.get("input"):
+        prompt = f"{prompt}\n{text_of(row['input'], 'input', location)}"
+    history = row.get("history") or []
+    if not history:
+        return prompt
+    if not (isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)):
+        raise DataError(f"{location}: 'history' must be a list of [question, answer] pairs.")
+    turns = [
+        {"role": role, "content": text_of(text, f"history[{number}]", location)}
+        for number, exchange in enumerate(history)
+        for role, text in zip(("user", "assistant"), exchange, strict=True)
+    ]
+    return (*turns, {"role": "user", "content": prompt})
 
 
 def ids_of(value: Any, name: str, location: str) -> tuple[int, ...]:

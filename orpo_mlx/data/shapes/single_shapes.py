@@ -5,7 +5,7 @@ from __future__ import annotations
 from orpo_mlx.data.shapes.columns import Columns, extras
 from orpo_mlx.data.shapes.messages import as_turns, text_of, text_or_turns, texts
 from orpo_mlx.data.shapes.ratings import COMPLETION_LISTS, weight_of
-from orpo_mlx.data.shapes.row_parts import Completed, Found, Options, completed
+from orpo_mlx.data.shapes.row_parts import Completed, Found, Options, completed, instruction_prompt
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Group
 
@@ -54,10 +54,9 @@ def _from_columns(row: Columns, location: str) -> Completed:
     name, answer = _first(row, _PROMPTS), _first(row, _COMPLETIONS)
     assert name is not None
     assert answer is not None
-    prompt = text_or_turns(row[name], name, location, "user")
-    if name == "instruction" and row.get("input"):
-        # On a line of its own, as the Alpaca template has it.
-        prompt = f"{text_of(row[name], name, location)}\n{text_of(row['input'], 'input', location)}"
+    prompt = (
+        instruction_prompt(row, location) if name == "instruction" else text_or_turns(row[name], name, location, "user")
+    )
     return completed(prompt, [row[answer]], [answer], row, location)
 
 

@@ -197,7 +197,10 @@ class StoreWriter:
             ids = np.array([*pair.prompt_ids, *itertools.chain(*pair.completions)], np.int32)
             self._file.write(ids.tobytes())
             # Prompts are counted and compared between splits by hash, which 8 bytes tell apart in any data set.
-            prompt = hashlib.blake2b(ids[: len(pair.prompt_ids)].tobytes(), digest_size=8).digest()
+            # A text by itself has its first token for a prompt, which says nothing of it.
+            text = isinstance(pair, TokenizedGroup) and pair.labelled and len(pair.prompt_ids) <= 1
+            asked = ids if text else ids[: len(pair.prompt_ids)]
+            prompt = hashlib.blake2b(asked.tobytes(), digest_size=8).digest()
             largest = max(read_ids(ids.tolist()), default=-1)
             if largest > self._largest.token:
                 self._largest = Largest(largest, pair.location)

@@ -24,6 +24,7 @@ from tests.test_train import flags
 USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
+BEFORE, ANSWERED = {"role": "user", "content": "p"}, {"role": "assistant", "content": "b"}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,7 @@ SYSTEM = {"role": "system", "content": "s"}
         ({"prompt": "q", "completion": "a", "system": "s"}, (SYSTEM, USER), (ASSISTANT,)),
         ({"instruction": "q", "input": "i", "output": "a"}, "q\ni", "a"),
         ({"instruction": "q", "input": "", "output": "a"}, "q", "a"),
+        ({"instruction": "q", "history": [["p", "b"]], "output": "a"}, (BEFORE, ANSWERED, USER), (ASSISTANT,)),
         ({"question": "q", "answer": "a", "id": 3}, "q", "a"),
         ({"messages": [USER, ASSISTANT]}, (USER,), (ASSISTANT,)),
         ({"messages": [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]}, (SYSTEM, USER), (ASSISTANT, USER, ASSISTANT)),
@@ -54,6 +56,7 @@ def test_a_row_of_one_completion(row: dict[str, Any], prompt: Any, completion: A
         ({"messages": [USER]}, "'messages' ends with a turn of the user, expected the assistant's"),
         ({"messages": [ASSISTANT]}, "'messages' begins with an answer"),
         ({"prompt": "q", "completion": [USER]}, "'completion' begins with a turn of the user"),
+        ({"prompt": [USER, ASSISTANT], "completion": "a"}, "the prompt ends with a turn of the assistant"),
         # A column under another name is not passed over.
         ({"prompt": "q", "completion": "a", "rejected": "b"}, "the row has no 'chosen'"),
         ({"text": 3}, "'text'"),
