@@ -34,7 +34,7 @@ def test_numbers_that_yaml_has_as_text_are_numbers() -> None:
     }
     found = make_config(table)
     assert found.lora_parameters == {"rank": 16, "scale": 20.0, "dropout": 0.1}
-    assert found.optimizer_config["adamw"] == {"weight_decay": 0.01, "betas": [0.9, 0.95]}
+    assert found.optimizer_config["adamw"] == {"bias_correction": True, "weight_decay": 0.01, "betas": [0.9, 0.95]}
     assert repr(found.optimizer_config["muon"]["ns_steps"]) == "5"
 
 
@@ -61,8 +61,8 @@ def test_memory_flags_that_contradict_each_other(argv: list[str], complaint: str
         ({"lora_parameters": {"alpha": 16}}, "lora_parameters.alpha: unknown key.*scale"),
         ({"lora_parameters": {"rank": 0}}, "lora_parameters.rank: found 0"),
         (
-            {"optimizer_config": {"adamw": {"weight_decay": "much"}}},
-            "optimizer_config.adamw.weight_decay: found 'much'",
+            {"optimizer_config": {"adamw": {"eps": "much"}}},
+            "optimizer_config.adamw.eps: found .much.",
         ),
         ({"lora_parameters": {"dropout": 1.0}}, "lora_parameters.dropout: found 1.0"),
         (
