@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -213,7 +214,8 @@ def parse_budget(flags: argparse.Namespace) -> Budget:
 
 def parse_names(listed: str, flag: str) -> list[str]:
     """Methods with commas between; ConfigError where one is empty."""
-    names = [" ".join(name.split()) for name in listed.split(",")]
+    # Before a number alone a comma is within a value: `--sync-reference 0.6,512`, and not `orpo,0.5*dpo + sft`.
+    names = [" ".join(name.split()) for name in re.split(r",(?!\s*[\d.]+\s*(?:,|--|$))", listed)]
     if not all(names):
         raise ConfigError(f"{flag} {listed}: found an empty name, expected methods with commas between.")
     return names

@@ -16,8 +16,8 @@ from orpo_mlx.errors import ConfigError, ModelError
 from orpo_mlx.files import staged_file
 from orpo_mlx.models.gguf.architectures import ARCHITECTURES, Architecture
 from orpo_mlx.models.gguf.file import read_gguf
-from orpo_mlx.models.loading import find
-from orpo_mlx.models.peft_adapters import MLX_WEIGHTS, Adapter, read_adapter
+from orpo_mlx.models.loading import find, load_lazily
+from orpo_mlx.models.peft_adapters import MLX_WEIGHTS, Adapter, check_fits, read_adapter
 
 Array = npt.NDArray[np.float32]
 
@@ -57,6 +57,8 @@ def convert_mlx_to_gguf(source: str, model_name: str, destination: Path, *, over
     info = find(model_name, trust_remote_code=trust)
     stated = read_gguf(info.path).metadata.get("general.architecture") if info.path.is_file() else None
     found = as_gguf(adapter, info.config, stated, str(folder))
+    # Rows are in the order of this model's heads: read back they are what was written, whatever model that is for.
+    check_fits(adapter, load_lazily(info, trust_remote_code=trust)[0], str(folder))
     with staged_file(destination, overwrite=overwrite) as file:
         write_gguf_adapter(file, found)
         check_written(file, found, destination)
@@ -141,6 +143,8 @@ def permuted(matrix: Array, stem: str, architecture: Architecture, config: Mappi
     if part == "attn_k":
         heads = int(config.get("num_key_value_heads") or heads)
     rows = matrix.shape[0]
+    if rows % (2 * heads):
+        raise ModelError(f"{stem}: the adapter has {rows} rows and the model {heads} heads; check `model`.")
     found: Array = matrix.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(matrix.shape)
     return found
 

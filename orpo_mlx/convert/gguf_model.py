@@ -196,7 +196,8 @@ def as_gguf_model(model: nn.Module, info: ModelInfo, source: str) -> GgufModel:
     settings = settings_of(model.args, source)
     metadata: dict[str, Any] = {
         "general.type": "model",
-        "general.name": Path(source).stem,
+        # Of Qwen/Qwen3-0.6B not Qwen3-0: what follows a dot is an ending in a file's name alone.
+        "general.name": Path(source).stem if Path(source).is_file() else Path(source).name,
         "general.file_type": _FILE_TYPES[embedding.dtype],
         **{f"{architecture}.{key}": value for key, value in settings.items()},
         f"{architecture}.vocab_size": embedding.shape[0],

@@ -59,8 +59,11 @@ def tokenizer_metadata(tokenizer: TokenizerWrapper, rows: int, location: str) ->
         "tokenizer.ggml.merges": merges,
         **special_tokens(tokenizer),
     }
-    if isinstance(own.chat_template, str):
-        metadata["tokenizer.chat_template"] = own.chat_template
+    template = own.chat_template
+    # Of several the one that a conversation without tools is rendered with.
+    template = template.get("default") if isinstance(template, dict) else template
+    if isinstance(template, str):
+        metadata["tokenizer.chat_template"] = template
     return metadata | {"tokenizer.ggml.pre": division_of(tokenizer, metadata, location)}
 
 

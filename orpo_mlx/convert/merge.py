@@ -54,11 +54,12 @@ def fuse(model: nn.Module, dtype: mx.Dtype | None, location: str) -> dict[str, m
         raise ModelError(f"{location}: mlx-lm cannot merge into this quantised model ({reason_of(error)}).") from None
 
     def rounded(name: str, array: mx.array) -> mx.array:
-        # A merged layer's weight was under `linear` or `embedding`; a dequantised one's dtype was that of its scales.
-        stem = name.removesuffix("weight")
-        own = (kept.get(key) for key in (name, f"{stem}linear.weight", f"{stem}embedding.weight", f"{stem}scales"))
-        wrapped = (kept.get(f"{stem}{inner}.scales") for inner in ("linear", "embedding"))
-        found = next((each for each in (dtype, *own, *wrapped) if each is not None), mx.bfloat16)
+        # A merged layer's arrays were under `linear` or `embedding`; a dequantised one's dtype was that of its scales.
+        stem, _, last = name.rpartition(".")
+        places = [f"{stem}.{inner}" for inner in ("linear", "embedding")]
+        lasts = (last, "scales") if last == "weight" else (last,)
+        own = (kept.get(f"{place}.{each}".lstrip(".")) for each in lasts for place in (stem, *places))
+        found = next((each for each in (dtype, *own) if each is not None), mx.bfloat16)
         return array.astype(found) if mx.issubdtype(array.dtype, mx.floating) else array
 
     model.update(tree_map_with_path(rounded, model.parameters()))
@@ -82,7 +83,17 @@ def merged_tensors(
                 f"{location}: {name} has no counterpart in the checkpoint that it could be merged into; train on other "
                 "layers, or give `quantize`, which writes mlx-lm's own layout."
             )
+    # A head that is the embedding, stored a second time: left as it was, it would be a head of its own from now on.
+    if not any("lm_head" in name for name in merged):
+        replaced = {name: before for name, before in base.items() if "embed" in name}
+        for name in [name for name in result if name.endswith("lm_head.weight")]:
+            if any(_equal(result[name], before) for before in replaced.values()):
+                del result[name]
     return result
+
+
+def _equal(one: mx.array, other: mx.array) -> bool:
+    return one.shape == other.shape and bool(mx.array_equal(one.astype(mx.float32), other.astype(mx.float32)).item())
 
 
 def model_tensors(model: nn.Module, location: str) -> dict[str, mx.array]:

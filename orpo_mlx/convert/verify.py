@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model
 
 from orpo_mlx.convert.open_checkpoint import SourceModel
@@ -182,6 +183,8 @@ class Baseline(NamedTuple):
     pairs: list[TokenizedPair]
     logps: Logps
     """Of the model before it was converted."""
+    in_float32: bool
+    """Whether it was run in float32, as transformers is."""
     without_adapter: Logps | None = None
     """Of a merged model before its adapter was put on."""
 
@@ -190,15 +193,30 @@ def record_baseline(task: Task, info: ModelInfo, adapter: Path | None = None) ->
     """Log-probs of the model, with an adapter where one is given, before it is converted; None with --no-verify."""
     if not task.verify:
         return None
-    # What is written of a GGUF file has its blocks in float16.
-    in_float32 = info.path.is_file() and is_float32(loaded_dtype(None))
-    model = load(info, dtype=FLOAT16_IN_FLOAT32 if in_float32 else None, trust_remote_code=task.trust_remote_code).model
+    # As what is written will be run: in float32 where that was asked for, whatever the device runs its checkpoints in.
+    dtype = "float32" if task.dtype == "float32" else None
+    if info.path.is_file() and is_float32(loaded_dtype(dtype)) and dtype is None:
+        # What is written of a GGUF file has its blocks in float16.
+        dtype = FLOAT16_IN_FLOAT32
+    model = load(info, dtype=dtype, trust_remote_code=task.trust_remote_code).model
+    exact = in_float32(model)
     pairs = probe_pairs(info.tokenizer, vocabulary_of(model), info.config)
     if adapter is None:
-        return Baseline(pairs, model_logps(model, pairs))
+        return Baseline(pairs, model_logps(model, pairs), exact)
     plain = model_logps(model, pairs)
     add_trained_adapters(model, adapter)
-    return Baseline(pairs, model_logps(model, pairs), plain)
+    return Baseline(pairs, model_logps(model, pairs), exact, plain)
+
+
+def in_float32(model: nn.Module) -> bool:
+    """Whether all floating-point weights are in float32; those of quantised layers are their scales."""
+    arrays = dict(tree_flatten(model.parameters())).values()
+    return all(array.dtype == mx.float32 for array in arrays if mx.issubdtype(array.dtype, mx.floating))
+
+
+def against_float32(limit: Limit, *, exact: bool) -> Limit:
+    """How far a model may be from one that is run in float32, where it may itself be run in half precision."""
+    return limit if exact or limit not in (EXACT, MERGED) else ROUNDED
 
 
 def allowed_difference(task: Task, *, unchanged: Limit = EXACT) -> Limit:
@@ -227,7 +245,9 @@ def verify_model(task: Task, folder: Path, baseline: Baseline | None, limit: Lim
     except ModelError as error:
         print(f"not compared with transformers: {error}")
         return
-    _compare_and_check(task, "transformers on PyTorch", theirs, after, limit)
+    _compare_and_check(
+        task, "transformers on PyTorch", theirs, after, against_float32(limit, exact=baseline.in_float32)
+    )
 
 
 def scale_of(baseline: Baseline, after: Logps) -> str:
@@ -274,6 +294,7 @@ def verify_adapter(task: Task, base: SourceModel, mlx_folder: Path, peft_folder:
     """
     loaded = load(base.info, trust_remote_code=task.trust_remote_code)
     pairs = probe_pairs(base.info.tokenizer, vocabulary_of(loaded.model), base.info.config)
+    exact = in_float32(loaded.model)
     add_trained_adapters(loaded.model, mlx_folder)
     ours = model_logps(loaded.model, pairs)
     # Of a number and itself the difference is 0, and not a number where it is none.
@@ -285,14 +306,14 @@ def verify_adapter(task: Task, base: SourceModel, mlx_folder: Path, peft_folder:
     except ModelError as error:
         print(f"not compared with PEFT: {error}")
         return
-    _compare_and_check(task, "PEFT on PyTorch", theirs, ours, MERGED)
+    _compare_and_check(task, "PEFT on PyTorch", theirs, ours, against_float32(MERGED, exact=exact))
 
 
 def _compare_and_check(task: Task, what: str, one: Logps, other: Logps, limit: Limit) -> None:
     """Print how far log-probs are apart, and make sure that it is within `limit`."""
     difference = difference_of(one, other)
     print(f"compared with {what}: {difference}")
-    if math.isinf(limit.mean) and difference.mean > _BAD_SIGN:
+    if task.how is not None and math.isinf(limit.mean) and difference.mean > _BAD_SIGN:
         print(
             f"A mean of {difference.mean:.2f} is a bad sign: a token's probability is off by a factor of "
             f"{math.exp(difference.mean):.1f} on average; take more --bits, or a smaller --group-size."

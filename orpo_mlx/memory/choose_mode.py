@@ -6,6 +6,8 @@ import dataclasses
 import os
 from collections.abc import Callable
 
+import mlx.core as mx
+
 from orpo_mlx.engine.modes import AUTOMATIC
 from orpo_mlx.errors import TrainingError, UserError
 from orpo_mlx.memory.predict import TOLERANCE, Prediction, device_working_set, heaviest_window, predict
@@ -15,6 +17,8 @@ from orpo_mlx.training.run import Run
 from orpo_mlx.training.steps.step_functions import StepFunctions
 
 _GIB = 2**30
+_OWN_MEMORY = 0.9
+"""Share of a GPU's own memory that a run may take."""
 
 
 def plan_memory(run: Run, say: Callable[[str], None]) -> None:
@@ -60,14 +64,23 @@ def _fastest(run: Run, modes: tuple[str, ...]) -> tuple[str, Prediction]:
     """The first of the modes that fits, or the last, and its prediction."""
     blueprint = read_blueprint(str(run.loaded.path), dtype=run.config.dtype)
     heaviest = heaviest_window(run.config, run.splits["train"].pairs)
-    # Where the device recommends nothing, half of the machine is left to the system and other programs.
-    room = device_working_set() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / _GIB
+    room = device_working_set() or _unstated_room()
     # The fastest first: each prediction costs a step of a small model.
     for mode in modes:
         prediction = predict(dataclasses.replace(run.config, memory=mode), blueprint, heaviest)
         if (1 + TOLERANCE) * prediction.peak <= room:
             break
     return mode, prediction
+
+
+def _unstated_room() -> float:
+    """GiB that a run may take where the device recommends nothing."""
+    own = mx.device_info().get("total_memory")
+    # Of a GPU with memory of its own the driver and MLX's kernels take some; of a machine half is left to the system
+    # and other programs.
+    if own is not None and mx.default_device() != mx.Device(mx.cpu):
+        return _OWN_MEMORY * int(own) / _GIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / _GIB
 
 
 def memory_line(prediction: Prediction) -> str:

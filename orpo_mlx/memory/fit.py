@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from orpo_mlx.config.checks import make_config
 from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.errors import ConfigError
 from orpo_mlx.memory.predict import Prediction, made_window, predict, recommended_working_set
 from orpo_mlx.memory.skeleton import Blueprint
 
@@ -49,6 +51,15 @@ def verdict(peak: float, memory: float | None) -> str:
     return f"A Mac with {memory:g} GiB recommends a working set of {limit:.2f} GiB: {fits}."
 
 
+def _can_be_given(config: TrainingConfig) -> bool:
+    """Whether `train` takes these settings together."""
+    try:
+        make_config(config.settings())
+    except ConfigError:
+        return False
+    return True
+
+
 def remedies(config: TrainingConfig) -> Iterator[Remedy]:
     """Settings that lower the peak, each beside the ones before, what costs least first."""
     shorter = [config.max_seq_length // 2**power for power in (1, 2, 3)]
@@ -64,6 +75,9 @@ def remedies(config: TrainingConfig) -> Iterator[Remedy]:
             continue
         if name == "memory" and _ORDER.index(value) <= _ORDER.index(config.memory):
             continue
-        changed = {**changed, name: value}
-        config = dataclasses.replace(config, **{name: value})
+        smaller = dataclasses.replace(config, **{name: value})
+        # Another setting may not go with it, such as a head that is not apart from the layers.
+        if not _can_be_given(smaller):
+            continue
+        changed, config = {**changed, name: value}, smaller
         yield Remedy(changed, config)

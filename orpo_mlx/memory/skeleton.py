@@ -70,6 +70,12 @@ def read_blueprint(name: str, *, dtype: str | None = None) -> Blueprint:
     else:
         config = _folder_config(path)
         stored = _read_headers(path)
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method is not None and "quantization" not in config and not stored.quantised:
+        raise ModelError(
+            f"{name}: is quantised as {method}, whose size in memory only loading it shows; convert it to mlx-lm's own "
+            "form (orpo-mlx convert hf --quantize), or go by the size of its files."
+        )
     layers = _layer_count(path, config)
     stored = stored._replace(dtype=loaded_dtype(dtype) or stored.dtype)
     return Blueprint(config, layers, layer_period(config, layers), *stored)

@@ -98,6 +98,8 @@ class Loop:
         if self._base_is_kept and progress.before.get("test") is None:
             with adapters_off(self.run.loaded.model):
                 progress.before |= self.evaluate(("test",), step=0)
+            if self.run.reference is not None:
+                self.run.reference.after_baseline()
 
     def take_steps(self) -> EvalMetrics:
         """Take all steps that are left; the last evaluation's metrics.

@@ -85,6 +85,15 @@ def test_flags_already_given_are_not_advised() -> None:
     assert list(remedies(config)) == [({"max_seq_length": 100}, dataclasses.replace(config, max_seq_length=100))]
 
 
+def test_what_train_would_refuse_is_not_advised() -> None:
+    for settings in ({"plain_head": True}, {"memory": "plain", "router_aux_loss_coef": 0.01}):
+        found = list(remedies(make_config({"max_seq_length": 256, **settings})))
+        assert found
+        for changed, config in found:
+            assert "memory" not in changed
+            make_config(config.settings())
+
+
 def test_verdicts() -> None:
     assert verdict(10.6, 16).endswith("10.67 GiB: it fits.")
     assert verdict(10.7, 16).endswith("10.67 GiB: it does not fit.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orpo_mlx.cli.compare import parse_plan
+from orpo_mlx.cli.compare import parse_names, parse_plan
 from orpo_mlx.compare.plan import Budget
 from orpo_mlx.errors import ConfigError
 
@@ -92,3 +92,8 @@ def test_the_identity_is_what_all_arms_share(tmp_path: Path) -> None:
     assert parse_plan([*BASE, "--methods", "orpo,dpo", "--seeds", "3", "--learning-rates", "1e-3"]).identity == one
     assert parse_plan([*BASE, "--batch-size", "2"]).identity != one
     assert parse_plan(["--output", "out", "--steps", "6"]).identity != one
+
+
+def test_commas_within_a_value_part_no_methods() -> None:
+    listed = "orpo, dpo --sync-reference 0.6,512,dpo --reference copy"
+    assert parse_names(listed, "--methods") == ["orpo", "dpo --sync-reference 0.6,512", "dpo --reference copy"]

@@ -158,6 +158,37 @@ def test_merging_into_a_quantised_model_writes_floating_point_or_quantised(tmp_p
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization"]["bits"] == 8
 
 
+def test_biases_of_adapted_layers_stay_as_they_are(tmp_path: Path) -> None:
+    source = write_model_folder(tmp_path / "hf", "qwen2")
+    adapter = write_adapter_folder(tmp_path / "adapters", "qwen2", keys=["self_attn.k_proj"])
+    words = ["merge", "--model", str(source), "--adapter-path", str(adapter), str(tmp_path / "q8"), "--quantize"]
+    assert main([*words, "--bits", "8", "--group-size", "32"]) == 0
+    before, after = mx.load(str(source / "model.safetensors")), mx.load(str(tmp_path / "q8" / "model.safetensors"))
+    assert isinstance(before, dict)
+    assert isinstance(after, dict)
+    biases = [name for name in before if name.endswith("proj.bias")]
+    assert any("k_proj" in name for name in biases)
+    for name in biases:
+        assert after[name].dtype == mx.float32
+        assert mx.array_equal(before[name], after[name]).item()
+
+
+def test_a_tied_head_that_is_stored_twice_goes_with_its_embedding(tmp_path: Path) -> None:
+    source = write_model_folder(tmp_path / "hf", "qwen2")
+    weights = mx.load(str(source / "model.safetensors"))
+    assert isinstance(weights, dict)
+    mx.save_safetensors(
+        str(source / "model.safetensors"), {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 0.0}
+    )
+    adapter = write_adapter_folder(tmp_path / "adapters", "qwen2", keys=["model.embed_tokens"])
+    words = ["merge", "--model", str(source), "--adapter-path", str(adapter), str(tmp_path / "merged")]
+    assert main(words) == 0
+    after = mx.load(str(tmp_path / "merged" / "model.safetensors"))
+    assert isinstance(after, dict)
+    assert "lm_head.weight" not in after
+    assert not mx.array_equal(after["model.embed_tokens.weight"], weights["model.embed_tokens.weight"]).item()
+
+
 def test_a_conversion_that_changes_the_model_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

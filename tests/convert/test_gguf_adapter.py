@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
 
 from orpo_mlx.cli.convert import main
 from orpo_mlx.convert.gguf_adapter import as_gguf, read_arrays
@@ -39,6 +42,17 @@ def tuned(kind: str, folder: Path, **changes: object) -> mx.array:
     return logits
 
 
+def other_llama(folder: Path, **changes: int) -> Path:
+    """A llama with other settings."""
+    write_model_folder(folder)
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    model_class, args_class = _get_classes(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = dict(tree_flatten(model_class(args_class.from_dict(config)).parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "phi3"])
 def test_a_gguf_model_with_the_files_product_is_the_adapted_model(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
@@ -66,6 +80,9 @@ def test_what_has_no_form_in_gguf_is_one_sentence(tmp_path: Path, capsys: pytest
     tuned("llama", tmp_path / "dora", fine_tune_type="dora")
     tuned("mixtral", tmp_path / "experts")
     llama, mixtral = write_model_folder(tmp_path / "llama"), write_model_folder(tmp_path / "mixtral", "mixtral")
+    tuned("llama", tmp_path / "plain")
+    wider = other_llama(tmp_path / "wider", hidden_size=128, num_attention_heads=8)
+    odd = other_llama(tmp_path / "odd", hidden_size=60, num_attention_heads=3, num_key_value_heads=3, head_dim=20)
     there = tmp_path / "there.gguf"
     there.write_bytes(b"")
     for source, model, target, message in (
@@ -74,6 +91,9 @@ def test_what_has_no_form_in_gguf_is_one_sentence(tmp_path: Path, capsys: pytest
         ("dora", llama, "a.txt", "expected a file that ends in .gguf"),
         ("dora", llama, "there.gguf", "exists already; give --overwrite"),
         ("nowhere", llama, "a.gguf", "is no adapter folder"),
+        # Of another width, and of heads that do not even divide its rows.
+        ("plain", wider, "a.gguf", "check --model"),
+        ("plain", odd, "a.gguf", "check --model"),
     ):
         argv = ["mlx-to-gguf", str(tmp_path / source), str(tmp_path / target), "--model", str(model)]
         assert main(argv) == 2

@@ -32,6 +32,20 @@ def stored(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     return {str(tensor.name): np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
 
 
+def test_of_several_chat_templates_the_default_is_written(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "Llama-0.6B")
+    write_tokenizer(folder, pre_tokenizers.ByteLevel(add_prefix_space=False))
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    default = "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
+    templates = [{"name": "default", "template": default}, {"name": "tool_use", "template": "{{ tools }}"}]
+    file.write_text(json.dumps({**config, "chat_template": templates}))
+    assert main(["to-gguf", str(folder), str(tmp_path / "model.gguf")]) == 0
+    metadata = read_gguf(tmp_path / "model.gguf").metadata
+    assert metadata["tokenizer.chat_template"] == default
+    assert metadata["general.name"] == "Llama-0.6B"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_holds_what_llama_cpp_expects_and_is_the_model_again(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

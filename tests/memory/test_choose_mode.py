@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from orpo_mlx.config.checks import make_config
@@ -107,3 +108,9 @@ def test_auto_that_cannot_be_predicted_is_the_smallest(
     run, said = planned(settings, monkeypatch, 100.0)
     assert run.memory.mode == "thrift"
     assert said == ["The peak of memory cannot be predicted: no such layer"]
+
+
+def test_a_gpu_with_memory_of_its_own_counts_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "device_info", lambda *_: {"total_memory": 24 * 2**30})
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert memory_plan._unstated_room() == pytest.approx(21.6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import mlx.core as mx
 import pytest
 
 from orpo_mlx.config.checks import make_config
+from orpo_mlx.errors import ModelError
 from orpo_mlx.memory.predict import (
     TOLERANCE,
     Prediction,
@@ -191,3 +193,13 @@ def test_what_this_device_recommends(
 
 def test_a_peak_is_the_sum_of_its_parts() -> None:
     assert Prediction(1.0, 2.0, 3.0, 4.0, 5.0, 6.0).peak == 21.0
+
+
+def test_what_other_tools_have_quantised_is_not_counted_as_if_it_were_not(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mxfp4"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    quantised = {"quantization_config": {"quant_method": "mxfp4"}}
+    (folder / "config.json").write_text(json.dumps({**config, **quantised}))
+    with pytest.raises(ModelError, match="is quantised as mxfp4, whose size in memory only loading it shows"):
+        read_blueprint(str(folder))

@@ -19,6 +19,7 @@ from orpo_mlx.cli.train import main
 from orpo_mlx.files import json_text
 from orpo_mlx.training.checkpoints.folders import (
     CheckpointFolder,
+    clear_unfinished,
     defect,
     prune,
     remove_all,
@@ -65,10 +66,42 @@ def test_checkpoints_are_listed_by_step_and_pruned(tmp_path: Path) -> None:
     assert whole_steps(tmp_path) == [100, 10, 9, 2]
     (tmp_path / "step-12").mkdir()
     (tmp_path / ".writing-0000200").mkdir()
-    prune(tmp_path, 2, also=[2])
+    prune(tmp_path, 2, 100, also=[2])
     assert whole_steps(tmp_path) == [100, 10, 2]
+    # Later ones are damaged, or the run would not be at an earlier step: they take nobody's place.
+    write_small(tmp_path, 11)
+    (tmp_path / "step-0000100" / "manifest.json").unlink()
+    prune(tmp_path, 1, 11)
+    assert whole_steps(tmp_path) == [11]
     remove_all(tmp_path)
     assert not tmp_path.exists()
+
+
+def test_a_checkpoint_that_is_written_anew_is_there_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_small(tmp_path, 7)
+    rename = Path.rename
+    for at in (1, 2, 3):
+        renames = 0
+
+        def killed(self: Path, target: Path, at: int = at) -> Path:
+            nonlocal renames
+            renames += 1
+            found = rename(self, target)
+            if renames == at:
+                raise KeyboardInterrupt
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", killed)
+            with pytest.raises(KeyboardInterrupt):
+                write_small(tmp_path, 7)
+        assert 7 in whole_steps(tmp_path)
+        clear_unfinished(tmp_path)
+        assert whole_steps(tmp_path) == [7]
+    write_small(tmp_path, 7)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000007"]
 
 
 def test_a_checkpoint_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:

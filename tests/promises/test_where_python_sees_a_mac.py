@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,11 +20,13 @@ from orpo_mlx.cli.convert import main as convert
 from orpo_mlx.cli.evaluate import main as evaluate
 from orpo_mlx.cli.score import main as score
 from orpo_mlx.cli.train import main as train
+from orpo_mlx.convert import verify
 from orpo_mlx.models.loading import load
 from tests.conftest import write_model_folder, write_rows
 from tests.helpers.as_on_a_gpu import answer_as_a_gpu
 
 JUDGE = ("--judge", "rule:regex=a")
+FLOAT32 = ("--dtype", "float32")
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +97,25 @@ def test_a_run_is_trained_resumed_and_used(half: Path, data: Path, tmp_path: Pat
     merged = tmp_path / "merged"
     assert convert(["merge", "--model", str(half), "--adapter-path", str(adapters), str(merged)]) == 0
     assert dtypes(load(str(merged)).model) == {mx.bfloat16}
+    wide = tmp_path / "wide"
+    assert convert(["merge", "--model", str(half), "--adapter-path", str(adapters), str(wide), *FLOAT32]) == 0
+    assert dtypes(load(str(wide)).model) == {mx.float32}
+
+
+def test_conversions_are_held_against_float32_with_what_half_precision_costs(
+    half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert convert(["hf", str(half), str(tmp_path / "wide"), *FLOAT32]) == 0
+
+    def in_float32(folder: Path, pairs: Any, **_: Any) -> verify.Logps:
+        return verify.model_logps(load(str(folder), dtype="float32").model, pairs)
+
+    # As transformers would run the very same weights.
+    monkeypatch.setattr(verify, "has_torch", lambda: True)
+    monkeypatch.setattr(verify, "transformers_logps", in_float32)
+    assert convert(["hf", str(half), str(tmp_path / "same")]) == 0
+    monkeypatch.setattr(verify, "transformers_logps", lambda *_, **__: in_float32(*_) + 1.0)
+    assert convert(["hf", str(half), str(tmp_path / "wrong")]) == 2
 
 
 def test_a_gguf_file_is_converted_and_trained_on(gguf: Path, data: Path, tmp_path: Path) -> None:

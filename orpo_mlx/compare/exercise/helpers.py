@@ -29,9 +29,6 @@ from orpo_mlx.reporting.console import Reporter
 _MODULE = "orpo_mlx.compare.exercise.helpers"
 # OpenBLAS and MKL take all cores each, and several processes then wait for each other.
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-# glibc gives a large array's memory back to the system at once, and the next one's is cleared page by page again: a
-# tenth of the time. Other systems do not read these.
-_KEEPING_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 _PATIENCE_SECONDS = 10.0
 _MOST_PROCESSES = 4
 # The first process holds a model as well, and a machine has other things to do.
@@ -98,7 +95,7 @@ def helped(folder: Path, tier: str, size: Size, processes: int, reporter: Report
             # Closed by the system when this process ends, which is how a helper knows.
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            env={**dict.fromkeys(THREADS, threads), **_KEEPING_MEMORY, **os.environ},
+            env={**dict.fromkeys(THREADS, threads), **os.environ},
             # Ctrl-C is for the command alone, which ends its helpers.
             start_new_session=True,
         )

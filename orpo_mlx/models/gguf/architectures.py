@@ -194,9 +194,12 @@ def rope_scaling(file: GgufFile, settings: GgufSettings, head_dim: int) -> dict[
     kind = settings.text("rope.scaling.type")
     if "rope_freqs.weight" in file.tensors:
         return {"rope_scaling": _llama3_scaling(file, settings, head_dim)}
-    if kind == "linear":
-        return {"rope_scaling": {"type": kind, "rope_type": kind, "factor": settings.number("rope.scaling.factor")}}
-    if kind not in (None, "none", "longrope") or (kind is None and "rope_factors_long.weight" in file.tensors):
+    # As in llama.cpp: without a type it is linear, and older files have the factor under another name.
+    factor = settings.number("rope.scaling.factor", 0.0) or settings.number("rope.scale_linear", 0.0)
+    long = "rope_factors_long.weight" in file.tensors
+    if kind == "linear" or (kind is None and not long and factor not in (0.0, 1.0)):
+        return {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": factor or 1.0}}
+    if kind not in (None, "none", "longrope") or (kind is None and long):
         raise ModelError(
             f"{file.path}: RoPE scaling in a GGUF file is not supported as {kind!r}; use the Hugging Face folder of "
             "this model."

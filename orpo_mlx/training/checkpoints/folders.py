@@ -13,7 +13,8 @@ from orpo_mlx.files import flush_folder_to_disk, flush_to_disk, json_text, sha25
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-([0-9]{7,18})")
+_REPLACED = ".replaced"
+_NAME = re.compile(rf"step-([0-9]{{7,18}})({re.escape(_REPLACED)})?")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+\.[a-z]+")
 _TEMPORARY = ".writing-"
 
@@ -51,9 +52,12 @@ def write_checkpoint(parent: Path, step: int, write: Callable[[Path], None]) -> 
         (temporary / _MANIFEST).write_text(json_text(manifest), encoding="utf-8")
         # Before the rename: after a power cut, the name must not stand over contents that never reached the disk.
         flush_folder_to_disk(temporary)
-        # What bears this name already is of this step too, and damaged: a whole one would not be written again.
-        _discard(folder)
+        # What bears this name already is of this step too. Until the new one does, it is a checkpoint to go on from.
+        replaced = folder.with_name(folder.name + _REPLACED)
+        if folder.exists():
+            folder.rename(replaced)
         temporary.rename(folder)
+        _discard(replaced)
         # The new name is an entry of the parent, which has to reach the disk as well.
         flush_to_disk(parent)
     except OSError as error:
@@ -69,11 +73,20 @@ def clear_unfinished(parent: Path) -> None:
     """Remove what a killed run left half written in `parent`."""
     for path in parent.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in parent.glob(f"*{_REPLACED}"):
+        if path.with_name(path.name.removesuffix(_REPLACED)).exists():
+            _discard(path)
 
 
-def prune(parent: Path, keep: int, also: Collection[int] = ()) -> None:
-    """Remove all but the newest `keep` checkpoints of `parent` and those of the steps `also`."""
-    for step, folder in _candidates(parent)[keep:]:
+def prune(parent: Path, keep: int, newest: int, also: Collection[int] = ()) -> None:
+    """Remove all but the newest `keep` checkpoints of `parent`, of which that of step `newest` is one, and those of the
+    steps `also`.
+
+    Later ones are damaged, or the run would have gone on from them: they take nobody's place, and are replaced when the
+    run comes to their steps.
+    """
+    older = [each for each in _candidates(parent) if each[0] <= newest]
+    for step, folder in older[keep:]:
         if step not in also:
             _discard(folder)
 
@@ -138,7 +151,9 @@ def _candidates(parent: Path) -> list[tuple[int, Path]]:
     if not parent.is_dir():
         return []
     matches = [(_NAME.fullmatch(path.name), path) for path in parent.iterdir()]
-    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+    # Of one step first the one that replaces the other.
+    found = sorted((-int(match[1]), match[2] or "", path) for match, path in matches if match)
+    return [(-step, path) for step, _, path in found]
 
 
 def _discard(folder: Path) -> None:

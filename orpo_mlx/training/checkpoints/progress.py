@@ -32,8 +32,8 @@ class Best(NamedTuple):
         return math.isfinite(self._rank)
 
     def is_better_than(self, other: Best) -> bool:
-        """Whether its loss is lower, or its win rate higher."""
-        return self._rank < other._rank
+        """Whether its loss is lower, or its win rate higher, or what is looked at is another: then it is begun anew."""
+        return (self.win_rate is None) != (other.win_rate is None) or self._rank < other._rank
 
     @property
     def _rank(self) -> float:

@@ -65,7 +65,8 @@ def save(
         save_adapters(run.folder, weights, metadata)
         save_json(run.folder / ADAPTER_CONFIG_FILE, adapter_config(run))
         # Last: until the new checkpoint is whole, an older one is all there is to go on from.
-        prune(run.folder / CHECKPOINTS, run.config.keep, [] if progress.best is None else [progress.best.step])
+        best = [] if progress.best is None else [progress.best.step]
+        prune(run.folder / CHECKPOINTS, run.config.keep, progress.step, best)
     except OSError as error:
         raise TrainingError(f"{error.filename}: cannot be saved ({error.strerror or error})") from None
     return checkpoint

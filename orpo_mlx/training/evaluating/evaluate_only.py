@@ -18,7 +18,10 @@ from orpo_mlx.files import read_json_table
 from orpo_mlx.models.adapters import load_adapter_file
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.metrics_log import RUN_FILE, MetricsFile
+from orpo_mlx.training.checkpoints.folders import CheckpointFolder, checkpoint_name
 from orpo_mlx.training.checkpoints.progress import EvalMetrics, TrainingResult
+from orpo_mlx.training.checkpoints.save import CHECKPOINTS
+from orpo_mlx.training.checkpoints.state import STATE_FILE, read_state
 from orpo_mlx.training.data_order import evaluation_groups, evaluation_pairs, steps_taken
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.evaluating.evaluation import evaluate_splits
@@ -34,7 +37,8 @@ TEST_METRICS_FILE = "test_metrics.jsonl"
 def settings_of_adapters(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the adapters under test were made with, as far as evaluation metrics depend on them.
 
-    They are in the `run.json` beside the adapters, or, of adapters that mlx-lm made, in `adapter_config.json`.
+    They are in the `run.json` beside the adapters, of a checkpoint in its `state.json`, or, of adapters that mlx-lm
+    made, in `adapter_config.json`.
 
     Args:
         values: the settings that were given.
@@ -46,6 +50,7 @@ def settings_of_adapters(values: Mapping[str, Any]) -> dict[str, Any]:
     folder = folder_of(adapters)
     for path, table in (
         (folder / RUN_FILE, recorded_settings(folder)),
+        (folder / STATE_FILE, recorded_settings(folder, STATE_FILE)),
         (folder / ADAPTER_CONFIG_FILE, read_table(folder / ADAPTER_CONFIG_FILE)),
     ):
         if table:
@@ -106,6 +111,7 @@ def _evaluate_adapters(run: Run, adapters: Path, step: int, reporter: Reporter) 
                 # Where the adapters are the weights themselves, the reference is gone once they are loaded.
                 compute_reference(run, run.reference, evaluation_groups(run), reporter, stop)
             load_adapter_file(run.loaded.model, adapters, run.config.lora_parameters["scale"])
+            restore_rewards(run, adapters, step, reporter)
             with closing(MetricsFile(run.folder / TEST_METRICS_FILE)) as metrics_file:
                 return evaluate_splits(
                     run,
@@ -143,12 +149,24 @@ def folder_of(adapters: Path) -> Path:
     return adapters if adapters.is_dir() else adapters.parent
 
 
-def recorded_settings(folder: Path) -> Mapping[str, Any]:
-    """The settings in a folder's `run.json`, none where there is no such file; ConfigError where they are no table."""
-    settings = read_table(folder / RUN_FILE).get("settings", {})
+def recorded_settings(folder: Path, name: str = RUN_FILE) -> Mapping[str, Any]:
+    """The settings in a folder's file, none where there is no such file; ConfigError where they are no table."""
+    settings = read_table(folder / name).get("settings", {})
     if not isinstance(settings, dict):
-        raise ConfigError(f"{folder / RUN_FILE}: settings: found {settings!r}, expected a table.")
+        raise ConfigError(f"{folder / name}: settings: found {settings!r}, expected a table.")
     return settings
+
+
+def restore_rewards(run: Run, adapters: Path, step: int, reporter: Reporter) -> None:
+    """Set the mean of rewards that a method measures from to what the training of the adapters made it."""
+    if not run.method.wanted.running:
+        return
+    folder = folder_of(adapters)
+    for path in (folder, folder / CHECKPOINTS / checkpoint_name(step)):
+        if (path / STATE_FILE).is_file():
+            run.rewards = read_state(CheckpointFolder(path, step)).rewards
+            return
+    reporter.say("Rewards are measured from 0 here: the checkpoint that knows their mean in training is not there.")
 
 
 def read_table(path: Path) -> Mapping[str, Any]:

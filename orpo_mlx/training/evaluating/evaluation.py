@@ -76,13 +76,14 @@ def evaluate(
         mx.eval(parts[-1])
         done += len(group)
         progress(done)
-    model.train(was_training)
     order = [pair for rank in range(ranks.size) for group in ranks.share(groups, rank) for pair in group]
     together = join_logps(parts) if ranks.size == 1 else ranks.gather_logps(parts)
     if reference:
         # Every rank knows what the others have computed.
         reference.adopt(order, as_policy(together))
     values = values_of_split(scorer, reference, method, [] if untrained else groups, batch_size, rewards, ranks)
+    # Only now: the divergence is taken without dropout as well, and draws no random numbers.
+    model.train(was_training)
     together = with_step_values(together, values)
     metrics = np.array(metric_array(together, method.loss(together)))
     finite = np.isfinite(metrics).all(axis=tuple(range(metrics.ndim - 1)))

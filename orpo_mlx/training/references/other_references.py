@@ -121,6 +121,7 @@ class SyncedReference(SecondModel):
     ) -> None:
         super().__init__(scorer, is_start=is_start, with_prompt=with_prompt, wanted=wanted)
         self._policy, self._tau, self._steps = policy, tau, steps
+        self._moved = False
 
     def after_step(self, step: int) -> None:
         """Follow the policy, where it is time to."""
@@ -143,7 +144,13 @@ class SyncedReference(SecondModel):
         if step >= self._steps:
             self._forget()
 
+    def after_baseline(self) -> None:
+        """Forget the base model's log-probs, where this has moved away from it."""
+        if self._moved:
+            self._forget()
+
     def _forget(self) -> None:
+        self._moved = True
         self.table.save()
         notes = self.table.notes
         self.table = ReferenceTable()

@@ -73,7 +73,7 @@ class ReferenceTable:
             self._new[key] = chosen, rejected
 
     def arrays(self) -> dict[str, mx.array]:
-        """All rows, for a checkpoint: `keys` (N, 16) uint8 and `logps` (N, 2) float32."""
+        """All rows that are finite, for a checkpoint: `keys` (N, 16) uint8 and `logps` (N, 2) float32."""
         rows = self._merged(ReferenceRows(np.empty(0, _KEY), np.empty((0, 2), np.float32)))
         return {"keys": mx.array(rows.keys.view(np.uint8).reshape(-1, 16)), "logps": mx.array(rows.logps)}
 
@@ -92,10 +92,13 @@ class ReferenceTable:
         A disk that cannot be written costs a note, not the run. `sparingly` waits for a tenth of the rows to be new:
         all saves of a run then write a few times the file's final size, however often they come.
         """
-        if self._file is None or not self._new or (sparingly and _SPARING * len(self._new) < len(self)):
+        lost = {key: row for key, row in self._new.items() if not np.isfinite(row).all()}
+        new = len(self._new) - len(lost)
+        if self._file is None or not new or (sparingly and _SPARING * new < len(self)):
             return
         self._rows = self._merged(self._read())
-        self._new.clear()
+        # Known to this run alone: whoever reads the file computes them again.
+        self._new = lost
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._file, self._write)
@@ -110,7 +113,9 @@ class ReferenceTable:
         logps = np.concatenate([self._rows.logps, news, theirs.logps])
         # The first of equal keys: this run goes on with the numbers it began with.
         keys, first = np.unique(keys, return_index=True)
-        return ReferenceRows(keys, logps[first])
+        # What is not finite is named where it is met, and would make the whole file one that is damaged.
+        good = np.isfinite(logps[first]).all(axis=1)
+        return ReferenceRows(keys[good], logps[first][good])
 
     def _write(self, path: Path) -> None:
         with path.open("wb") as file:

@@ -59,8 +59,11 @@ def with_step_values(logps: LogProbs, values: StepValues) -> LogProbs:
 def mismatched(examples: Sequence[Example]) -> list[Example]:
     """Each prompt with the completions of the example before it; the first one has those of the last.
 
-    As in TRL: over a batch, the mismatched completions are the same ones as the matched.
+    As in TRL: over a batch, the mismatched completions are the same ones as the matched. A single example has no other
+    to be mismatched with, and its own completions would say nothing of the divergence: none (in TRL its own).
     """
+    if len(examples) == 1:
+        return []
     others = [*examples[-1:], *examples[:-1]]
     return [
         TokenizedGroup(own.prompt_ids, other.completions, other.scores, other.labelled, (), own.location)

@@ -219,7 +219,16 @@ def test_linear_scaling_and_longrope(tmp_path: Path) -> None:
         "llama.rope.scaling.factor": mx.array(4.0, mx.float32),
     }
     _, config = read_gguf_info(write_gguf(tmp_path / "linear.gguf", **linear))
-    assert config["rope_scaling"] == {"type": "linear", "rope_type": "linear", "factor": 4.0}
+    scaled = {"type": "linear", "rope_type": "linear", "factor": 4.0}
+    assert config["rope_scaling"] == scaled
+    # llama.cpp takes a factor without a type for linear, and reads the name that it had before.
+    for key in ("rope.scaling.factor", "rope.scale_linear"):
+        older: dict[str, Any] = {f"llama.{key}": mx.array(4.0, mx.float32)}
+        _, config = read_gguf_info(write_gguf(tmp_path / "older.gguf", **older))
+        assert config["rope_scaling"] == scaled
+    plain: dict[str, Any] = {"llama.rope.scale_linear": mx.array(1.0, mx.float32)}
+    _, config = read_gguf_info(write_gguf(tmp_path / "plain.gguf", **plain))
+    assert "rope_scaling" not in config
     tables: dict[str, mx.array] = {
         f"rope_factors_{part}.weight": mx.array([1.0, 2.0, 3.0, number]) for part, number in LONG.items()
     }

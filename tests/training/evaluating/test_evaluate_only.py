@@ -27,7 +27,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize("fine_tune_type", ["lora", "dora", "full"])
-@pytest.mark.parametrize("method", ["orpo", "dpo"])
+@pytest.mark.parametrize("method", ["orpo", "dpo", "bco"])
 def test_the_figures_are_those_the_run_closed_with(
     settings: dict[str, Any], method: str, fine_tune_type: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,3 +174,15 @@ def test_interrupted_it_says_so(
     monkeypatch.setattr("orpo_mlx.training.evaluating.evaluation.evaluate", interrupt)
     assert main(["--test", "--adapter-path", settings["adapter_path"]]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_tested_with_its_runs_settings(settings: dict[str, Any]) -> None:
+    changes = {"method": "dpo", "beta": 0.7, "save_every": 1, "keep": 9, "save_best": True, "learning_rate": 1e-2}
+    closed = run_quietly({**settings, **changes})
+    folder = Path(settings["adapter_path"])
+    (last,) = (folder / "checkpoints").glob("step-0000003")
+    assert main(["--test", "--adapter-path", str(last), "--data", settings["data"]]) == 0
+    found = {row.pop("split"): row for row in lines_of(last / "test_metrics.jsonl")}
+    for split in ("valid", "test"):
+        assert found[split].pop("step") == 3
+        assert found[split] == pytest.approx(closed[split], rel=1e-6, abs=1e-9)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.losses.recipe import make_recipe
-from orpo_mlx.models.adapters import add_adapters
+from orpo_mlx.models.adapters import adapter_weights, add_adapters
+from orpo_mlx.training.checkpoints.random_numbers import random_state
 from orpo_mlx.training.evaluating.evaluation import evaluate
 from orpo_mlx.training.references.reference import ReferenceLogProbs
 from tests.conftest import make_model, make_pairs
@@ -79,3 +81,20 @@ def test_an_untrained_policy_is_its_own_reference_and_is_run_once(monkeypatch: p
     assert len(calls) == 2
     assert first == again
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-7)
+
+
+def test_the_divergence_is_taken_without_dropout_and_draws_no_numbers() -> None:
+    recipe, pairs = make_recipe("kto", {}), make_pairs(6)
+    scorer = scorer_with_adapters()
+    weights = [(name, value + 0.1) for name, value in adapter_weights(scorer.model).items()]
+    scorer.model.load_weights(weights, strict=False)
+    reference = ReferenceLogProbs(scorer, adapters_are_new=True, wanted=recipe.wanted)
+    found = []
+    for seed in (1, 2):
+        mx.random.seed(seed)
+        before = random_state()
+        found.append(evaluate(scorer, pairs, recipe, batch_size=3, nll="completion", reference=reference))
+        assert random_state() == before
+    assert found[0] == found[1]
+    assert found[0]["kl"] > 0
+    assert scorer.model.training

@@ -17,6 +17,7 @@ from orpo_mlx.judging.generation import Generated, Generator
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.metrics_log import read_run
 from orpo_mlx.train import train
+from orpo_mlx.training.checkpoints.progress import Best
 from tests.conftest import write_id_rows, write_rows
 from tests.helpers.kill_and_resume import adapters, metrics
 from tests.helpers.tuned_adapters import ANSWER, PROMPT
@@ -58,6 +59,14 @@ def test_the_win_rate_stands_beside_the_loss_and_decides_what_is_best(tmp_path: 
     assert "win rate 100.0% over the base" in said
     assert "best win rate" in said
     assert "win rate over the base" in (tmp_path / "adapters" / "report.html").read_text()
+
+
+def test_another_measure_begins_anew() -> None:
+    by_rate, by_loss = Best(4, None, 0.6), Best(6, 1.5)
+    assert by_loss.is_better_than(by_rate)
+    assert by_rate.is_better_than(by_loss)
+    assert not Best(8, 1.6).is_better_than(by_loss)
+    assert not Best(8, None, 0.5).is_better_than(by_rate)
 
 
 def test_judging_changes_no_number_and_is_the_same_after_resuming(tmp_path: Path, judged: dict[str, Any]) -> None:

@@ -225,3 +225,12 @@ def test_the_reference_follows_the_policys_weights(
     adapters = [module for _, module in reference.runner.model.named_modules() if "lora_b" in module]
     # A product has at most the rank of its smaller side, here 48.
     assert all(module.lora_b.shape[-1 if module.lora_b.ndim == 3 else 0] <= 48 for module in adapters)
+
+
+def test_closing_figures_of_all_splits_are_against_the_reference_as_it_is_then(settings: dict[str, Any]) -> None:
+    # It is the policy after each step: nothing is left between the two.
+    run_quietly({**settings, "method": "dpo", "sync_reference": "1,1", "learning_rate": 1e-2})
+    for split in ("valid", "test"):
+        for row in rows(settings, split)[:: len(rows(settings, split)) - 1]:
+            assert row["loss"] == pytest.approx(np.log(2), abs=1e-4), (split, row["step"])
+            assert row["rewards/chosen"] == pytest.approx(0, abs=1e-3)

@@ -170,3 +170,22 @@ def test_a_fingerprint_sees_content_dtype_and_scale() -> None:
         fingerprint(nudge=1e-5),
     ]
     assert len({fingerprint(), *others}) == 5
+
+
+def test_rows_that_are_not_finite_are_known_to_this_run_and_written_nowhere(tmp_path: Path) -> None:
+    table = filled(tmp_path / "a.npz")
+    table.add(key(7), float("nan"), -1.0)
+    table.add(key(8), -8.0, -8.0)
+    known = table.arrays()
+    table.save()
+    assert np.isnan(table.get(key(7)) or ()).any()
+    other = ReferenceTable(tmp_path / "a.npz", IDENTITY)
+    assert not other.notes
+    assert (other.get(key(7)), other.get(key(8)), other.get(key(1))) == (None, (-8.0, -8.0), table.get(key(1)))
+    restored = ReferenceTable()
+    restored.restore(known)
+    assert len(restored) == len(other)
+    # Nor is the file written again for it at each save.
+    before = (tmp_path / "a.npz").stat().st_mtime_ns
+    table.save()
+    assert (tmp_path / "a.npz").stat().st_mtime_ns == before
