@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,15 @@ from mlx_lm.utils import load_tokenizer
 from orpo_mlx.data import splits as module
 from orpo_mlx.data.pairs import Reading
 from orpo_mlx.data.sources import FileSource
-from orpo_mlx.data.splits import COMPLETION_CUT, PROMPT_CUT, SYSTEM_FOLDED, Lengths, Split, tokenized_split
+from orpo_mlx.data.splits import (
+    COMPLETION_CUT,
+    PROMPT_CUT,
+    SYSTEM_FOLDED,
+    Lengths,
+    Split,
+    tokenized_split,
+    tokenizer_fingerprint,
+)
 from orpo_mlx.data.tokens.chat_template import TEMPLATED_TWICE
 from orpo_mlx.data.tokens.token_store import TokenStore
 from orpo_mlx.data.tokens.tokenization import PairTokenizer
@@ -160,3 +169,13 @@ def test_nothing_left_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
     expected = r"rows.jsonl: no pair can be used \(1 chosen and rejected are the same tokens\); the first: .*:1: "
     with pytest.raises(DataError, match=expected):
         split_of(path, tokenizer)
+
+
+def test_of_several_ends_the_one_that_answers_are_given_decides_their_tokens() -> None:
+    def of(end: int) -> str:
+        inner = SimpleNamespace(
+            backend_tokenizer=SimpleNamespace(to_str=lambda: "v"), chat_template="t", bos_token_id=0, eos_token_id=end
+        )
+        return tokenizer_fingerprint(SimpleNamespace(_tokenizer=inner, eos_token_ids={1, 2}, has_chat_template=True))
+
+    assert of(1) == of(1) != of(2)

@@ -19,7 +19,7 @@ from orpo_mlx.training.run import Run
 from orpo_mlx.training.steps.gradients import step_gradient
 from orpo_mlx.training.steps.step import optimiser_step
 from orpo_mlx.training.steps.step_values import mismatched
-from orpo_mlx.types import Example
+from orpo_mlx.types import Example, TokenizedGroup
 from tests.helpers import float64_group_losses as oracle
 from tests.helpers.quiet_training import run_quietly
 from tests.test_train import make_run, rows
@@ -143,6 +143,12 @@ def test_a_reference_that_follows_is_never_stale(settings: dict[str, Any], tmp_p
         reference.after_step(step)
         seen.append(policy)
     assert all(not mx.allclose(one, other, atol=1e-2).item() for one, other in itertools.pairwise(seen))
+
+
+def test_a_single_row_has_no_other_to_be_mismatched_with() -> None:
+    one, other = (TokenizedGroup((n,), ((5, 6),), (1.0,), True, (), f"f:{n}") for n in (1, 2))
+    assert mismatched([one]) == []
+    assert [example.prompt_ids for example in mismatched([one, other])] == [(1,), (2,)]
 
 
 def test_a_run_tells_its_reference_of_each_step(settings: dict[str, Any], tmp_path: Path) -> None:

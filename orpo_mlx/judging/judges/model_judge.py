@@ -30,7 +30,7 @@ TOKENS = 16
 _ROWS = 16
 _UNKNOWN_CONTEXT = 1 << 20
 # Within which `<think>` and a line's end fit.
-_OPENING_TOKENS = 8
+_OPENING_TOKENS = 16
 
 
 CHOICE = "choice:"

@@ -11,6 +11,7 @@ from mlx_lm.utils import load_tokenizer
 from tokenizers import processors
 
 from orpo_mlx.cli.train import main
+from orpo_mlx.data.groups import usable_group
 from orpo_mlx.data.shapes.formats import read_row
 from orpo_mlx.data.tokens.tokenization import PairTokenizer
 from orpo_mlx.errors import DataError
@@ -126,3 +127,10 @@ def test_a_run_on_single_completions_is_that_on_the_chosen_sides_of_pairs(
     err = capsys.readouterr().err
     assert "train.jsonl:1: the row is one answer to imitate" in err
     assert "--method sft learns from single answers" in err
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_a_text_without_words_is_counted_as_one(text: str) -> None:
+    (group,) = read_row({"text": text}, "f:1", one_sided=True).pairs
+    assert isinstance(group, Group)
+    assert usable_group(group, None) == (None, "empty_side")

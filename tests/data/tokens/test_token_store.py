@@ -12,7 +12,7 @@ import pytest
 from orpo_mlx.data.row_counts import RowReport
 from orpo_mlx.data.tokens.token_store import StoreWriter, TokenStore
 from orpo_mlx.data.tokens.trained_turns import read_ids
-from orpo_mlx.types import TokenizedPair
+from orpo_mlx.types import TokenizedGroup, TokenizedPair
 from tests.conftest import make_pairs
 
 
@@ -118,3 +118,13 @@ def test_an_index_of_objects_is_never_unpickled(tmp_path: Path) -> None:
     np.save(tmp_path / "store" / "index.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="not a whole token store"):
         TokenStore(tmp_path / "store")
+
+
+def test_texts_that_begin_with_the_same_token_are_different(tmp_path: Path) -> None:
+    # As of every text, its first token is all that nothing comes before.
+    with StoreWriter(tmp_path / "store") as writer:
+        writer.extend(
+            [TokenizedGroup((1,), (rest,), (1.0,), True, ((0, 0),), "f:1") for rest in ((5, 6), (5, 7), (5, 6))]
+        )
+        hashes = writer.close(RowReport()).prompt_hashes
+    assert hashes[0] == hashes[2] != hashes[1]

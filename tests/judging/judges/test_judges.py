@@ -19,6 +19,7 @@ from mlx_lm.utils import load_tokenizer
 
 from orpo_mlx.errors import ConfigError, ModelError
 from orpo_mlx.judging.contest import check_judge
+from orpo_mlx.judging.generation import Generated, Generator
 from orpo_mlx.judging.judges import endpoint_judge
 from orpo_mlx.judging.judges.endpoint_judge import KEY_VARIABLE, EndpointJudge, is_loopback
 from orpo_mlx.judging.judges.judges import JudgeOptions, make_judge
@@ -242,3 +243,17 @@ def test_judges_that_are_asked_otherwise_are_told_apart() -> None:
     options = [JudgeOptions(), JudgeOptions(max_tokens=512), JudgeOptions(model="other", dtype="float16")]
     found = [make_judge(name, each).identity for name in names for each in options]
     assert len(set(found)) == len(found)
+
+
+def test_a_thought_that_the_template_opens_and_nobody_ends_is_no_verdict(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = long_context(tmp_path / "judge", model_folder)
+    said = Generated((), "The first is longer, so [[A]]. But", False)
+    monkeypatch.setattr(Generator, "replies", lambda self, prompts, progress: [[said]] * len(prompts))
+    assert [verdict.winner for verdict in make_judge(str(folder))([QUESTION], lambda done: None)] == [FIRST]
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "chat_template": f"{config['chat_template']}<think>\n"}))
+    verdicts = make_judge(str(folder))([QUESTION], lambda done: None)
+    assert [verdict.failure for verdict in verdicts] == ["unreadable"]

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from orpo_mlx.data.prompts import Prompt, read_prompt
 from orpo_mlx.errors import ModelError
-from orpo_mlx.judging.contest import compare_replies
+from orpo_mlx.judging.contest import check_judge, compare_replies
 from orpo_mlx.judging.judges.judges import make_judge
 from orpo_mlx.judging.judges.scorer import Asked, Scorer
 from orpo_mlx.judging.judges.verdicts import FIRST, SECOND
@@ -155,3 +155,6 @@ def test_what_is_no_reward_model_or_no_adapter_is_one_sentence(tmp_path: Path) -
         assert message in str(caught.value)
         assert f"judge={name}" in str(caught.value)
         assert len(str(caught.value)) < 400
+    # Before replies are drawn.
+    with pytest.raises(ModelError, match="leave no model to compare with"):
+        check_judge(make_judge(f"implicit:{full}"), [])
