@@ -1,4 +1,4 @@
-"""Text made safe to print: no control characters, no access tokens."""
+"""Text made safe to print and to show: no control characters, no access tokens, no folders of a user's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import json
 import os
 import re
 import sys
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
@@ -80,3 +83,18 @@ def redacted(text: str) -> str:
         if len(token) >= _SHORTEST_TOKEN:
             text = text.replace(token, _REDACTED)
     return _TOKEN.sub(_REDACTED, text)
+
+
+def shareable(value: Any) -> Any:
+    """A JSON value whose local paths are cut down to their last part."""
+    # What they lie below, a user's name for one, is nobody's business.
+    if isinstance(value, Mapping):
+        return {key: shareable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [shareable(each) for each in value]
+    return ", ".join(map(_last_part, value.split(", "))) if isinstance(value, str) else value
+
+
+def _last_part(word: str) -> str:
+    is_path = word.startswith(("/", "~", "./", "../")) or PurePath(word).is_absolute() or "\\" in word
+    return re.split(r"[/\\]", word.rstrip("/\\"))[-1] if is_path else word

@@ -74,7 +74,7 @@ def read_blueprint(name: str, *, dtype: str | None = None) -> Blueprint:
     if method is not None and "quantization" not in config and not stored.quantised:
         raise ModelError(
             f"{name}: is quantised as {method}, whose size in memory only loading it shows; convert it to mlx-lm's own "
-            "form (orpo-mlx convert hf --quantize), or go by the size of its files."
+            "form (orpo-mlx convert hf with `quantize`), or go by the size of its files."
         )
     layers = _layer_count(path, config)
     stored = stored._replace(dtype=loaded_dtype(dtype) or stored.dtype)

@@ -10,7 +10,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
 from orpo_mlx.errors import ConfigError, ModelError, TrainingError, reason_of
 from orpo_mlx.files import json_text
-from orpo_mlx.reporting.model_card import has_hub_form, shareable
+from orpo_mlx.reporting.model_card import has_hub_form
+from orpo_mlx.text import shareable
 
 _NEEDED = ("adapters.safetensors", "adapter_config.json")
 _FILES = (*_NEEDED, "README.md", "run.json", "metrics.jsonl", "report.html", "report.png")

@@ -22,7 +22,7 @@ from orpo_mlx.losses.registry import METHODS
 from orpo_mlx.reporting.console import CLOSING_ROWS, shown_metric
 from orpo_mlx.reporting.html_page import render_markdown
 from orpo_mlx.reporting.metrics_log import read_run
-from orpo_mlx.text import printable
+from orpo_mlx.text import printable, shareable
 
 CARD_FILE = "README.md"
 
@@ -121,21 +121,6 @@ def method_term(term: Term, parameters: Mapping[str, Mapping[str, float]]) -> di
 def last_part(path: str) -> str:
     """The last part of a path, or all of what has no parts."""
     return PurePath(path).name or path
-
-
-def shareable(value: Any) -> Any:
-    """A JSON value whose local paths are cut down to their last part."""
-    # What they lie below, a user's name for one, is nobody's business.
-    if isinstance(value, Mapping):
-        return {key: shareable(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [shareable(each) for each in value]
-    return ", ".join(map(_last_part, value.split(", "))) if isinstance(value, str) else value
-
-
-def _last_part(word: str) -> str:
-    is_path = word.startswith(("/", "~", "./", "../")) or PurePath(word).is_absolute() or "\\" in word
-    return re.split(r"[/\\]", word.rstrip("/\\"))[-1] if is_path else word
 
 
 def _is_untouched(content: bytes) -> bool:

@@ -28,8 +28,7 @@ from orpo_mlx.reporting.metrics_log import (
     read_run,
     read_samples,
 )
-from orpo_mlx.reporting.model_card import shareable
-from orpo_mlx.text import printable
+from orpo_mlx.text import printable, shareable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

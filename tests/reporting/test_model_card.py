@@ -13,7 +13,8 @@ from rich.console import Console
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.config.derived import settings_for_card
 from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.reporting.model_card import card_text, shareable, write_card
+from orpo_mlx.reporting.model_card import card_text, write_card
+from orpo_mlx.text import shareable
 from orpo_mlx.train import train
 from tests.helpers.quiet_training import run_quietly
 
