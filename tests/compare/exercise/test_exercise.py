@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import os
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from orpo_mlx.compare.exercise import run as exercise
 from orpo_mlx.compare.exercise.analysis import analyse
 from orpo_mlx.compare.exercise.contenders import CONTENDERS, Setting
 from orpo_mlx.compare.exercise.halving import Round
+from orpo_mlx.compare.exercise.open_task import OpenTask
 from orpo_mlx.compare.exercise.page import first_line, markdown
 from orpo_mlx.compare.exercise.tables import lengths
 from orpo_mlx.compare.exercise.task import Size
@@ -29,6 +31,7 @@ from orpo_mlx.errors import ConfigError, DataError, TrainingError
 from orpo_mlx.reporting.console import Reporter
 from scripts.check_comparison import check, differing, read
 from scripts.check_comparison import run as check_command
+from tests.helpers.documented_commands import ROOT
 
 TINY = sizes.QUICK_EXACT._replace(
     pairs=64,
@@ -109,6 +112,26 @@ def test_a_training_that_was_looked_at_otherwise_is_another() -> None:
     other = sizes.FULL_OPEN._replace(rounds=(Round(8, 20), Round(1, 40)))
     assert identity(other) != identity(sizes.FULL_OPEN)
     assert identity(sizes.FULL_OPEN._replace(seeds=9)) == identity(sizes.FULL_OPEN)
+
+
+def test_cells_that_are_published_are_of_the_present_design() -> None:
+    with tarfile.open(ROOT / "docs" / "results" / "exercise_open_cells.tar.xz") as archive:
+        files = [archive.extractfile(member) for member in archive.getmembers()]
+        tables = [json.load(file) for file in files if file is not None]
+    size = study.size_record(sizes.FULL_OPEN, OpenTask.bound)
+    (common,) = (table for table in tables if "identity" not in table)
+    assert common == {
+        **{key: value for key, value in size.items() if key not in exercise._MAY_GROW}, "versions": common["versions"]
+    }  # fmt: skip
+    contenders = {each.name: each for each in CONTENDERS}
+    task: Any = SimpleNamespace(size=sizes.FULL_OPEN, name="open")
+    identities = [json.loads(table["identity"]) for table in tables if table is not common]
+    trainings = [each for each in identities if each["what"] in ("tuning", "final")]
+    assert len(trainings) >= 40
+    for each in trainings:
+        setting = Setting(each["rate"], each["strength"])
+        own = study._identity(task, each["variant"], contenders[each["method"]], setting, each["seed"], each["steps"])
+        assert each == {**own, "what": each["what"]}
 
 
 @pytest.fixture(scope="module")
