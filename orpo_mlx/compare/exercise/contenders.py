@@ -70,19 +70,18 @@ def _contender(
     return Contender(name, {"method": name}, strength, strengths, likelihood, library_step, reward or name)
 
 
-# Around each method's default, a factor of about three apart; where the first trials found a method best at an end of
-# its range, the range was moved.
+# A factor of about three apart, around the values that earlier, smaller grids chose: docs/comparison.md says so.
 CONTENDERS = (
-    _contender("orpo", (0.1, 0.3, 1.0, 3.0), likelihood=True),
-    _contender("orpo_style", (0.1, 0.5, 1.0, 3.0)),
-    _contender("dpo", (0.03, 0.1, 0.3, 1.0)),
-    _contender("simpo", (0.5, 2.0, 5.0, 10.0)),
-    _contender("ipo", (0.03, 0.1, 0.3, 1.0)),
-    _contender("cpo", (0.03, 0.1, 0.3, 1.0), likelihood=True),
+    _contender("orpo", (0.1, 0.3, 1.0, 3.0, 10.0, 30.0), likelihood=True),
+    _contender("orpo_style", (0.05, 0.1, 0.5, 1.0, 3.0, 10.0)),
+    _contender("dpo", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
+    _contender("simpo", (0.2, 0.5, 2.0, 5.0, 10.0, 20.0)),
+    _contender("ipo", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
+    _contender("cpo", (0.03, 0.1, 0.3, 1.0, 3.0, 10.0), likelihood=True),
     _contender("sft", (), likelihood=True),
-    _contender("robust", (0.03, 0.1, 0.3, 1.0)),
+    _contender("robust", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
     # Of a completion both have β times its log ratio.
-    _contender("kto", (0.03, 0.1, 0.3, 1.0), reward="dpo"),
+    _contender("kto", (0.03, 0.1, 0.3, 1.0, 3.0, 10.0), reward="dpo"),
     # Its function has no argument for β: it is always 0.5.
     Contender("chapter's step", {"method": "orpo_style"}, None, (), False, chapter_step, "orpo_style"),
 )

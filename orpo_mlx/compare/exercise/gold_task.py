@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.llama import Model, ModelArgs
 
 from orpo_mlx.compare.exercise.significance import Floats
@@ -35,6 +36,8 @@ _MODEL_SEED = 0
 _SEEDS = {"train": 1, "held_out": 2, "valid": 3, "test": 4, "scale": 5}
 _SCALE_ROWS = 4096
 _FRONTIER = (8.0, 4.0, 2.0, 1.4, 1.0, 0.8, 0.7, 0.6, 0.5)
+# To a prompt: at the bound their weights are worth some twenty of them.
+_FRONTIER_REPLIES = 128
 
 
 class Measured(NamedTuple):
@@ -90,6 +93,7 @@ class GoldTask:
 
     name = "exact"
     bound = 1.0
+    kl_targets = (0.5, 0.9)
 
     def __init__(self, size: Size) -> None:
         self.size = size
@@ -145,7 +149,7 @@ class GoldTask:
             "model": f"Llama, 2 layers of 48, {VOCABULARY} tokens, made-up weights",
             "reply_tokens": [REPLY_TOKENS, REPLY_TOKENS],
             "labels_that_agree_with_gold": agree,
-            "frontier": self.frontier("test", _SCALE_ROWS, _FRONTIER),
+            "frontier": self.frontier("test", self.size.test_prompts, _FRONTIER_REPLIES, _FRONTIER),
         }
 
     def prompts(self, split: str, count: int) -> Ids:
@@ -155,14 +159,14 @@ class GoldTask:
     def sample(self, prompts: Ids, seed: int) -> Sampled:
         """A reply to each prompt, drawn at temperature 1 from the model as it is."""
         mx.random.seed(seed)
-        ids = mx.array(prompts)
-        logps = []
+        cache = make_prompt_cache(self.loaded.model)
+        logps: list[mx.array] = []
+        drawn = [mx.array(prompts)]
         for _ in range(REPLY_TOKENS):
-            logps.append(nn.log_softmax(self.loaded.model(ids)[:, -1].astype(mx.float32), axis=-1))
-            drawn = mx.random.categorical(logps[-1])[:, None].astype(ids.dtype)
-            ids = mx.concatenate([ids, drawn], axis=1)
-            mx.eval(ids)
-        return Sampled(np.array(ids)[:, prompts.shape[1] :], mx.stack(logps, axis=1))
+            logps.append(nn.log_softmax(self.loaded.model(drawn[-1], cache=cache)[:, -1].astype(mx.float32), axis=-1))
+            drawn.append(mx.random.categorical(logps[-1])[:, None].astype(drawn[0].dtype))
+            mx.eval(drawn[-1])
+        return Sampled(np.array(mx.concatenate(drawn[1:], axis=1)), mx.stack(logps, axis=1))
 
     def _counts(self) -> dict[str, int]:
         return {"train": self.size.pairs, "held_out": self.size.held_out}
@@ -221,18 +225,22 @@ class GoldTask:
         )
         return Measured(*(_by_prompt(part, prompts) for part in parts))
 
-    def frontier(self, split: str, prompts: int, temperatures: tuple[float, ...]) -> list[dict[str, float]]:
-        """Gold and KL of the best there is: the base model's replies weighed by exp(gold/temperature).
+    def frontier(
+        self, split: str, prompts: int, replies: int, temperatures: tuple[float, ...]
+    ) -> list[dict[str, float]]:
+        """Gold and KL of the best there is: the base model's replies to each prompt weighed by exp(gold/temperature).
 
-        π*(y) ∝ π₀(y) exp(gold(y)/τ) has the highest expected gold of all models at its KL. Estimated by weighing one
-        draw of the base model per prompt; KL(π* ‖ π₀) = E*[gold]/τ - log E₀[exp(gold/τ)].
+        π*(y|x) ∝ π₀(y|x) exp(gold(y)/τ) has the highest expected gold of all models at its KL. Estimated by weighing
+        `replies` of the base model to each prompt; KL(π* ‖ π₀) = E*[gold]/τ - log E₀[exp(gold/τ)], means over prompts.
         """
-        gold = self.token_gold[self.sample(self.prompts(split, prompts), 7).replies].sum(axis=1)
+        asked = np.repeat(self.prompts(split, prompts), replies, axis=0)
+        gold = self.token_gold[self.sample(asked, 7).replies].sum(axis=1).reshape(prompts, replies)
         found = []
         for temperature in temperatures:
             weights = np.exp(gold / temperature)
-            mean = float((weights * gold).sum() / weights.sum())
-            found.append({"gold": mean, "kl": mean / temperature - float(np.log(weights.mean()))})
+            means = (weights * gold).sum(axis=1) / weights.sum(axis=1)
+            kls = means / temperature - np.log(weights.mean(axis=1))
+            found.append({"gold": float(means.mean()), "kl": float(kls.mean())})
         return found
 
 

@@ -93,6 +93,8 @@ class OpenTask:
 
     name = "open"
     bound = 5.0
+    # A look at the test prompts takes a minute here.
+    kl_targets = ()
 
     def __init__(self, size: Size, cells: Cells) -> None:
         self.size = size

@@ -11,6 +11,7 @@ import numpy as np
 
 from orpo_mlx.compare.exercise.cells import Cells, every, until_done
 from orpo_mlx.compare.exercise.contenders import CONTENDERS, LIKELIHOOD_ALONE, Contender, Setting, grid
+from orpo_mlx.compare.exercise.equal_kl import at_targets
 from orpo_mlx.compare.exercise.halving import successive_halving
 from orpo_mlx.compare.exercise.task import PerPrompt, Size, Task
 from orpo_mlx.compare.exercise.trainer import fresh_run, put_back, reward_margins, train
@@ -132,7 +133,8 @@ def training(
     *,
     test: bool = False,
 ) -> dict[str, Any]:
-    """One training, looked at on the way, and where `test` judged on the test prompts at its best step.
+    """One training, looked at on the way, and where `test` judged on the test prompts: at its best step, and where its
+    KL reaches the task's targets.
 
     `start` is what the base model looks like on the valid prompts.
     """
@@ -162,9 +164,23 @@ def training(
                 "valid_gold": list(seen[found.best]["gold"]),
             }
             if test:
-                put_back(run, found.adapters)
-                result["test"] = task.look("test")
+                measured: dict[int, PerPrompt] = {}
+
+                def tested(place: int) -> PerPrompt:
+                    if place not in measured:
+                        put_back(run, found.adapters[place])
+                        measured[place] = task.look("test")
+                    return measured[place]
+
+                result["test"] = tested(found.best)
                 result["replies"] = task.replies()
+                measured[0] = base_cell(task, cells)["test"]
+                kls, at = ([look[key] for look in found.curve] for key in ("kl", "step"))
+                result["at_kl"] = at_targets(task.kl_targets, kls, at, tested)
+                result["test_curve"] = [
+                    {"step": at[place], **{key: means(look)[key] for key in ("gold", "kl")}}
+                    for place, look in sorted(measured.items())
+                ]
             return result
 
     return cells.get({**identity, "what": "final" if test else "tuning"}, compute)

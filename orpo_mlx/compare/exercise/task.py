@@ -51,6 +51,8 @@ class Task(Protocol):
     size: Size
     bound: float
     """The largest KL to the base model, nats per reply."""
+    kl_targets: tuple[float, ...]
+    """KLs at which final trainings are compared as well, rising."""
 
     def shared(self) -> TrainingConfig:
         """The settings that hold for all methods."""

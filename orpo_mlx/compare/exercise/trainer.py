@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 from mlx_lm.tuner.utils import remove_lora_layers
 
 from orpo_mlx.compare.exercise.contenders import Contender
@@ -19,6 +19,7 @@ from orpo_mlx.data.batching import TrainingOrder
 from orpo_mlx.engine.pair_scorer import pair_logps
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.losses.recipe import make_recipe
+from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.training.prepare import assemble
 from orpo_mlx.training.references.reference import with_reference
@@ -39,8 +40,8 @@ class Trained(NamedTuple):
     """What each look found, with its `step`; the first is of step 0."""
     best: int
     """The place in `curve` of the highest gold at a KL of at most the bound."""
-    adapters: dict[str, mx.array]
-    """Of that step."""
+    adapters: list[dict[str, mx.array]]
+    """Of each look."""
     failed: str | None
     """Why it ended early."""
 
@@ -74,10 +75,11 @@ def train(
     bound: float,
     start: Mapping[str, Any],
 ) -> Trained:
-    """Train until the last step of `looks`, looking at each of them.
+    """Train until the last step of `looks`, looking at each of them, or until a look is beyond the bound.
 
     The best step, rather than the last, is what a training is worth: how long to train is tuned as well, by the same
     rule for every method. Step 0 is among them, so that a training which leaves the bound at once is worth nothing.
+    What would follow beyond the bound is worth nothing either, and is not trained.
 
     Args:
         run: from `fresh_run`.
@@ -91,7 +93,7 @@ def train(
     losses: list[float] = []
     accuracies: list[float] = []
     curve: list[dict[str, Any]] = [{"step": 0, **start}]
-    best, adapters, failed = 0, trained_weights(run), None
+    best, adapters, failed = 0, [adapter_weights(run.loaded.model)], None
     order = TrainingOrder(pairs, run.config.batch_size, seed=run.config.seed, shuffle=True)
     for step, indices in enumerate(order, 1):
         # Looking leaves the model in evaluation mode.
@@ -106,16 +108,14 @@ def train(
         accuracies.append(found["accuracy"])
         if step in looks:
             curve.append({"step": step, **look(run)})
-            if curve[-1]["kl"] <= bound and curve[-1]["gold"] > curve[best]["gold"]:
-                best, adapters = len(curve) - 1, trained_weights(run)
+            adapters.append(adapter_weights(run.loaded.model))
+            if curve[-1]["kl"] > bound:
+                break
+            if curve[-1]["gold"] > curve[best]["gold"]:
+                best = len(curve) - 1
         if step >= looks[-1]:
             break
     return Trained(losses, accuracies, curve, best, adapters, failed)
-
-
-def trained_weights(run: Run) -> dict[str, mx.array]:
-    """The adapters as they are now; arrays are never changed in place, so these stay."""
-    return dict(tree_flatten(run.loaded.model.trainable_parameters()))
 
 
 def put_back(run: Run, adapters: Mapping[str, mx.array]) -> None:
