@@ -106,11 +106,23 @@ def _exercise_quality(results: Mapping[str, Any]) -> str:
     )
 
 
+def _exercise_equal_kl(results: Mapping[str, Any]) -> str:
+    """As `_exercise_quality`, of those where it was measured."""
+    made = {
+        f"{tier} tier, {variant}": exercise_tables.equal_kl(results, tier, variant)
+        for tier, found in results["tiers"].items()
+        for variant in found["variants"]
+    }
+    return "\n\n".join(f"{name}:\n\n{table.markdown()}" for name, table in made.items() if table.rows)
+
+
 EXERCISE_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "facts": _exercise_facts,
     "taken": _exercise_taken,
     "power": lambda results: exercise_tables.power(results).markdown(),
     "quality": _exercise_quality,
+    "equal_kl": _exercise_equal_kl,
+    "controls": lambda results: exercise_tables.controls(results).markdown(),
     "lengths": lambda results: exercise_tables.lengths(results).markdown(),
 }
 """What may stand after the name of results of the exercise, or of one tier of it."""

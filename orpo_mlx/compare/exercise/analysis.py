@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orpo_mlx.compare.exercise.contenders import BASELINE
+from orpo_mlx.compare.exercise.contenders import BASELINE, SAME_LOSS
 from orpo_mlx.compare.exercise.significance import (
     Difference,
     NullTest,
@@ -49,13 +48,54 @@ def analyse_variant(variant: Mapping[str, Any]) -> dict[str, Any]:
         measures = [key for key, values in tests[0].items() if _per_prompt(values)]
         methods[name] = {key: _mean_and_error([test[key] for test in tests]) for key in measures}
     found: dict[str, Any] = {"methods": methods}
-    if BASELINE in variant and len(variant) > 1:
-        gold = {name: [seed["test"]["gold"] for seed in method["seeds"]] for name, method in variant.items()}
-        differences = {name: paired_bootstrap(gold[name], gold[BASELINE]) for name in variant if name != BASELINE}
-        found["differences"] = _corrected(differences)
-        errors = [difference.standard_error for difference in differences.values()]
-        found["detectable"] = detectable(statistics.median(errors), len(errors))
+    gold = {name: [seed["test"]["gold"] for seed in method["seeds"]] for name, method in variant.items()}
+    found |= compared(gold)
+    found["at_kl"] = {target: _at_kl(variant, target) for target in _targets(variant)}
     return found
+
+
+Gold = Mapping[str, Sequence[Sequence[float]]]
+"""Of each method, for each seed, a value for each prompt."""
+
+
+def compared(gold: Gold) -> dict[str, Any]:
+    """`differences` of each method to the baseline, with what would have been found of each (`detectable`); `control`,
+    the difference of the two contenders with one loss. Nothing of what takes no part."""
+    found: dict[str, Any] = {}
+    if BASELINE in gold and len(gold) > 1:
+        found["differences"] = _corrected(
+            {name: paired_bootstrap(gold[name], gold[BASELINE]) for name in gold if name != BASELINE}
+        )
+        least = [each["detectable"] for each in found["differences"].values()]
+        found["detectable"] = {"least": min(least), "median": statistics.median(least), "most": max(least)}
+    if set(SAME_LOSS) <= set(gold):
+        ours, theirs = SAME_LOSS
+        found["control"] = paired_bootstrap(gold[ours], gold[theirs])._asdict()
+    return found
+
+
+def _targets(variant: Mapping[str, Any]) -> list[str]:
+    """The KLs at which any final training was measured."""
+    found = {target for method in variant.values() for seed in method["seeds"] for target in seed.get("at_kl", ())}
+    return sorted(found, key=float)
+
+
+def _at_kl(variant: Mapping[str, Any], target: str) -> dict[str, Any]:
+    """Each method where its KL was this much, of those that reached it under every seed; and how many seeds did."""
+    seeds = {
+        name: [seed["at_kl"][target] for seed in method["seeds"] if target in seed.get("at_kl", ())]
+        for name, method in variant.items()
+    }
+    full = {name: each for name, each in seeds.items() if len(each) == len(variant[name]["seeds"])}
+    gold = {name: [seed["gold"] for seed in each] for name, each in full.items()}
+    return {
+        "reached": {name: len(each) for name, each in seeds.items()},
+        "methods": {
+            name: {**_mean_and_error(gold[name]), "step": statistics.fmean(seed["step"] for seed in each)}
+            for name, each in full.items()
+        },
+        **compared(gold),
+    }
 
 
 def analyse_lengths(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -77,21 +117,29 @@ def analyse_lengths(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
 
 
 def _corrected(differences: Mapping[str, Difference]) -> dict[str, dict[str, float]]:
-    """Differences with their p values after Holm's correction among them."""
+    """Differences with their p values after Holm's correction among them, and what would have been found of each."""
     corrected = holm({name: difference.p for name, difference in differences.items()})
-    return {name: {**difference._asdict(), "p_holm": corrected[name]} for name, difference in differences.items()}
+    return {
+        name: {
+            **difference._asdict(),
+            "p_holm": corrected[name],
+            "detectable": detectable(difference.standard_error, len(differences), difference.freedom),
+        }
+        for name, difference in differences.items()
+    }
 
 
 def analyse_sanity(sanity: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Whether swapped labels mirror and shuffled ones teach nothing, method by method.
 
     - mirror: the share of held-out pairs that a method's own reward ranks right after training on the given labels is
-      higher than after training on swapped ones (paired bootstrap over pairs, interval above 0).
+      higher than after training on swapped ones (paired bootstrap over pairs, interval above 0), which is below 50 %.
     - shuffled: over several shuffles, each with its mirror image, the mean share is 50 %. Of a method with a likelihood
       term, whose effect does not depend on the labels, the share minus that of the term alone on the same shuffles is
       0; Student's t.
 
-    A p value of the second that is below `SANITY_ALPHA` after Holm's correction is a failure.
+    A p value of the second that is below `SANITY_ALPHA` after Holm's correction is a failure; `detectable` is the
+    smallest deviation that fails with a chance of 80 %.
     """
     rows = []
     nulls: dict[str, NullTest] = {}
@@ -106,7 +154,7 @@ def analyse_sanity(sanity: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "given": shares["given"],
             "swapped": shares["swapped"],
             "mirror": mirror._asdict(),
-            "mirrors": mirror.low > 0,
+            "mirrors": mirror.low > 0 and shares["swapped"] < 0.5,
             "shuffled": {"mean": statistics.fmean(shuffled), "low": min(shuffled), "high": max(shuffled)},
         }
         expected, values = 0.5, shuffled
@@ -120,10 +168,15 @@ def analyse_sanity(sanity: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     corrected = holm({name: null.p for name, null in nulls.items()})
     for row in rows:
         null = nulls.get(row["name"])
-        row["null"] = None if null is None else {**null._asdict(), "p_holm": corrected[row["name"]]}
+        row["null"] = null if null is None else _of_all(null, corrected[row["name"]], len(nulls))
         # A method that is its own likelihood term differs from it by nothing at all: there is nothing to test.
         row["holds"] = row["mirrors"] and (null is None or corrected[row["name"]] >= SANITY_ALPHA)
     return {"alpha": SANITY_ALPHA, "methods": rows, "failed": [row["name"] for row in rows if not row["holds"]]}
+
+
+def _of_all(null: NullTest, p_holm: float, tests: int) -> dict[str, float]:
+    smallest = detectable(null.standard_error, tests, null.freedom, alpha=SANITY_ALPHA)
+    return {**null._asdict(), "p_holm": p_holm, "detectable": smallest}
 
 
 def mirrored_means(wins: Mapping[str, str]) -> list[float]:
@@ -142,4 +195,4 @@ def _per_prompt(values: Any) -> bool:
 
 def _mean_and_error(values: Sequence[Sequence[float]]) -> dict[str, float]:
     mean, error = mean_with_error(values)
-    return {"mean": mean, "standard_error": error if math.isfinite(error) else 0.0}
+    return {"mean": mean, "standard_error": error}

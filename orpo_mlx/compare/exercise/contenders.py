@@ -90,6 +90,8 @@ BASELINE = "dpo"
 """The method that the others are tested against."""
 LIKELIHOOD_ALONE = "sft"
 """The method that is nothing but a likelihood term."""
+SAME_LOSS = ("chapter's step", "orpo_style")
+"""Two contenders that have one loss: what parts them is tuning and chance alone."""
 
 
 def grid(contender: Contender, rates: Sequence[float], size: int) -> list[Setting]:

@@ -93,7 +93,7 @@ class GoldTask:
 
     name = "exact"
     bound = 1.0
-    kl_targets = (0.5, 0.9)
+    kl_targets: tuple[float, ...] = (0.5, 0.9)
 
     def __init__(self, size: Size) -> None:
         self.size = size

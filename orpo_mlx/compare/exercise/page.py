@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orpo_mlx.compare.exercise import tables
+from orpo_mlx.compare.exercise.analysis import SANITY_ALPHA
 from orpo_mlx.compare.exercise.run import failures
 from orpo_mlx.files import write_bytes, write_text
 from orpo_mlx.reporting.charts import DARK, LIGHT, Panel, label, legend, png, style
@@ -62,7 +63,10 @@ def first_line(results: Results) -> str:
     if not checked:
         return "Sanity: not checked here; the checks are the exact tier's, whose labels can be shuffled many times."
     waiting = f" Not finished: {'; '.join(results['unfinished'])}." if results["unfinished"] else ""
-    return f"Sanity: swapped labels mirror and shuffled labels teach nothing, for all of {checked} methods.{waiting}"
+    return (
+        f"Sanity: swapped labels mirror for all of {checked} methods, and nothing was found to be learned from "
+        f"shuffled ones (what would have been found is in the table).{waiting}"
+    )
 
 
 def facts(results: Results) -> dict[str, str]:
@@ -85,7 +89,8 @@ def sections_of(results: Results) -> list[Section]:
         Section(
             "What the design could find",
             "The smallest true difference in gold to DPO that is found with a chance of 80 %, at 5 % for any false "
-            "finding among all methods of a row (Holm). Read this before the results.",
+            "finding among all methods of a row (Holm): the median over methods, in brackets the least and the most. "
+            "Of the errors that were found, as none were known before. Read this before the results.",
             tables.power(results),
         ),
     ]
@@ -95,12 +100,20 @@ def sections_of(results: Results) -> list[Section]:
         for variant in results["tiers"][tier]["variants"]:
             text = (
                 "Means over seeds and test prompts, standard errors over both in brackets; each method at its tuned "
-                "setting and its best step within the KL bound. p: paired bootstrap over prompts and seeds, after Holm."
+                "setting and its best step within the KL bound and the steps of a training, at the KL that is shown. "
+                "p: paired bootstrap over prompts and seeds or Student's t, the larger, after Holm."
             )
             first, *others = results["tiers"][tier]["variants"]
             if results["tiers"][tier]["size"].get("tuned_once") and variant in others:
                 text += f" Settings are those tuned on {first}."
             found.append(Section(f"{tier} tier, {variant}", text, tables.quality(results, tier, variant)))
+            at_kl = tables.equal_kl(results, tier, variant)
+            if at_kl.rows:
+                found.append(Section(f"{tier} tier, {variant}, at equal KL", _AT_KL, at_kl))
+    controls = tables.controls(results)
+    if controls.rows:
+        text = "Two contenders have the same loss, tuned apart: what parts them is tuning's and chance's alone."
+        found.append(Section("What tuning and chance do alone", text, controls))
     lengths = tables.lengths(results)
     if lengths.rows:
         text = "What each kind of labels did to the length of replies; paired bootstrap, p after Holm over the methods."
@@ -113,7 +126,8 @@ def _sections_of_exact(results: Results) -> list[Section]:
         Section(
             "Sanity",
             "Share of held-out pairs whose better side a method's own reward was moved towards. Swapped must be below "
-            "given; shuffled must be 50 %, or, with a likelihood term, that term's own share on the same shuffles.",
+            "given and below 50 %; shuffled must be 50 %, or, with a likelihood term, that term's own share on the "
+            f"same shuffles: at {SANITY_ALPHA:.0%} for any false alarm.",
             tables.sanity(results),
         ),
         Section("Costs of a step", "Measured; seconds are of a shared machine.", tables.costs(results)),
@@ -126,10 +140,15 @@ def _sections_of_exact(results: Results) -> list[Section]:
     ]
 
 
+_AT_KL = (
+    "The same trainings where each one's own KL was that much, interpolated between looks on test prompts. Settings "
+    "are those tuned for the KL bound and the number of steps; p as above, over the methods that got there."
+)
 _CAPTION = (
     "Gold against KL to the base model: each training of the variant's own tuning at its best step, on valid prompts "
-    "(small), final means over seeds, on test prompts (large), the base model on these (cross), and, in the exact "
-    "tier, the highest gold there is at a KL (line)."
+    "(small), final trainings on test prompts, their course by look and their best step, means over seeds (thin line, "
+    "large), the base model on these (cross), and, in the exact tier, an estimate of the highest gold there is at a KL "
+    "(thick line)."
 )
 
 
@@ -149,7 +168,7 @@ def frontier_panel(tier: Mapping[str, Any], variant: str, title: str) -> Panel:
         best = tier["facts"].get("frontier", [])
         # No training is worth anything beyond the bound, and a longer line would flatten everything else.
         shown = [point for point in best if point["kl"] <= tier["size"]["kl_bound"]]
-        axes.plot([p["kl"] for p in shown], [p["gold"] for p in shown], color=theme.ink, linewidth=1)
+        axes.plot([p["kl"] for p in shown], [p["gold"] for p in shown], color=theme.ink, linewidth=2)
         axes.scatter(
             [0], [statistics.fmean(tier["base"]["gold"])], s=60, color=theme.ink, marker="+", label="base model"
         )
@@ -159,6 +178,8 @@ def frontier_panel(tier: Mapping[str, Any], variant: str, title: str) -> Panel:
             own = [] if borrowed else method["tuning"]
             kl, gold = ([entry[key] for entry in own] for key in ("kl", "score"))
             axes.scatter(kl, gold, s=10, color=look.color, marker=look.marker, alpha=0.5)
+            course = mean_course([seed.get("test_curve", []) for seed in method["seeds"]])
+            axes.plot([p["kl"] for p in course], [p["gold"] for p in course], color=look.color, linewidth=0.8)
             tests = [seed["test"] for seed in method["seeds"]]
             kl, gold = ([statistics.fmean(statistics.fmean(test[key]) for test in tests)] for key in ("kl", "gold"))
             axes.scatter(kl, gold, s=60, color=look.color, marker=look.marker, label=label(name, 24))
@@ -168,6 +189,13 @@ def frontier_panel(tier: Mapping[str, Any], variant: str, title: str) -> Panel:
         legend(axes)
 
     return draw
+
+
+def mean_course(curves: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
+    """Means over seeds of what was measured at the steps at which all of them were."""
+    by_step = [{look["step"]: look for look in curve} for curve in curves]
+    shared = sorted(set.intersection(*(set(each) for each in by_step)))
+    return [{key: statistics.fmean(each[step][key] for each in by_step) for key in ("kl", "gold")} for step in shared]
 
 
 def _values(results: Results) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from orpo_mlx.compare.exercise.cells import Cells, until_done
 from orpo_mlx.compare.exercise.cost import measured_peaks, measured_steps, predicted_copies
 from orpo_mlx.compare.exercise.helpers import helped
 from orpo_mlx.compare.exercise.progress import ProgressPage
+from orpo_mlx.compare.exercise.significance import rounded
 from orpo_mlx.compare.exercise.sizes import COST_SHAPES, EXTENTS, CostShapes, Part, part_of, tiers_of
 from orpo_mlx.compare.exercise.study import count_cells, run_study, size_record
 from orpo_mlx.compare.exercise.task import Tier
@@ -77,7 +78,7 @@ def run_exercise(
         # Seconds of steps are not measured while helpers train.
         if "exact" in tiers and not unfinished([], {"exact": tiers["exact"]}):
             results["cost"] = cost(output, decisive, COST_SHAPES[extent_name], reporter)
-            results["verdicts"] = [verdict._asdict() for verdict in verdicts(results)]
+            results["verdicts"] = rounded([verdict._asdict() for verdict in verdicts(results)])
         # After each variant: those of the second tier may take a night each.
         save_json(output / RESULTS, results)
     return results
@@ -107,7 +108,8 @@ def run_tiers(
                 analysis = analyse(study)
                 variant, found = list(analysis["variants"].items())[-1]
                 if "detectable" in found:
-                    reporter.say(f"{name}, {variant}: differences in gold of {found['detectable']:.2f} would be found")
+                    least, most = (found["detectable"][key] for key in ("least", "most"))
+                    reporter.say(f"{name}, {variant}: differences in gold of {least:.3f} to {most:.3f} would be found")
                 yield name, {**study, "analysis": analysis}
 
 

@@ -174,13 +174,14 @@ def training(
 
                 result["test"] = tested(found.best)
                 result["replies"] = task.replies()
-                measured[0] = base_cell(task, cells)["test"]
-                kls, at = ([look[key] for look in found.curve] for key in ("kl", "step"))
-                result["at_kl"] = at_targets(task.kl_targets, kls, at, tested)
-                result["test_curve"] = [
-                    {"step": at[place], **{key: means(look)[key] for key in ("gold", "kl")}}
-                    for place, look in sorted(measured.items())
-                ]
+                if task.kl_targets:
+                    measured[0] = base_cell(task, cells)["test"]
+                    kls, at = ([look[key] for look in found.curve] for key in ("kl", "step"))
+                    result["at_kl"] = at_targets(task.kl_targets, kls, at, tested)
+                    result["test_curve"] = [
+                        {"step": at[place], **{key: means(look)[key] for key in ("gold", "kl")}}
+                        for place, look in sorted(measured.items())
+                    ]
             return result
 
     return cells.get({**identity, "what": "final" if test else "tuning"}, compute)

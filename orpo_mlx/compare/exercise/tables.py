@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from orpo_mlx.compare.exercise.contenders import SAME_LOSS
 from orpo_mlx.compare.tables import number
 from orpo_mlx.reporting.html_page import Table, TableCell
 
@@ -65,7 +66,7 @@ def power(results: Results) -> Table:
                 (
                     TableCell(name),
                     TableCell(variant),
-                    number(found.get("detectable"), "{:.3f}"),
+                    TableCell(_range(found.get("detectable"))),
                     number(size["seeds"], "{:.0f}"),
                     number(size["test_prompts"] * size["samples"], "{:.0f}"),
                     number(size["kl_bound"], "{:g}"),
@@ -74,6 +75,50 @@ def power(results: Results) -> Table:
             )
     header = ("tier", "variant", "detectable", "seeds", "test replies", "KL bound", "tuning of every method")
     return Table(header, tuple(rows))
+
+
+def _range(found: Mapping[str, float] | None) -> str:
+    return "–" if found is None else f"{found['median']:.3f} ({found['least']:.3f} to {found['most']:.3f})"
+
+
+def equal_kl(results: Results, tier: str, variant: str) -> Table:
+    """Each method where its KL to the base was as much as the others'; without rows where that was not measured."""
+    found = results["tiers"][tier]["analysis"]["variants"][variant]["at_kl"]
+    header, rows = ["method"], [[TableCell(name)] for name in results["tiers"][tier]["variants"][variant]]
+    for target, at in found.items():
+        header += [f"gold at KL {target}", "step", "minus DPO's", "p"]
+        for row in rows:
+            row += _cells_at_kl(row[0].text, at, results["tiers"][tier]["size"]["seeds"])
+    return Table(tuple(header), tuple(map(tuple, rows)) if found else ())
+
+
+def _cells_at_kl(name: str, at: Mapping[str, Any], seeds: int) -> list[TableCell]:
+    own, gap = at["methods"].get(name), at.get("differences", {}).get(name)
+    if own is None:
+        return [TableCell(f"reached by {at['reached'][name]} of {seeds}"), *(TableCell("–") for _ in range(3))]
+    p = number(None if gap is None else gap["p_holm"], "{:.4f}")
+    return [mean_cell(own, "{:.3f}"), number(own["step"], "{:.0f}"), gap_cell(gap), p]
+
+
+def controls(results: Results) -> Table:
+    """The difference of two contenders that have one loss, which is tuning's and chance's alone."""
+    rows = [
+        (TableCell(tier), TableCell(variant), TableCell(where), *_control_cells(control))
+        for tier, found in results["tiers"].items()
+        for variant, analysis in found["analysis"]["variants"].items()
+        for where, control in _controls_of(analysis)
+    ]
+    return Table(("tier", "variant", "measured", f"{' minus '.join(SAME_LOSS)}", "p"), tuple(rows))
+
+
+def _controls_of(analysis: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
+    everywhere = {"as tuned": analysis, **{f"at KL {target}": at for target, at in analysis["at_kl"].items()}}
+    return [(where, found["control"]) for where, found in everywhere.items() if "control" in found]
+
+
+def _control_cells(control: Mapping[str, float]) -> tuple[TableCell, TableCell]:
+    mean, low, high = (f"{control[key]:+.3f}" for key in ("mean", "low", "high"))
+    return TableCell(f"{mean} ({low} to {high})", control["mean"]), number(control["p"], "{:.4f}")
 
 
 def _round(settings: int, steps: int) -> str:
@@ -147,10 +192,12 @@ def sanity(results: Results) -> Table:
                     ),
                     number(row.get("likelihood_alone"), "{:.1%}"),
                     number(None if null is None else null["p_holm"], "{:.3f}"),
+                    number(None if null is None else null["detectable"], "{:.1%}"),
                     TableCell("yes" if row["holds"] else "NO"),
                 )
             )
-    header = ("tier", "method", "given", "swapped", "shuffled", "likelihood term alone", "p", "holds")
+    tested = ("p", "deviation that would fail", "holds")
+    header = ("tier", "method", "given", "swapped", "shuffled", "likelihood term alone", *tested)
     return Table(header, tuple(rows))
 
 

@@ -1,29 +1,35 @@
 """The course chapter's five claims, each a sentence with figures and a named limit.
 
+Convergence is judged twice, since the two need not agree: by reward after as many steps, and by reward at the same KL.
+
 ORPO is the paper's loss (Hong et al. 2024). The one that the chapter prints is another (`orpo_style`): where it took
 part, the two claims that losses decide are held against it as well.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from orpo_mlx.compare.exercise.significance import holm, mean_with_error, paired_bootstrap, student_p
+from orpo_mlx.compare.exercise.significance import holm, paired_bootstrap
 
 ORPO, DPO = "orpo", "dpo"
 CHAPTERS = "orpo_style"
 _LABELS = {ORPO: "ORPO", CHAPTERS: "the chapter's loss"}
 Variant = Mapping[str, Mapping[str, Any]]
 """A variant of a tier in `results.json`: methods by name."""
+Figures = list[dict[str, Any]]
 
 # Settings from which a grid says something of a method: four rates by three strengths.
 _REAL_GRID = 12
 _LEVEL = 0.05
+# Of a final training's steps: looks nearer to each other say the same again.
+_QUARTERS = (0.25, 0.5, 0.75, 1.0)
 # "Twice", of peaks that are predicted within a tenth.
 _TWICE = 1.9
+# More than peaks differ by from run to run.
+_MORE = 1.1
 
 CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "not decided"
 
@@ -36,21 +42,25 @@ class Verdict(NamedTuple):
     measured: str
     limit: str
     """What the measurement does not say."""
+    figures: Figures
+    """What the verdict was drawn from, where that is in no other table."""
 
 
 def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
-    """All of them, from raw figures alone; none holds a time, which differs from run to run."""
+    """All of them; none holds a time, which differs from run to run."""
     exact = results["tiers"]["exact"]
-    variants, bound = exact["variants"], exact["size"]["kl_bound"]
-    first = next(iter(variants.values()))
-    losses = [name for name in _LABELS if name in first]
+    losses = [name for name in _LABELS if name in next(iter(exact["variants"].values()))]
     return [
         reference(results["cost"]),
         phases(results["cost"]),
         memory(results["cost"]),
-        *(convergence(first, bound, name) for name in losses),
-        *(sensitivity(variants, name) for name in losses),
+        *(convergence(exact, name) for name in losses),
+        *(sensitivity(exact["variants"], name) for name in losses),
     ]
+
+
+def _said(holds: bool) -> str:
+    return CONFIRMED if holds else REFUTED
 
 
 def claim_of(claim: str, name: str) -> str:
@@ -61,24 +71,29 @@ def claim_of(claim: str, name: str) -> str:
 def reference(cost: Mapping[str, Any]) -> Verdict:
     """Whether DPO needs a second model."""
     own = cost["measured"]
+    needed = own[DPO]["forward_tokens"] > 0 and own[ORPO]["forward_tokens"] == 0
+    second = own[DPO]["peak_gib"] >= _MORE * own[ORPO]["peak_gib"]
     return Verdict(
         "DPO needs a reference model, ORPO does not",
-        f"{CONFIRMED} for reference log-probs, {REFUTED} for a second model",
+        f"{_said(needed)} for reference log-probs, {_said(second)} for a second model",
         f"DPO's reference is its own weights with the adapters off: a step's peak is {own[DPO]['peak_gib']:.2f} GiB, "
         f"ORPO's {own[ORPO]['peak_gib']:.2f}",
         "LoRA; full fine-tuning computes the reference before the first step instead",
+        [],
     )
 
 
 def phases(cost: Mapping[str, Any]) -> Verdict:
     """Whether DPO takes two phases."""
     own = cost["measured"]
+    forward = own[DPO]["forward_tokens"] > own[ORPO]["forward_tokens"]
     return Verdict(
         "DPO takes two phases, ORPO one",
-        f"{REFUTED} for a second training, {CONFIRMED} for a second forward pass",
+        f"{REFUTED} for a second training, {_said(forward)} for a second forward pass",
         f"one command and one loop; over {own[DPO]['steps']} steps DPO runs {own[DPO]['forward_tokens']} tokens "
         f"forward without gradient, ORPO {own[ORPO]['forward_tokens']}; once per pair, however many epochs",
         "the supervised training that a chapter puts before DPO is a choice of data, needed by neither loss",
+        [],
     )
 
 
@@ -99,126 +114,154 @@ def memory(cost: Mapping[str, Any]) -> Verdict:
         f"measured on {cost['model']}, {cost['tokens']} tokens a side: DPO {shared:.2f} times ORPO's peak, with a "
         f"second copy {copied:.2f} times; predicted with a second copy, the most: {shown}",
         "measured on one model, of 135M; larger ones are predicted, within a tenth; no Mac",
+        [],
     )
 
 
-def convergence(variant: Variant, bound: float, name: str = ORPO) -> Verdict:
-    """Whether a method or DPO reaches more reward after as many steps and pair tokens, both within the KL bound."""
-    label = _LABELS[name]
-    curves = [(ours["curve"], theirs["curve"]) for ours, theirs in _seeds(variant, name)]
-    # A training that failed has fewer looks, and those are compared that all have; the first is of the base model.
-    looks = range(1, min(len(curve) for pair in curves for curve in pair))
-    kls = {
-        place: tuple(statistics.fmean(pair[side][place]["kl"] for pair in curves) for side in (0, 1)) for place in looks
-    }
-    within = [place for place in looks if max(kls[place]) <= bound]
-    found = [seed_mean([a[place]["gold"] - b[place]["gold"] for a, b in curves]) for place in within]
-    ps = holm({str(place): p for place, (*_, p) in zip(within, found, strict=True)})
-    parted = [mean for (mean, *_), p in zip(found, ps.values(), strict=True) if p < _LEVEL]
-    ahead, behind = sum(mean > 0 for mean in parted), sum(mean < 0 for mean in parted)
-    steps = {place: curves[0][0][place]["step"] for place in looks}
-    shown = "; ".join(
-        f"step {steps[place]}: {mean:+.2f} ({low:+.2f} to {high:+.2f})"
-        for place, (mean, low, high, _) in zip(within, found, strict=True)
-    )
-    if ahead and behind:
-        verdict = f"depends on the budget: {label} is ahead at {ahead} and behind at {behind} of {len(found)} looks"
-    elif ahead or behind:
-        verdict = CONFIRMED if ahead else REFUTED
-    else:
-        verdict = f"{OPEN}: no look parts them; see what the design could find"
-    limit = (
-        "looks count after Holm's correction for their number; the same steps are the same pair tokens; seconds are in "
-        "the costs. No comparison at equal KL"
-    )
-    if within:
-        kl, dpo_kl = kls[within[-1]]
-        rate, dpo_rate = (variant[each]["chosen"]["rate"] for each in (name, DPO))
-        limit += (
-            f": at the last of these looks it is {kl:.2f} nats for {label} (rate {rate:g}) and {dpo_kl:.2f} for DPO "
-            f"(rate {dpo_rate:g})"
-        )
-    beyond = [f"step {steps[place]}" for place in looks if place not in within]
-    if beyond:
-        limit += f"; left out, since one of them is beyond the KL bound of {bound:g}: {', '.join(beyond)}"
+def convergence(tier: Mapping[str, Any], name: str = ORPO) -> Verdict:
+    """Whether a method or DPO has more reward after as many steps and pair tokens, and which has more at equal KL."""
+    label, bound = _LABELS[name], tier["size"]["kl_bound"]
+    quarters = (round(share * tier["size"]["rounds"][-1]["steps"]) for share in _QUARTERS)
+    steps = sorted({step for step in quarters if step})
+    figures: Figures = []
+    words = []
+    for labels, variant in tier["variants"].items():
+        looks = at_steps(variant, name, steps, bound)
+        at_kl = at_targets(tier["analysis"]["variants"][labels]["at_kl"], name)
+        figures += [{"variant": labels, **figure} for figure in (*looks, *at_kl)]
+        said = [*map(_at_step, looks), *map(_at_target, at_kl)] or ["no look of all seeds is within the KL bound"]
+        words.append(f"{labels}: {', '.join(said)}")
+    per_step = _decided(figures, "step")
+    per_nat = _decided(figures, "kl")
     return Verdict(
         claim_of("ORPO converges faster", name),
-        verdict,
-        f"gold of {label} minus DPO on valid prompts, each at its tuned rate, with 95 % intervals over {len(curves)} "
-        f"seeds: {shown or 'no look is within the KL bound'}",
-        limit,
+        per_step if per_step == per_nat else f"by steps {per_step}; at equal KL {per_nat}",
+        f"gold of {label} minus DPO's, each at its tuned rate, with 95 % intervals: {'; '.join(words)}",
+        "steps: on valid prompts, which the settings were tuned on, where all seeds of both are within the KL bound of "
+        f"{bound:g}, intervals over seeds; KL: on test prompts; each as far as both came. p after Holm's correction "
+        "over the looks, or the KLs, of one kind of labels. The same steps are the same pair tokens; seconds are in "
+        "the costs",
+        figures,
     )
 
 
-def _seeds(variant: Variant, name: str) -> list[tuple[Any, Any]]:
-    """A method's final trainings and DPO's, seed by seed."""
-    return list(zip(variant[name]["seeds"], variant[DPO]["seeds"], strict=True))
+def at_steps(variant: Variant, name: str, steps: Iterable[int], bound: float) -> Figures:
+    """Gold of a method minus DPO's after as many steps, where all seeds of both were within the bound."""
+    found: Figures = []
+    pairs = list(zip(variant[name]["seeds"], variant[DPO]["seeds"], strict=True))
+    for step in steps:
+        looks = [[_look(seed["curve"], step, bound) for seed in pair] for pair in pairs]
+        gaps = [ours["gold"] - theirs["gold"] for ours, theirs in looks if ours and theirs]
+        if len(gaps) == len(pairs):
+            gap = paired_bootstrap([[each] for each in gaps], [[0.0]] * len(gaps))
+            found.append({"step": step, "mean": gap.mean, "low": gap.low, "high": gap.high, "p": gap.p})
+    corrected = holm({str(each["step"]): each["p"] for each in found})
+    return [{**each, "p_holm": corrected[str(each["step"])]} for each in found]
 
 
-class SeedMean(NamedTuple):
-    """A mean over seeds."""
-
-    mean: float
-    low: float
-    """Of its 95 % interval by Student's t; without bounds for one seed."""
-    high: float
-    p: float
-    """Two-sided, of a mean of 0."""
+def _look(curve: Sequence[Mapping[str, Any]], step: int, bound: float) -> Mapping[str, Any] | None:
+    return next((look for look in curve if look["step"] == step and look["kl"] <= bound), None)
 
 
-def seed_mean(values: Sequence[float]) -> SeedMean:
-    """The mean of a value for each seed."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return SeedMean(mean, -math.inf, math.inf, 1.0)
-    # The 97.5 % points for few degrees of freedom (any table of Student's t), else the normal one, which is within 5 %.
-    points = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-    point = points[len(values) - 2] if len(values) - 2 < len(points) else 2.093
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    p = student_p(mean / error, len(values) - 1) if error else float(mean == 0)
-    return SeedMean(mean, mean - point * error, mean + point * error, p)
+def at_targets(at_kl: Mapping[str, Any], name: str) -> Figures:
+    """Gold of a method minus DPO's where both had the same KL."""
+    gaps = {kl: at["differences"][name] for kl, at in at_kl.items() if name in at.get("differences", {})}
+    corrected = holm({kl: gap["p"] for kl, gap in gaps.items()})
+    kept = ("mean", "low", "high", "p")
+    return [{"kl": kl, **{key: gap[key] for key in kept}, "p_holm": corrected[kl]} for kl, gap in gaps.items()]
+
+
+def _at_step(figure: Mapping[str, Any]) -> str:
+    return f"step {figure['step']} {_interval(figure)}"
+
+
+def _at_target(figure: Mapping[str, Any]) -> str:
+    return f"KL {figure['kl']} {_interval(figure)}"
+
+
+def _interval(figure: Mapping[str, Any]) -> str:
+    return f"{figure['mean']:+.2f} ({figure['low']:+.2f} to {figure['high']:+.2f})"
+
+
+def _decided(figures: Figures, kind: str) -> str:
+    """What the differences of a kind say together: those that count must point one way."""
+    own = [figure for figure in figures if kind in figure]
+    counted = [figure for figure in own if figure["p_holm"] < _LEVEL]
+    ahead = {figure["variant"] for figure in counted if figure["mean"] > 0}
+    behind = {figure["variant"] for figure in counted if figure["mean"] < 0}
+    if ahead and behind:
+        return f"not the same everywhere (ahead somewhere at {_named(ahead)}, behind somewhere at {_named(behind)})"
+    if not counted:
+        return f"{OPEN}: nothing parts them; see what the design could find"
+    every = {figure["variant"] for figure in figures}
+    where = "" if (ahead or behind) == every else f" at {_named(ahead or behind)}, elsewhere {OPEN}"
+    return f"{CONFIRMED if ahead else REFUTED}{where}"
+
+
+def _named(variants: Iterable[str]) -> str:
+    return " and ".join(sorted(variants))
 
 
 def sensitivity(variants: Mapping[str, Variant], name: str = ORPO) -> Verdict:
-    """Whether a method or DPO loses more by a setting that was not tuned."""
-    parts, signs = [], []
+    """Whether a method or DPO loses more of what it can gain by a setting that was not tuned: over all rates, and over
+    the lower half of them, at which few settings leave the KL bound at once."""
+    parts, figures = [], []
     for labels, variant in variants.items():
-        lost, dpo_lost = (shortfall(variant[each]["tuning"]) for each in (name, DPO))
-        gap = paired_bootstrap([lost], [dpo_lost])
-        signs.append(-1 if gap.high < 0 else 1 if gap.low > 0 else 0)
-        mean, dpo_mean = (mean_with_error([values])[0] for values in (lost, dpo_lost))
-        gained, dpo_gained = (_most_gained(variant[each]) for each in (name, DPO))
-        parts.append(
-            f"{labels}: {mean:.2f} of {gained:.2f} for {_LABELS[name]}, {dpo_mean:.2f} of {dpo_gained:.2f} for DPO "
-            f"(difference {gap.low:+.2f} to {gap.high:+.2f})"
-        )
-    settings = len(_grid(variant[name]["tuning"]))
-    verdict = CONFIRMED if set(signs) == {-1} else REFUTED if set(signs) == {1} else OPEN
-    if verdict != OPEN and settings < _REAL_GRID:
-        verdict = f"{verdict} on {settings} settings; a grid of {_REAL_GRID} and more is needed to say so in general"
+        for range_name, lower in (("all rates", False), ("lower rates", True)):
+            lost, dpo_lost = (share_lost(variant[each], lower=lower) for each in (name, DPO))
+            gap = paired_bootstrap([lost], [dpo_lost])
+            ours, theirs = statistics.fmean(lost), statistics.fmean(dpo_lost)
+            figures.append(
+                {
+                    **{"variant": labels, "rates": range_name, "lost": ours, "lost_by_dpo": theirs},
+                    **{"low": gap.low, "high": gap.high},
+                }
+            )
+            parts.append(
+                f"{labels}, {range_name}: {ours:.0%} for {_LABELS[name]}, {theirs:.0%} for DPO (difference "
+                f"{gap.low:+.0%} to {gap.high:+.0%})"
+            )
+    settings = len(_grid(variants[next(iter(variants))][name]["tuning"]))
+    signs = {
+        each: {_sign(figure) for figure in figures if figure["rates"] == each} for each in ("all rates", "lower rates")
+    }
+    by_range = [CONFIRMED if each == {-1} else REFUTED if each == {1} else OPEN for each in signs.values()]
+    verdict = (
+        by_range[0]
+        if len(set(by_range)) == 1
+        else "; ".join(f"over {each} {word}" for each, word in zip(signs, by_range, strict=True))
+    )
+    if settings < _REAL_GRID:
+        verdict += f", on {settings} settings: a grid of {_REAL_GRID} and more is needed to say so in general"
     return Verdict(
         claim_of("DPO's sensitivity to hyper-parameters is moderate, ORPO's low", name),
-        verdict if verdict != OPEN else f"{OPEN}: the variants do not agree, or their intervals hold 0",
-        f"gold lost by the average of {settings} settings of learning rate and β against the best of them, of what "
-        f"that one gains over the base model within the KL bound: {'; '.join(parts)}",
-        "a setting that is beyond the KL bound at its first look is worth what the base model is; a method that gains "
-        "little can lose little. One seed; intervals over prompts",
+        verdict,
+        f"share of what the best of {settings} settings of learning rate and β gains over the base model within the KL "
+        f"bound that the average of them loses: {'; '.join(parts)}",
+        "a setting that is beyond the KL bound at its first look is worth what the base model is, which high rates are "
+        "first; which values of β make a grid is a choice. One seed; intervals over prompts, the gain taken as known",
+        figures,
     )
 
 
-def _most_gained(method: Mapping[str, Any]) -> float:
-    """Gold of the grid's best setting on valid prompts, less the base model's."""
-    start: float = method["seeds"][0]["curve"][0]["gold"]
-    best: float = max(entry["score"] for entry in _grid(method["tuning"]))
-    return best - start
+def _sign(figure: Mapping[str, Any]) -> int:
+    return -1 if figure["high"] < 0 else 1 if figure["low"] > 0 else 0
 
 
-def shortfall(tuning: Sequence[Mapping[str, Any]]) -> list[float]:
-    """For each valid prompt, the gold of the grid's best setting minus the mean over the grid."""
-    grid = _grid(tuning)
-    best = max(grid, key=lambda entry: entry["score"])["valid_gold"]
+def share_lost(method: Mapping[str, Any], *, lower: bool) -> list[float]:
+    """For each valid prompt, the gold of the grid's best setting minus the grid's mean, over the best setting's gain.
+
+    `lower` takes the lower half of the rates alone. Where nothing is gained nothing can be lost: 0.
+    """
+    grid = _grid(method["tuning"])
+    rates = sorted({entry["rate"] for entry in grid})
+    if lower:
+        grid = [entry for entry in grid if entry["rate"] <= rates[(len(rates) - 1) // 2]]
+    best = max(grid, key=lambda entry: entry["score"])
+    gain = best["score"] - method["seeds"][0]["curve"][0]["gold"]
     columns = zip(*(entry["valid_gold"] for entry in grid), strict=True)
-    return [top - statistics.fmean(column) for top, column in zip(best, columns, strict=True)]
+    lost = [top - statistics.fmean(column) for top, column in zip(best["valid_gold"], columns, strict=True)]
+    return [each / gain if gain > 0 else 0.0 for each in lost]
 
 
 def _grid(tuning: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

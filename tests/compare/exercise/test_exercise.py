@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import os
@@ -24,13 +25,15 @@ from orpo_mlx.compare.exercise.contenders import CONTENDERS, Setting
 from orpo_mlx.compare.exercise.halving import Round
 from orpo_mlx.compare.exercise.open_task import OpenTask
 from orpo_mlx.compare.exercise.page import first_line, markdown
+from orpo_mlx.compare.exercise.significance import rounded
 from orpo_mlx.compare.exercise.tables import lengths
 from orpo_mlx.compare.exercise.task import Size
 from orpo_mlx.compare.exercise.verdicts import verdicts
 from orpo_mlx.errors import ConfigError, DataError, TrainingError
 from orpo_mlx.reporting.console import Reporter
-from scripts.check_comparison import check, differing, read
+from scripts.check_comparison import check, differing, leaves, read, same
 from scripts.check_comparison import run as check_command
+from scripts.recompute import tiers
 from tests.helpers.documented_commands import ROOT
 
 TINY = sizes.QUICK_EXACT._replace(
@@ -166,19 +169,34 @@ def made() -> dict[str, Any]:
     def some(*shape: int) -> Any:
         return rng.normal(size=shape).round(5).tolist()
 
-    def seed() -> dict[str, Any]:
-        curve = [{"step": step, "gold": gold, "kl": 0.1} for step, gold in zip((0, 4, 8), some(3), strict=True)]
-        return {"curve": curve, "test": {"gold": some(7), "kl": some(7), "text_nll": some(1)}}
+    def near(mean: float, count: int) -> Any:
+        values = rng.normal(size=count)
+        return (values - values.mean() + mean).round(5).tolist()
+
+    def seed(shift: float, reaches: bool) -> dict[str, Any]:
+        golds = (0.0, shift + 0.1 * rng.random(), shift + 0.2 + 0.1 * rng.random())
+        curve = [{"step": step, "gold": gold, "kl": step / 10} for step, gold in zip((0, 1, 2), golds, strict=True)]
+        course = [{"step": step, "gold": step / 2, "kl": kl} for step, kl in ((0, 0.0), (1, 0.36), (2, 0.64))]
+        test = {"gold": near(1.0, 7), "kl": near(0.64, 7), "text_nll": some(1)}
+        # √0.5 between 0.6 and 0.8.
+        share = (0.5**0.5 - 0.6) / 0.2
+        at = {"0.5": {"step": 1 + share, "gold": near((1 + share) / 2 + shift, 7)}} if reaches else {}
+        course = [{**look, "gold": look["gold"] + (shift if 0 < look["step"] < 3 else 0)} for look in course]
+        test["gold"] = near(course[-1]["gold"], 7)
+        seed = {"curve": curve, "best": 2, "valid_gold": near(golds[2], 9), "test": test}
+        return {**seed, "at_kl": at, "test_curve": course}
 
     def method(name: str) -> dict[str, Any]:
         tuning = [
-            {"rate": 1e-3, "strength": 1.0, "steps": steps, "score": 0.0, "kl": 0.1, "valid_gold": some(9)}
-            for steps in (4, 4, 4, 8)
+            {"rate": rate, "strength": 1.0, "steps": steps, "score": 0.0, "kl": 0.1, "valid_gold": some(9)}
+            for rate, steps in ((1e-3, 1), (2e-3, 1), (4e-3, 1), (1e-3, 2))
         ]
         for entry in tuning:
             entry["score"] = round(float(np.mean(entry["valid_gold"])), 5)
         chosen = {"rate": 1e-3, "strength": 1.0}
-        return {"likelihood": name == "orpo", "chosen": chosen, "tuning": tuning, "seeds": [seed() for _ in range(3)]}
+        shift = 0.5 if name == "orpo" else 0.0
+        seeds = [seed(shift, reaches=name != "chapter's step" or number > 0) for number in range(3)]
+        return {"likelihood": name == "orpo", "chosen": chosen, "tuning": tuning, "seeds": seeds}
 
     def wins(share: float) -> str:
         return "".join(str(int(value < share)) for value in rng.random(200))
@@ -206,7 +224,7 @@ def made() -> dict[str, Any]:
             "predicted": [ROW],
         },
     }  # fmt: skip
-    results["verdicts"] = [each._asdict() for each in verdicts(results)]
+    results["verdicts"] = rounded([each._asdict() for each in verdicts(results)])
     return dict(json.loads(json.dumps(results)))
 
 
@@ -214,11 +232,64 @@ def test_every_figure_is_recomputed_by_another_script(made: dict[str, Any], tmp_
     count, wrong = check(made)
     assert wrong == []
     assert count > 100
-    made["tiers"]["exact"]["analysis"]["variants"]["20 % flipped"]["methods"]["orpo"]["gold"]["mean"] += 0.001
-    assert len(check(made)[1]) == 1
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(DataError, match="holds a list, expected a table"):
         read(tmp_path / "other.json")
+
+
+def changed(place: Any) -> Any:
+    """Another value of the same kind."""
+    if isinstance(place, bool | str):
+        return not place if isinstance(place, bool) else f"un{place}"
+    if isinstance(place, int):
+        return place - 1
+    return [0.5, *place] if isinstance(place, list) else 7 if place is None else place + 0.02
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of all values, lists of plain values taken as one."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    if not items or (isinstance(tree, list) and not any(isinstance(each, dict | list) for each in tree)):
+        yield path
+    for key, value in items if path else tree.items():
+        if isinstance(value, dict | list) or isinstance(tree, dict):
+            yield from places(value, (*path, key))
+
+
+def test_whatever_is_changed_in_the_published_figures_is_noticed(made: dict[str, Any]) -> None:
+    tier = made["tiers"]["exact"]
+    mine = tiers.analysis(tier)
+
+    def differ(published: Any) -> bool:
+        return any(not same(ours, theirs) for _, ours, theirs in leaves(published, mine))
+
+    found = copy.deepcopy(tier["analysis"])
+    assert not differ(found)
+    paths = list(places(found))
+    assert len(paths) > 250
+    for *before, last in paths:
+        node = functools.reduce(lambda node, key: node[key], before, found)
+        kept = node[last]
+        node[last] = changed(kept)
+        assert differ(found), (*before, last)
+        if isinstance(node, dict):
+            del node[last]
+            assert differ(found), (*before, last)
+        node[last] = kept
+    raw = ("tiers", "exact", "variants", "0 % flipped", "orpo")
+    others: list[tuple[Any, ...]] = [(*raw, "chosen", "rate"), (*raw, "tuning", 1, "score"), (*raw, "seeds", 0, "best")]
+    others += [(*raw, "seeds", 0, "at_kl", "0.5", "step"), ("cost", "predicted", 0, "copy_ratio")]
+    others += [("verdicts", place, "verdict") for place in range(7)]
+    others += [("verdicts", 3, "figures", 0, "low"), ("verdicts", 5, "figures", 1, "lost")]
+    for *before, last in others:
+        found = copy.deepcopy(made)
+        node = functools.reduce(lambda node, key: node[key], before, found)
+        node[last] = changed(node[last])
+        assert check(found)[1], (*before, last)
+    for place in (2, 3, 5):
+        found = copy.deepcopy(made)
+        found["verdicts"][place]["measured"] = made["verdicts"][place]["measured"].replace("0", "1")
+        assert check(found)[1], place
 
 
 def test_a_failed_sanity_check_fails_the_command_and_stands_on_the_first_line(
@@ -228,7 +299,7 @@ def test_a_failed_sanity_check_fails_the_command_and_stands_on_the_first_line(
     raw = made["tiers"]["exact"]
     # As if the shuffled labels had been learned from: by much the same under every shuffle.
     for number, labels in enumerate(raw["sanity"][2]["wins"]):
-        raw["sanity"][2]["wins"][labels] = ("0" * (30 * (labels == "swapped") + number)).ljust(200, "1")
+        raw["sanity"][2]["wins"][labels] = ("0" * (130 * (labels == "swapped") + number)).ljust(200, "1")
     raw["analysis"] = analyse(raw)
     assert raw["analysis"]["sanity"]["failed"] == ["dpo"]
     assert raw["analysis"]["sanity"]["methods"][2]["mirrors"]

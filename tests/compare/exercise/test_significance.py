@@ -14,7 +14,8 @@ from orpo_mlx.compare.exercise.significance import (
     paired_bootstrap,
     rounded,
     student_p,
-    two_way_variance,
+    student_quantile,
+    two_way_error,
 )
 
 
@@ -68,22 +69,37 @@ def test_the_bootstrap_of_one_seed_has_the_variance_of_a_mean() -> None:
     assert found == paired_bootstrap(values.tolist(), np.zeros_like(values).tolist())
 
 
-def test_seeds_count_as_a_sample_too_and_no_difference_is_found_as_often_as_alpha_says() -> None:
+@pytest.mark.parametrize(("seeds", "of_seeds", "of_prompts"), [(5, 1.0, 0.3), (8, 0.2, 0.5), (5, 0.1, 2.0)])
+def test_no_difference_is_found_as_often_as_alpha_says(seeds: int, of_seeds: float, of_prompts: float) -> None:
     rng = np.random.default_rng(0)
     wrong = 0
     for trial in range(200):
-        seeds, prompts = rng.normal(size=(8, 1)), rng.normal(size=(1, 60))
-        table = 0.2 * seeds + 0.5 * prompts + rng.normal(size=(8, 60))
-        wrong += paired_bootstrap(table.tolist(), np.zeros((8, 60)).tolist(), seed=trial, resamples=400).p < 0.05
-    # A bootstrap of 8 seeds is a little too bold; one of prompts alone would be wrong in half of these.
-    assert wrong / 200 < 0.12
+        table = of_seeds * rng.normal(size=(seeds, 1)) + of_prompts * rng.normal(size=(1, 60))
+        table = table + rng.normal(size=(seeds, 60))
+        wrong += paired_bootstrap(table.tolist(), np.zeros_like(table).tolist(), seed=trial, resamples=400).p < 0.05
+    # Three standard errors of 200 trials; a bootstrap by itself has 16 % in the first.
+    assert wrong / 200 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 200)
+
+
+def test_few_seeds_have_students_interval() -> None:
+    # Every prompt alike: a t test of three numbers (scipy.stats.ttest_1samp([1, 2, 4], 0), its confidence_interval()).
+    found = paired_bootstrap([[1.0] * 4, [2.0] * 4, [4.0] * 4], [[0.0] * 4] * 3)
+    assert (found.low, found.high) == pytest.approx((-1.4612498, 6.1279165), abs=1e-6)
+    assert (found.p, found.freedom) == pytest.approx((0.11808290, 2))
+    assert paired_bootstrap([[1.0] * 4] * 3, [[0.0] * 4] * 3).low == 1.0
+
+
+def test_quantiles_invert_p() -> None:
+    for p, freedom, t in ((0.05, 4, 2.7764451), (0.05, 9, 2.2621572), (0.01, 5.5, 3.8499115), (0.4, 1e9, 0.8416212)):
+        # scipy.stats.t.isf(p / 2, freedom)
+        assert student_quantile(p, freedom) == pytest.approx(t, rel=2e-5)
 
 
 def test_the_variance_is_that_of_both() -> None:
     rng = np.random.default_rng(1)
     means = [(0.3 * rng.normal(size=(5, 1)) + 0.5 * rng.normal(size=(1, 40))).mean() for _ in range(2000)]
     found = [
-        two_way_variance(0.3 * rng.normal(size=(5, 1)) + 0.5 * rng.normal(size=(1, 40)) + np.zeros((5, 40)))
+        two_way_error(0.3 * rng.normal(size=(5, 1)) + 0.5 * rng.normal(size=(1, 40)) + np.zeros((5, 40)))[0] ** 2
         for _ in range(500)
     ]
     assert np.mean(found) == pytest.approx(np.var(means), rel=0.15)

@@ -6,87 +6,140 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.compare.exercise.verdicts import CHAPTERS, convergence, sensitivity
+from orpo_mlx.compare.exercise.halving import Round
+from orpo_mlx.compare.exercise.sizes import FULL_EXACT
+from orpo_mlx.compare.exercise.study import size_record
+from orpo_mlx.compare.exercise.verdicts import CHAPTERS, convergence, phases, reference, sensitivity
 
-BOUND = 1.0
+SIZE = size_record(FULL_EXACT._replace(rounds=(Round(4, 40),)), 1.0)
 STEPS = (0, 10, 20)
+SEEDS = 4
 
 
 def method(golds: tuple[float, ...], kls: tuple[float, ...] = (0.0, 0.2, 0.4)) -> dict[str, Any]:
-    """Three seeds, each a hair above the one before."""
+    """Seeds that are a hair apart."""
 
     def curve(seed: int) -> list[dict[str, float]]:
         points = zip(STEPS, golds, kls, strict=False)
-        return [{"step": step, "gold": gold + 1e-3 * seed, "kl": kl} for step, gold, kl in points]
+        return [{"step": step, "gold": gold + 1e-3 * seed**2, "kl": kl} for step, gold, kl in points]
 
-    return {"chosen": {"rate": 1e-3}, "seeds": [{"curve": curve(seed)} for seed in range(3)]}
+    return {"chosen": {"rate": 1e-3}, "seeds": [{"curve": curve(seed)} for seed in range(SEEDS)]}
+
+
+def tier(variants: dict[str, tuple[Any, Any]], at_kl: dict[str, float] | None = None) -> dict[str, Any]:
+    """Variants with ORPO's and DPO's trainings, and ORPO's gold minus DPO's at KL 0.5 where it is known."""
+
+    def analysed(labels: str) -> dict[str, Any]:
+        gap = (at_kl or {}).get(labels)
+        if gap is None:
+            return {}
+        figures = {"mean": gap, "low": gap - 0.01, "high": gap + 0.01, "p": 0.001 if gap else 1.0}
+        return {"0.5": {"differences": {"orpo": figures}}}
+
+    return {
+        "size": SIZE,
+        "variants": {labels: {"orpo": ours, "dpo": dpo} for labels, (ours, dpo) in variants.items()},
+        "analysis": {"variants": {labels: {"at_kl": analysed(labels)} for labels in variants}},
+    }
+
+
+AHEAD = (method((0.0, 0.3, 0.6)), method((0.0, 0.2, 0.5)))
+SAME = (method((0.0, 0.2, 0.5)), method((0.0, 0.2, 0.5)))
 
 
 @pytest.mark.parametrize(
-    ("ours", "dpo", "verdict"),
+    ("variants", "verdict"),
     [
-        (method((0.0, 0.3, 0.6)), method((0.0, 0.2, 0.5)), "confirmed"),
-        (method((0.0, 0.1, 0.6)), method((0.0, 0.2, 0.6)), "refuted"),
-        (method((0.0, 0.3, 0.4)), method((0.0, 0.2, 0.5)), "depends on the budget: ORPO is ahead at 1 and behind at 1"),
-        (method((0.0, 0.2, 0.5)), method((0.0, 0.2, 0.5)), "not decided: no look parts them"),
+        ({"a": AHEAD}, "confirmed"),
+        ({"a": (method((0.0, 0.1, 0.6)), method((0.0, 0.2, 0.6)))}, "refuted"),
+        ({"a": AHEAD, "b": AHEAD[::-1]}, "not the same everywhere (ahead somewhere at a, behind somewhere at b)"),
+        ({"a": (method((0.0, 0.3, 0.4)), AHEAD[1])}, "not the same everywhere (ahead somewhere at a, behind"),
+        ({"a": AHEAD, "b": SAME}, "confirmed at a, elsewhere not decided"),
+        ({"a": SAME}, "not decided: nothing parts them"),
         # Far ahead, but where it is no longer near the base model.
-        (method((0.0, 0.2, 9.0), (0.0, 0.2, 1.1)), method((0.0, 0.2, 0.5)), "not decided"),
-        (method((0.0, 9.0, 9.0), (0.0, 2.0, 3.0)), method((0.0, 0.2, 0.5)), "not decided"),
+        ({"a": (method((0.0, 0.2, 9.0), (0.0, 0.2, 1.1)), AHEAD[1])}, "not decided"),
+        ({"a": (method((0.0, 9.0, 9.0), (0.0, 2.0, 3.0)), AHEAD[1])}, "not decided"),
         # One whose training ended early is compared as far as it came.
-        (method((0.0, 0.3)), method((0.0, 0.2, 0.9)), "confirmed"),
+        ({"a": (method((0.0, 0.3)), method((0.0, 0.2, 0.9)))}, "confirmed"),
     ],
 )
-def test_convergence(ours: dict[str, Any], dpo: dict[str, Any], verdict: str) -> None:
-    assert convergence({"orpo": ours, "dpo": dpo}, BOUND).verdict.startswith(verdict)
+def test_convergence_by_steps(variants: dict[str, Any], verdict: str) -> None:
+    assert convergence(tier(variants)).verdict.removeprefix("by steps ").startswith(verdict)
+
+
+def test_more_reward_per_step_need_not_be_more_per_nat() -> None:
+    found = convergence(tier({"a": AHEAD, "b": AHEAD}, {"a": -0.05, "b": -0.05}))
+    assert found.verdict == "by steps confirmed; at equal KL refuted"
+    assert "a: step 10 +0.10 (+0.10 to +0.10), step 20 +0.10 (+0.10 to +0.10), KL 0.5 -0.05 (-0.06 to" in found.measured
+    assert convergence(tier({"a": AHEAD, "b": AHEAD}, {"a": 0.05, "b": 0.05})).verdict == "confirmed"
+    assert convergence(tier({"a": AHEAD}, {"a": 0.0})).verdict.startswith("by steps confirmed; at equal KL not decided")
+
+
+def test_a_look_at_which_one_seed_is_beyond_the_bound_is_left_out() -> None:
+    ours, dpo = method((0.0, 0.3, 9.0)), method((0.0, 0.2, 0.5))
+    ours["seeds"][2]["curve"][2]["kl"] = 1.01
+    assert [figure["step"] for figure in convergence(tier({"a": (ours, dpo)})).figures] == [10]
+    ours["seeds"][1]["curve"][1]["kl"] = 1.01
+    found = convergence(tier({"a": (ours, dpo)}))
+    assert found.figures == []
+    assert "a: no look of all seeds is within the KL bound" in found.measured
 
 
 def test_one_look_of_several_does_not_decide() -> None:
-    looks = 8
-    spread = (0.0, 0.1, 0.5)
+    spread = (0.0, 0.1, 0.5, 0.6)
 
     def seeds(first: float) -> dict[str, Any]:
-        def curve(seed: int) -> list[dict[str, float]]:
-            golds = [0.0, first + spread[seed], *[0.0] * (looks - 1)]
-            return [{"step": step, "gold": gold, "kl": 0.0} for step, gold in enumerate(golds)]
+        curves = [[(10, first * (1 + each)), (20, each), (30, -each), (40, 0.0)] for each in spread]
+        return {
+            "seeds": [{"curve": [{"step": step, "gold": gold, "kl": 0.0} for step, gold in each]} for each in curves]
+        }
 
-        return {"chosen": {"rate": 1e-3}, "seeds": [{"curve": curve(seed)} for seed in range(3)]}
-
-    dpo = {"chosen": {"rate": 1e-3}, "seeds": [{"curve": [dict.fromkeys(("step", "gold", "kl"), 0.0)] * 9}] * 3}
-    # By itself it would: t of 2 degrees of freedom is 5.9, p 0.03, of eight looks 0.22.
-    found = convergence({"orpo": seeds(0.7), "dpo": dpo}, BOUND)
-    assert "step 1: +0.90 (+0.24 to +1.56)" in found.measured
-    assert found.verdict.startswith("not decided")
-    assert convergence({"orpo": seeds(20.0), "dpo": dpo}, BOUND).verdict == "confirmed"
-
-
-def test_looks_beyond_the_bound_are_named_and_not_shown() -> None:
-    variant = {"orpo": method((0.0, 0.3, 9.0), (0.0, 0.2, 1.1)), "dpo": method((0.0, 0.2, 0.5))}
-    found = convergence(variant, BOUND)
-    assert found.measured.endswith("3 seeds: step 10: +0.10 (+0.10 to +0.10)")
-    assert "it is 0.20 nats for ORPO (rate 0.001) and 0.20 for DPO" in found.limit
-    assert found.limit.endswith("beyond the KL bound of 1: step 20")
-    variant["orpo"] = method((0.0, 0.3, 9.0), (0.0, 1.2, 1.1))
-    found = convergence(variant, BOUND)
-    assert found.measured.endswith("no look is within the KL bound")
-    assert found.limit.endswith("step 10, step 20")
+    dpo = {"seeds": [{"curve": [{"step": step, "gold": 0.0, "kl": 0.0} for step in (10, 20, 30, 40)]}] * 4}
+    found = convergence(tier({"a": (seeds(0.3), dpo)}))
+    first = found.figures[0]
+    assert first["p"] < 0.05 / 3
+    assert first["p_holm"] == pytest.approx(4 * first["p"])
+    assert (first["p_holm"] < 0.05) == found.verdict.startswith("by steps confirmed")
 
 
 def tuned(golds: list[float]) -> dict[str, Any]:
-    """A grid of as many settings, on four prompts that part them alike."""
-    entries = [{"steps": 4, "score": gold, "valid_gold": [gold + 0.01 * row for row in range(4)]} for gold in golds]
-    return {"tuning": entries, "seeds": [{"curve": [{"gold": 0.0}]}]}
+    """A grid of as many settings, half of them at either rate, on four prompts that part them alike."""
+    entries = [
+        {"rate": 1e-3 * (1 + (2 * place >= len(golds))), "steps": 4, "score": gold + 0.015, "valid_gold": [
+            gold + 0.01 * row for row in range(4)
+        ]} for place, gold in enumerate(golds)
+    ]  # fmt: skip
+    return {"tuning": entries, "seeds": [{"curve": [{"gold": 0.015}]}]}
 
 
 @pytest.mark.parametrize(("name", "words"), [("orpo", "for ORPO"), (CHAPTERS, "for the chapter's loss")])
 def test_sensitivity(name: str, words: str) -> None:
-    flat, steep = tuned([0.5] * 11 + [0.6]), tuned([0.0] * 11 + [0.6])
+    flat, steep = tuned([0.6, *[0.5] * 11]), tuned([0.6, *[0.0] * 11])
     lost = sensitivity({"a": {name: flat, "dpo": steep}}, name)
     assert lost.verdict == "confirmed"
-    # The best less the mean over twelve: 0.1 and 0.6, each times eleven twelfths.
-    assert f"a: 0.09 of 0.60 {words}, 0.55 of 0.60 for DPO" in lost.measured
+    # The best less the mean of twelve, of what it gains: 0.1 and 0.6 of 0.6, times 11/12; of six, 5/6.
+    assert f"a, all rates: 15% {words}, 92% for DPO" in lost.measured
+    assert f"a, lower rates: 14% {words}, 83% for DPO" in lost.measured
     assert (name in lost.claim) == (name != "orpo")
     assert sensitivity({"a": {name: steep, "dpo": flat}}, name).verdict == "refuted"
     both = {"a": {name: flat, "dpo": steep}, "b": {name: steep, "dpo": flat}}
-    assert sensitivity(both, name).verdict.startswith("not decided")
-    few = {"a": {name: tuned([0.5, 0.6]), "dpo": tuned([0.0, 0.6])}}
-    assert sensitivity(few, name).verdict.startswith("confirmed on 2 settings; a grid of 12")
+    assert sensitivity(both, name).verdict == "not decided"
+    # Only high rates part them.
+    high = {"a": {name: tuned([0.6] * 12), "dpo": tuned([*[0.6] * 6, *[0.0] * 6])}}
+    assert sensitivity(high, name).verdict == "over all rates confirmed; over lower rates not decided"
+    few = {"a": {name: tuned([0.6, 0.5, 0.5, 0.5]), "dpo": tuned([0.6, 0.0, 0.0, 0.0])}}
+    assert (
+        sensitivity(few, name).verdict
+        == "confirmed, on 4 settings: a grid of 12 and more is needed to say so in general"
+    )
+
+
+def test_what_costs_say_is_measured() -> None:
+    def cost(forward: int, peak: float) -> dict[str, Any]:
+        orpo = {"peak_gib": 1.0, "forward_tokens": 0, "steps": 2}
+        return {"measured": {"orpo": orpo, "dpo": {"peak_gib": peak, "forward_tokens": forward, "steps": 2}}}
+
+    assert reference(cost(8, 1.0)).verdict == "confirmed for reference log-probs, refuted for a second model"
+    assert reference(cost(0, 1.5)).verdict == "refuted for reference log-probs, confirmed for a second model"
+    assert phases(cost(8, 1.0)).verdict.endswith("confirmed for a second forward pass")
+    assert phases(cost(0, 1.0)).verdict.endswith("refuted for a second forward pass")

@@ -1,0 +1,141 @@
+"""The sentences of the claims: their figures again from raw ones, their words again from the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from scripts.recompute.statistics import difference, holm
+from scripts.recompute.tiers import Pair, Row
+
+LOSSES = {"orpo": "", "orpo_style": " (the chapter's own loss, orpo_style)"}
+CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "not decided"
+_COPY = "dpo --reference copy"
+
+
+def verdicts(results: Mapping[str, Any]) -> Iterator[Pair]:
+    """Of all claims; they are the exact tier's."""
+    if "exact" not in results["tiers"]:
+        return
+    exact, published = results["tiers"]["exact"], {each["claim"]: each for each in results["verdicts"]}
+    yield from _costs(results["cost"], published)
+    for method, which in LOSSES.items():
+        if method in next(iter(exact["variants"].values())):
+            yield from _convergence(published[f"ORPO converges faster{which}"], exact, method)
+            claim = f"DPO's sensitivity to hyper-parameters is moderate, ORPO's low{which}"
+            yield from _sensitivity(published[claim], exact["variants"], method)
+
+
+def _costs(cost: Mapping[str, Any], published: Mapping[str, Row]) -> Iterator[Pair]:
+    orpo, dpo, copy = (cost["measured"][name] for name in ("orpo", "dpo", _COPY))
+    words = {True: CONFIRMED, False: REFUTED}
+    forward = words[dpo["forward_tokens"] > orpo["forward_tokens"]]
+    second = words[dpo["peak_gib"] >= 1.1 * orpo["peak_gib"]]
+    needs, phases, twice = list(published.values())[:3]
+    yield "reference", needs["verdict"], f"{forward} for reference log-probs, {second} for a second model"
+    yield "phases", phases["verdict"], f"{REFUTED} for a second training, {forward} for a second forward pass"
+    ratios = [f"{each['peak_gib'] / orpo['peak_gib']:.2f} times" for each in (dpo, copy)]
+    yield "memory", twice["verdict"].split(";")[0], words[dpo["peak_gib"] >= 1.9 * orpo["peak_gib"]]
+    yield "memory, measured", [ratio in twice["measured"] for ratio in ratios], [True, True]
+    most = max(row["copy_ratio"] for row in cost["predicted"])
+    yield "memory, predicted", f"{most:.2f} times" in twice["measured"], True
+    for row in cost["predicted"]:
+        yield "a second copy adds the weights", row["copy_ratio"], 1 + row["weights_gib"] / row["peak_gib"]
+
+
+def _convergence(verdict: Row, tier: Mapping[str, Any], method: str) -> Iterator[Pair]:
+    figures: list[Row] = []
+    longest, bound = tier["size"]["rounds"][-1]["steps"], tier["size"]["kl_bound"]
+    for variant, methods in tier["variants"].items():
+        pairs = list(zip(methods[method]["seeds"], methods["dpo"]["seeds"], strict=True))
+        found = {}
+        for quarter in (1, 2, 3, 4):
+            step = round(longest * quarter / 4)
+            if not step:
+                continue
+            looks = [[look for look in seed["curve"] if look["step"] == step] for pair in pairs for seed in pair]
+            if all(len(look) == 1 and look[0]["kl"] <= bound for look in looks):
+                gaps = [[ours[0]["gold"] - dpo[0]["gold"]] for ours, dpo in zip(looks[::2], looks[1::2], strict=True)]
+                found[step] = _short(difference(np.array(gaps)))
+        figures += _labelled(variant, "step", found)
+        at = {}
+        for target in sorted({kl for pair in pairs for seed in pair for kl in seed["at_kl"]}, key=float):
+            golds = [[seed["at_kl"].get(target, {}).get("gold") for seed in pair] for pair in pairs]
+            if all(ours is not None and dpo is not None for ours, dpo in golds):
+                at[target] = _short(difference(np.array([np.subtract(ours, dpo) for ours, dpo in golds])))
+        figures += _labelled(variant, "kl", at)
+    yield f"convergence of {method}", verdict["figures"], figures
+    yield f"convergence of {method}, verdict", verdict["verdict"], _said(figures)
+    for figure in figures:
+        shown = f"{figure['mean']:+.2f} ({figure['low']:+.2f} to {figure['high']:+.2f})"
+        what = f"step {figure['step']}" if "step" in figure else f"KL {figure['kl']}"
+        yield f"convergence of {method}: {what} {shown} is said", f"{what} {shown}" in verdict["measured"], True
+
+
+def _short(gap: Row) -> Row:
+    return {key: gap[key] for key in ("mean", "low", "high", "p")}
+
+
+def _labelled(variant: str, key: str, found: dict[Any, Row]) -> list[Row]:
+    corrected = holm({str(place): gap["p"] for place, gap in found.items()})
+    return [{"variant": variant, key: place, **gap, "p_holm": corrected[str(place)]} for place, gap in found.items()]
+
+
+def _said(figures: list[Row]) -> str:
+    by_step, by_kl = (_direction(figures, key) for key in ("step", "kl"))
+    return by_step if by_step == by_kl else f"by steps {by_step}; at equal KL {by_kl}"
+
+
+def _direction(figures: list[Row], key: str) -> str:
+    sides: dict[bool, set[str]] = {True: set(), False: set()}
+    for figure in figures:
+        if key in figure and figure["p_holm"] < 0.05:
+            sides[figure["mean"] > 0].add(figure["variant"])
+    named = {side: " and ".join(sorted(found)) for side, found in sides.items()}
+    if named[True] and named[False]:
+        return f"not the same everywhere (ahead somewhere at {named[True]}, behind somewhere at {named[False]})"
+    if not named[True] and not named[False]:
+        return f"{OPEN}: nothing parts them; see what the design could find"
+    side = bool(named[True])
+    everywhere = sides[side] == {figure["variant"] for figure in figures}
+    return (CONFIRMED if side else REFUTED) + ("" if everywhere else f" at {named[side]}, elsewhere {OPEN}")
+
+
+def _sensitivity(verdict: Row, variants: Mapping[str, Any], method: str) -> Iterator[Pair]:
+    figures: list[Row] = []
+    for variant, methods in variants.items():
+        for rates in ("all rates", "lower rates"):
+            ours, theirs = (_lost(methods[name], rates == "lower rates") for name in (method, "dpo"))
+            gap = difference(np.array([ours]) - np.array([theirs]))
+            lost = {"lost": float(np.mean(ours)), "lost_by_dpo": float(np.mean(theirs))}
+            figures.append({"variant": variant, "rates": rates, **lost, "low": gap["low"], "high": gap["high"]})
+            said = (
+                f"{variant}, {rates}: {lost['lost']:.0%} for {'ORPO' if method == 'orpo' else 'the chapter'}",
+                f"{lost['lost_by_dpo']:.0%} for DPO (difference {gap['low']:+.0%} to {gap['high']:+.0%})",
+            )
+            yield f"sensitivity of {method}, {said} is said", [each in verdict["measured"] for each in said], [True] * 2
+    yield f"sensitivity of {method}", verdict["figures"], figures
+    words = []
+    for rates in ("all rates", "lower rates"):
+        own = [figure for figure in figures if figure["rates"] == rates]
+        low, high = all(each["high"] < 0 for each in own), all(each["low"] > 0 for each in own)
+        words.append(CONFIRMED if low else REFUTED if high else OPEN)
+    expected = words[0] if words[0] == words[1] else f"over all rates {words[0]}; over lower rates {words[1]}"
+    yield f"sensitivity of {method}, verdict", verdict["verdict"].split(", on ")[0], expected
+
+
+def _lost(method: Row, lower: bool) -> list[float]:
+    shortest = min(entry["steps"] for entry in method["tuning"])
+    grid = [entry for entry in method["tuning"] if entry["steps"] == shortest]
+    if lower:
+        rates = sorted({entry["rate"] for entry in grid})
+        kept = rates[: (len(rates) + 1) // 2]
+        grid = [entry for entry in grid if entry["rate"] in kept]
+    table = np.array([entry["valid_gold"] for entry in grid])
+    # Published scores are rounded, and so decide between equals.
+    best = int(np.argmax([entry["score"] for entry in grid]))
+    gain = grid[best]["score"] - method["seeds"][0]["curve"][0]["gold"]
+    lost: list[float] = ((table[best] - table.mean(axis=0)) / gain).tolist() if gain > 0 else [0.0] * table.shape[1]
+    return lost
