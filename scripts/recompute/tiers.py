@@ -188,6 +188,7 @@ def _of_seed(what: str, seed: Row, bound: float) -> Iterator[Pair]:
             math.sqrt(course[after]["kl"]) - math.sqrt(before["kl"])
         )
         yield f"{what}, KL {target} lies between two looks", -1e-3 <= share <= 1 + 1e-3, True
-        gold = before["gold"] + share * (course[after]["gold"] - before["gold"])
         # Of KLs that were rounded before the roots were taken.
-        yield f"{what}, gold at KL {target}", round(statistics.fmean(at["gold"]), 3), round(gold, 3)
+        for key, mine, slack in (("step", at["step"], 5e-3), ("gold", statistics.fmean(at["gold"]), 2e-4)):
+            again = before[key] + share * (course[after][key] - before[key])
+            yield f"{what}, {key} at KL {target} is {again:.4f}", abs(mine - again) < slack, True
