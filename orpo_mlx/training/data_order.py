@@ -98,7 +98,9 @@ def evaluation_groups(run: Run) -> list[list[Example]]:
     groups = []
     for pairs in evaluation_pairs(run).values():
         own = [[pairs[index] for index in indices] for indices in length_order(pairs, run.config.batch_size)]
-        groups += own + (mismatched_in_batches(own, run.config.batch_size) if run.method.wanted.kl else [])
+        groups += own
+        if run.method.wanted.kl:
+            groups += mismatched_in_batches(own, run.config.batch_size, run.max_seq_length)
     return groups
 
 
@@ -118,5 +120,5 @@ def groups_to_come(run: Run) -> list[list[Example]]:
         if number < most:
             groups += micro_batches(step_batch, config.batch_size, config.micro_batch_tokens)
         if run.method.wanted.kl:
-            groups += mismatched_batches(step_batch, config.batch_size, config.micro_batch_tokens)
+            groups += mismatched_batches(step_batch, config.batch_size, config.micro_batch_tokens, run.max_seq_length)
     return groups + evaluation_groups(run)

@@ -96,10 +96,13 @@ class Loop:
         """Record the test split's metrics before training, after it: the first step need not wait for them."""
         progress = self.progress
         if self._base_is_kept and progress.before.get("test") is None:
+            reference = self.run.reference
+            if reference is not None:
+                reference.forget_if_moved()
             with adapters_off(self.run.loaded.model):
                 progress.before |= self.evaluate(("test",), step=0)
-            if self.run.reference is not None:
-                self.run.reference.after_baseline()
+            if reference is not None:
+                reference.forget_if_moved()
 
     def take_steps(self) -> EvalMetrics:
         """Take all steps that are left; the last evaluation's metrics.

@@ -128,6 +128,7 @@ def load_run(config: TrainingConfig, sources: Mapping[str, Source], folder: Path
     # Before `assemble` adds adapters: a resumed run compares the weights as they came from the disk.
     digest = weights_fingerprint(loaded.model)
     run = assemble(config, folder, splits, loaded, other)
+    run.max_seq_length = lengths.max_seq_length
     run.model_digest = digest
     run.reference_digest = reference_digest(run)
     run.weighted = weighted
@@ -232,7 +233,8 @@ def assemble(
     reference = choose_reference(config, method, loaded, scorer, make_scorer, other)
     optimizer = make_optimizer(config)
     functions = StepFunctions(scorer, memory, method, optimizer)
-    return Run(config, folder, splits, loaded, scorer, method, reference, optimizer, memory, functions)
+    length = config.max_seq_length
+    return Run(config, folder, splits, loaded, scorer, method, reference, optimizer, memory, functions, length)
 
 
 def spend_memory_as(config: TrainingConfig, model: nn.Module) -> tuple[PairScorer, Memory]:

@@ -42,6 +42,8 @@ class Run:
     optimizer: optim.Optimizer
     memory: Memory
     functions: StepFunctions
+    max_seq_length: int
+    """The longest prompt + completion: of the settings, or of the model where that is less."""
     first_step: int = 0
     """Steps that the adapters it goes on from have taken in its own order of the data."""
     ranks: Ranks = dataclasses.field(default_factory=Ranks)

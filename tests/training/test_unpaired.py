@@ -15,11 +15,12 @@ from orpo_mlx.engine.pair_scorer import group_logps
 from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.models.adapters import adapters_off
+from orpo_mlx.training.data_order import groups_to_come, training_order
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.steps.gradients import step_gradient
 from orpo_mlx.training.steps.step import optimiser_step
 from orpo_mlx.training.steps.step_values import mismatched
-from orpo_mlx.types import Example, TokenizedGroup
+from orpo_mlx.types import Example
 from tests.helpers import float64_group_losses as oracle
 from tests.helpers.quiet_training import run_quietly
 from tests.test_train import make_run, rows
@@ -72,7 +73,7 @@ def test_the_loss_of_a_step_is_the_papers(
         for step in (1, 2):
             optimiser_step(run, examples, step)
         x = as_columns(run, examples)
-        others = as_columns(run, mismatched(examples))
+        others = as_columns(run, mismatched(examples, run.max_seq_length))
         x["kl"] = float((others["s"] - others["ref"]).mean())
         x["running"] = (run.rewards.mean, run.rewards.count)
         expected = oracle.ORACLES[method].loss(x, **run.method.parameters[method])
@@ -145,10 +146,35 @@ def test_a_reference_that_follows_is_never_stale(settings: dict[str, Any], tmp_p
     assert all(not mx.allclose(one, other, atol=1e-2).item() for one, other in itertools.pairwise(seen))
 
 
-def test_a_single_row_has_no_other_to_be_mismatched_with() -> None:
-    one, other = (TokenizedGroup((n,), ((5, 6),), (1.0,), True, (), f"f:{n}") for n in (1, 2))
-    assert mismatched([one]) == []
-    assert [example.prompt_ids for example in mismatched([one, other])] == [(1,), (2,)]
+def test_mismatched_rows_are_no_longer_than_others_and_known_beforehand(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    long = [
+        {"prompt_ids": [5] * prompt, "completion_ids": [6] * answer, "label": True}
+        for prompt, answer in ((24, 1), (1, 24))
+    ]
+    settings |= {"data": write(tmp_path / "rows.jsonl", [*labelled_rows(5), *long]), "method": "kto", "batch_size": 7}
+    run = make_run(settings, fine_tune_type="full", max_seq_length=25, iters=3)
+    train, groups, reference = run.splits["train"].pairs[:], groups_to_come(run), run.reference
+    assert max(row.pair_tokens for row in mismatched(train, 99)) > 25
+    assert max(row.pair_tokens for group in groups for row in group) == 25
+    assert reference is not None
+    reference.remember(groups)
+    # Weights that define it change at the first step: what is not known by then is refused.
+    for step, indices in zip((1, 2), training_order(run), strict=False):
+        optimiser_step(run, [train[index] for index in indices], step)
+
+
+def test_what_bco_measures_from_before_training_is_no_reward_of_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        write(folder / f"{split}.jsonl", labelled_rows(6))
+    run_quietly({**settings, "data": str(folder), "method": "bco", "learning_rate": 0.05, "batch_size": 6})
+    for split in ("valid", "test"):
+        before, after = rows(settings, split)[0], rows(settings, split)[-1]
+        assert before["loss"] == pytest.approx(np.log(2), abs=1e-6)
+        assert after["loss"] != pytest.approx(np.log(2), abs=1e-3)
 
 
 def test_a_run_tells_its_reference_of_each_step(settings: dict[str, Any], tmp_path: Path) -> None:

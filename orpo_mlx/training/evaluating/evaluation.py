@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -35,6 +36,14 @@ Validated = Callable[[int, Mapping[str, float], float], object]
 """Told of the step, the metrics and the seconds of a validation."""
 
 
+class Evaluated(NamedTuple):
+    """What an evaluation finds."""
+
+    metrics: dict[str, float]
+    not_finite: list[Example]
+    """The pairs that have a metric which is not finite."""
+
+
 def evaluate(
     scorer: PairScorer,
     pairs: Sequence[Example],
@@ -43,19 +52,19 @@ def evaluate(
     batch_size: int,
     nll: str,
     reference: ReferenceLogProbs | None,
+    max_seq_length: int,
     untrained: bool = False,
     progress: Callable[[int], None] = lambda done: None,
     ranks: Ranks | None = None,
-    suspects: Callable[[list[Example]], None] = lambda pairs: None,
     rewards: RunningMean | None = None,
-) -> dict[str, float]:
+) -> Evaluated:
     """Mean over all `pairs` of each metric (`metrics.metric_array`), without dropout and without gradient.
 
     The loss sees the whole split at once, so that no metric depends on `batch_size`. `untrained` says that no
     optimiser step has been taken: the policy's log-probs are then the reference's as well, and are not computed twice.
     Each of `ranks` runs its share of the batches, and all of them return the metrics of all pairs.
-    `progress` is called with the number of pairs done after each batch, `suspects` at the end with the pairs that have
-    a metric that is not finite, if any do. `rewards` are those of the steps so far, for methods that ask for them.
+    `progress` is called with the number of pairs done after each batch. `rewards` are those of the steps so far, for
+    methods that ask for them; `max_seq_length` is that of mismatched rows, for those.
     """
     model = scorer.model
     was_training = model.training
@@ -81,37 +90,37 @@ def evaluate(
     if reference:
         # Every rank knows what the others have computed.
         reference.adopt(order, as_policy(together))
-    values = values_of_split(scorer, reference, method, [] if untrained else groups, batch_size, rewards, ranks)
+    # A policy that is its reference has no divergence from it to estimate.
+    others: list[list[Example]] = []
+    if method.wanted.kl and not (untrained and reference and reference.is_start):
+        others = mismatched_in_batches(groups, batch_size, max_seq_length)
+    values = values_of_split(scorer, reference, method, others, rewards, ranks)
     # Only now: the divergence is taken without dropout as well, and draws no random numbers.
     model.train(was_training)
     together = with_step_values(together, values)
     metrics = np.array(metric_array(together, method.loss(together)))
     finite = np.isfinite(metrics).all(axis=tuple(range(metrics.ndim - 1)))
-    if not finite.all():
-        of_each = order if method.wanted.groups else [example for example in order for _ in example.pairs]
-        suspects(list(dict.fromkeys(pair for pair, good in zip(of_each, finite, strict=True) if not good)))
+    of_each = order if method.wanted.groups else [example for example in order for _ in example.pairs]
+    not_finite = list(dict.fromkeys(pair for pair, good in zip(of_each, finite, strict=True) if not good))
     means = MetricMeans()
     means.add_array(metrics, None if method.wanted.groups else two_sided(order))
-    return {**means.means(), **values.metrics()}
+    return Evaluated({**means.means(), **values.metrics()}, not_finite)
 
 
 def values_of_split(
     scorer: PairScorer,
     reference: ReferenceLogProbs | None,
     method: Recipe,
-    groups: Sequence[Sequence[Example]],
-    batch_size: int,
+    others: Sequence[Sequence[Example]],
     rewards: RunningMean | None,
     ranks: Ranks,
 ) -> StepValues:
-    """What a method measures the rewards of a split from; before the first step the policy is the reference, and there
-    are no `groups` to estimate their divergence from."""
+    """What a method measures the rewards of a split from; `others` are mismatched examples, in batches."""
     # Frozen, so that the split's own rewards do not move the mean they are measured from.
     values = StepValues(None, (rewards or RunningMean()).array(frozen=True) if method.wanted.running else None)
     if not method.wanted.kl:
         return values
     assert reference is not None
-    others = mismatched_in_batches(groups, batch_size) if groups else []
     return values._replace(kl=kl_estimate(scorer, reference, others, ranks))
 
 
@@ -142,7 +151,6 @@ def evaluate_splits(
     for name, pairs in evaluation_pairs(run).items():
         if name not in names:
             continue
-        suspects: list[Example] = []
         started = time.perf_counter()
         with reporter.bar(f"evaluating {name}", len(pairs), "pairs") as advance:
 
@@ -153,16 +161,18 @@ def evaluate_splits(
                 if run.ranks.size == 1:
                     stop.check()
 
-            held[name] = evaluate(
+            # An untrained policy has had no rewards, also where the steps behind it are measured from theirs.
+            found = evaluate(
                 run.scorer, pairs, run.method, batch_size=run.config.batch_size, nll=run.config.nll,
-                reference=run.reference, untrained=untrained, progress=progress, suspects=suspects.extend,
-                ranks=run.ranks, rewards=run.rewards,
+                reference=run.reference, max_seq_length=run.max_seq_length, untrained=untrained, progress=progress,
+                ranks=run.ranks, rewards=None if untrained else run.rewards,
             )  # fmt: skip
+        held[name] = found.metrics
         metrics_file.write(step, name, held[name])
         reporter.figures(eval_line(step, name, held[name]))
-        if suspects:
-            places = ", ".join(pair.location for pair in suspects[:4])
-            reporter.say(f"Warning: not finite at step {step} on {len(suspects)} {name} pairs: {places}.")
+        if found.not_finite:
+            places = ", ".join(pair.location for pair in found.not_finite[:4])
+            reporter.say(f"Warning: not finite at step {step} on {len(found.not_finite)} {name} pairs: {places}.")
         if name == "valid":
             told(step, held[name], max(time.perf_counter() - started, 0.0))
     return held

@@ -144,8 +144,8 @@ class SyncedReference(SecondModel):
         if step >= self._steps:
             self._forget()
 
-    def after_baseline(self) -> None:
-        """Forget the base model's log-probs, where this has moved away from it."""
+    def forget_if_moved(self) -> None:
+        """Forget all log-probs, where this is no longer the model it began as."""
         if self._moved:
             self._forget()
 

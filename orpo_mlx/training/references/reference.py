@@ -180,8 +180,9 @@ class ReferenceLogProbs:
         """Keep log-probs as the reference's: those of an untrained policy, where `is_start`, or of another rank."""
         self._keep(pairs, logps)
 
-    def after_baseline(self) -> None:
-        """Called where the model before training was evaluated after the steps: nothing has changed."""
+    def forget_if_moved(self) -> None:
+        """Called before and after an evaluation of the model before training that comes after the steps: what is known
+        of the one is not true of the other, where the reference has moved between them."""
 
     def remember(
         self, groups: Iterable[Sequence[Example]], progress: Callable[[int], None] = lambda done: None

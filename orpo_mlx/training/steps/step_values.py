@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from orpo_mlx.data.batching import length_order, micro_batches
+from orpo_mlx.data.tokens.trained_turns import learned_ids
 from orpo_mlx.device_profile import RowLayout
 from orpo_mlx.engine.pair_scorer import PairScorer, group_logps
 from orpo_mlx.losses.metrics import MetricMeans
@@ -56,34 +57,49 @@ def with_step_values(logps: LogProbs, values: StepValues) -> LogProbs:
     return logps._replace(kl=values.kl, running=values.running) if isinstance(logps, GroupLogProbs) else logps
 
 
-def mismatched(examples: Sequence[Example]) -> list[Example]:
-    """Each prompt with the completions of the example before it; the first one has those of the last.
+def mismatched(examples: Sequence[Example], max_seq_length: int) -> list[Example]:
+    """Each prompt with the completions of the nearest example before it that has another prompt; before the first
+    stands the last.
 
-    As in TRL: over a batch, the mismatched completions are the same ones as the matched. A single example has no other
-    to be mismatched with, and its own completions would say nothing of the divergence: none (in TRL its own).
+    As in TRL: over a batch of different prompts, the mismatched completions are the same ones as the matched, cut where
+    prompt and completion are longer than `max_seq_length`. A prompt without another has none to be mismatched with, and
+    its own completions would say nothing of the divergence: none (in TRL its own).
     """
-    if len(examples) == 1:
-        return []
-    others = [*examples[-1:], *examples[:-1]]
-    return [
-        TokenizedGroup(own.prompt_ids, other.completions, other.scores, other.labelled, (), own.location)
-        for own, other in zip(examples, others, strict=True)
-    ]
+    # In a circle from where a prompt follows another one: from there on "the nearest before" is known at each place.
+    starts = (n for n, each in enumerate(examples) if each.prompt_ids != examples[n - 1].prompt_ids)
+    start = next(starts, len(examples))
+    circle = [*examples[start:], *examples[:start]] if start < len(examples) else []
+    found: list[Example] = []
+    for number, own in enumerate(circle):
+        if circle[number - 1].prompt_ids != own.prompt_ids:
+            other = circle[number - 1]
+        cut = [ids[: max(0, max_seq_length - len(own.prompt_ids))] for ids in other.completions]
+        kept = [(ids, score) for ids, score in zip(cut, other.scores, strict=True) if learned_ids(ids)]
+        if kept:
+            completions, scores = zip(*kept, strict=True)
+            found.append(TokenizedGroup(own.prompt_ids, completions, scores, other.labelled, (), own.location))
+    return found
 
 
 def mismatched_batches(
-    examples: Sequence[Example], batch_size: int, most_tokens: int, layout: RowLayout | None = None
+    examples: Sequence[Example],
+    batch_size: int,
+    most_tokens: int,
+    max_seq_length: int,
+    layout: RowLayout | None = None,
 ) -> list[list[Example]]:
     """`mismatched`, in the batches they are run in."""
-    return micro_batches(mismatched(examples), batch_size, most_tokens, layout)
+    return micro_batches(mismatched(examples, max_seq_length), batch_size, most_tokens, layout)
 
 
-def mismatched_in_batches(batches: Sequence[Sequence[Example]], batch_size: int) -> list[list[Example]]:
+def mismatched_in_batches(
+    batches: Sequence[Sequence[Example]], batch_size: int, max_seq_length: int
+) -> list[list[Example]]:
     """`mismatched` of all examples of a held-out split, in the order of their batches, in batches of like length.
 
     Over the split and not over each batch, so that no metric depends on `batch_size`.
     """
-    examples = mismatched(list(itertools.chain(*batches)))
+    examples = mismatched(list(itertools.chain(*batches)), max_seq_length)
     return [[examples[index] for index in indices] for indices in length_order(examples, batch_size)]
 
 

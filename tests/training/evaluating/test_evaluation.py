@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
+from orpo_mlx.data.batching import length_order
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.losses.recipe import make_recipe
 from orpo_mlx.models.adapters import adapter_weights, add_adapters
 from orpo_mlx.training.checkpoints.random_numbers import random_state
 from orpo_mlx.training.evaluating.evaluation import evaluate
+from orpo_mlx.training.references.other_references import SecondModel
 from orpo_mlx.training.references.reference import ReferenceLogProbs
+from orpo_mlx.training.steps.step_values import mismatched
+from orpo_mlx.types import Example
 from tests.conftest import make_model, make_pairs
 from tests.engine.test_pair_scorer import oracle_logps
+
+# No row is cut.
+LONG: dict[str, Any] = {"max_seq_length": 1000}
 
 
 def scorer_with_adapters() -> PairScorer:
@@ -35,7 +44,7 @@ def test_batch_size_changes_no_metric(method: str, nll: str) -> None:
         reference = (
             ReferenceLogProbs(scorer, adapters_are_new=True, wanted=recipe.wanted) if recipe.needs_reference else None
         )
-        results.append(evaluate(scorer, pairs, recipe, batch_size=size, nll=nll, reference=reference))
+        results.append(evaluate(scorer, pairs, recipe, batch_size=size, nll=nll, reference=reference, **LONG).metrics)
     for result in results[1:]:
         # Rewards of an untrained policy are rounding errors, and so is who wins by them.
         for key in set(result) - ({"rewards/accuracies"} if recipe.needs_reference else set()):
@@ -46,8 +55,9 @@ def test_means_are_the_oracles_and_dropout_is_off_for_the_length_of_it() -> None
     scorer, pairs = scorer_with_adapters(), make_pairs(7)
     seen: list[int] = []
     found = evaluate(
-        scorer, pairs, make_recipe("sft", {}), batch_size=3, nll="completion", reference=None, progress=seen.append
-    )
+        scorer, pairs, make_recipe("sft", {}), batch_size=3, nll="completion", reference=None, progress=seen.append,
+        **LONG,
+    ).metrics  # fmt: skip
     base = make_model()
     chosen, rejected = (
         [oracle_logps(base, pair.prompt_ids, getattr(pair, side)) for pair in pairs]
@@ -75,12 +85,29 @@ def test_an_untrained_policy_is_its_own_reference_and_is_run_once(monkeypatch: p
 
     monkeypatch.setattr(PairScorer, "__call__", counted)
     recipe = make_recipe("dpo", {})
-    first = evaluate(scorer, pairs, recipe, batch_size=5, nll="completion", reference=reference, untrained=True)
+    first = evaluate(scorer, pairs, recipe, batch_size=5, nll="completion", reference=reference, untrained=True, **LONG)
     assert len(calls) == 1
-    again = evaluate(scorer, pairs, recipe, batch_size=5, nll="completion", reference=reference)
+    again = evaluate(scorer, pairs, recipe, batch_size=5, nll="completion", reference=reference, **LONG)
     assert len(calls) == 2
     assert first == again
-    assert first["loss"] == pytest.approx(np.log(2), abs=1e-7)
+    assert first.metrics["loss"] == pytest.approx(np.log(2), abs=1e-7)
+
+
+def test_another_references_divergence_is_there_before_the_first_step() -> None:
+    recipe, pairs = make_recipe("kto", {}), make_pairs(6)
+    policy, other = make_model(seed=1), make_model()
+    reference = SecondModel(PairScorer(other), wanted=recipe.wanted)
+    found = evaluate(
+        PairScorer(policy), pairs, recipe, batch_size=3, nll="completion", reference=reference, untrained=True, **LONG
+    ).metrics
+    crossed = mismatched([pairs[index] for index in itertools.chain(*length_order(pairs, 3))], **LONG)
+
+    def total(model: nn.Module, example: Example) -> float:
+        return float(sum(oracle_logps(model, example.prompt_ids, ids).sum() for ids in example.completions))
+
+    expected = sum(total(policy, each) - total(other, each) for each in crossed) / 12
+    assert found["kl"] == pytest.approx(max(0.0, expected), rel=1e-4)
+    assert found["kl"] > 1
 
 
 def test_the_divergence_is_taken_without_dropout_and_draws_no_numbers() -> None:
@@ -93,8 +120,8 @@ def test_the_divergence_is_taken_without_dropout_and_draws_no_numbers() -> None:
     for seed in (1, 2):
         mx.random.seed(seed)
         before = random_state()
-        found.append(evaluate(scorer, pairs, recipe, batch_size=3, nll="completion", reference=reference))
+        found.append(evaluate(scorer, pairs, recipe, batch_size=3, nll="completion", reference=reference, **LONG))
         assert random_state() == before
     assert found[0] == found[1]
-    assert found[0]["kl"] > 0
+    assert found[0].metrics["kl"] > 0
     assert scorer.model.training

@@ -234,3 +234,14 @@ def test_closing_figures_of_all_splits_are_against_the_reference_as_it_is_then(s
         for row in rows(settings, split)[:: len(rows(settings, split)) - 1]:
             assert row["loss"] == pytest.approx(np.log(2), abs=1e-4), (split, row["step"])
             assert row["rewards/chosen"] == pytest.approx(0, abs=1e-3)
+
+
+def test_figures_before_training_are_not_against_a_reference_that_has_moved(
+    settings: dict[str, Any], data: Path
+) -> None:
+    # Rows of the last step, which the reference of then remembers.
+    (data / "test.jsonl").write_text((data / "train.jsonl").read_text())
+    run_quietly({**settings, "method": "dpo", "sync_reference": "1,2", "learning_rate": 3e-2})
+    before, after = rows(settings, "test")
+    assert before["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert after["loss"] != pytest.approx(np.log(2), abs=1e-3)

@@ -18,7 +18,6 @@ from tests.helpers import float64_losses as oracle
 from tests.test_train import make_run
 
 WEIGHTS = [2.0, 1.0, 0.0, 0.5, 1.0, 3.5]
-NAMES = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def add_columns(data: Path, columns: dict[str, list[Any]], split: str = "train") -> None:
@@ -44,8 +43,10 @@ def test_a_weight_multiplies_the_gradient_of_its_pair(settings: dict[str, Any], 
         for name, gradient in found.gradients.items():
             expected = sum(weight * np.array(step.gradients[name]) for weight, step in zip(WEIGHTS, alone, strict=True))
             np.testing.assert_allclose(gradient, expected / 6, rtol=0, atol=1e-4 * np.abs(expected).max() + 1e-9)
-    held_out = evaluate(run.scorer, pairs, run.method, batch_size=4, nll="completion", reference=run.reference)
-    assert held_out["loss"] == pytest.approx(np.dot(WEIGHTS, means) / 6, rel=1e-5)
+    held_out = evaluate(
+        run.scorer, pairs, run.method, batch_size=4, nll="completion", reference=run.reference, max_seq_length=512
+    )
+    assert held_out.metrics["loss"] == pytest.approx(np.dot(WEIGHTS, means) / 6, rel=1e-5)
 
 
 def test_an_untrained_dpo_has_the_loss_of_its_margins(settings: dict[str, Any], data: Path) -> None:
@@ -56,9 +57,10 @@ def test_an_untrained_dpo_has_the_loss_of_its_margins(settings: dict[str, Any], 
     run = make_run(settings, method="dpo", margin_scale=0.4, batch_size=6)
     for name in ("train", "valid"):
         found = evaluate(
-            run.scorer, run.splits[name].pairs, run.method, batch_size=4, nll="completion", reference=run.reference
-        )
-        assert found["loss"] == pytest.approx(-oracle.log_sigmoid(-0.4 * scores).mean(), rel=1e-5)
+            run.scorer, run.splits[name].pairs, run.method, batch_size=4, nll="completion", reference=run.reference,
+            max_seq_length=512,
+        )  # fmt: skip
+        assert found.metrics["loss"] == pytest.approx(-oracle.log_sigmoid(-0.4 * scores).mean(), rel=1e-5)
     step = step_gradient(run, list(run.splits["train"].pairs))
     assert step.means.means()["loss"] == pytest.approx(-oracle.log_sigmoid(-0.4 * scores).mean(), rel=1e-5)
 
