@@ -52,7 +52,7 @@ class Group(NamedTuple):
     prompt: Text
     completions: tuple[Text, ...]
     scores: tuple[float, ...]
-    """Of each completion, the higher the better; of labelled ones 1 (good) or 0 (bad)."""
+    """Of each completion, the higher the better; of labelled ones 1 (good) or 0 (bad), of a pair's its margin and 0."""
     labelled: bool
     """Whether `scores` are labels."""
     pairs: tuple[tuple[int, int], ...]
@@ -100,8 +100,8 @@ class TokenizedPair(NamedTuple):
 
     @property
     def scores(self) -> tuple[float, ...]:
-        """One good, one bad."""
-        return 1.0, 0.0
+        """One good, one bad: by the margin, where it is known that the better is better, else by 1."""
+        return self.margin if self.margin is not None and self.margin > 0 else 1.0, 0.0
 
     @property
     def labelled(self) -> bool:

@@ -16,9 +16,9 @@ class LossSettings:
 
     beta: float | None = in_parameter("β of the method; default: the method's own, as for those below")
     label_smoothing: float | None = in_parameter("ε: share of pairs taken to be labelled wrongly")
-    gamma: float | None = in_parameter("γ: target margin of simpo")
+    gamma: float | None = in_parameter("γ: target margin of simpo, alphapo")
     alpha: float | None = in_parameter(
-        "α: weight of the likelihood term of cpo, rrhf, slic; power of alphapo, dpo_alpha"
+        "α: weight of the likelihood term of cpo, rrhf, slic, pro; power of alphapo, dpo_alpha"
     )
     ld_alpha: float | None = in_parameter("λ of ld_dpo: weight of tokens beyond the shorter completion's length")
     delta: float | None = in_parameter("δ: margin of slic, shift of bco_pair, penalty of dpop")

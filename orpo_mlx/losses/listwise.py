@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from orpo_mlx.losses.numerics import log_sigmoid
 from orpo_mlx.losses.registry import LIST, NonNegative, Positive, preference_loss
-from orpo_mlx.losses.terms import group_log_ratios, group_output, mean_group_logps
+from orpo_mlx.losses.terms import differences, group_log_ratios, group_output, is_best, is_worse, mean_group_logps
 from orpo_mlx.types import GroupLogProbs, GroupLossOutput
 
 listwise_loss = partial(preference_loss, unit=LIST)
@@ -38,13 +38,13 @@ def pl(logps: GroupLogProbs, *, beta: Positive = 0.1) -> GroupLossOutput:
     needs_reference=True,
 )
 def lipo(logps: GroupLogProbs, *, beta: Positive = 0.1) -> GroupLossOutput:
-    """LiPO-λ (eqs. 9 and 10). τ is a completion's rank by βh, from 1, without gradient.
+    """LiPO-λ (eqs. 9 and 10). τ is a completion's rank by βh, from 1, without gradient; equals, as all are where the
+    policy is the reference, have the mean of 1/log(1+τ) over the ranks they share.
 
     The paper's ψ lie in [0, 1]: scores are brought there over each list, its worst to 0 and its best to 1.
     """
     rewards = beta * group_log_ratios(logps)
-    ranks = 1 + (places_above(logps, rewards)).sum(axis=-1)
-    discount = 1 / mx.log1p(ranks.astype(rewards.dtype))
+    discount = mean_discounts(logps, rewards)
     gain = mx.power(2.0, scores_in_unit_interval(logps))
     weight = mx.stop_gradient(mx.abs(differences(gain)) * mx.abs(differences(discount)))
     compared = weight * log_sigmoid(differences(rewards))
@@ -71,22 +71,6 @@ def pro(logps: GroupLogProbs, *, alpha: NonNegative = 0.05) -> GroupLossOutput:
     return group_output(logps, losses + alpha * nll, means, mx.zeros(1, means.dtype), compared=means)
 
 
-def differences(values: mx.array) -> mx.array:
-    """(B, K, K) of (B, K): [:, k, j] is that of k minus that of j."""
-    return values[:, :, None] - values[:, None, :]
-
-
-def is_worse(logps: GroupLogProbs) -> mx.array:
-    """(B, K, K) bool: [:, k, j] is whether j is there and scores less than k, which is there too."""
-    there = logps.present
-    return (differences(logps.scores) > 0) & there[:, :, None] & there[:, None, :]
-
-
-def is_best(logps: GroupLogProbs) -> mx.array:
-    """(B, K) bool: which completions have their list's highest score."""
-    return logps.present & ~is_worse(logps).any(axis=1)
-
-
 def above_worse(logps: GroupLogProbs, exponents: mx.array) -> mx.array:
     """(B,): Σ_k log(1 + Σ_j e^x_kj), j over the completions that score less than k, x = `exponents` (B, K, K)."""
     worse = is_worse(logps)
@@ -97,12 +81,16 @@ def above_worse(logps: GroupLogProbs, exponents: mx.array) -> mx.array:
     return mx.where(some, -log_sigmoid(-mx.where(some, total, 0.0)), 0.0).sum(axis=1)
 
 
-def places_above(logps: GroupLogProbs, values: mx.array) -> mx.array:
-    """(B, K, K) bool: [:, k, j] is whether j stands before k in descending order of `values`; of equals the first."""
-    places = mx.arange(values.shape[1])
-    apart = -differences(mx.stop_gradient(values))
-    earlier = places[None, :] < places[:, None]
-    return ((apart > 0) | ((apart == 0) & earlier)) & logps.present[:, None, :]
+def mean_discounts(logps: GroupLogProbs, values: mx.array) -> mx.array:
+    """(B, K): 1/log(1 + τ) of each completion, τ its rank by `values` from 1; equals have the mean over their ranks."""
+    apart = differences(mx.stop_gradient(values))
+    there = logps.present[:, None, :]
+    above = ((apart < 0) & there).sum(axis=-1, keepdims=True)
+    equal = ((apart == 0) & there).sum(axis=-1, keepdims=True)
+    ranks = mx.arange(1, values.shape[1] + 1)
+    # (B, k, τ): the ranks that k and its equals have between them; what is not there may have none.
+    own = (ranks > above) & (ranks <= above + equal)
+    return mx.where(own, 1 / mx.log1p(ranks.astype(values.dtype)), 0.0).sum(axis=-1) / mx.maximum(equal[..., 0], 1)
 
 
 def scores_in_unit_interval(logps: GroupLogProbs) -> mx.array:

@@ -10,7 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from orpo_mlx.losses.numerics import log_sigmoid
-from orpo_mlx.losses.terms import log_odds_ratio, mean_logps
+from orpo_mlx.losses.terms import (
+    differences,
+    is_best,
+    is_good,
+    is_worse,
+    log_odds_ratio,
+    mean_group_logps,
+    mean_logps,
+)
 from orpo_mlx.types import GroupLogProbs, GroupLossOutput, LogProbs, LossOutput, PairLogProbs
 
 METRICS = (
@@ -89,18 +97,12 @@ def group_metrics(logps: GroupLogProbs, output: GroupLossOutput) -> dict[str, tu
     are as in `pair_metrics`, `accuracies/mean_logps` and `accuracies/sum_logps` over the pairs of one prompt.
     `rewards/margins` is counted for lists alone: of single completions it is the difference of the two means.
     """
-    there = logps.present
-    scores = logps.scores
-    worse = (scores[:, :, None] > scores[:, None, :]) & there[:, :, None] & there[:, None, :]
+    there, worse = logps.present, is_worse(logps)
     of_completions = output.losses.ndim == 2
-    good = there & ((scores > 0.5) if of_completions else ~worse.any(axis=1))
-    bad = there & ((scores <= 0.5) if of_completions else ~worse.any(axis=2))
-    rewards, means = output.rewards, logps.logps / mx.maximum(logps.tokens, 1.0)
-
-    def apart(values: mx.array) -> mx.array:
-        return values[:, :, None] - values[:, None, :]
-
-    right = ((rewards > output.zero) == good, there) if of_completions else (apart(rewards) > 0, worse)
+    good = is_good(logps) if of_completions else is_best(logps)
+    bad = there & (~good if of_completions else ~worse.any(axis=2))
+    rewards, means = output.rewards, mean_group_logps(logps)
+    right = ((rewards > output.zero) == good, there) if of_completions else (differences(rewards) > 0, worse)
     counted: dict[str, tuple[mx.array, mx.array]] = {
         "loss": (output.losses, there) if of_completions else (output.losses, mx.ones(output.losses.shape, mx.bool_)),
         "nll_loss": (-means, good),
@@ -109,9 +111,9 @@ def group_metrics(logps: GroupLogProbs, output: GroupLossOutput) -> dict[str, tu
         "rewards/accuracies": right,
         "logps/chosen": (output.logps, good),
         "logps/rejected": (output.logps, bad),
-        "accuracies/mean_logps": (apart(means) > 0, worse),
-        "accuracies/sum_logps": (apart(logps.logps) > 0, worse),
-        "rewards/margins": (apart(rewards), worse & (not of_completions)),
+        "accuracies/mean_logps": (differences(means) > 0, worse),
+        "accuracies/sum_logps": (differences(logps.logps) > 0, worse),
+        "rewards/margins": (differences(rewards), worse & (not of_completions)),
     }
     return {key: (_sum(mx.where(which, values, 0.0)), _sum(which)) for key, (values, which) in counted.items()}
 

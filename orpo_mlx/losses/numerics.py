@@ -44,11 +44,6 @@ def log_sigmoid(x: mx.array) -> mx.array:
     return mx.where(positive, above, below - mx.log1p(mx.exp(below)))
 
 
-def sigmoid(x: mx.array) -> mx.array:
-    """σ(x) with all its digits: `mx.sigmoid` takes those of a negative x from 1, and is 0 below x = -17 in float32."""
-    return mx.exp(log_sigmoid(x))
-
-
 def positive_part(x: mx.array) -> mx.array:
     """max(0, x), with gradient 0 at 0.
 

@@ -120,6 +120,27 @@ def mean_group_logps(logps: GroupLogProbs) -> mx.array:
     return logps.logps / mx.maximum(logps.tokens, 1.0)
 
 
+def differences(values: mx.array) -> mx.array:
+    """(B, K, K) of (B, K): [:, k, j] is that of k minus that of j."""
+    return values[:, :, None] - values[:, None, :]
+
+
+def is_worse(logps: GroupLogProbs) -> mx.array:
+    """(B, K, K) bool: [:, k, j] is whether j is there and scores less than k, which is there too."""
+    there = logps.present
+    return (differences(logps.scores) > 0) & there[:, :, None] & there[:, None, :]
+
+
+def is_best(logps: GroupLogProbs) -> mx.array:
+    """(B, K) bool: which completions have their list's highest score."""
+    return logps.present & ~is_worse(logps).any(axis=1)
+
+
+def is_good(logps: GroupLogProbs) -> mx.array:
+    """(B, K) bool: which completions are labelled good: 0 is the label of bad ones."""
+    return logps.present & (logps.scores > 0)
+
+
 def group_output(
     logps: GroupLogProbs, losses: mx.array, rewards: mx.array, zero: mx.array, compared: mx.array | None = None
 ) -> GroupLossOutput:

@@ -11,9 +11,9 @@ from functools import partial
 
 import mlx.core as mx
 
-from orpo_mlx.losses.numerics import log_sigmoid, sigmoid
+from orpo_mlx.losses.numerics import log_sigmoid
 from orpo_mlx.losses.registry import COMPLETION, NonNegative, Positive, preference_loss
-from orpo_mlx.losses.terms import group_log_ratios, group_output
+from orpo_mlx.losses.terms import group_log_ratios, group_output, is_good
 from orpo_mlx.types import GroupLogProbs, GroupLossOutput, Wanted
 
 unpaired_loss = partial(preference_loss, unit=COMPLETION, needs_reference=True)
@@ -43,8 +43,8 @@ def kto(
     # σ(-x) for 1 - σ(x), which rounds to 0 beyond x = 17 in float32, and its gradient with it.
     losses = mx.where(
         is_good(logps),
-        desirable_weight * sigmoid(-beta * (h - kl)),
-        undesirable_weight * sigmoid(-beta * (kl - h)),
+        desirable_weight * mx.sigmoid(-beta * (h - kl)),
+        undesirable_weight * mx.sigmoid(-beta * (kl - h)),
     )
     return group_output(logps, losses, beta * h, beta * kl)
 
@@ -59,7 +59,8 @@ def apo_zero_unpaired(
 ) -> GroupLossOutput:
     """APO-zero (eq. 7), a term for each completion alone, with KTO's weights."""
     h = group_log_ratios(logps)
-    losses = mx.where(is_good(logps), desirable_weight * sigmoid(-beta * h), undesirable_weight * sigmoid(beta * h))
+    good, bad = desirable_weight * mx.sigmoid(-beta * h), undesirable_weight * mx.sigmoid(beta * h)
+    losses = mx.where(is_good(logps), good, bad)
     return group_output(logps, losses, beta * h, mx.zeros(1, h.dtype))
 
 
@@ -86,8 +87,3 @@ def bco(logps: GroupLogProbs, *, beta: Positive = 0.1) -> GroupLossOutput:
     shift = before + (now.sum() / count - before) * (count / (steps + count))
     losses = -log_sigmoid(mx.where(is_good(logps), rewards - shift, shift - rewards))
     return group_output(logps, losses, rewards, shift)
-
-
-def is_good(logps: GroupLogProbs) -> mx.array:
-    """(B, K) bool: which completions are labelled good."""
-    return logps.scores > 0.5

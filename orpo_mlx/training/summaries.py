@@ -67,7 +67,7 @@ def announce_labels(run: Run, reporter: Reporter) -> None:
         if any(table["desirable_weight"] == table["undesirable_weight"] for table in weights_of(run)):
             reporter.say(f"`{name}={value:g}` would give both kinds the same weight.")
     steps = epoch_order(train, pairs_per_step(run.config), seed=run.config.seed, epoch=0, shuffle=run.config.shuffle)
-    alone = sum(len({score > 0.5 for index in indices for score in train[index].scores}) == 1 for indices in steps)
+    alone = sum(len({score > 0 for index in indices for score in train[index].scores}) == 1 for indices in steps)
     if alone:
         reporter.say(
             f"{alone} of {len(steps)} steps of an epoch have only good or only bad completions, and learn from those "

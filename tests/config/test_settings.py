@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from orpo_mlx.config.settings import SETTINGS, TrainingConfig, settings_with
 from orpo_mlx.config.traits import GROUPS, Trait
 from orpo_mlx.device_profile import CPU, GPU, VARIABLE, DeviceProfile
 from orpo_mlx.losses.recipe import PARAMETERS
+from orpo_mlx.losses.registry import METHODS
 
 HOME = Path(home.__file__)
 PACKAGE = HOME.parent.parent
@@ -106,6 +108,13 @@ def test_declarations_agree_with_each_other() -> None:
         if setting.range is not None and setting.default is not None:
             assert setting.range.holds(setting.default), name
     assert set(PARAMETERS) <= set(settings_with(Trait.OF_METHOD))
+
+
+@pytest.mark.parametrize("parameter", PARAMETERS)
+def test_help_that_names_methods_names_all_that_have_the_parameter(parameter: str) -> None:
+    named = set(re.findall(r"\w+", SETTINGS[parameter].help)) & set(METHODS)
+    assert named <= (having := {name for name, method in METHODS.items() if parameter in method.parameters})
+    assert named in (set(), having)
 
 
 @pytest.mark.parametrize("profile", [CPU, GPU])

@@ -109,19 +109,21 @@ def pl(x: Groups, beta: float) -> Array:
 
 @tried({"beta": 0.1}, {"beta": 1.0})
 def lipo(x: Groups, beta: float) -> Array:
-    """Liu et al. 2024, eqs. 9 and 10, labels scaled to [0, 1]."""
+    """Liu et al. 2024, eqs. 9 and 10, labels scaled to [0, 1]; discounts of equals are the mean of those they share."""
     losses = []
     for row, order in enumerate(lists(x)):
         reward, score = beta * (x["s"][row] - x["ref"][row]), x["score"][row]
         low, high = (f(score[place] for place in order) for f in (min, max))
         by_reward = sorted(sorted(order), key=lambda place: -reward[place].real)
-        rank = {place: number for number, place in enumerate(by_reward, 1)}
+        shared: dict[float, list[float]] = {}
+        for number, place in enumerate(by_reward, 1):
+            shared.setdefault(float(reward[place].real), []).append(1 / np.log(1 + number))
         total = 0.0
         for i in order:
             for j in order:
                 if score[i] > score[j]:
                     gain = 2 ** ((score[i] - low) / (high - low)) - 2 ** ((score[j] - low) / (high - low))
-                    discount = 1 / np.log(1 + rank[i]) - 1 / np.log(1 + rank[j])
+                    discount = np.mean(shared[reward[i].real]) - np.mean(shared[reward[j].real])
                     total -= abs(gain) * abs(discount) * log_sigmoid(np.asarray(reward[i] - reward[j]))
         losses.append(total)
     return np.array(losses)

@@ -220,6 +220,24 @@ def test_what_does_not_fit_is_one_sentence(
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("method", ["pro", "pl", "kto"])
+def test_a_pairs_margin_is_the_score_of_its_better_side(settings: dict[str, Any], tmp_path: Path, method: str) -> None:
+    rated = [{**row, "scores": [5.0, 4.75]} for row in rated_rows([2, 2, 2])]
+    pairs = [dict(zip(("chosen_ids", "rejected_ids"), row["completion_ids"], strict=True)) | {
+        "prompt_ids": row["prompt_ids"], "score_chosen": 5.0, "score_rejected": 4.75} for row in rated]  # fmt: skip
+    bare = [{key: value for key, value in row.items() if "score" not in key} for row in pairs]
+
+    def loss(rows: list[dict[str, Any]]) -> float:
+        run = make_run(settings, data=write(tmp_path / "rows.jsonl", rows), method=method, batch_size=3)
+        train = run.splits["train"].pairs[:]
+        optimiser_step(run, train, 1)
+        return step_gradient(run, train).means.means()["loss"]
+
+    # Which of two is good or better is all that kto and pl ask.
+    assert loss(pairs) == pytest.approx(loss(bare if method == "kto" else rated), rel=1e-6)
+    assert (loss(pairs) == pytest.approx(loss(bare), rel=1e-3)) == (method != "pro")
+
+
 def test_best_and_worst_of_ratings_are_good_and_bad(settings: dict[str, Any], tmp_path: Path) -> None:
     settings["data"] = write(tmp_path / "rows.jsonl", rated_rows([4, 4]))
     run = make_run(settings, method="apo_zero_unpaired", pair_ratings="best_worst")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +23,8 @@ _SIDE_SCORES = [
 ]
 LIST_SCORES = ("scores", "ratings", "rewards", "ranks")
 """Columns that hold the score of each completion of such a list."""
+
+_LARGEST = 1e38
 
 _ENTRY_TEXT = ("response", "completion", "content", "text", "answer", "generation")
 _ENTRY_SCORE = ("score", "rating", "overall_score", "reward", "rank")
@@ -63,7 +64,7 @@ def weight_of(row: Mapping[str, Any], location: str) -> float:
     if row.get("weight") is None:
         return 1.0
     weight = _number(row["weight"], "weight", location)
-    if not 0 <= weight < math.inf:
+    if weight < 0:
         raise DataError(f"{location}: 'weight' is {weight:g}, expected a number of 0 or more.")
     return weight
 
@@ -124,9 +125,9 @@ def _number(value: Any, name: str, location: str) -> float:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         raise DataError(f"{location}: {name!r} must be a number, found {kind(value)} {str(value)[:40]!r}.") from None
-    # Sorting with a NaN among them gives whatever order.
-    if number != number:
-        raise DataError(f"{location}: {name!r} is not a number (NaN).")
+    # Sorting with a NaN among them gives whatever order; differences, too, must be finite in float32.
+    if not abs(number) <= _LARGEST:
+        raise DataError(f"{location}: {name!r} is {number:g}, expected a number of at most {_LARGEST:g} in size.")
     return number
 
 
