@@ -38,15 +38,14 @@ def pl(logps: GroupLogProbs, *, beta: Positive = 0.1) -> GroupLossOutput:
     needs_reference=True,
 )
 def lipo(logps: GroupLogProbs, *, beta: Positive = 0.1) -> GroupLossOutput:
-    """LiPO-λ (eqs. 9 and 10). τ is a completion's rank by βh, from 1, without gradient; equals, as all are where the
-    policy is the reference, have the mean of 1/log(1+τ) over the ranks they share.
+    """LiPO-λ (eqs. 9 and 10). τ is a completion's rank by βh, from 1, without gradient; where some are equal, as all
+    are where the policy is the reference, Δ is its mean over the orders in which they could be ranked.
 
     The paper's ψ lie in [0, 1]: scores are brought there over each list, its worst to 0 and its best to 1.
     """
     rewards = beta * group_log_ratios(logps)
-    discount = mean_discounts(logps, rewards)
     gain = mx.power(2.0, scores_in_unit_interval(logps))
-    weight = mx.stop_gradient(mx.abs(differences(gain)) * mx.abs(differences(discount)))
+    weight = mx.stop_gradient(mx.abs(differences(gain)) * discounts_apart(logps, rewards))
     compared = weight * log_sigmoid(differences(rewards))
     losses = -mx.where(is_worse(logps), compared, 0.0).sum(axis=(1, 2))
     return group_output(logps, losses, rewards, mx.zeros(1, rewards.dtype))
@@ -81,16 +80,23 @@ def above_worse(logps: GroupLogProbs, exponents: mx.array) -> mx.array:
     return mx.where(some, -log_sigmoid(-mx.where(some, total, 0.0)), 0.0).sum(axis=1)
 
 
-def mean_discounts(logps: GroupLogProbs, values: mx.array) -> mx.array:
-    """(B, K): 1/log(1 + τ) of each completion, τ its rank by `values` from 1; equals have the mean over their ranks."""
+def discounts_apart(logps: GroupLogProbs, values: mx.array) -> mx.array:
+    """(B, K, K): |1/log(1+τ_k) - 1/log(1+τ_j)|, τ the ranks by `values` from 1; the mean over all orders of equals."""
     apart = differences(mx.stop_gradient(values))
     there = logps.present[:, None, :]
     above = ((apart < 0) & there).sum(axis=-1, keepdims=True)
-    equal = ((apart == 0) & there).sum(axis=-1, keepdims=True)
+    count = ((apart == 0) & there).sum(axis=-1, keepdims=True)
     ranks = mx.arange(1, values.shape[1] + 1)
-    # (B, k, τ): the ranks that k and its equals have between them; what is not there may have none.
-    own = (ranks > above) & (ranks <= above + equal)
-    return mx.where(own, 1 / mx.log1p(ranks.astype(values.dtype)), 0.0).sum(axis=-1) / mx.maximum(equal[..., 0], 1)
+    # (B, k, τ): the ranks that k and its equals have between them.
+    own = (ranks > above) & (ranks <= above + count)
+    discounts = 1 / mx.log1p(ranks.astype(values.dtype))
+    # What is not there may have no ranks, and 0/0 stays NaN in gradients whatever `where` leaves out.
+    means = mx.where(own, discounts, 0.0).sum(axis=-1) / mx.maximum(count[..., 0], 1)
+    both = own[..., :, None] & own[..., None, :]
+    total = mx.where(both, mx.abs(discounts[:, None] - discounts), 0.0).sum(axis=(-1, -2))
+    # Two equals have two different ones of these ranks. Others' ranks lie wholly above or below: the means will do.
+    among = total[..., None] / mx.maximum(count * (count - 1), 1)
+    return mx.where(apart == 0, among, mx.abs(differences(means)))
 
 
 def scores_in_unit_interval(logps: GroupLogProbs) -> mx.array:

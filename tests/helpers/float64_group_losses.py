@@ -7,6 +7,7 @@ A group is a row of `s` (summed log-probs), `n` (tokens), `ref` (the reference's
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -109,22 +110,23 @@ def pl(x: Groups, beta: float) -> Array:
 
 @tried({"beta": 0.1}, {"beta": 1.0})
 def lipo(x: Groups, beta: float) -> Array:
-    """Liu et al. 2024, eqs. 9 and 10, labels scaled to [0, 1]; discounts of equals are the mean of those they share."""
+    """Liu et al. 2024, eqs. 9 and 10, labels scaled to [0, 1]; of equals the mean over all of their ranks."""
     losses = []
     for row, order in enumerate(lists(x)):
         reward, score = beta * (x["s"][row] - x["ref"][row]), x["score"][row]
         low, high = (f(score[place] for place in order) for f in (min, max))
         by_reward = sorted(sorted(order), key=lambda place: -reward[place].real)
-        shared: dict[float, list[float]] = {}
+        shared: dict[float, list[int]] = {}
         for number, place in enumerate(by_reward, 1):
-            shared.setdefault(float(reward[place].real), []).append(1 / np.log(1 + number))
+            shared.setdefault(float(reward[place].real), []).append(number)
         total = 0.0
         for i in order:
             for j in order:
                 if score[i] > score[j]:
                     gain = 2 ** ((score[i] - low) / (high - low)) - 2 ** ((score[j] - low) / (high - low))
-                    discount = np.mean(shared[reward[i].real]) - np.mean(shared[reward[j].real])
-                    total -= abs(gain) * abs(discount) * log_sigmoid(np.asarray(reward[i] - reward[j]))
+                    ranks = itertools.product(shared[reward[i].real], shared[reward[j].real])
+                    discount = np.mean([abs(1 / np.log(1 + a) - 1 / np.log(1 + b)) for a, b in ranks if a != b])
+                    total -= abs(gain) * discount * log_sigmoid(np.asarray(reward[i] - reward[j]))
         losses.append(total)
     return np.array(losses)
 

@@ -20,7 +20,7 @@ ROWS = 1000
 
 def random_groups(name: str, *, count: int = ROWS, width: int = 6) -> dict[str, Any]:
     """Groups of 1 (lists: 2) to `width` completions, with ties, log-probs of 1e-9 to 1e5 nats and references that are
-    far off or, of every fifth group, the policy."""
+    far off or, of some completions in every fifth group, the policy's."""
     rng = np.random.default_rng(0)
     shape = (count, width)
     tokens = rng.integers(1, 60, shape)
@@ -28,7 +28,7 @@ def random_groups(name: str, *, count: int = ROWS, width: int = 6) -> dict[str, 
     there = np.arange(width) < rng.integers(1 if of_completions else 2, width + 1, count)[:, None]
     s = -np.exp(rng.uniform(-20, 7.5, shape)) * tokens
     apart = rng.normal(0, 1, shape) * np.exp(rng.uniform(-6, 6, shape))
-    apart[::5] = 0
+    apart[::5] *= rng.integers(0, 2, apart[::5].shape)
     score = rng.integers(0, 2, shape) if of_completions else rng.integers(0, 5, shape) * rng.choice([0.25, 1, 3], shape)
     if not of_completions:
         # A list with one score is none: it is left out when it is read.
