@@ -15,7 +15,7 @@ from orpo_mlx.config.mlx_lm_keys import KEYS, without_mlx_lm_keys
 from orpo_mlx.config.print_config import SourcedConfig, as_yaml
 from orpo_mlx.config.settings import SETTINGS, TrainingConfig
 from orpo_mlx.config.traits import GROUPS, Setting
-from orpo_mlx.errors import ConfigError, reason_of
+from orpo_mlx.config.yaml_table import read_yaml_table
 from orpo_mlx.losses.recipe import describe_methods
 
 _METAVARS = {int: "N", float: "X", str: "NAME"}
@@ -247,26 +247,5 @@ def read_config_file(path: Path, flags: Mapping[str, Any] | None = None) -> dict
     Raises:
         ConfigError: it cannot be read, is not a table, or holds an unknown key or a wrong value.
     """
-    import yaml
-
-    # mlx-lm's loader reads 1e-5 as a number, which PyYAML alone does not.
-    from mlx_lm.lora import yaml_loader
-
-    # Reading a pipe would wait for somebody to write into it; one of the shell's own, `-c <(...)`, has a writer.
-    if path.exists() and not (path.is_file() or path.is_dir() or path.is_relative_to("/dev")):
-        raise ConfigError(f"--config {path}: is no regular file, expected YAML.")
-    try:
-        table = yaml.load(path.read_text(encoding="utf-8"), yaml_loader)
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror}).") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"--config {path}: not a text file in UTF-8, expected YAML.") from None
-    except RecursionError:
-        raise ConfigError(f"--config {path}: not valid YAML (nested too deeply).") from None
-    # PyYAML leaves the errors of Python's types as they are: of a number of thousands of digits, of a thirteenth month.
-    except Exception as error:
-        raise ConfigError(f"--config {path}: not valid YAML ({reason_of(error)}).") from None
-    if not isinstance(table, dict):
-        found = "nothing" if table is None else f"a {type(table).__name__}"
-        raise ConfigError(f"{path}: found {found}, expected a table of settings (key: value).")
+    table = read_yaml_table(path, f"--config {path}")
     return check_settings(without_mlx_lm_keys(table, flags or {}, str(path)), str(path), KEYS)

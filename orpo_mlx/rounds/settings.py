@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from orpo_mlx.config.checks import check_settings, make_config
+from orpo_mlx.config.checks import check_settings, make_config, parse_number
 from orpo_mlx.config.settings import TrainingConfig, settings_with
 from orpo_mlx.config.traits import Trait
+from orpo_mlx.config.yaml_table import read_yaml_table
 from orpo_mlx.data.pairs import parse_columns
-from orpo_mlx.errors import ConfigError, did_you_mean, reason_of
+from orpo_mlx.errors import ConfigError, did_you_mean
 from orpo_mlx.judging.judges.judges import JudgeOptions, make_judge
 from orpo_mlx.judging.judges.verdicts import Judge
 from orpo_mlx.judging.requests import ROWS, Sampling
+from orpo_mlx.text import quoted
 
 TRAIN = "train"
 """The key of the table of training settings."""
@@ -88,24 +90,11 @@ def read_rounds_config(path: Path) -> RoundsConfig:
     Raises:
         ConfigError: it cannot be read, or holds an unknown key or a wrong value; names file and key.
     """
-    import yaml
-
-    # mlx-lm's loader reads 1e-5 as a number, which PyYAML alone does not.
-    from mlx_lm.lora import yaml_loader
-
-    try:
-        table = yaml.load(path.read_text(encoding="utf-8"), yaml_loader)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({reason_of(error)}).") from None
-    return rounds_config(table, str(path))
+    return rounds_config(read_yaml_table(path, str(path)), str(path))
 
 
-def rounds_config(table: Any, location: str) -> RoundsConfig:
+def rounds_config(table: Mapping[str, Any], location: str) -> RoundsConfig:
     """The settings in a table, checked; ConfigError names `location` and the key."""
-    if not isinstance(table, dict):
-        raise ConfigError(f"{location}: found no table, expected settings such as data, judge, rounds and {TRAIN}.")
     fields = {field.name: field for field in dataclasses.fields(RoundsConfig)}
     for key in table:
         if key not in fields:
@@ -134,17 +123,13 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     kinds = getattr(hint, "__args__", (hint,))
     if value is None and type(None) in kinds:
         return None
-    # Booleans are whole numbers to isinstance.
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        # YAML reads 1e3 as a float, and it is a whole number all the same.
-        if int in kinds and float(value).is_integer():
-            return int(value)
-        if float in kinds:
-            return float(value)
-    if str in kinds and isinstance(value, str):
+    if str in kinds:
+        if not isinstance(value, str):
+            raise ConfigError(f"{name}: found {quoted(value)}, expected text.")
         return value
-    wanted = "a whole number" if int in kinds else "a number" if float in kinds else "text"
-    raise ConfigError(f"{name}: found {value!r}, expected {wanted}.")
+    # YAML reads 1e3 as a float, and it is a whole number all the same.
+    whole = isinstance(value, float) and value.is_integer()
+    return parse_number(int(value) if whole else value, int if int in kinds else float, None, name)
 
 
 def _check(config: RoundsConfig, location: str) -> None:
