@@ -26,12 +26,6 @@ def test_limits_are_set_only_where_the_device_names_a_size(
     assert working_set_bytes() == (limits[0] if limits else None)
 
 
-def test_settling_twice_is_settling_once() -> None:
-    configure_allocator()
-    configure_allocator()
-    assert float(mx.ones((1000, 1000)).sum()) == 1e6
-
-
 @pytest.mark.parametrize(("threshold", "cleared"), [(None, False), (10**9, False), (0, True)])
 def test_the_cache_is_cleared_where_it_has_grown_past_the_threshold(threshold: int | None, cleared: bool) -> None:
     mx.clear_cache()

@@ -194,11 +194,10 @@ def checked_number(
     def convert(found: str) -> float:
         try:
             value = kind(found)
+            if not holds(value):
+                raise ValueError
         except ValueError:
-            # Every check here refuses 0, so that a word which is no number gets the same message.
-            value = kind(0)
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"found {found!r}, expected {expected}")
+            raise argparse.ArgumentTypeError(f"found {found!r}, expected {expected}") from None
         return value
 
     return convert

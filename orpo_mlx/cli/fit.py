@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from orpo_mlx.cli.common.heartbeat import heartbeat
+from orpo_mlx.config.checks import parse_number
 from orpo_mlx.config.command_line import resolve
 from orpo_mlx.config.flags import OneLineParser, exit_status, flag_of
 from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.config.traits import POSITIVE
 from orpo_mlx.engine.modes import MODES
 from orpo_mlx.errors import ConfigError
 
@@ -51,25 +53,14 @@ def fit_request(argv: Sequence[str] | None) -> FitRequest:
     """
     own, arguments = build_parser().parse_known_args(argv)
     config = resolve([*arguments, *(("--memory", own.mode) if own.mode else ())], PROG)
-    memory = None if own.memory is None else parse_positive("--memory", own.memory, float)
-    prompt = None if own.prompt_tokens is None else int(parse_positive("--prompt-tokens", own.prompt_tokens, int))
+    memory = None if own.memory is None else parse_number(own.memory, float, POSITIVE, "--memory")
+    prompt = own.prompt_tokens
+    prompt = None if prompt is None else int(parse_number(prompt, int, POSITIVE, "--prompt-tokens"))
     if config.max_seq_length < 2 or (prompt is not None and prompt >= config.max_seq_length):
         raise ConfigError(
             f"--max-seq-length {config.max_seq_length}: leaves no token for the completion; give a larger one."
         )
     return FitRequest(config, memory, prompt)
-
-
-def parse_positive(flag: str, text: str, kind: type[float] | type[int]) -> float:
-    """A number above 0; raises ConfigError where it is none."""
-    try:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
-    except ValueError:
-        expected = "a whole number" if kind is int else "a number"
-        raise ConfigError(f"{flag}: found {text!r}, expected {expected} greater than 0.") from None
-    return value
 
 
 def run(argv: Sequence[str] | None) -> None:

@@ -8,6 +8,7 @@ from typing import overload
 import numpy as np
 
 from orpo_mlx.data.batching import best_and_worst
+from orpo_mlx.data.prompts import evenly_spread
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.training.run import Run
 from orpo_mlx.types import Example, TokenizedPair
@@ -62,8 +63,7 @@ def spread_out(pairs: Pairs, most: int) -> Pairs:
     """At most `most` pairs (-1: all), spread evenly."""
     if most == -1 or most >= len(pairs):
         return pairs
-    # The middles of as many equal stretches, so that neither end of the file is favoured.
-    return PairSubset(pairs, [(2 * number + 1) * len(pairs) // (2 * most) for number in range(most)])
+    return PairSubset(pairs, evenly_spread(len(pairs), most))
 
 
 def relabel(step_batch: Pairs, labels: str, step: int, seed: int) -> list[Example]:

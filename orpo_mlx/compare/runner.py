@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -20,13 +19,13 @@ import mlx.core as mx
 
 from orpo_mlx.compare.plan import PROG, Arm, Plan
 from orpo_mlx.compare.results import Cells, JudgementKey, TrainingKey, collect
+from orpo_mlx.config.flags import why_it_died
 from orpo_mlx.config.settings import settings_with
 from orpo_mlx.config.traits import Trait
 from orpo_mlx.data.sources import find_splits
 from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.files import read_json_table, save_json
 from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.text import printable
 from orpo_mlx.training.run import versions
 
 
@@ -169,12 +168,8 @@ def in_a_process(spec: dict[str, Any], title: str, report_share: Callable[[float
 
 def raise_for_status(status: int, errors: Sequence[str], title: str) -> None:
     """Raise what a cell's process ended with, if it was not well; see `in_a_process`."""
-    last = ([line.strip() for line in errors if line.strip()] or ["no message"])[-1]
-    # By `exit_status`: something a user can mend, whose sentence is passed on under this command's name.
-    if status == 2:
-        raise ConfigError(last.removeprefix(f"{PROG}: error: "))
-    if status != 0:
-        why = printable(last).rstrip(".") if status > 0 else f"killed by {signal.Signals(-status).name}"
+    why = why_it_died(status, errors, PROG)
+    if why is not None:
         raise TrainingError(f"{title}: its process died ({why}); what is finished is kept, the same command goes on")
 
 

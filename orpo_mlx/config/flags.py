@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from orpo_mlx.config.settings import SETTINGS
-from orpo_mlx.errors import TrainingError, UserError
+from orpo_mlx.errors import ConfigError, TrainingError, UserError
 from orpo_mlx.interrupts import Interrupted, finished, raising_interrupts
 from orpo_mlx.text import clipped, printable, quoted, spell_unprintable
 
@@ -153,6 +153,20 @@ def exit_status(prog: str, command: Callable[[], object]) -> int:
                 raise
         finished(status)
     return status
+
+
+def why_it_died(status: int, errors: Sequence[str], prog: str) -> str | None:
+    """Why a command's process ended, from the lines it wrote on stderr; None where it ended well.
+
+    Raises:
+        ConfigError: by `exit_status`, it is something a user can mend, whose sentence is passed on.
+    """
+    if status == 0:
+        return None
+    last = ([line.strip() for line in errors if line.strip()] or ["no message"])[-1]
+    if status == 2:
+        raise ConfigError(last.removeprefix(f"{prog}: error: "))
+    return printable(last).rstrip(".") if status > 0 else f"killed by {signal.Signals(-status).name}"
 
 
 def _tell_error(prog: str, error: UserError | OSError) -> None:

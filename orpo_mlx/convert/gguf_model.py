@@ -12,7 +12,7 @@ from mlx.utils import tree_map
 
 from orpo_mlx.convert.gguf_adapter import WRITTEN_AS, check_destination, gguf_package, permuted
 from orpo_mlx.convert.gguf_tokenizer import same_tokens, tokenizer_metadata
-from orpo_mlx.convert.merge import fuse, is_quantised, model_tensors
+from orpo_mlx.convert.merge import fuse, is_quantised
 from orpo_mlx.convert.open_checkpoint import open_model
 from orpo_mlx.convert.task import SCRATCH, Task, report
 from orpo_mlx.convert.verify import (
@@ -203,7 +203,6 @@ def as_gguf_model(model: nn.Module, info: ModelInfo, source: str) -> GgufModel:
         f"{architecture}.vocab_size": embedding.shape[0],
         **tokenizer_metadata(info.tokenizer, embedding.shape[0], f"SRC {source}"),
     }
-    model_tensors(model, source)
     # In one dimension float32: llama.cpp's kernels multiply with no other norms and add no other biases.
     arrays = {
         name: array.astype(mx.float32) if array.ndim == 1 else array for name, array in take_weights(model).items()
@@ -268,7 +267,7 @@ def write_gguf_model(path: Path, model: GgufModel, destination: Path) -> int:
     names = gguf.get_tensor_name_map(number, settings["block_count"])
     writer = gguf.GGUFWriter(str(path), model.architecture)
     for key, value in model.metadata.items():
-        add_value(gguf, writer, key, value)
+        add_value(writer, key, value)
     tables = {name: mx.array(table) for name, table in model.tables.items()}
     tensors = {**tables, **{tensor_name(names, name): array for name, array in model.arrays.items()}}
     model.arrays.clear()
@@ -311,7 +310,7 @@ def tensor_name(names: Any, name: str) -> str:
     return str(found)
 
 
-def add_value(gguf: Any, writer: Any, key: str, value: Any) -> None:
+def add_value(writer: Any, key: str, value: Any) -> None:
     """One entry of the metadata, in the type that llama.cpp expects of it."""
     if isinstance(value, list):
         writer.add_array(key, value)

@@ -104,7 +104,7 @@ def mlx_to_peft(
         # Of other senses, layers and what they are inside of: PEFT would find these by a shared ending, too.
         unread = {part for name in names if (stem := name.rpartition(".")[0]) not in read for part in _outer(stem)}
         leaves = [theirs[name] for name in modules if stored[name]] + sorted(unread - read)
-        config = make_peft_config(scaling, find_targets(in_peft, list(theirs.values()), leaves), base)
+        config = make_peft_config(scaling, find_targets(in_peft, leaves), base)
         metadata = {CARRIED: json.dumps(adapter.config)}
     else:
         config = carried_peft_config(carried, scaling, in_peft, location)

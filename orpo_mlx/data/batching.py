@@ -1,4 +1,4 @@
-"""Order, grouping and padding of examples. NumPy only; a function of the seed and the epoch, so it can be replayed."""
+"""Order, grouping and padding of examples: functions of the seed and the epoch, so that they can be replayed."""
 
 from __future__ import annotations
 

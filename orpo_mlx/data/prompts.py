@@ -89,8 +89,12 @@ def read_prompt(row: Any, location: str) -> Prompt:
         answer = plain_text(pair.chosen)
     elif "label" in row and not _is_called_good(row["label"], location):
         answer = None
-    category = next((str(row[name]) for name in _CATEGORIES if row.get(name) is not None), None)
-    return Prompt(pair, answer, category)
+    return Prompt(pair, answer, category_of(row))
+
+
+def category_of(row: Mapping[str, Any]) -> str | None:
+    """A row's `subset` or `category`."""
+    return next((str(row[name]) for name in _CATEGORIES if row.get(name) is not None), None)
 
 
 def _is_called_good(label: Any, location: str) -> bool:
@@ -135,7 +139,10 @@ def prompt_key(prompt: Prompt) -> tuple[Any, ...]:
 
 def spread(items: list[Item], most: int | None) -> list[Item]:
     """At most `most` of some prompts, or of what goes with them (None: all), spread evenly."""
-    if most is None or most >= len(items):
-        return items
-    # The middles of equal parts, so that neither end is favoured.
-    return [items[(2 * number + 1) * len(items) // (2 * most)] for number in range(most)]
+    return items if most is None else [items[index] for index in evenly_spread(len(items), most)]
+
+
+def evenly_spread(total: int, count: int) -> list[int]:
+    """At most `count` of the numbers below `total`: the middles of equal parts, so that neither end is favoured."""
+    count = min(count, total)
+    return [(2 * number + 1) * total // (2 * count) for number in range(count)]

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from orpo_mlx.data.batching import epoch_order, micro_batches, padded_tokens, real_tokens
 from orpo_mlx.data.group_statistics import compared_lengths, completion_lengths, group_figures, group_lines
+from orpo_mlx.data.prompts import evenly_spread
 from orpo_mlx.data.splits import Split
 from orpo_mlx.data.tokens.token_codec import show_tokens
 from orpo_mlx.data.tokens.token_store import TokenStore
@@ -98,7 +99,7 @@ def split_figures(
         "distinct_prompts": distinct,
         "duplicated_prompts": len(store) - distinct,
         "length_bias": length_bias(compared_lengths(store)),
-        "examples": [_example(store, number, tokenizer) for number in spread_numbers(len(store))],
+        "examples": [_example(store, number, tokenizer) for number in evenly_spread(len(store), _EXAMPLES)],
     }
 
 
@@ -162,12 +163,6 @@ def prompt_overlap(splits: Mapping[str, Split]) -> dict[str, int]:
         for number, earlier in enumerate(names)
         for later in names[number + 1 :]
     }
-
-
-def spread_numbers(count: int) -> list[int]:
-    """A few row numbers, evenly spread."""
-    wanted = min(_EXAMPLES, count)
-    return [(2 * number + 1) * count // (2 * wanted) for number in range(wanted)]
 
 
 def _example(store: TokenStore, number: int, tokenizer: Any | None) -> dict[str, Any]:

@@ -106,9 +106,9 @@ def _set_weights(model: nn.Module) -> None:
     model.load_weights(weights)
 
 
-def made_pairs(lengths: Sequence[tuple[int, int, int]], shape: str = "tiny", seed: int = 1) -> list[TokenizedPair]:
+def made_pairs(lengths: Sequence[tuple[int, int, int]], shape: str = "tiny") -> list[TokenizedPair]:
     """Random pairs with so many tokens of prompt, chosen and rejected, the same on every machine."""
-    rng, vocabulary = np.random.default_rng(seed), SHAPES[shape]["vocab_size"]
+    rng, vocabulary = np.random.default_rng(1), SHAPES[shape]["vocab_size"]
 
     def ids(length: int) -> tuple[int, ...]:
         return tuple(rng.integers(1, vocabulary, length).tolist())
@@ -155,9 +155,9 @@ def adapter_values(model: nn.Module) -> dict[str, mx.array]:
     return values
 
 
-def set_adapters(model: nn.Module, values: dict[str, mx.array] | None = None) -> None:
+def set_adapters(model: nn.Module) -> None:
     """Give the adapters their values."""
-    model.load_weights(list((values or adapter_values(model)).items()), strict=False)
+    model.load_weights(list(adapter_values(model).items()), strict=False)
     mx.eval(model.parameters())
 
 

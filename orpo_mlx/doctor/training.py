@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import tempfile
@@ -34,6 +33,7 @@ from orpo_mlx.doctor.package import (
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.reporting.callbacks import TrainingCallback
 from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.train import train
 from orpo_mlx.training.run import versions
 
 STORED = "cpu_steps.json"
@@ -136,7 +136,7 @@ def check_defaults() -> Iterator[Finding]:
             batch_size=2,
             steps_per_report=1,
         )
-        importlib.import_module("orpo_mlx.train").train(config, Reporter(Console(quiet=True)))
+        train(config, Reporter(Console(quiet=True)))
         rows, _ = written(folder / "run")
     yield near_stored(rows)
 
@@ -224,7 +224,6 @@ def train_in(
         memory_check=False,
         max_grad_norm=1.0,
     )
-    train = importlib.import_module("orpo_mlx.train").train
     quiet = Reporter(Console(quiet=True))
     if interrupted:
         try:

@@ -28,7 +28,6 @@ def calibrate(
     judged: Judged,
     rule: Rule | None = None,
     *,
-    most: int = PROMPTS,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Figures about a judge, as JSON has them.
@@ -41,11 +40,10 @@ def calibrate(
         judge: the judge.
         judged: the comparisons it has made.
         rule: something that is right by construction, to hold it against.
-        most: prompts to ask about besides.
         progress: called with the number of questions answered.
     """
     found: dict[str, Any] = {"order": order_figures(judged)}
-    chosen = spread(list(zip(judged.prompts, judged.questions, strict=True)), most)
+    chosen = spread(list(zip(judged.prompts, judged.questions, strict=True)), PROMPTS)
     prompts = [prompt for prompt, _ in chosen]
     replies = [question.second for _, question in chosen]
     # What scores each reply by itself cannot heed the order, and says of equal replies that they are equal.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orpo_mlx.data.prompts import category_of
 from orpo_mlx.data.sources import FileSource
 from orpo_mlx.files import save_json, write_bytes, write_text
 from orpo_mlx.judging.intervals import Interval, wilson
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 ALL = "all"
 """The name of all rows together."""
-_COLUMNS = ("subset", "category")
 _NO_CATEGORY = "none given"
 
 Row = Mapping[str, Any]
@@ -50,9 +50,8 @@ def categories_of(path: Path) -> dict[str, str]:
     """The `subset` or `category` of each row, by its location `file:line`."""
     found = {}
     for row in FileSource([path]).rows():
-        value = row.value if isinstance(row.value, dict) else {}
-        name = next((str(value[column]) for column in _COLUMNS if value.get(column) is not None), _NO_CATEGORY)
-        found[row.location] = name
+        name = category_of(row.value) if isinstance(row.value, dict) else None
+        found[row.location] = _NO_CATEGORY if name is None else name
     return found
 
 

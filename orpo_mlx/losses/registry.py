@@ -1,7 +1,7 @@
 """The registry of preference losses: each loss carries its card, and the decorator that takes the card registers it.
 
-Adding a loss is one decorated function in `reference_free.py` or `with_reference.py`, and its float64 oracle in
-`tests/helpers/float64_losses.py`. Nothing else knows losses by name.
+Adding a loss is one decorated function in `reference_free.py`, `with_reference.py`, `unpaired.py` or `listwise.py`, and
+its float64 oracle in `tests/helpers/`. No other code depends on a loss's name: texts may mention one as an example.
 """
 
 from __future__ import annotations

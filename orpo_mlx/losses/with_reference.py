@@ -220,6 +220,9 @@ def wpo(logps: PairLogProbs, *, beta: Positive = 0.1, label_smoothing: NoiseRate
     """WPO (eqs. 2 and 3, sampled alignment): DPO with pairs weighted by how likely the policy would sample them.
 
     The weights take no gradient.
+
+    Raises:
+        ValueError: there are no alignments.
     """
     if logps.chosen_alignment is None or logps.rejected_alignment is None:
         raise ValueError("this loss weighs pairs by their alignment: chosen_alignment and rejected_alignment needed.")

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -20,12 +19,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from orpo_mlx.config.command_line import resolve
-from orpo_mlx.config.flags import exit_status
+from orpo_mlx.config.flags import exit_status, why_it_died
 from orpo_mlx.config.settings import TrainingConfig, settings_with
 from orpo_mlx.config.traits import Trait
 from orpo_mlx.data.batching import TrainingOrder, micro_batches
 from orpo_mlx.data.sources import find_splits
-from orpo_mlx.errors import ConfigError
 from orpo_mlx.files import save_json
 from orpo_mlx.process_memory import configure_allocator, peak_gib, process_footprint
 from orpo_mlx.training.prepare import prepare
@@ -204,11 +202,8 @@ def measure_in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
             text=True,
             env={**os.environ, "ORPO_MLX_CACHE": "off"},
         )
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    if done.returncode == 2:
-        raise ConfigError(last.removeprefix(f"{PROG}: error: "))
-    if done.returncode != 0:
-        why = last if done.returncode > 0 else f"killed by {signal.Signals(-done.returncode).name}"
+    why = why_it_died(done.returncode, done.stderr.splitlines(), PROG)
+    if why is not None:
         return {"error": why}
     # The last line alone: libraries print to stdout, too.
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

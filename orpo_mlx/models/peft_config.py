@@ -161,13 +161,12 @@ def same_scaling(one: Scaling, other: Scaling) -> bool:
     return one._replace(scale=0) == other._replace(scale=0) and math.isclose(one.scale, other.scale, rel_tol=4e-16)
 
 
-def find_targets(adapted: set[str], modules: Sequence[str], leaves: Sequence[str]) -> dict[str, Any]:
+def find_targets(adapted: set[str], leaves: Sequence[str]) -> dict[str, Any]:
     """The shortest `target_modules` that PEFT matches with exactly the modules in `adapted`.
 
     Args:
         adapted: full names.
-        modules: full names of all of the model's modules.
-        leaves: those of `modules` that PEFT could put an adapter on by a shared ending.
+        leaves: full names of the model's modules that PEFT could put an adapter on by a shared ending.
     """
     endings = sorted({name.rpartition(".")[2] for name in adapted})
     inner = sorted({name_in_layer(name) for name in adapted})

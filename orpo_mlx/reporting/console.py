@@ -1,4 +1,4 @@
-"""What a run says: a progress bar, lines, a closing table, and `metrics.jsonl`."""
+"""What a run says: a progress bar, lines, a closing table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's `metrics.jsonl` read back, whatever state the run left it in."""
+"""A run's `metrics.jsonl`: written line by line, and read back in whatever state the run left it."""
 
 from __future__ import annotations
 

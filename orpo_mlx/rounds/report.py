@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 # Replies that are shown of the last round.
 _SHOWN = 10
-_CAPTION = "Bars: 95 % intervals."
 
 
 def write_report(folder: Path, record: Mapping[str, Any]) -> None:

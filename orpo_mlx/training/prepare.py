@@ -21,7 +21,7 @@ from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.files import cache_folder
 from orpo_mlx.judging.judges.judges import make_judge
 from orpo_mlx.losses.recipe import Recipe
-from orpo_mlx.losses.registry import COMPLETION, LIST, PAIR
+from orpo_mlx.losses.registry import COMPLETION, LIST, METHODS, PAIR
 from orpo_mlx.models.adapters import add_adapters, load_adapter_file
 from orpo_mlx.models.loading import LoadedModel, ModelInfo, find, load
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
@@ -152,15 +152,22 @@ def require_rows_for(split: Split, method: Recipe) -> None:
     first = int(np.flatnonzero(unfit)[0])
     needs = {PAIR: "pairs", COMPLETION: "completions that are good or bad", LIST: "lists of rated completions"}
     if groups.counts[first] == 1:
-        what = "one completion with a label, from which kto, apo_zero_unpaired and bco learn"
+        what = f"one completion with a label, from which {_methods_of(COMPLETION)} learn"
     elif method.unit == PAIR:
         what = (
-            "rated completions; `pair_ratings=best_worst`, all or adjacent makes pairs of them, pl and lipo take lists"
+            "rated completions; `pair_ratings=best_worst`, all or adjacent makes pairs of them, "
+            f"{_methods_of(LIST)} take lists"
         )
     else:
         what = "rated completions; `pair_ratings=best_worst` takes the best as good and the worst as bad"
     place = split.pairs.location(first)
     raise DataError(f"{place}: method {method.expression} learns from {needs[method.unit]}, and the row holds {what}.")
+
+
+def _methods_of(unit: str) -> str:
+    """The methods that learn from completions, or from lists, as a sentence has them."""
+    *others, last = (name for name, method in METHODS.items() if method.unit == unit)
+    return f"{', '.join(others)} and {last}"
 
 
 def require_accuracy(config: TrainingConfig, splits: Mapping[str, Split]) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -116,8 +116,8 @@ class Cost:
 
 
 @contextmanager
-def counting(*, metal: bool = True, evaluate: bool = False, walk: bool = True) -> Iterator[Cost]:
-    """Count what is built inside: with `metal`, as it would be for a Mac's GPU; without, as it is for this machine.
+def counting(*, evaluate: bool = False, walk: bool = True) -> Iterator[Cost]:
+    """Count what is built inside, as it would be for a Mac's GPU.
 
     With `evaluate`, numbers are computed too; without `walk`, nodes are not counted, and `build_seconds` alone is of
     interest.
@@ -130,7 +130,7 @@ def counting(*, metal: bool = True, evaluate: bool = False, walk: bool = True) -
     cost = Cost(walker, evaluate=evaluate, walk=walk)
     with ExitStack() as stack:
         stack.callback(walker.forget)
-        stack.enter_context(metal_graph(evaluate=evaluate) if metal else nullcontext())
+        stack.enter_context(metal_graph(evaluate=evaluate))
         for owner, functions in _stand_ins(cost):
             stack.enter_context(replaced(owner, **functions))
         start = time.process_time()

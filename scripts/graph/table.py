@@ -14,12 +14,12 @@ SHOWN = ("M1 Max", "M2 Ultra", "M3 Max", "M4 Max", "M5 Max")
 """Chips with a column in the table; records have all."""
 
 
-def measure(step: Callable[[], Any], *, repeats: int = 3) -> tuple[Cost, float]:
-    """What `step` costs, and the least processor seconds of `repeats` more calls, which need not trace again."""
+def measure(step: Callable[[], Any]) -> tuple[Cost, float]:
+    """What `step` costs, and the least processor seconds of three more calls, which need not trace again."""
     with counting() as cost:
         cost.add(step())
     build = []
-    for _ in range(repeats):
+    for _ in range(3):
         with counting(walk=False) as again:
             step()
         build.append(again.build_seconds)

@@ -170,5 +170,5 @@ def test_targets_match_what_is_adapted_and_nothing_else() -> None:
     names = [f"model.layers.{layer}.{part}" for layer in range(3) for part in ("self_attn.q_proj", "mlp.up_proj")]
     for adapted in (names, names[::2], names[:2], names[::3], [names[3]], [*names[::2], "lm_head"]):
         modules = [*names, "lm_head"]
-        config = find_targets(set(adapted), modules, modules)
+        config = find_targets(set(adapted), modules)
         assert {name for name in modules if matches(config, name)} == set(adapted)

@@ -34,7 +34,6 @@ def test_what_is_a_report_is_read_and_the_rest_counted(tmp_path: Path) -> None:
     assert run.reports["train"][1] == {"loss": 2.0, "new key": 7.0}
     assert (run.points("valid", "loss")[0][1], run.points("train", "loss")[-1][1]) == (2.5, 1.25)
     assert run.points("test", "loss") == []
-    assert run.points("test", "loss") == []
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def has_kernel(k: mx.array, v: mx.array) -> bool:
 
 
 def native_gated_delta(
-    q: mx.array, k: mx.array, v: mx.array, decay: mx.array, beta: mx.array, state: mx.array | None = None
+    q: mx.array, k: mx.array, v: mx.array, decay: mx.array, beta: mx.array, state: mx.array | None
 ) -> tuple[mx.array, mx.array]:
     """What `gated_delta` gives, by MLX's kernel, a few tokens at a time."""
     # In float32: in half precision the kernel would round e^γ, which is near 1, for each token of a long sequence.

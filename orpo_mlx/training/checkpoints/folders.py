@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all, and tell a whole checkpoint from any other."""
+"""Write checkpoint folders whole or not at all, tell a whole one from any other, and remove old ones."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm import stream_generate
 
+from orpo_mlx.data.prompts import evenly_spread
 from orpo_mlx.data.tokens.tokenization import PairTokenizer
 from orpo_mlx.reporting.resumable_jsonl import LineFile
 from orpo_mlx.types import Group, Pair, Reply, Text
@@ -15,9 +16,7 @@ from orpo_mlx.types import Group, Pair, Reply, Text
 
 def pick_prompts(pairs: Sequence[Pair | Group], count: int) -> list[Pair | Group]:
     """`count` pairs spread evenly over `pairs`."""
-    # The middles of `count` equal parts, so that neither end is favoured.
-    count = min(count, len(pairs))
-    return [pairs[(2 * number + 1) * len(pairs) // (2 * count)] for number in range(count)]
+    return [pairs[index] for index in evenly_spread(len(pairs), count)]
 
 
 def sample_replies(
