@@ -305,10 +305,3 @@ def test_a_bad_file_names_the_file_and_key(tmp_path: Path, text: str, expected: 
     assert file in str(caught.value)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_an_unknown_flag_is_one_sentence_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        resolve(["--metod", "orpo"])
-    assert caught.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
