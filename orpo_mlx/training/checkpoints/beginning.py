@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,12 @@ def record_beginning(run: Run, progress: Progress) -> None:
 
 
 def _started(path: Path) -> str | None:
-    """When the run that goes on was begun."""
-    started = read_json_table(path, TrainingError).get("started") if path.is_file() else None
-    return started if isinstance(started, str) else None
+    """When the run that goes on was begun, None where that is not known."""
+    # The checkpoint has all that matters: a file that is damaged costs this date, and is written anew.
+    with suppress(TrainingError):
+        started = read_json_table(path, TrainingError).get("started")
+        return started if isinstance(started, str) else None
+    return None
 
 
 def find_beginning(folder: Path) -> Recorded | None:

@@ -78,6 +78,15 @@ def clear_unfinished(parent: Path) -> None:
             _discard(path)
 
 
+def put_back(checkpoint: CheckpointFolder) -> CheckpointFolder:
+    """A checkpoint under its own name, also where it was about to be replaced by one that is damaged."""
+    path = checkpoint.path.with_name(checkpoint_name(checkpoint.step))
+    if path != checkpoint.path:
+        _discard(path)
+        checkpoint.path.rename(path)
+    return checkpoint._replace(path=path)
+
+
 def prune(parent: Path, keep: int, newest: int, also: Collection[int] = ()) -> None:
     """Remove all but the newest `keep` checkpoints of `parent`, of which that of step `newest` is one, and those of the
     steps `also`.

@@ -17,7 +17,13 @@ from orpo_mlx.config.traits import Trait
 from orpo_mlx.errors import ConfigError, TrainingError, reason_of
 from orpo_mlx.models.adapters import adapter_weights, load_adapter_file
 from orpo_mlx.training.checkpoints.beginning import find_beginning
-from orpo_mlx.training.checkpoints.folders import CheckpointFolder, checkpoint_name, clear_unfinished, whole_checkpoints
+from orpo_mlx.training.checkpoints.folders import (
+    CheckpointFolder,
+    checkpoint_name,
+    clear_unfinished,
+    put_back,
+    whole_checkpoints,
+)
 from orpo_mlx.training.checkpoints.random_numbers import random_state_of, set_random_state
 from orpo_mlx.training.checkpoints.save import (
     ADAPTERS_FILE,
@@ -112,6 +118,8 @@ def find_checkpoint(folder: Path) -> tuple[CheckpointFolder | None, list[str]]:
     """What `resume` goes on from, None where nothing was saved yet; TrainingError where no checkpoint is whole."""
     checkpoint, problems = newest(folder)
     _require_whole(folder, checkpoint, problems)
+    # First: what is cleared may be the very one that was chosen.
+    checkpoint = checkpoint and put_back(checkpoint)
     clear_unfinished(folder / CHECKPOINTS)
     return checkpoint, problems
 

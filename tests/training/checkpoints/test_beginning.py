@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from orpo_mlx.cli.train import main
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.files import save_safetensors
+from orpo_mlx.training.checkpoints.folders import CheckpointFolder, defect
+from orpo_mlx.training.checkpoints.resume import find_checkpoint
 from orpo_mlx.training.evaluating.evaluation import evaluate_splits
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.steps.step import optimiser_step
@@ -86,6 +89,26 @@ def test_a_damaged_only_checkpoint_is_said_to_be_damaged(
     assert main(flags({**settings, **LONG})) == 2
     assert "holds a run whose checkpoints are damaged" in capsys.readouterr().err
     assert (folder / "run.json").read_bytes() == before
+
+
+def test_the_checkpoint_that_a_damaged_one_was_to_replace_is_gone_on_from(settings: dict[str, Any]) -> None:
+    folder = interrupted({**settings, **LONG, "keep": 1})
+    checkpoint = folder / "checkpoints" / "step-0000005"
+    shutil.copytree(checkpoint, checkpoint.with_name("step-0000005.replaced"))
+    (checkpoint / "state.json").write_text("{}")
+    found, problems = find_checkpoint(folder)
+    assert found == CheckpointFolder(checkpoint, 5)
+    assert "state.json has 2 bytes" in problems[0]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-0000005"]
+    assert defect(checkpoint, 5) is None
+
+
+def test_a_damaged_run_json_costs_a_date_and_not_the_run(settings: dict[str, Any]) -> None:
+    folder = interrupted({**settings, **LONG})
+    (folder / "run.json").write_text("{")
+    run_quietly({**settings, **LONG, "resume": True})
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["started"], record["resumed_at"]) == (None, [5])
 
 
 @pytest.mark.parametrize("when", ["step", "evaluation"])
