@@ -8,11 +8,12 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def clear_temporaries(folder: Path, names: Collection[str]) -> None:
+    """Remove what a killed `write_atomically` has left of files of these names, which nobody may be writing now."""
+    for name in map(Path, names):
+        # What mkstemp makes, and no more: a user may have a hidden file of a similar name.
+        temporary = re.compile(rf"\.{re.escape(name.stem)}\.[a-z0-9_]{{8}}{re.escape(name.suffix)}")
+        for path in folder.iterdir():
+            if temporary.fullmatch(path.name) and path.is_file():
+                path.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -62,7 +62,7 @@ from orpo_mlx.training.evaluating.evaluate_only import evaluate_only
 from orpo_mlx.training.interrupts import StopSignals
 from orpo_mlx.training.keep_awake import kept_awake
 from orpo_mlx.training.loop import Loop
-from orpo_mlx.training.prepare import find_data, load_run, make_output_folder
+from orpo_mlx.training.prepare import clear_for_training, find_data, load_run, make_output_folder
 from orpo_mlx.training.references.reference_pass import precompute_reference, save_reference
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.sinks import open_callbacks, open_sinks
@@ -134,6 +134,7 @@ def prepared(config: TrainingConfig, ranks: Ranks, reporter: Reporter) -> Iterat
     folder = make_output_folder(config.adapter_path)
     # Before anything large is read: whoever has to wait, or to choose another folder, learns it at once.
     with locked(folder):
+        clear_for_training(folder)
         if not (config.resume or config.overwrite):
             refuse_unfinished(folder)
         config, begun = begin_again(asked := config, folder, ranks)

@@ -13,7 +13,15 @@ import mlx.core as mx
 import pytest
 
 from orpo_mlx.errors import ConfigError, DataError, ModelError, UserError
-from orpo_mlx.files import flush_to_disk, read_json_table, save_adapters, save_json, sha256_of, write_atomically
+from orpo_mlx.files import (
+    clear_temporaries,
+    flush_to_disk,
+    read_json_table,
+    save_adapters,
+    save_json,
+    sha256_of,
+    write_atomically,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -28,6 +36,24 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_write_has_left_is_cleared_and_nothing_else(tmp_path: Path) -> None:
+    left = (".adapters.ab_d0f9h.safetensors", ".run.abcdefgh.json")
+    kept = (".adapters.mine.safetensors", ".adapters.abcdefgh.npz", ".other.abcdefgh.json", "run.json", ".run.json")
+    for name in (*left, *kept):
+        (tmp_path / name).touch()
+    (tmp_path / ".run.abcdefgi.json").mkdir()
+    clear_temporaries(tmp_path, ["adapters.safetensors", "run.json"])
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, ".run.abcdefgi.json"}
+
+    def written(temporary: Path) -> None:
+        # Names as they are made today.
+        clear_temporaries(tmp_path, ["run.json"])
+        assert not temporary.exists()
+        temporary.touch()
+
+    write_atomically(tmp_path / "run.json", written)
 
 
 def test_a_folder_that_is_gone_names_the_file_that_was_wanted(tmp_path: Path) -> None:

@@ -581,6 +581,11 @@ def test_what_is_in_the_way_of_results_is_said_before_anything_is_trained(
         printed = capsys.readouterr()
         assert f"{other / name}: is {'no' if holds_files else 'a'} folder, where a run" in printed.err
         assert printed.out == ""
+    earlier = folder / "checkpoints" / "step-0000001"
+    (folder / "best").mkdir()
+    assert main(flags(settings)) == 2
+    assert f"{folder / 'best'}: is a folder, where a run has a link" in capsys.readouterr().err
+    assert earlier.is_dir()
     deep = {**settings, "adapter_path": "a/" * 1500}
     assert main(flags(deep)) == 2
     assert capsys.readouterr().err.count("\n") == 1

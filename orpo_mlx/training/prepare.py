@@ -18,7 +18,7 @@ from orpo_mlx.engine.memory_modes import Memory, spend_memory
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.router_loss import Routers
 from orpo_mlx.errors import ConfigError, DataError
-from orpo_mlx.files import cache_folder
+from orpo_mlx.files import cache_folder, clear_temporaries
 from orpo_mlx.judging.judges.judges import make_judge
 from orpo_mlx.losses.recipe import Recipe
 from orpo_mlx.losses.registry import COMPLETION, LIST, METHODS, PAIR
@@ -27,7 +27,7 @@ from orpo_mlx.models.loading import LoadedModel, ModelInfo, find, load
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 from orpo_mlx.reporting.metrics_log import METRICS_FILE, RUN_FILE, SAMPLES_FILE
 from orpo_mlx.reporting.model_card import CARD_FILE
-from orpo_mlx.training.checkpoints.save import ADAPTERS_FILE, CHECKPOINTS
+from orpo_mlx.training.checkpoints.save import ADAPTERS_FILE, BEST, CHECKPOINTS
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.optimizers import make_optimizer
 from orpo_mlx.training.references.choose_reference import choose_reference, find_other_model, names_a_path
@@ -37,10 +37,11 @@ from orpo_mlx.training.steps.row_values import find_weighted
 from orpo_mlx.training.steps.step_functions import StepFunctions
 
 EVAL_SPLITS = ("test", "valid")
-_OUTPUTS = (
-    METRICS_FILE, RUN_FILE, SAMPLES_FILE, CARD_FILE, ADAPTERS_FILE, ADAPTER_CONFIG_FILE, "report.html", "report.png",
-    "left_out.txt",
+_WRITTEN_UNDER_THE_LOCK = (
+    METRICS_FILE, RUN_FILE, SAMPLES_FILE, CARD_FILE, ADAPTERS_FILE, ADAPTER_CONFIG_FILE, "left_out.txt",
 )  # fmt: skip
+# Reports are drawn of a folder at any time.
+_OUTPUTS = (*_WRITTEN_UNDER_THE_LOCK, "report.html", "report.png")
 
 
 def find_data(config: TrainingConfig, ranks: Ranks) -> dict[str, Source]:
@@ -94,6 +95,19 @@ def check_outputs(folder: Path) -> None:
     checkpoints = folder / CHECKPOINTS
     if (checkpoints.exists() or checkpoints.is_symlink()) and not checkpoints.is_dir():
         raise ConfigError(f"{checkpoints}: is no folder, where a run keeps its checkpoints; remove it.")
+
+
+def clear_for_training(folder: Path) -> None:
+    """Remove what a killed run has left half written in a folder, which has to be locked.
+
+    Raises:
+        ConfigError: what stands in the place of the link to the best checkpoint is none, and may be somebody's.
+    """
+    best = folder / BEST
+    if best.exists() and not best.is_symlink():
+        what = "folder" if best.is_dir() else "file"
+        raise ConfigError(f"{best}: is a {what}, where a run has a link to its best checkpoint; move it away.")
+    clear_temporaries(folder, _WRITTEN_UNDER_THE_LOCK)
 
 
 def load_run(config: TrainingConfig, sources: Mapping[str, Source], folder: Path, ranks: Ranks) -> Run:
@@ -174,10 +188,11 @@ def require_accuracy(config: TrainingConfig, splits: Mapping[str, Split]) -> Non
     """Refuse to wait for an accuracy that is never measured; raises ConfigError."""
     groups = splits["valid"].pairs.groups if "valid" in splits else None
     waits = config.patience is not None and config.patience_on == "accuracy" and recipe(config).one_sided
-    if waits and groups is not None and (groups.counts == 1).all():
+    evaluated = None if config.val_batches == -1 else config.val_batches * config.batch_size
+    if waits and groups is not None and (groups.counts[:evaluated] == 1).all():
         raise ConfigError(
-            "`patience_on=accuracy`: the valid rows are single completions, of which none is preferred; give "
-            "`patience_on=loss`."
+            "`patience_on=accuracy`: the valid rows that are evaluated are single completions, of which none is "
+            "preferred; give `patience_on=loss`."
         )
 
 

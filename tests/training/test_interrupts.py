@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -40,8 +42,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     status: int,
     where: str,
 ) -> None:
-    settings |= LONG
-    folder = Path(settings["adapter_path"])
+    folder = Path(settings["adapter_path"]).with_name("a night's run")
+    settings |= {**LONG, "adapter_path": str(folder)}
     whole = folder.with_name("whole")
     if where == "step":
         run_quietly({**settings, "adapter_path": str(whole)})
@@ -68,7 +70,9 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     done = 3 if where == "step" else 4
     err = capfd.readouterr().err
     assert "Stopping after this step; a second signal leaves at once." in err
-    assert f"interrupted: step {done} is saved, go on with orpo-mlx train --resume" in err
+    said = re.search(rf"interrupted: step {done} is saved, go on with orpo-mlx train (.*)\.\n", err)
+    assert said is not None
+    assert shlex.split(said[1]) == ["--resume", "--adapter-path", str(folder)]
     checkpoint, _ = newest(folder)
     assert checkpoint is not None
     assert checkpoint.step == done

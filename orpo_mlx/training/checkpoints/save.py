@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,8 @@ def is_gone(run: Run, step: int) -> bool:
 
 def how_to_go_on(run: Run, step: int) -> str:
     """What a run that ends says of its newest checkpoint."""
-    return f"step {step} is saved, go on with orpo-mlx train --resume --adapter-path {run.config.adapter_path}"
+    folder = shlex.quote(run.config.adapter_path)
+    return f"step {step} is saved, go on with orpo-mlx train --resume --adapter-path {folder}"
 
 
 def mark_best(run: Run, step: int) -> None:

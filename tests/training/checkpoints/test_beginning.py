@@ -103,6 +103,15 @@ def test_the_checkpoint_that_a_damaged_one_was_to_replace_is_gone_on_from(settin
     assert defect(checkpoint, 5) is None
 
 
+def test_what_a_killed_save_has_left_is_cleared(settings: dict[str, Any]) -> None:
+    folder = Path(settings["adapter_path"])
+    folder.mkdir()
+    left = folder / ".adapters.abcdefgh.safetensors"
+    left.touch()
+    run_quietly(settings)
+    assert not left.exists()
+
+
 def test_a_damaged_run_json_costs_a_date_and_not_the_run(settings: dict[str, Any]) -> None:
     folder = interrupted({**settings, **LONG})
     (folder / "run.json").write_text("{")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from orpo_mlx.errors import UserError
+from orpo_mlx.config.checks import make_config
+from orpo_mlx.errors import ConfigError, UserError
 from orpo_mlx.training.evaluating.patience import Patience
+from orpo_mlx.training.prepare import require_accuracy
 from tests.helpers.kill_and_resume import metrics
 from tests.helpers.quiet_training import run_quietly
 from tests.test_train import make_run, rows
@@ -76,3 +81,12 @@ def test_resumed_it_is_the_run_it_would_have_been(settings: dict[str, Any], tmp_
 def test_what_would_do_nothing_is_refused(settings: dict[str, Any], changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         make_run({**settings, **changes})
+
+
+@pytest.mark.parametrize(("val_batches", "refused"), [(1, True), (2, False), (-1, False)])
+def test_an_accuracy_that_the_evaluated_rows_lack_is_refused(val_batches: int, refused: bool) -> None:
+    groups = SimpleNamespace(counts=np.array([1, 1, 2]))
+    splits: Any = {"valid": SimpleNamespace(pairs=SimpleNamespace(groups=groups))}
+    own = {"method": "sft", "batch_size": 2, "val_batches": val_batches, "patience": 2, "patience_on": "accuracy"}
+    with pytest.raises(ConfigError, match="give `patience_on=loss`") if refused else nullcontext():
+        require_accuracy(make_config(own), splits)
