@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import filecmp
 import glob
 import hashlib
 import json
@@ -76,6 +77,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     write_bytes(path, text.encode())
+
+
+def copy_if_different(source: Path, path: Path) -> None:
+    """Write another file's content atomically, unless it is there already."""
+    if not (path.is_file() and filecmp.cmp(source, path, shallow=False)):
+        write_atomically(path, lambda temporary: shutil.copyfile(source, temporary))
 
 
 def save_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -23,10 +23,12 @@ class FileMark(NamedTuple):
 
 
 class Marks(NamedTuple):
-    """How far the files of a run had come right after a step's report."""
+    """How far the output of a run had come right after a step's report."""
 
     step: int
     files: dict[str, FileMark]
+    before: dict[str, dict[str, float]]
+    """What was measured before the first step and written there by then; the rest is measured again."""
 
 
 def check_beginning(path: Path, since: FileMark) -> Any:

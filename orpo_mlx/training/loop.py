@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,12 @@ from orpo_mlx.losses.metrics import MetricMeans
 from orpo_mlx.models.adapters import adapters_off
 from orpo_mlx.process_memory import peak_gib
 from orpo_mlx.reporting.console import step_numbers, train_line
-from orpo_mlx.reporting.resumable_jsonl import FileMark, LineFile, Marks
+from orpo_mlx.reporting.resumable_jsonl import LineFile, Marks
 from orpo_mlx.reporting.run_report import refresh_report
 from orpo_mlx.training.checkpoints.beginning import record_beginning
 from orpo_mlx.training.checkpoints.progress import Best, EvalMetrics, Progress
 from orpo_mlx.training.checkpoints.random_numbers import random_numbers_kept, random_state, set_random_state
-from orpo_mlx.training.checkpoints.save import CHECKPOINTS, how_to_go_on, is_gone, mark_best, save
+from orpo_mlx.training.checkpoints.save import CHECKPOINTS, after_save, how_to_go_on, is_gone, mark_best, save
 from orpo_mlx.training.data_order import total_steps, training_order
 from orpo_mlx.training.evaluating.evaluation import evaluate_splits
 from orpo_mlx.training.evaluating.judged import judged_line
@@ -59,6 +60,8 @@ class Loop:
         """MLX's peak since the first step."""
         self._stop = stop
         self._saved_step = saved_step
+        self._saved_best = progress.best
+        """As the newest checkpoint knows it."""
         self._saved_at = time.monotonic()
         self._save_is_due = False
         """By the clock, as rank 0 has it; as of the last agreement."""
@@ -100,7 +103,8 @@ class Loop:
             if reference is not None:
                 reference.forget_if_moved()
             with adapters_off(self.run.loaded.model):
-                progress.before |= self.evaluate(("test",), step=0)
+                # A new table: marks hold the one that was known to them.
+                progress.before = progress.before | self.evaluate(("test",), step=0)
             if reference is not None:
                 reference.forget_if_moved()
 
@@ -183,7 +187,7 @@ class Loop:
         if self.progress.reported < step and reports:
             self.report()
         # Taken before the evaluation writes: a run that goes on from here evaluates this step again.
-        self._marks = Marks(step, self._mark_files())
+        self._marks = self._mark()
         if self._is_due(config.report_every) and not last and self.run.ranks.first:
             refresh_report(self.run.folder)
         best_is_known = evaluates if config.best_by == "loss" else self._is_due(config.evaluate_every)
@@ -213,6 +217,9 @@ class Loop:
             self.judge()
         if self._is_due(config.sample_every) and self.progress.step < self.total:
             self.sample()
+        if step == self.total and self.progress.best != self._saved_best:
+            # Known only now: a run that is made longer would not know it, and remove the checkpoint that it is.
+            self.save()
         return metrics
 
     def report(self) -> None:
@@ -239,9 +246,8 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint of the present step."""
-        marks = self._marks
         # The marks of this step, where there are any, also where the run ends after its evaluation.
-        files = marks.files if marks is not None and marks.step == self.progress.step else self._mark_files()
+        marks = self._marks if self._marks is not None and self._marks.step == self.progress.step else self._mark()
         # Before the checkpoint: its marks must not promise lines that a power cut takes away.
         for file in self._files().values():
             file.sync()
@@ -252,9 +258,13 @@ class Loop:
             # Somebody has removed it, and a night's work with it unless it is made again.
             self.run.folder.mkdir(parents=True)
             record_beginning(self.run, self.progress)
-        self._saved_step = save(self.run, self.progress, files, self._random_states).step
+        saved = dataclasses.replace(self.progress, before=marks.before)
+        checkpoint = save(self.run, saved, marks.files, self._random_states)
+        # At once: whatever fails from here on, this step is there to go on from.
+        self._saved_step, self._saved_best = checkpoint.step, self.progress.best
         self._unsaved_step = None
         self._saved_at = time.monotonic()
+        after_save(self.run, self.progress, checkpoint)
         if gone:
             # The run's metrics and its lock went with the folder.
             raise TrainingError(f"{self.run.folder}: was removed while the run went on, and was made again")
@@ -342,8 +352,9 @@ class Loop:
         samples = self.sinks.sampler.file
         return {"metrics": self.sinks.metrics, **({} if samples is None else {"samples": samples})}
 
-    def _mark_files(self) -> dict[str, FileMark]:
-        return {name: file.mark() for name, file in self._files().items()}
+    def _mark(self) -> Marks:
+        files = {name: file.mark() for name, file in self._files().items()}
+        return Marks(self.progress.step, files, self.progress.before)
 
     def _is_due(self, every: int | None) -> bool:
         """Whether what happens every so many steps, and after the last, happens after this one."""
@@ -387,7 +398,9 @@ class Loop:
                 self.save()
                 problem = ""
             except (TrainingError, OSError) as second:
-                problem += f"step {step} cannot be saved: {reason_of(second, None)}; "
+                # Where it failed after the checkpoint, the step is saved all the same.
+                failed = "" if self._saved_step == step else f"step {step} cannot be saved: "
+                problem += f"{failed}{reason_of(second, None)}; "
         saved = None if self._saved_step is None else how_to_go_on(self.run, self._saved_step)
         return problem + (saved or f"nothing {'is' if problem else 'was'} saved")
 

@@ -100,6 +100,12 @@ def prune(parent: Path, keep: int, newest: int, also: Collection[int] = ()) -> N
             _discard(folder)
 
 
+def linked_step(link: Path) -> int | None:
+    """The step of the checkpoint that a link leads to."""
+    name = _NAME.fullmatch(link.readlink().name) if link.is_symlink() else None
+    return int(name[1]) if name else None
+
+
 def remove_all(parent: Path) -> None:
     """Remove every checkpoint of `parent`."""
     # Newest last: interrupted, an older one must never be taken for the newest.

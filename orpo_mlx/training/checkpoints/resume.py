@@ -32,6 +32,7 @@ from orpo_mlx.training.checkpoints.save import (
     REFERENCE_FILE,
     REFERENCE_WEIGHTS_FILE,
     optimizer_arrays,
+    put_adapters,
 )
 from orpo_mlx.training.checkpoints.state import Recorded, State, read_state
 from orpo_mlx.training.data_order import order_digest
@@ -254,6 +255,8 @@ def restore(run: Run, resumed: Resumed) -> list[str]:
     notes = _restore_optimizer(run, folder / OPTIMIZER_FILE)
     # Read now: the checkpoint's file may be gone before a lazy array of it is looked at.
     mx.eval(run.loaded.model.trainable_parameters(), run.optimizer.state)
+    # A run that was killed, or met a full disk, between its last checkpoint and these does not save that step again.
+    put_adapters(run, resumed.checkpoint)
     # Last: between here and the first step nothing may draw any.
     set_random_state(random_state_of(run.ranks.rank, resumed.state.random_states))
     return notes

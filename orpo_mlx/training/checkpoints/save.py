@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,16 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from orpo_mlx.errors import TrainingError
-from orpo_mlx.files import json_text, save_adapters, save_json, save_safetensors
+from orpo_mlx.files import copy_if_different, json_text, save_safetensors
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.reporting.resumable_jsonl import FileMark
-from orpo_mlx.training.checkpoints.folders import CheckpointFolder, checkpoint_name, prune, write_checkpoint
+from orpo_mlx.training.checkpoints.folders import (
+    CheckpointFolder,
+    checkpoint_name,
+    linked_step,
+    prune,
+    write_checkpoint,
+)
 from orpo_mlx.training.checkpoints.progress import Progress
 from orpo_mlx.training.checkpoints.random_numbers import RandomState
 from orpo_mlx.training.checkpoints.state import STATE_FILE, describe
@@ -33,7 +40,7 @@ REFERENCE_WEIGHTS_FILE = "reference_weights.safetensors"
 def save(
     run: Run, progress: Progress, marks: Mapping[str, FileMark], randoms: Sequence[RandomState]
 ) -> CheckpointFolder:
-    """Save a run as it stands after `progress.step` steps, then remove the checkpoints that are one too many.
+    """Write a checkpoint of a run as it stands after `progress.step` steps.
 
     Only rank 0 writes. `marks` say how far the files of `metrics` and `samples` had come; `randoms` are the random
     states of all ranks.
@@ -60,17 +67,41 @@ def save(
         (folder / STATE_FILE).write_text(json_text(state), encoding="utf-8")
         (folder / ADAPTER_CONFIG_FILE).write_text(json_text(adapter_config(run)), encoding="utf-8")
 
-    try:
-        checkpoint = write_checkpoint(run.folder / CHECKPOINTS, progress.step, write)
-        # After the checkpoint: killed in between, the run goes on from the new step and older adapters are whole.
-        save_adapters(run.folder, weights, metadata)
-        save_json(run.folder / ADAPTER_CONFIG_FILE, adapter_config(run))
+    with _saying_what_cannot_be_saved():
+        return write_checkpoint(run.folder / CHECKPOINTS, progress.step, write)
+
+
+def after_save(run: Run, progress: Progress, checkpoint: CheckpointFolder) -> None:
+    """What follows a new checkpoint: adapters beside it, then those that are one too many are removed.
+
+    Raises:
+        TrainingError: the disk cannot be written; the checkpoint is whole.
+    """
+    put_adapters(run, checkpoint)
+    if not run.ranks.first:
+        return
+    with _saying_what_cannot_be_saved():
+        # `best` may lead to one that this run does not know of: nothing is removed that a link promises.
+        also = {step for step in (progress.best and progress.best.step, linked_step(run.folder / BEST)) if step}
         # Last: until the new checkpoint is whole, an older one is all there is to go on from.
-        best = [] if progress.best is None else [progress.best.step]
-        prune(run.folder / CHECKPOINTS, run.config.keep, progress.step, best)
+        prune(run.folder / CHECKPOINTS, run.config.keep, progress.step, also)
+
+
+def put_adapters(run: Run, checkpoint: CheckpointFolder) -> None:
+    """Let the adapters in the run's folder be those of a checkpoint; TrainingError where the disk cannot be written."""
+    if not run.ranks.first:
+        return
+    with _saying_what_cannot_be_saved():
+        for name in (ADAPTERS_FILE, ADAPTER_CONFIG_FILE):
+            copy_if_different(checkpoint.path / name, run.folder / name)
+
+
+@contextmanager
+def _saying_what_cannot_be_saved() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise TrainingError(f"{error.filename}: cannot be saved ({error.strerror or error})") from None
-    return checkpoint
 
 
 def is_gone(run: Run, step: int) -> bool:

@@ -17,7 +17,13 @@ import pytest
 
 from orpo_mlx.cli.train import main
 from orpo_mlx.errors import ConfigError, TrainingError
+from orpo_mlx.files import copy_if_different
+from orpo_mlx.training.checkpoints.folders import CheckpointFolder
+from orpo_mlx.training.checkpoints.progress import Best
 from orpo_mlx.training.checkpoints.random_numbers import random_state, set_random_state
+from orpo_mlx.training.checkpoints.save import mark_best
+from orpo_mlx.training.checkpoints.state import read_state
+from orpo_mlx.training.loop import Loop
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.steps.step import optimiser_step
 from tests.conftest import make_pairs, write_id_rows
@@ -274,6 +280,55 @@ def test_adapter_folders_of_checkpoints_are_taken_by_mlx_lm_and_the_best_is_kept
     assert (folder / "adapters.safetensors").read_bytes() == (
         folder / "checkpoints" / "step-0000012" / "adapters.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_the_best_of_a_run_that_is_made_longer_is_kept(settings: dict[str, Any], knows: bool) -> None:
+    settings |= {"iters": 4, "steps_per_eval": 4, "keep": 1, "save_best": True}
+    folder, best = Path(settings["adapter_path"]), "step-0000004"
+    with pytest.MonkeyPatch.context() as patch:
+        if not knows:  # As earlier versions have left it: there is the link, and the state knows nothing.
+            patch.setattr(Loop, "_note_best", lambda self, found: mark_best(self.run, found.step))
+        run_quietly(settings)
+    state = read_state(CheckpointFolder(folder / "checkpoints" / best, 4))
+    assert state.progress.best == (Best(4, records(folder)[-2]["loss"]) if knows else None)
+    # It ends before it is evaluated again.
+    interrupted({**settings, "resume": True, "iters": 9, "save_every": 1, "steps_per_eval": 100})
+    assert (folder / "best").resolve().name == best
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [best, "step-0000005"]
+
+
+def test_saving_the_best_again_leaves_no_line_out(settings: dict[str, Any]) -> None:
+    settings |= {"iters": 4, "save_best": True}
+    run_quietly(settings)
+    folder = Path(settings["adapter_path"])
+    before = metrics(folder)
+    assert [(row["step"], row["split"]) for row in before if row["split"] == "test"] == [(0, "test"), (4, "test")]
+    run_quietly({**settings, "resume": True})
+    assert metrics(folder) == before
+
+
+@pytest.mark.parametrize("left", ["older", "missing"])
+def test_adapters_that_a_killed_save_did_not_reach_are_put_beside_the_checkpoint(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    settings |= LONG if left == "older" else {**LONG, "save_every": 100}
+    folder = Path(settings["adapter_path"])
+
+    def full(source: Path, path: Path) -> None:
+        if "0000009" in str(source):
+            raise OSError(28, "No space left on device", str(path))
+        copy_if_different(source, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orpo_mlx.training.checkpoints.save.copy_if_different", full)
+        said = r"adapters.safetensors: cannot be saved \(No space left on device\); step 9 is saved, go on with"
+        with pytest.raises(TrainingError, match=said):
+            run_quietly(settings)
+    assert (folder / "adapters.safetensors").exists() == (left == "older")
+    run_quietly({**settings, "resume": True})
+    for name in ("adapters.safetensors", "adapter_config.json"):
+        assert (folder / name).read_bytes() == (folder / "checkpoints" / "step-0000009" / name).read_bytes()
 
 
 @pytest.mark.parametrize("changes", [{"val_batches": 0}, {"data": "train.jsonl"}])
