@@ -79,7 +79,7 @@ class Progress:
             return ""
         self.patience = self.patience.after(self.step, metrics, config.patience_on)
         _, best, waited, _ = self.patience
-        self.out_of_patience = waited >= config.patience
+        self.out_of_patience = self.patience.is_over(config)
         said = f"{waited} validations in a row were no better than {config.patience_on} {best:.4f}"
         return f"{said} (`patience={config.patience}`)" if self.out_of_patience else ""
 

@@ -24,6 +24,7 @@ from orpo_mlx.training.checkpoints.folders import (
     put_back,
     whole_checkpoints,
 )
+from orpo_mlx.training.checkpoints.progress import Progress
 from orpo_mlx.training.checkpoints.random_numbers import random_state_of, set_random_state
 from orpo_mlx.training.checkpoints.save import (
     ADAPTERS_FILE,
@@ -35,7 +36,7 @@ from orpo_mlx.training.checkpoints.save import (
     put_adapters,
 )
 from orpo_mlx.training.checkpoints.state import Recorded, State, read_state
-from orpo_mlx.training.data_order import order_digest
+from orpo_mlx.training.data_order import order_digest, total_steps
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.optimizers import set_learning_rate
 from orpo_mlx.training.references.other_references import SyncedReference
@@ -103,7 +104,7 @@ def find_resumed(run: Run) -> Resumed | None:
     """What a run goes on from, once it has been found to fit; None where it starts from the beginning.
 
     Raises:
-        ConfigError: it is not the run that was saved; see `accept`.
+        ConfigError: it is not the run that was saved, see `accept`, or has taken more steps than it is to take.
         TrainingError: there are checkpoints and none of them is whole.
     """
     checkpoint, problems = find_checkpoint(run.folder) if run.config.resume else (None, [])
@@ -112,7 +113,23 @@ def find_resumed(run: Run) -> Resumed | None:
         return None
     state = read_state(checkpoint)
     changes = accept(run, state.recorded, f"was saved at step {state.progress.step}")
-    return Resumed(checkpoint, state, [*problems, *(f"Changed since the checkpoint: {change}." for change in changes)])
+    notes = [*problems, *(f"Changed since the checkpoint: {change}." for change in changes)]
+    return Resumed(checkpoint, state, [*notes, *_steps_left(run, state.progress)])
+
+
+def _steps_left(run: Run, progress: Progress) -> list[str]:
+    """What is to be said of a run that has no step left; ConfigError where it has taken more than it is to take."""
+    total = total_steps(run.config, len(run.splits["train"].pairs))
+    if progress.step > total:
+        raise ConfigError(
+            f"`resume`: {progress.step} steps are taken already, and the settings end the run after {total}; give "
+            f"`iters={progress.step}` or more."
+        )
+    progress.out_of_patience = progress.out_of_patience and progress.patience.is_over(run.config)
+    if not progress.out_of_patience:
+        return []
+    said = f"The run ended by itself after step {progress.step} (`patience={run.config.patience}`)"
+    return [f"{said}, and trains no further; a larger `patience` goes on."]
 
 
 def find_checkpoint(folder: Path) -> tuple[CheckpointFolder | None, list[str]]:

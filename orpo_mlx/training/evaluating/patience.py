@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from orpo_mlx.config.settings import TrainingConfig
+
 MEASURES = {"loss": ("loss", 1.0), "accuracy": ("rewards/accuracies", -1.0)}
 """By `patience_on`: a validation metric, and 1 where less of it is better, -1 where more is."""
 
@@ -32,6 +34,11 @@ class Patience(NamedTuple):
         if math.isfinite(value) and (measure != self.measure or sign * value < sign * self.best):
             return Patience(measure, value, 0, step)
         return self._replace(waited=self.waited + 1, step=step)
+
+    def is_over(self, config: TrainingConfig) -> bool:
+        """Whether a run has waited for as long as `patience` says, by what `patience_on` says."""
+        same = self.measure in ("", config.patience_on)
+        return config.patience is not None and same and self.waited >= config.patience
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Patience:

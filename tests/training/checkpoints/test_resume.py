@@ -150,6 +150,19 @@ def test_resume_needs_no_other_flag_and_a_longer_run_goes_on(
     assert json.loads((folder / "run.json").read_text())["resumed_at"] == [5, 9]
 
 
+def test_steps_that_are_taken_are_not_taken_back(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = interrupted({**settings, **LONG})
+    before = (folder / "metrics.jsonl").read_bytes()
+    argv = ["--resume", "--adapter-path", str(folder), "--iters"]
+    assert main([*argv, "4"]) == 2
+    assert (
+        "5 steps are taken already, and the settings end the run after 4; give --iters 5 or" in capsys.readouterr().err
+    )
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert main([*argv, "5"]) == 0
+    assert "Held-out pairs, before and after training" in capsys.readouterr().out
+
+
 def test_resume_with_nothing_saved_starts_from_the_beginning(
     settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from orpo_mlx.cli.train import main
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import ConfigError, UserError
 from orpo_mlx.training.evaluating.patience import Patience
@@ -63,6 +64,21 @@ def test_a_run_ends_by_itself(settings: dict[str, Any], measure: str) -> None:
     assert run_quietly({**settings, **STILL, "patience_on": measure, "resume": True}) == after
     assert rows(settings, "train")[-1]["step"] == 6
     run_quietly({**settings, "iters": 1})
+
+
+def test_a_larger_patience_goes_on(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    whole = str(Path(settings["adapter_path"]).with_name("whole"))
+    run_quietly({**settings, **STILL, "patience": 3, "adapter_path": whole})
+    run_quietly({**settings, **STILL})
+    again = ["--resume", "--adapter-path", settings["adapter_path"]]
+    assert main(again) == 0
+    assert "The run ended by itself after step 6 (--patience 2), and trains no further" in capsys.readouterr().out
+    assert main([*again, "--patience", "3"]) == 0
+    assert "ended by itself" not in capsys.readouterr().out
+    assert_same(Path(whole), Path(settings["adapter_path"]))
+    # Without any it goes on to its last step.
+    run_quietly({**settings, **{**STILL, "patience": None, "iters": 10}, "resume": True})
+    assert rows(settings, "train")[-1]["step"] == 10
 
 
 def test_resumed_it_is_the_run_it_would_have_been(settings: dict[str, Any], tmp_path: Path) -> None:
