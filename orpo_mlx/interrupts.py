@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from orpo_mlx._command import is_a_command
+from orpo_mlx.errors import TrainingError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What a user, a system that shuts down, and a closed terminal send."""
@@ -35,6 +36,17 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int, message: str = "") -> None:
         super().__init__(message)
         self.number = number
+
+
+def message_of(interrupt: BaseException) -> str:
+    """What an interrupt says or, where it says nothing, what the one that it met on its way did: a second signal may
+    come when a run has just said how to go on."""
+    error: BaseException | None = interrupt
+    while error is not None:
+        if isinstance(error, (KeyboardInterrupt, TrainingError)) and str(error):
+            return str(error)
+        error = error.__context__
+    return ""
 
 
 def end_early_in_one_sentence() -> None:

@@ -29,7 +29,7 @@ from orpo_mlx.config.checks import checked_config
 from orpo_mlx.config.derived import settings_for_card
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.folder_lock import locked
-from orpo_mlx.interrupts import Interrupted
+from orpo_mlx.interrupts import Interrupted, message_of
 from orpo_mlx.memory.choose_mode import plan_memory
 from orpo_mlx.memory.rehearse import rehearse
 from orpo_mlx.process_memory import configure_allocator, peak_gib
@@ -188,6 +188,8 @@ def train_and_evaluate(
             if resumed is None:
                 loop.record_baseline()
             metrics = loop.take_steps()
+        # One that came after the last agreement: whoever asked to stop wants no upload, and no next round.
+        stop.check(f"the run was done, and is saved in {run.folder}")
         loop.compare_metrics(metrics)
     return TrainingResult(
         adapter_path=run.folder,
@@ -218,11 +220,11 @@ def begin_in_folder(run: Run, resumed: Resumed | None) -> Progress:
 
 @contextmanager
 def saying_on_interrupt(message: str) -> Iterator[None]:
-    """Let an interrupt of the block that has no message of its own say what is saved."""
+    """Let an interrupt of the block, where nothing says anything yet, say what is saved."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        if str(interrupt) or not message:
+        if message_of(interrupt) or not message:
             raise
         raise Interrupted(getattr(interrupt, "number", signal.SIGINT), message) from None
 

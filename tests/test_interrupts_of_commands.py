@@ -13,7 +13,9 @@ import pytest
 
 from orpo_mlx._command import is_a_command
 from orpo_mlx.config.flags import exit_status
+from orpo_mlx.errors import TrainingError
 from orpo_mlx.interrupts import SIGNALS, Interrupted, raising_interrupts
+from orpo_mlx.train import saying_on_interrupt
 
 _READY = "import orpo_mlx.interrupts as i; print('ready', flush=True); import time; time.sleep(20)"
 
@@ -103,6 +105,22 @@ def test_in_a_command(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     for ending in (command, translating):
         assert exit_status("prog", ending) == 128 + number
         assert capsys.readouterr().err == "prog: interrupted: nothing was saved.\n"
+
+
+@pytest.mark.parametrize("first", [Interrupted(2, "step 4 is saved"), TrainingError("full; step 4 is saved")])
+def test_a_second_signal_does_not_take_back_what_the_first_was_to_say(
+    first: BaseException, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        with saying_on_interrupt("step 2 is saved"):
+            try:
+                raise first
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+
+    assert exit_status("prog", command) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == f"prog: interrupted: {first}.\n"
 
 
 def test_handlers_are_put_back() -> None:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from orpo_mlx.config.settings import SETTINGS
 from orpo_mlx.errors import ConfigError, TrainingError, UserError
-from orpo_mlx.interrupts import Interrupted, finished, raising_interrupts
+from orpo_mlx.interrupts import Interrupted, finished, message_of, raising_interrupts
 from orpo_mlx.text import clipped, printable, quoted, spell_unprintable
 
 _MENTION = re.compile(r"`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>[^`]*))?`")
@@ -141,7 +141,7 @@ def exit_status(prog: str, command: Callable[[], object]) -> int:
         except Exception as error:
             # Libraries turn an interrupt in the middle of an import into errors of their own.
             if signals.number is not None:
-                status = _tell_interrupt(prog, Interrupted(signals.number), signals.number)
+                status = _tell_interrupt(prog, Interrupted(signals.number, message_of(error)), signals.number)
             elif isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
                 # A name from a file, which is in UTF-8 whatever the locale.
                 _print(f"{prog}: error: {quoted(error.object)}: is no name of a file {_locale_advice()}.")
@@ -193,7 +193,7 @@ def _current_folder_is_gone() -> bool:
 
 def _tell_interrupt(prog: str, interrupt: KeyboardInterrupt, number: int | None) -> int:
     """Say what an interrupt says; the exit status."""
-    _print(f"{prog}: interrupted: {printable(with_flags(str(interrupt))) or 'nothing was saved'}.")
+    _print(f"{prog}: interrupted: {printable(with_flags(message_of(interrupt))) or 'nothing was saved'}.")
     return 128 + getattr(interrupt, "number", number or signal.SIGINT)
 
 

@@ -33,10 +33,10 @@ class StopSignals:
             set_handler(number, handler)
         self._earlier.clear()
 
-    def check(self) -> None:
-        """Go on, or raise `Interrupted` where a signal has come."""
+    def check(self, message: str = "") -> None:
+        """Go on, or raise `Interrupted`, also after the block, where a signal has come; see there."""
         if self.number is not None:
-            raise Interrupted(self.number)
+            raise Interrupted(self.number, message)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:

@@ -95,6 +95,31 @@ def test_a_signal_before_the_first_step_says_that_nothing_was_saved(
     assert "interrupted: nothing was saved." in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("test", [False, True])
+def test_a_signal_after_the_last_step_is_not_lost(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], test: bool
+) -> None:
+    from orpo_mlx.training.evaluating.evaluation import evaluate
+
+    def evaluating(*arguments: Any, **options: Any) -> Any:
+        found = evaluate(*arguments, **options)
+        if not options["untrained"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    # One split, so that nobody looks for a signal after it.
+    settings |= {"val_batches": 0, "iters": 1}
+    if test:
+        run_quietly(settings)
+    monkeypatch.setattr("orpo_mlx.training.evaluating.evaluation.evaluate", evaluating)
+    argv = ["--test", "--adapter-path", settings["adapter_path"]] if test else flags(settings)
+    assert main(argv) == 143
+    said = "the figures are in" if test else "the run was done, and is saved in"
+    printed = capfd.readouterr()
+    assert f"interrupted: {said} {settings['adapter_path']}" in printed.err
+    assert "Adapters" not in printed.out
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_leaves_at_once(number: int, status: int) -> None:
     code = (

@@ -113,7 +113,7 @@ def _evaluate_adapters(run: Run, adapters: Path, step: int, reporter: Reporter) 
             load_adapter_file(run.loaded.model, adapters, run.config.lora_parameters["scale"])
             restore_rewards(run, adapters, step, reporter)
             with closing(MetricsFile(run.folder / TEST_METRICS_FILE)) as metrics_file:
-                return evaluate_splits(
+                metrics = evaluate_splits(
                     run,
                     ("valid", "test"),
                     step=step,
@@ -122,6 +122,8 @@ def _evaluate_adapters(run: Run, adapters: Path, step: int, reporter: Reporter) 
                     metrics_file=metrics_file,
                     stop=stop,
                 )
+        stop.check(f"the figures are in {run.folder / TEST_METRICS_FILE}")
+        return metrics
     finally:
         if run.reference is not None:
             run.reference.table.save()
