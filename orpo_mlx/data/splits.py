@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
@@ -65,9 +66,15 @@ class Split:
         return f"{name}: {len(self.pairs)} {what} from {self.source.name} ({report.shape}){report.summary()}"
 
     def raw(self) -> Iterator[Pair | Group]:
-        """Its pairs and groups that are text, read again."""
+        """The pairs and groups of rows that are kept, as far as they are text, read again."""
+        # Pairs stand in the store as their rows do in the source.
+        kept = (place for place, _ in itertools.groupby(map(self.pairs.location, range(len(self.pairs)))))
+        place = next(kept, None)
         for row in read_pairs(self.source, self.reading, RowReport()):
-            yield from (pair for pair in row.pairs if isinstance(pair, Pair | Group))
+            # What is too long, or what the chat template refuses, nobody must be asked either.
+            if row.location == place:
+                yield from (pair for pair in row.pairs if isinstance(pair, Pair | Group))
+                place = next(kept, None)
 
 
 def tokenized_split(source: Source, reading: Reading, tokenizer: Any | None, lengths: Lengths) -> Split:

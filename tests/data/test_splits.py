@@ -66,7 +66,11 @@ def test_every_row_is_kept_or_counted(tmp_path: Path, tokenizer: Any) -> None:
     assert group.pairs == ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3))
     pair = to_ids(Pair("Q", "a", "c", f"{path}:6"))
     assert (group.prompt_ids, group.completions[0], group.completions[2]) == pair[:3]
-    assert [pair.prompt for pair in split.raw()][-1] == "R"
+    assert [(pair.location, pair.prompt) for pair in split.raw()] == [
+        (f"{path}:1", "Q"),
+        (f"{path}:6", "Q"),
+        (f"{path}:8", "R"),
+    ]
     assert "1 left out: longer than `max_seq_length` 200" in report.summary()
     assert len(report.left_out) == 5
 

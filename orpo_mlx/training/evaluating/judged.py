@@ -77,9 +77,12 @@ def judged_replies(run: Run) -> JudgedReplies | None:
     if config.evaluate_every is None or not run.ranks.first:
         return None
     split = next(run.splits[name] for name in ("valid", "test", "train") if name in run.splits)
-    rows = list(itertools.islice(split.raw(), _ROWS_LOOKED_AT))
+    rows = [row for row in itertools.islice(split.raw(), _ROWS_LOOKED_AT) if not row.whole_text]
     if not rows or run.loaded.tokenizer is None:
-        raise ConfigError("`evaluate_every`: the rows are token ids, so that there is nothing to ask; leave it out.")
+        raise ConfigError(
+            "`evaluate_every`: the rows are token ids, or texts without prompts, so that there is nothing to ask; "
+            "leave it out."
+        )
     return JudgedReplies(run, [as_prompt(row) for row in spread(rows, config.judge_prompts)])
 
 

@@ -18,7 +18,7 @@ from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.metrics_log import read_run
 from orpo_mlx.train import train
 from orpo_mlx.training.checkpoints.progress import Best
-from tests.conftest import write_id_rows, write_rows
+from tests.conftest import CHAT_TEMPLATE, write_id_rows, write_model_folder, write_rows
 from tests.helpers.kill_and_resume import adapters, metrics
 from tests.helpers.tuned_adapters import ANSWER, PROMPT
 from tests.reporting.test_tracking import shown
@@ -132,10 +132,24 @@ def test_a_judge_that_is_not_there_is_said_before_the_first_step(judged: dict[st
     assert not (Path(str(judged["adapter_path"])) / "adapters.safetensors").exists()
 
 
-def test_rows_of_token_ids_cannot_be_asked(tmp_path: Path, judged: dict[str, Any]) -> None:
+def test_rows_of_token_ids_or_without_prompts_cannot_be_asked(tmp_path: Path, judged: dict[str, Any]) -> None:
     from tests.conftest import make_pairs
 
     for split in ("train", "valid"):
         write_id_rows(tmp_path / "ids" / f"{split}.jsonl", make_pairs(4))
-    with pytest.raises(ConfigError, match="nothing to ask"):
-        run(judged | {"data": str(tmp_path / "ids")})
+        write_rows(tmp_path / "texts" / f"{split}.jsonl", [{"text": "All of it."}] * 4)
+    for name in ("ids", "texts"):
+        with pytest.raises(ConfigError, match="nothing to ask"):
+            run(judged | {"data": str(tmp_path / name)})
+
+
+def test_rows_that_are_left_out_are_not_asked(tmp_path: Path, judged: dict[str, Any]) -> None:
+    refused = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('refused') }}{% endif %}"
+    model = write_model_folder(tmp_path / "model", template=refused + CHAT_TEMPLATE)
+    for split in ("train", "valid"):
+        rows = [{"prompt": prompt, "chosen": ANSWER, "rejected": "no"} for prompt in ("no", PROMPT, "long " * 99)]
+        write_rows(tmp_path / "some" / f"{split}.jsonl", rows)
+    own = {"model": str(model), "data": str(tmp_path / "some"), "skip_bad_rows": True, "max_seq_length": 200}
+    _, said = run(judged | {**own, "iters": 1, "evaluate_every": 1, "samples": 3})
+    assert said.count("before  ") == 1
+    assert "win rate" in said
