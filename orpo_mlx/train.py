@@ -178,7 +178,8 @@ def train_and_evaluate(
             sinks = stack.enter_context(open_sinks(run, reporter, all_callbacks, resumed))
             feed.state = GOING_ON
             if resumed is not None:
-                restore_reference(run, resumed.checkpoint)
+                for note in restore_reference(run, resumed):
+                    reporter.say(note)
             # Under the weights as they were before training, so before `restore` puts the trained ones back.
             precompute_reference(run, reporter, stop)
             if resumed is not None:

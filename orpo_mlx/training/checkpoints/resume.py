@@ -15,7 +15,7 @@ from mlx.utils import tree_unflatten
 from orpo_mlx.config.settings import TrainingConfig, settings_with
 from orpo_mlx.config.traits import Trait
 from orpo_mlx.errors import ConfigError, TrainingError, reason_of
-from orpo_mlx.models.adapters import adapter_weights, load_adapter_file
+from orpo_mlx.models.adapters import adapter_metadata, adapter_weights, load_adapter_file
 from orpo_mlx.training.checkpoints.beginning import find_beginning
 from orpo_mlx.training.checkpoints.folders import (
     CheckpointFolder,
@@ -31,6 +31,7 @@ from orpo_mlx.training.checkpoints.save import (
     CHECKPOINTS,
     OPTIMIZER_FILE,
     REFERENCE_FILE,
+    REFERENCE_IDENTITY,
     REFERENCE_WEIGHTS_FILE,
     optimizer_arrays,
     put_adapters,
@@ -226,7 +227,7 @@ def accept(run: Run, recorded: Recorded, when: str) -> list[str]:
         serious.append("`data`: other tokens to train on")
     if recorded.model != run.model_digest:
         serious.append("`model`: other weights")
-    if recorded.reference not in ("", run.reference_digest):
+    if _is_another_reference(run, recorded):
         then = recorded.settings.get("reference")
         serious.append(f"`reference` {then} is now {run.config.reference}, another model")
     if serious and not run.config.resume_with_changes:
@@ -246,18 +247,27 @@ def changed_settings(run: Run, recorded: Recorded) -> list[str]:
     return [name for name, value in ours.items() if value != recorded.settings.get(name, defaults[name])]
 
 
-def restore_reference(run: Run, checkpoint: CheckpointFolder) -> None:
-    """Put back a reference that moves, and the log-probs that the checkpoint remembers; TrainingError where they cannot
-    be read."""
+def restore_reference(run: Run, resumed: Resumed) -> list[str]:
+    """Put back a reference that moves, and the log-probs that the checkpoint remembers; what could not be put back, as
+    text. TrainingError where they cannot be read."""
+    checkpoint, recorded = resumed.checkpoint, resumed.state.recorded
     if isinstance(run.reference, SyncedReference):
         # First: what it had remembered belongs to the weights it had.
         weights = checkpoint.path / REFERENCE_WEIGHTS_FILE
         with _readable(weights):
             run.reference.restore(_arrays(weights), checkpoint.step)
     path = checkpoint.path / REFERENCE_FILE
-    if run.reference is not None and path.is_file():
-        with _readable(path):
-            run.reference.table.restore(_arrays(path))
+    if run.reference is None or not path.is_file():
+        return []
+    if recorded.model != run.model_digest or _is_another_reference(run, recorded):
+        return ["The checkpoint's reference log-probs are of another model: they are computed anew."]
+    with _readable(path):
+        run.reference.table.restore(_arrays(path), adapter_metadata(path).get(REFERENCE_IDENTITY, ""))
+    return []
+
+
+def _is_another_reference(run: Run, recorded: Recorded) -> bool:
+    return recorded.reference not in ("", run.reference_digest)
 
 
 def restore(run: Run, resumed: Resumed) -> list[str]:

@@ -34,6 +34,8 @@ BEST = "best"
 ADAPTERS_FILE = "adapters.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 REFERENCE_FILE = "reference.safetensors"
+REFERENCE_IDENTITY = "identity"
+"""Key in that file's header: `ReferenceTable.identity`."""
 REFERENCE_WEIGHTS_FILE = "reference_weights.safetensors"
 
 
@@ -61,7 +63,8 @@ def save(
         save_safetensors(folder / ADAPTERS_FILE, weights, metadata)
         save_safetensors(folder / OPTIMIZER_FILE, optimizer)
         if run.reference is not None:
-            save_safetensors(folder / REFERENCE_FILE, run.reference.table.arrays())
+            table = run.reference.table
+            save_safetensors(folder / REFERENCE_FILE, table.arrays(), {REFERENCE_IDENTITY: table.identity})
         if isinstance(run.reference, SyncedReference):
             save_safetensors(folder / REFERENCE_WEIGHTS_FILE, run.reference.weights())
         (folder / STATE_FILE).write_text(json_text(state), encoding="utf-8")

@@ -77,14 +77,25 @@ class ReferenceTable:
         rows = self._merged(ReferenceRows(np.empty(0, _KEY), np.empty((0, 2), np.float32)))
         return {"keys": mx.array(rows.keys.view(np.uint8).reshape(-1, 16)), "logps": mx.array(rows.logps)}
 
-    def restore(self, arrays: Mapping[str, mx.array]) -> None:
-        """Know what `arrays` gave and nothing else; KeyError or ValueError where they are something else."""
+    @property
+    def identity(self) -> str:
+        """A name for all that the numbers depend on besides a pair's token ids."""
+        return hashlib.sha256(self._identity.encode()).hexdigest()
+
+    def restore(self, arrays: Mapping[str, mx.array], identity: str = "") -> None:
+        """Know what `arrays` gave and nothing else; KeyError or ValueError where they are something else.
+
+        `identity` is that of the table that gave them: a run goes on with the numbers it began with, also under other
+        versions or settings, and the file is for no others than its own.
+        """
         keys = np.array(arrays["keys"])
         logps = np.array(arrays["logps"])
         if keys.dtype != np.uint8 or keys.ndim != 2 or keys.shape[1] != _KEY.itemsize:
             raise ValueError("keys of another shape or type")
         self._rows = _checked(ReferenceRows(np.ascontiguousarray(keys).view(_KEY).reshape(-1), logps))
         self._new.clear()
+        if identity != self.identity:
+            self._file = None
 
     def save(self, *, sparingly: bool = False) -> None:
         """Write the file with the new rows, and those another run has put there meanwhile.

@@ -26,7 +26,7 @@ from orpo_mlx.training.checkpoints.state import read_state
 from orpo_mlx.training.loop import Loop
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.steps.step import optimiser_step
-from tests.conftest import make_pairs, write_id_rows
+from tests.conftest import make_pairs, write_id_rows, write_model_folder
 from tests.helpers.kill_and_resume import adapters, kill_and_resume, metrics, records, signal_and_resume
 from tests.helpers.quiet_training import run_quietly
 from tests.test_train import flags
@@ -264,6 +264,50 @@ def test_a_reference_that_is_gone_from_memory_and_disk_is_in_the_checkpoint(
         shutil.rmtree(tmp_path / "first", ignore_errors=True)
 
     assert_same(*whole_and_resumed(settings, tmp_path, [6], forget))
+
+
+def kept_rows(cache: Path) -> dict[str, dict[bytes, Any]]:
+    """The log-probs in each file of the reference cache."""
+    found = {}
+    for path in (cache / "reference").glob("*.npz"):
+        with np.load(path) as arrays:
+            found[path.name] = dict(zip(arrays["keys"].tolist(), arrays["logps"], strict=True))
+    return found
+
+
+@pytest.mark.parametrize("change", ["model", "reference"])
+def test_rows_of_another_reference_are_not_taken_for_this_ones(
+    settings: dict[str, Any], tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    other = write_model_folder(tmp_path / "other")
+    weights = mx.load(str(other / "model.safetensors"))
+    assert isinstance(weights, dict)
+    mx.save_safetensors(str(other / "model.safetensors"), {name: 1.1 * array for name, array in weights.items()})
+    settings |= {**LONG, "method": "dpo"}
+    interrupted(settings)
+    before = set(kept_rows(own_cache))
+    changes = {change: str(other)}
+    run_quietly({**settings, **changes, "resume": True, "resume_with_changes": True})
+    monkeypatch.setenv("ORPO_MLX_CACHE", str(tmp_path / "fresh"))
+    run_quietly({**settings, **changes, "adapter_path": str(tmp_path / "fresh adapters")})
+    ((name, fresh),) = kept_rows(tmp_path / "fresh").items()
+    found = kept_rows(own_cache)[name]
+    assert name not in before
+    assert found
+    for key, row in found.items():
+        np.testing.assert_allclose(row, fresh[key], rtol=1e-4)
+
+
+@pytest.mark.parametrize("maths", [1, 2])
+def test_rows_of_other_maths_stay_out_of_the_cache(
+    settings: dict[str, Any], own_cache: Path, monkeypatch: pytest.MonkeyPatch, maths: int
+) -> None:
+    settings |= {**LONG, "method": "dpo"}
+    interrupted(settings)
+    shutil.rmtree(own_cache)
+    monkeypatch.setattr("orpo_mlx.training.references.reference._MATHS", maths)
+    run_quietly({**settings, "resume": True, "iters": 12})
+    assert len(kept_rows(own_cache)) == (maths == 1)
 
 
 def test_the_metrics_file_must_be_the_runs_own(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

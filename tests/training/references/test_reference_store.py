@@ -48,6 +48,20 @@ def test_what_is_known_stays(tmp_path: Path) -> None:
     assert table.get(key(0)) == (np.float32(-0.1), 0.0)
 
 
+def test_rows_of_another_identity_are_known_and_stay_out_of_the_file(tmp_path: Path) -> None:
+    theirs = filled(tmp_path / "a.npz")
+    others: list[dict[str, object]] = [{**IDENTITY}, {**IDENTITY, "versions": 2}]
+    for number, identity in enumerate(others):
+        path = tmp_path / f"{number}.npz"
+        table = ReferenceTable(path, identity)
+        table.restore(theirs.arrays(), theirs.identity)
+        assert len(table) == 5
+        table.add(key(9), -9.0, -9.0)
+        table.save()
+        assert table.get(key(9)) == (-9.0, -9.0)
+        assert path.exists() == (identity == IDENTITY)
+
+
 def test_two_runs_at_once_lose_nothing(tmp_path: Path) -> None:
     first, second = (ReferenceTable(tmp_path / "a.npz", IDENTITY) for _ in range(2))
     first.add(key(1), -1.0, -1.0)
