@@ -14,7 +14,7 @@ from orpo_mlx.judging.divergence import Divergence, sampled_kl
 from orpo_mlx.judging.generation import Generated, Generator
 from orpo_mlx.judging.requests import ROWS, Loading, Sampling, Side
 from orpo_mlx.models.adapters import adapters_off, add_trained_adapters, has_switchable_adapters
-from orpo_mlx.models.loading import LoadedModel, load
+from orpo_mlx.models.loading import LoadedModel, ModelInfo, load
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 
 KL_REPLIES = 10
@@ -77,11 +77,16 @@ def replies_of_both(
 def load_side(side: Side, loading: Loading) -> LoadedModel:
     """A side's model with its adapters on; ModelError where it has no tokenizer."""
     loaded = load(side.model, dtype=loading.dtype, trust_remote_code=loading.trust_remote_code)
-    if loaded.tokenizer is None:
-        raise ModelError(f"{loaded.path}: has no tokenizer, so its replies cannot be read; give a model that has one.")
+    require_tokenizer(loaded)
     if side.adapter is not None:
         add_trained_adapters(loaded.model, side.adapter)
     return loaded
+
+
+def require_tokenizer(model: LoadedModel | ModelInfo) -> None:
+    """Raise ModelError where a model has no tokenizer."""
+    if model.tokenizer is None:
+        raise ModelError(f"{model.path}: has no tokenizer, so its replies cannot be read; give a model that has one.")
 
 
 def draw(
@@ -103,14 +108,24 @@ def prompt_ids(loaded: LoadedModel, prompts: Sequence[Prompt], sampling: Samplin
     """Token ids of each prompt.
 
     Raises:
-        DataError: a prompt cannot be rendered, is longer than what mlx-lm runs exactly, or has ids that are not the
-            model's.
+        DataError: see `rendered`, or a prompt has ids that are not the model's.
     """
-    tokenizer = PairTokenizer(loaded.tokenizer, template_strings=sampling.template_strings)
-    found = [tokenizer.prompt_ids(prompt.pair) for prompt in prompts]
+    found = rendered(loaded, prompts, sampling)
     vocabulary = vocabulary_of(loaded.model)
     for ids, prompt in zip(found, prompts, strict=True):
         check_ids(vocabulary, ids, prompt.location)
+    return found
+
+
+def rendered(loaded: LoadedModel | ModelInfo, prompts: Sequence[Prompt], sampling: Sampling) -> list[tuple[int, ...]]:
+    """Token ids of each prompt, as far as they need no weights.
+
+    Raises:
+        DataError: a prompt cannot be rendered, or is longer than what mlx-lm runs exactly.
+    """
+    tokenizer = PairTokenizer(loaded.tokenizer, template_strings=sampling.template_strings)
+    found = [tokenizer.prompt_ids(prompt.pair) for prompt in prompts]
+    for ids, prompt in zip(found, prompts, strict=True):
         if loaded.exact_tokens is not None and len(ids) + sampling.max_tokens > loaded.exact_tokens:
             raise DataError(
                 f"{prompt.location}: {len(ids)} tokens and {sampling.max_tokens} of a reply, but this model attends "

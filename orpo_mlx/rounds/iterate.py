@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orpo_mlx.config.checks import checked_config
+from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.pairs import parse_columns
 from orpo_mlx.data.prompts import Prompt, distinct, read_prompts, spread
 from orpo_mlx.data.sources import find_splits
@@ -24,13 +26,22 @@ from orpo_mlx.judging.generation import Generated
 from orpo_mlx.judging.make_pairs import PairCounts, PairPlan, make_pairs
 from orpo_mlx.judging.ranking import summary
 from orpo_mlx.judging.requests import Loading, Side
+from orpo_mlx.judging.sides import rendered, require_tokenizer
+from orpo_mlx.models.loading import find
 from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.reporting.hub import check_ready
+from orpo_mlx.reporting.services import parse_services, require_installed
 from orpo_mlx.rounds.report import write_report
-from orpo_mlx.rounds.settings import RoundsConfig
+from orpo_mlx.rounds.settings import TRAIN, RoundsConfig
 from orpo_mlx.train import train
+from orpo_mlx.training.prepare import check_parts, refuse_to_wait_for_validation
+from orpo_mlx.training.references.choose_reference import find_other_model
 
 RECORD = "rounds.json"
 """What is done, in the output folder."""
+
+_DIFFERENT = 2
+"""Rounds whose trainings differ in more than paths: the first starts from the model, all others from adapters."""
 
 
 class Rounds:
@@ -53,6 +64,8 @@ class Rounds:
         self.prompts, self.asked = prompts_of(config)
         # The prompts that are compared come last: without this, after hours.
         check_judge(self.judge, [*self.prompts, *self.asked])
+        check_trainings([self.training(number) for number in range(1, 1 + min(config.rounds, _DIFFERENT))])
+        check_model(config, self.asked)
         self.record = self._open_record()
 
     def run(self) -> dict[str, Any]:
@@ -103,10 +116,10 @@ class Rounds:
         )
         return found
 
-    def train(self, number: int) -> dict[str, Any]:
-        """Train on a round's pairs, from the adapters of the round before."""
+    def training(self, number: int) -> TrainingConfig:
+        """The settings of a round's training: on its pairs, from the adapters of the round before."""
         before = self.folder_of(number - 1) / "adapters.safetensors"
-        config = dataclasses.replace(
+        return dataclasses.replace(
             self.config.training,
             data=str(self.pairs_file(number)),
             adapter_path=str(self.folder_of(number)),
@@ -114,7 +127,10 @@ class Rounds:
             # Where nothing was begun, this begins.
             resume=True,
         )
-        result = train(config, self.reporter)
+
+    def train(self, number: int) -> dict[str, Any]:
+        """A round's training; its figures."""
+        result = train(self.training(number), self.reporter)
         return {
             "steps": result.steps,
             "trained_tokens": result.trained_tokens,
@@ -220,6 +236,29 @@ def iterate(config: RoundsConfig, folder: Path, reporter: Reporter) -> dict[str,
             # The exception's kind decides the exit status; its words were about a single training.
             interrupt.args = (f"the same command goes on with the rounds in {folder}",)
             raise
+
+
+def check_trainings(configs: Sequence[TrainingConfig]) -> None:
+    """Refuse trainings that would be refused once their pairs are there, which is after hours; raises UserError."""
+    for number, config in enumerate(configs, start=1):
+        try:
+            check_parts(checked_config(config))
+            refuse_to_wait_for_validation(config, "the pairs of a round have no valid split; leave it out")
+            if config.push_to_hub is not None:
+                check_ready(config.push_to_hub, "`push_to_hub`")
+            require_installed(parse_services(config.report_to))
+        except ConfigError as error:
+            raise ConfigError(f"{TRAIN}, round {number}: {error}") from None
+
+
+def check_model(config: RoundsConfig, prompts: Sequence[Prompt]) -> None:
+    """Refuse a reference that is not there, and prompts that the model cannot be given, before the hours that come
+    before them; raises UserError."""
+    training = config.training
+    info = find(training.model, trust_remote_code=training.trust_remote_code)
+    find_other_model(training, info)
+    require_tokenizer(info)
+    rendered(info, prompts, config.evaluation)
 
 
 def prompts_of(config: RoundsConfig) -> tuple[list[Prompt], list[Prompt]]:

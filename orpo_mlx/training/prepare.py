@@ -50,26 +50,34 @@ def find_data(config: TrainingConfig, ranks: Ranks) -> dict[str, Source]:
     Raises:
         UserError: the first thing that is wrong.
     """
-    # Made and thrown away: what is wrong with either is said before anything is read.
-    make_optimizer(config)
-    data_reading(config)
-    if config.judge is not None:
-        make_judge(config.judge)
+    check_parts(config)
     sources = find_splits(config.data, EVAL_SPLITS) if config.test else find_splits(config.data)
     if config.test:
         sources.pop("train", None)
     elif config.val_batches == 0 or "valid" not in sources:
-        for name, asked, measure in (
-            ("save_best", config.save_best and config.best_by == "loss", "loss"),
-            ("patience", config.patience is not None, config.patience_on),
-        ):
-            if asked:
-                raise ConfigError(
-                    f"`{name}` goes by the validation {measure}: give a valid split and `val_batches` other than 0."
-                )
+        refuse_to_wait_for_validation(config, "give a valid split and `val_batches` other than 0")
     if config.reference == "copy" and ranks.size > 1:
         raise ConfigError("`reference=copy`: is for comparisons on one process; leave it out under mlx.launch.")
     return sources
+
+
+def check_parts(config: TrainingConfig) -> None:
+    """Make what needs no data and no model, and throw it away: what is wrong with it is said before anything is read;
+    raises ConfigError."""
+    make_optimizer(config)
+    data_reading(config)
+    if config.judge is not None:
+        make_judge(config.judge)
+
+
+def refuse_to_wait_for_validation(config: TrainingConfig, remedy: str) -> None:
+    """Refuse what goes by a validation, where there is none; raises ConfigError."""
+    for name, asked, measure in (
+        ("save_best", config.save_best and config.best_by == "loss", "loss"),
+        ("patience", config.patience is not None, config.patience_on),
+    ):
+        if asked:
+            raise ConfigError(f"`{name}` goes by the validation {measure}: {remedy}.")
 
 
 def make_output_folder(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,12 +13,12 @@ from rich.console import Console
 
 import orpo_mlx.files
 from orpo_mlx.cli.iterate import main
-from orpo_mlx.errors import ConfigError, DataError, TrainingError
+from orpo_mlx.errors import ConfigError, DataError, TrainingError, UserError
 from orpo_mlx.judging.judges.verdicts import FIRST, SECOND, TIE, Question, Verdict
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.rounds.iterate import RECORD, Rounds, iterate
 from orpo_mlx.rounds.settings import RoundsConfig, rounds_config
-from tests.conftest import SMALL, write_rows
+from tests.conftest import CHAT_TEMPLATE, SMALL, write_model_folder, write_rows
 from tests.helpers.kill_and_resume import adapters, metrics
 
 QUIET = Reporter(Console(quiet=True))
@@ -120,6 +121,42 @@ def test_a_judge_that_cannot_judge_the_last_prompts_is_refused_before_the_first(
     made = config(tmp_path, model_folder, judge="rule:exact")
     write_rows(tmp_path / "prompts" / "train.jsonl", [{"prompt": "One?", "completion": "1"}])
     with pytest.raises(DataError, match=r"4 of 5 rows have no right answer, the first of them .*test\.jsonl:1"):
+        iterate(made, tmp_path / "out", QUIET)
+    assert not (tmp_path / "out" / RECORD).exists()
+
+
+FULL = {"fine_tune_type": "full", "reference": "base", "method": "dpo"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"save_best": True}, "train, round 1: `save_best` goes by the validation loss: the pairs of a round have no"),
+        ({"patience": 2}, "train, round 1: `patience` goes by the validation loss"),
+        ({"reference": "copy", "method": "dpo"}, "train, round 2: `reference=copy`: a resumed run no longer loads"),
+        (FULL, "train, round 2: `reference=base`: with `fine_tune_type=full`"),
+        ({"reference": "nowhere", "method": "dpo"}, "nowhere"),
+        ({"lr_schedule": {"name": "no"}}, "train, round 1: "),
+    ],
+)
+def test_a_training_that_would_be_refused_is_refused_before_anything_is_sampled(
+    tmp_path: Path, model_folder: Path, changes: dict[str, Any], expected: str
+) -> None:
+    made = config(tmp_path, model_folder)
+    with pytest.raises(UserError) as caught:
+        iterate(dataclasses.replace(made, train={**made.train, **changes}), tmp_path / "out", QUIET)
+    assert expected in str(caught.value)
+    assert not (tmp_path / "out" / RECORD).exists()
+    # What is refused in the second round alone is none where there is no second one.
+    if "round 2" in expected:
+        Rounds(dataclasses.replace(made, rounds=1, train={**made.train, **changes}), tmp_path / "out", QUIET)
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_refused_before_anything_is_sampled(tmp_path: Path) -> None:
+    refused = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('refused') }}{% endif %}"
+    made = config(tmp_path, write_model_folder(tmp_path / "model", template=refused + CHAT_TEMPLATE))
+    write_rows(tmp_path / "prompts" / "test.jsonl", [{"prompt": "yes"}, {"prompt": "no"}])
+    with pytest.raises(DataError, match=r"test\.jsonl:2"):
         iterate(made, tmp_path / "out", QUIET)
     assert not (tmp_path / "out" / RECORD).exists()
 
