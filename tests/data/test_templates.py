@@ -98,6 +98,13 @@ def test_a_thought_that_is_begun_only_where_asked_for_is_not_the_prompts(read: C
     assert pair.notes == (CUT.format("<think>↵"),)
 
 
+@pytest.mark.parametrize("content", ["hi", "think", "assistant", "t"])
+def test_a_question_that_stands_in_the_header_by_chance(read: Callable[..., Reading], content: str) -> None:
+    pair = read(THOUGHTS_STRIPPED, content, "Yes", "No")
+    assert pair.prompt == f"<|start|>user\n{content}<|end|>\n<|start|>assistant\n"
+    assert pair.notes == (CUT.format("<think>↵"),)
+
+
 def test_what_answers_share_with_the_header_by_chance_is_theirs(read: Callable[..., Reading]) -> None:
     # Both begin as <think> does.
     pair = read(THOUGHTS_STRIPPED, "Hi", "<tool>a</tool>", "<table>")

@@ -177,10 +177,14 @@ class PairRenderer:
         """Where the last turn ends in the text of a prompt: what comes after it is the template's own."""
         turns = as_turns(pair.prompt, "user")
         content = turns[-1]["content"].strip()
-        found = prompt.rfind(content) if content else -1
+        most = _common_length(prompt, self._render(pair, turns, add_generation_prompt=False))
+        # Before the header, in which a short content may stand by chance: "hi" in <think>.
+        found = prompt.rfind(content, 0, most) if content else -1
+        if found < 0 and content:
+            # Where the template writes the turns themselves otherwise, all of the content is the prompt's.
+            found = prompt.rfind(content)
         # A template may have changed the content; then, what it writes where it asks for no answer.
-        asked_nothing = self._render(pair, turns, add_generation_prompt=False)
-        return found + len(content) if found >= 0 else _common_length(prompt, asked_nothing)
+        return found + len(content) if found >= 0 else most
 
     def _learned(self, row: Pair | Group, prompt: str, side: Text, text: str, train_on: str) -> list[Stretch] | None:
         if isinstance(side, str):
