@@ -31,7 +31,6 @@ SEVERAL_TURNS = {
     "assistant": "with completions of several turns, of which the assistant's are trained on",
     "last": "with completions of several turns, of which the assistant's last is trained on",
 }
-SYSTEM_FOLDED = "with the system text put into the next turn, since the chat template has no system role"
 
 
 class Lengths(NamedTuple):
@@ -138,8 +137,6 @@ def _write(
         def pairs() -> Iterator[Any]:
             for row in read_pairs(source, reading, report):
                 waiting.append(row)
-                if to_ids.folds_system and any(map(_has_system_turn, row.pairs)):
-                    report.note(SYSTEM_FOLDED, row.location)
                 if reading.train_on != "all" and any(map(_has_several_turns, row.pairs)):
                     report.note(f"{SEVERAL_TURNS[reading.train_on]} (`train_on={reading.train_on}`)", row.location)
                 yield from row.pairs
@@ -200,10 +197,6 @@ def _has_several_turns(pair: Any) -> bool:
     if not isinstance(pair, Pair | Group):
         return False
     return any(not isinstance(completion, str) and len(completion) > 1 for completion in pair.completions)
-
-
-def _has_system_turn(pair: Any) -> bool:
-    return isinstance(pair, Pair | Group) and not isinstance(pair.prompt, str) and pair.prompt[0]["role"] == "system"
 
 
 def _key(*parts: Any) -> str:

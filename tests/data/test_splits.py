@@ -15,13 +15,12 @@ from orpo_mlx.data.sources import FileSource
 from orpo_mlx.data.splits import (
     COMPLETION_CUT,
     PROMPT_CUT,
-    SYSTEM_FOLDED,
     Lengths,
     Split,
     tokenized_split,
     tokenizer_fingerprint,
 )
-from orpo_mlx.data.tokens.chat_template import TEMPLATED_TWICE
+from orpo_mlx.data.tokens.chat_template import SYSTEM_FOLDED, TEMPLATED_TWICE
 from orpo_mlx.data.tokens.token_store import TokenStore
 from orpo_mlx.data.tokens.tokenization import PairTokenizer
 from orpo_mlx.errors import DataError

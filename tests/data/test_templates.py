@@ -13,6 +13,9 @@ from mlx_lm.utils import load_tokenizer
 from orpo_mlx.data.tokens.chat_template import (
     CALL_LEFT_OUT,
     CALLS_LEFT_OUT,
+    DEVELOPER_RENAMED,
+    PROMPT_WORDS_LEFT_OUT,
+    SYSTEM_FOLDED,
     THOUGHT_LEFT_OUT,
     TOOLS_LEFT_OUT,
     WORDS_LEFT_OUT,
@@ -194,6 +197,54 @@ def test_a_template_that_leaves_out_answers_is_named(read: Callable[..., Reading
         read(template, "Hi", "Yes", "No")
     cut = EACH + "{{ m.content[:3] }}" + END
     assert read(cut, "Hi", "Yes, sir", "No").notes == (WORDS_LEFT_OUT,)
+
+
+# Turns that a template does not know ----------------------------------------------------------------------------------
+
+KNOWN = (
+    "{{% for m in messages %}}{{% if m.role in {roles} %}}<|start|>{{{{ m.role }}}}\n{{{{ m.content }}}}<|end|>\n"
+    "{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}<|start|>assistant\n{{% endif %}}"
+)
+DEVELOPER = {"role": "developer", "content": "Be brief."}
+SYSTEM = {"role": "system", "content": "In German."}
+
+
+def test_a_developers_text_is_not_lost(read: Callable[..., Reading]) -> None:
+    pair = read(KNOWN.format(roles="['developer', 'user', 'assistant']"), [DEVELOPER, user("Hi")], "Yes", "No")
+    assert pair.prompt.startswith("<|start|>developer\nBe brief.<|end|>")
+    assert pair.notes == ()
+    pair = read(KNOWN.format(roles="['system', 'user', 'assistant']"), [DEVELOPER, user("Hi")], "Yes", "No")
+    assert pair.prompt.startswith("<|start|>system\nBe brief.<|end|>\n<|start|>user\nHi<|end|>")
+    assert pair.notes == (DEVELOPER_RENAMED,)
+    pair = read(KNOWN.format(roles="['user', 'assistant']"), [SYSTEM, DEVELOPER, user("Hi")], "Yes", "No")
+    assert pair.prompt.startswith("<|start|>user\nIn German.\n\nBe brief.\n\nHi<|end|>")
+    assert pair.notes == (DEVELOPER_RENAMED, SYSTEM_FOLDED)
+
+
+def test_turns_of_the_prompt_that_are_left_out_are_counted(read: Callable[..., Reading]) -> None:
+    known = KNOWN.format(roles="['system', 'user', 'assistant']").replace(
+        "m.role in", "(m.role != 'system' or loop.first) and m.role in"
+    )
+    assert read(known, [user("Hi"), thinks("so", "Hello"), user("Bye")], "Yes", "No").notes == ()
+    for turn in (SYSTEM, {"role": "tool", "content": "14"}):
+        found = read(known, [user("Hi"), says("Hello"), turn, user("Bye")], "Yes", "No")
+        assert found.notes == (PROMPT_WORDS_LEFT_OUT,)
+    # As JSON, a tool's result is all there.
+    results = EACH + "{{ m.content | tojson if m.role == 'tool' else m.content }}" + END
+    asked = [user("Hi"), says("", tool_calls=[CALL]), {"role": "tool", "content": 'a "b"\n\u00e9'}]
+    assert PROMPT_WORDS_LEFT_OUT not in read(results, asked, "Yes", "No").notes
+
+
+def test_a_system_text_that_is_shown_only_where_an_answer_is_asked_for(read: Callable[..., Reading]) -> None:
+    # As Mistral's of the third version, which writes it before the last question where nothing follows that.
+    template = (
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}"
+        "{% endif %}{% for m in messages %}{% if m.role == 'user' %}[I]{% if system and loop.last %}{{ system }}\n\n"
+        "{% endif %}{{ m.content }}[/I]{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    )
+    pair = read(template, [SYSTEM, user("Hi")], "Yes", "No")
+    assert (pair.prompt, pair.chosen) == ("[I]In German.\n\nHi[/I]", "Yes<|end|>")
+    assert pair.notes == (SYSTEM_FOLDED,)
 
 
 # Tools ----------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +22,12 @@ TEMPLATED_TWICE = (
     "whose prompt has the marks of the chat template in it and was put into the template once more "
     "(`template_strings=False` takes strings as they stand)"
 )
+SYSTEM_FOLDED = (
+    "with the system text put into the next turn, since the chat template has no system role or shows it only where no "
+    "answer follows"
+)
+DEVELOPER_RENAMED = "with a developer's turn as a system turn, since the chat template has no developer role"
+PROMPT_WORDS_LEFT_OUT = "without some words of the prompt, which the chat template leaves out or changes"
 CALL_LEFT_OUT = "without a tool call of an answer, which the chat template leaves out"
 WORDS_LEFT_OUT = "without some words of an answer, which the chat template leaves out or changes"
 THOUGHT_LEFT_OUT = "without a thought of an answer, which the chat template leaves out"
@@ -69,8 +77,6 @@ class PairRenderer:
             bound_templates()
         self._has_template = tokenizer is not None and tokenizer.has_chat_template
         self._traits = TemplateTraits(self._probe, eos_texts)
-        self.folds_system = self._has_template and self._traits.folds_system
-        """Whether a system text goes to the head of the next turn, since the template has no system role."""
 
     def texts(self, row: Pair | Group, train_on: str = "all") -> RenderedTexts:
         """The texts of the prompt and of prompt + completion; `train_on` is one of `TRAINED_TURNS`.
@@ -156,9 +162,18 @@ class PairRenderer:
             yield TEMPLATED_TWICE
         if pair.tools and not self._traits.shows_tools:
             yield TOOLS_LEFT_OUT
-        called = [name for turn in as_turns(pair.prompt, "user") for name in _called(turn)]
-        if called and not self._traits.shows_tool_calls:
+        asked = as_turns(pair.prompt, "user")
+        if any(map(_called, asked)) and not self._traits.shows_tool_calls:
             yield CALLS_LEFT_OUT
+        every = (*asked, *(turn for side in pair.completions for turn in as_turns(side, "assistant")))
+        if any(turn["role"] == "developer" for turn in every) and not self._traits.shows_developer:
+            yield DEVELOPER_RENAMED
+        if self._with_known_roles(asked[:1])[0]["role"] == "system" and self._traits.folds_system:
+            yield SYSTEM_FOLDED
+        # Thoughts of earlier turns are no loss: templates leave them out where the model is asked as well.
+        words = [part for turn in asked for note, part in _spoken(turn) if note == WORDS_LEFT_OUT]
+        if not all(_holds(texts.prompt, part) for part in words):
+            yield PROMPT_WORDS_LEFT_OUT
         said: list[str] = []
         for side, text in zip(pair.completions, texts.whole, strict=True):
             completion = text[len(texts.prompt) :]
@@ -170,7 +185,7 @@ class PairRenderer:
                         "knows tools."
                     )
                 said.append(CALL_LEFT_OUT)
-            said += [note for turn in turns for note, part in _spoken(turn) if part not in completion]
+            said += [note for turn in turns for note, part in _spoken(turn) if not _holds(completion, part)]
         yield from dict.fromkeys(said)
 
     def _end_of_turns(self, pair: Pair | Group, prompt: str) -> int:
@@ -213,12 +228,19 @@ class PairRenderer:
 
     def _as_wanted(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Turns in the form that the template takes."""
-        turns = [dict(message) for message in messages]
+        turns = self._with_known_roles(messages)
         if any(turn.get("tool_calls") for turn in turns) and self._traits.wants_json_arguments:
             turns = [with_json_arguments(turn) for turn in turns]
-        if self.folds_system:
+        if turns[0]["role"] == "system" and self._traits.folds_system:
             turns = folded(turns)
         return in_parts(turns) if self._traits.wants_parts else turns
+
+    def _with_known_roles(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """The turns, the developer's as system turns where the template does not show them otherwise."""
+        turns = [dict(message) for message in messages]
+        if all(turn["role"] != "developer" for turn in turns) or self._traits.shows_developer:
+            return turns
+        return [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in turns]
 
     def _apply(
         self, turns: Sequence[Message], add_generation_prompt: bool, extras: Mapping[str, Any] | None = None
@@ -265,6 +287,11 @@ def _spoken(turn: Message) -> Iterator[tuple[str, str]]:
             yield note, part.strip()
 
 
+def _holds(text: str, part: str) -> bool:
+    """Whether a part of a turn stands in a text, as it is or as JSON: templates write results of tools so."""
+    return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text
+
+
 def _called(turn: Message) -> list[str]:
     """The names of the functions that a turn calls."""
     calls = [call.get("function", call) for call in turn.get("tool_calls") or []]
@@ -298,8 +325,9 @@ def _plain(text: Text, location: str) -> str:
 
 
 def folded(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Turns whose system text stands at the head of the first turn after it."""
-    if len(turns) < 2 or turns[0].get("role") != "system":
+    """Turns whose system texts at their beginning stand at the head of the first turn after them."""
+    count = sum(1 for _ in itertools.takewhile(lambda turn: turn.get("role") == "system", turns))
+    if not 0 < count < len(turns):
         return turns
-    first = {**turns[1], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
-    return [first, *turns[2:]]
+    content = "\n\n".join(turn["content"] for turn in turns[: count + 1])
+    return [{**turns[count], "content": content}, *turns[count + 1 :]]

@@ -45,10 +45,12 @@ class TemplateTraits:
     @cached_property
     def folds_system(self) -> bool:
         """Whether the template refuses a system turn, or leaves it out in silence."""
-        # A template that takes nothing is named with the first row.
-        if self._rendered([_QUESTION], True) is None:
-            return False
-        return not _shown(self._rendered([{"role": "system", "content": MARK}, _QUESTION], True))
+        return not self._shows_first("system")
+
+    @cached_property
+    def shows_developer(self) -> bool:
+        """Whether the template takes a turn of the developer's, as newer models call a system turn."""
+        return self._shows_first("developer")
 
     @cached_property
     def wants_json_arguments(self) -> bool:
@@ -87,6 +89,18 @@ class TemplateTraits:
         # White space after EOS stays: many templates end every turn in a line break, also the last.
         blank = len(rest) - len(rest.lstrip())
         return rest[blank:] if eos else ""
+
+    def _shows_first(self, role: str) -> bool:
+        """Whether a first turn of this role is shown, where an answer is asked for and where there is one.
+
+        Some templates put a system text before the last question, and only where nothing follows that.
+        """
+        first = {"role": role, "content": MARK}
+        for turns, ask in (([_QUESTION], True), ([_QUESTION, {"role": "assistant", "content": "Yes"}], False)):
+            # A template that takes nothing is named with the first row.
+            if self._rendered(turns, ask) is not None and not _shown(self._rendered([first, *turns], ask)):
+                return False
+        return True
 
     @cached_property
     def _answered(self) -> str | None:

@@ -53,7 +53,6 @@ class PairTokenizer:
         self._train_on = train_on
         self._codec = TokenCodec(tokenizer)
         self._renderer = PairRenderer(tokenizer, self._codec.eos_texts, template_strings=template_strings)
-        self.folds_system = self._renderer.folds_system
         self.notes: dict[str, tuple[str, ...]] = {}
         """What to know about how rows were taken, by their location; for who counts, and takes them out."""
 

@@ -219,7 +219,6 @@ def test_a_template_without_a_system_role_gets_it_in_the_next_turn(tmp_path: Pat
     prompt, chosen, _ = texts_of(tokenizer, Pair(turns, "Yes", "No", "f:1"))
     assert prompt == "<|start|>user\nBe brief.\n\nHi<|end|>\n<|start|>assistant\n"
     assert chosen == "Yes<|end|>\n"
-    assert PairTokenizer(tokenizer).folds_system
 
 
 def test_a_template_with_a_system_role_keeps_it(tokenizer: Any) -> None:
