@@ -211,7 +211,7 @@ class PairRenderer:
             return rendered if add_generation_prompt else rendered.removesuffix(self._traits.stray_header)
 
         before = as_turns(row.prompt, "user")
-        return learned_stretches(render, before, turns, text, len(prompt), train_on, self._eos_texts)
+        return learned_stretches(render, before, turns, text, len(prompt), train_on, self._traits.closings)
 
     def _render(self, pair: Pair | Group, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         turns = self._as_wanted(messages)

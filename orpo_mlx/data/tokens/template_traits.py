@@ -79,16 +79,24 @@ class TemplateTraits:
     @cached_property
     def stray_header(self) -> str:
         """What is written after a finished answer beyond its EOS: the next turn's header, asked for or not."""
-        _, mark, after = (self._answered or "").rpartition(MARK)
-        if not mark:
-            return ""
-        # The EOS that stands first: one that is not there has the whole text before it, so it is not chosen.
-        _, eos, rest = min(
-            (after.partition(text) for text in self._eos_texts), key=lambda cut: len(cut[0]), default=("",) * 3
-        )
+        _, eos, rest = self._ending
         # White space after EOS stays: many templates end every turn in a line break, also the last.
-        blank = len(rest) - len(rest.lstrip())
-        return rest[blank:] if eos else ""
+        return rest.lstrip() if eos else ""
+
+    @cached_property
+    def closings(self) -> tuple[str, ...]:
+        """What may end an answer: an EOS, or what is written from somewhere behind the answer up to its EOS."""
+        before, eos, _ = self._ending
+        # From anywhere in it, for the end of an answer may share characters with its beginning.
+        return (*(before[at:] + eos for at in range(len(before)) if eos), *self._eos_texts)
+
+    @cached_property
+    def _ending(self) -> tuple[str, str, str]:
+        """What is written behind an answer: up to its first EOS, that, and the rest; without an EOS nothing of use."""
+        _, mark, after = (self._answered or "").rpartition(MARK)
+        # One that is not there has the whole text before it, so it is not chosen.
+        cuts = (after.partition(text) for text in self._eos_texts if mark)
+        return min(cuts, key=lambda cut: len(cut[0]), default=("", "", ""))
 
     def _shows_first(self, role: str) -> bool:
         """Whether a first turn of this role is shown, where an answer is asked for and where there is one.

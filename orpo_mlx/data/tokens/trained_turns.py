@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from orpo_mlx.errors import DataError
 from orpo_mlx.types import Message
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def learned_stretches(
     text: str,
     begin: int,
     which: str,
-    eos_texts: Sequence[str],
+    closings: Sequence[str],
 ) -> list[Stretch] | None:
     """What the assistant says in a text, each time from behind its header to its EOS; None where all is learned.
 
@@ -85,7 +86,10 @@ def learned_stretches(
         text: of all of them.
         begin: where the completion begins in it.
         which: one of `TRAINED_TURNS`.
-        eos_texts: of the tokenizer.
+        closings: what may end a turn: the texts of the tokenizer's EOS, or what the template writes up to it.
+
+    Raises:
+        DataError: the template refuses parts of the conversation, so that a turn cannot be found.
     """
     if which == "all" or len(turns) == 1:
         return None
@@ -93,14 +97,22 @@ def learned_stretches(
     found = []
     for number in spoken[-1:] if which == "last" else spoken:
         so_far = (*before, *turns[:number])
-        other = render((*so_far, _another(turns[number]), *turns[number + 1 :]), False)
-        stretch = _difference(text, other)
         header = render(so_far, True)
+        try:
+            other = render((*so_far, _another(turns[number]), *turns[number + 1 :]), False)
+        except DataError:
+            # Some templates take a tool's result behind a call alone.
+            until = render((*so_far, turns[number]), False).rstrip()
+            if not (text.startswith(header) and text.startswith(until)):
+                raise
+            stretch = Stretch(len(header), len(until))
+        else:
+            stretch = _difference(text, other)
         # What generation would start from, where the text goes on from it: a template may begin each answer alike.
         start = len(header) if text.startswith(header) and len(header) <= stretch.start else stretch.start
         if number == 0:
             start = begin
-        end = len(text) if number == len(turns) - 1 else _end_of_turn(text, stretch.end, eos_texts)
+        end = len(text) if number == len(turns) - 1 else _end_of_turn(text, stretch.end, closings)
         found.append(Stretch(start, end))
     return found
 
@@ -121,9 +133,9 @@ def _difference(text: str, other: str) -> Stretch:
     return Stretch(start, len(text) - same)
 
 
-def _end_of_turn(text: str, end: int, eos_texts: Sequence[str]) -> int:
-    """`end`, or where the EOS that follows it ends: generation stops there."""
+def _end_of_turn(text: str, end: int, closings: Sequence[str]) -> int:
+    """`end`, or where the closing that follows it ends: generation stops there."""
     rest = text[end:]
     blank = len(rest) - len(rest.lstrip())
-    closing = [eos for eos in eos_texts if rest.startswith(eos, blank)]
-    return end + blank + max(map(len, closing)) if closing else end
+    found = [closing for closing in closings if rest.startswith(closing, blank)]
+    return end + blank + max(map(len, found)) if found else end

@@ -34,7 +34,18 @@ TEMPLATES = {
     "{% else %}{{ message.content }}{% endif %}<|end|>\n" + TAIL,
     "calls": HEAD + "<|start|>{{ message.role }}\n{{ message.content }}{% for call in message.tool_calls or [] %}"
     "<call>{{ call.function.name }}</call>{% endfor %}<|end|>\n" + TAIL,
+    # More than EOS behind an answer, and something else behind a call.
+    "closed": HEAD + "<|start|>{{ message.role }}\n{% if message.role != 'assistant' %}{{ message.content }}"
+    "{% elif message.tool_calls %}<call>{{ message.tool_calls[0].function.name }}</call></act>"
+    "{% else %}{{ message.content }}</said>{% endif %}<|end|>\n" + TAIL,
 }  # fmt: skip
+# A tool's result behind a call alone.
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}"
+    "{{ raise_exception('a result without a call') }}{% endif %}{% endfor %}"
+)
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+CALL_AND_ANSWER = (CALL, {"role": "tool", "content": "42"}, {"role": "assistant", "content": "It is 42."})
 
 
 def tokenizer_of(folder: Path, template: str) -> Any:
@@ -71,6 +82,7 @@ THREE = turns("Zq1", "and Zq1?", "Zébra 1", "Z?", "Zq1 Zq1")
         ("gemma", ["Zq1\n<|end|>", "Zébra 1\n<|end|>", "Zq1 Zq1\n<|end|>\n"]),
         ("thinking", ["Zq1<|end|>", "Zébra 1<|end|>", "<think>\n\n</think>\n\nZq1 Zq1<|end|>\n"]),
         ("calls", ["Zq1<|end|>", "Zébra 1<|end|>", "Zq1 Zq1<|end|>\n"]),
+        ("closed", ["Zq1</said><|end|>", "Zébra 1</said><|end|>", "Zq1 Zq1</said><|end|>\n"]),
     ],
 )
 def test_the_assistants_turns_are_learned(tmp_path: Path, name: str, expected: list[str]) -> None:
@@ -88,9 +100,7 @@ def test_the_assistants_turns_are_learned(tmp_path: Path, name: str, expected: l
 
 def test_a_call_is_the_assistants_and_its_result_is_not(tmp_path: Path) -> None:
     tokenizer = tokenizer_of(tmp_path, TEMPLATES["calls"])
-    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
-    side = (call, {"role": "tool", "content": "42"}, {"role": "assistant", "content": "It is 42."})
-    found = PairTokenizer(tokenizer)(Pair(ASK, side, turns("No"), "f:1"))
+    found = PairTokenizer(tokenizer)(Pair(ASK, CALL_AND_ANSWER, turns("No"), "f:1"))
     assert learned_text(tokenizer, found.completions[0]) == ["<call>f</call><|end|>", "It is 42.<|end|>\n"]
     only = (*turns("Yes", "Bye"), {"role": "user", "content": "Still there?"})
     found = PairTokenizer(tokenizer, "last")(Pair(ASK, only, turns("No"), "f:1"))
@@ -98,6 +108,28 @@ def test_a_call_is_the_assistants_and_its_result_is_not(tmp_path: Path) -> None:
     tools = ({"role": "tool", "content": "1"}, {"role": "tool", "content": "2"})
     with pytest.raises(DataError, match=r"f:1: a completion has no turn of the assistant.*`train_on=all`"):
         PairTokenizer(tokenizer_of(tmp_path / "inst", TEMPLATES["inst"]))(Pair(ASK, tools, turns("No"), "f:1"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("calls", ["<call>f</call><|end|>", "It is 42.<|end|>\n"]),
+        ("closed", ["<call>f</call></act><|end|>", "It is 42.</said><|end|>\n"]),
+    ],
+)
+@pytest.mark.parametrize("strict", [STRICT, ""], ids=["strict", "lenient"])
+def test_a_call_whose_place_no_other_turn_can_take(tmp_path: Path, strict: str, name: str, expected: list[str]) -> None:
+    tokenizer = tokenizer_of(tmp_path, strict + TEMPLATES[name])
+    found = PairTokenizer(tokenizer)(Pair(ASK, CALL_AND_ANSWER, turns("No"), "f:1"))
+    assert learned_text(tokenizer, found.completions[0]) == expected
+
+
+def test_a_call_that_is_not_to_be_found_is_refused(tmp_path: Path) -> None:
+    # Written otherwise once its result follows.
+    changed = TEMPLATES["calls"].replace("<call>", "<call>{{ messages | length }}")
+    tokenizer = tokenizer_of(tmp_path, STRICT + changed)
+    with pytest.raises(DataError, match="f:1: the chat template refused the turns .*: a result without a call"):
+        PairTokenizer(tokenizer)(Pair(ASK, CALL_AND_ANSWER, turns("No"), "f:1"))
 
 
 def test_transformers_own_mask_agrees(tmp_path: Path) -> None:
