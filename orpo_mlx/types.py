@@ -34,6 +34,8 @@ class Pair(NamedTuple):
     """Score of chosen minus score of rejected, where the row has scores."""
     weight: float = 1.0
     """What the pair's loss is multiplied by."""
+    divided_text: bool = False
+    """Whether each side is prompt and completion in one text, divided where the two begin to differ."""
 
     @property
     def whole_text(self) -> bool:
@@ -67,6 +69,11 @@ class Group(NamedTuple):
     """What the row's loss is multiplied by."""
     whole_text: bool = False
     """Whether the prompt is empty and the one completion a text by itself, as for pretraining."""
+
+    @property
+    def divided_text(self) -> bool:
+        """See `Pair`."""
+        return False
 
     @property
     def margin(self) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from mlx_lm.utils import load_tokenizer
 
+from orpo_mlx.data.shapes.formats import read_row
 from orpo_mlx.data.tokens.chat_template import (
     CALL_LEFT_OUT,
     CALLS_LEFT_OUT,
@@ -245,6 +246,26 @@ def test_a_system_text_that_is_shown_only_where_an_answer_is_asked_for(read: Cal
     pair = read(template, [SYSTEM, user("Hi")], "Yes", "No")
     assert (pair.prompt, pair.chosen) == ("[I]In German.\n\nHi[/I]", "Yes<|end|>")
     assert pair.notes == (SYSTEM_FOLDED,)
+
+
+# Strings --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [{}, {"system": "S"}])
+def test_an_answer_divided_from_its_prompt_does_not_begin_with_the_space_between(
+    tokenizer: Any, more: dict[str, str]
+) -> None:
+    tokenizer._tokenizer.chat_template = EACH + "{{ m.content }}" + END + ASK.replace("<think>\n", "")
+    (pair,) = read_row({"chosen": "Name a fruit. Apple", "rejected": "Name a fruit. Stone", **more}, "f:1").pairs
+    assert isinstance(pair, Pair)
+    found = Reading(tokenizer, pair)
+    assert found.prompt.endswith("user\nName a fruit.<|end|>\n<|start|>assistant\n")
+    assert (found.chosen, found.rejected, found.notes) == ("Apple<|end|>\n", "Stone<|end|>\n", ())
+    # A space of the row's own stays.
+    assert Reading(tokenizer, pair._replace(divided_text=False)).chosen == " Apple<|end|>\n"
+    if not more:
+        ids = PairTokenizer(tokenizer, template_strings=False)(pair)
+        assert tokenizer.decode([*ids.prompt_ids, *ids.completions[0]]) == "Name a fruit. Apple<|end|>"
 
 
 # Tools ----------------------------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def pair_shape(
             sides = Sides(prompt, as_turns(sides.chosen, "assistant"), as_turns(sides.rejected, "assistant"))
         check_prompt(sides.prompt, location)
         scored = (margin_of(row, location), weight_of(row, location))
-        pair = Pair(*sides, location, *extras(row, location), *scored)
+        pair = Pair(*sides, location, *extras(row, location), *scored, divided_text=read is implicit_text)
         return Found([pair], note(row, sides.prompt, location))
 
     return Shape(name, lambda row: has_sides(row) and fits(row), read_pair)

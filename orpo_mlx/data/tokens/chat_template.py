@@ -118,14 +118,13 @@ class PairRenderer:
         return self._has_template and (self._template_strings or not strings) and not pair.whole_text
 
     def _whole(self, pair: Pair | Group, prompt: str, side: Text) -> str:
-        side = self._without_eos(side)
         if not self.is_templated(pair):
-            return prompt + _plain(side, pair.location)
+            return prompt + _plain(self._without_eos(side), pair.location)
         if not self._traits.shows_answers:
             raise DataError(
                 f"{pair.location}: the chat template leaves out the assistant's text; use another template."
             )
-        turns = (*as_turns(pair.prompt, "user"), *as_turns(side, "assistant"))
+        turns = (*as_turns(pair.prompt, "user"), *self._answer(pair, side))
         return self._render(pair, turns, add_generation_prompt=False).removesuffix(self._traits.stray_header)
 
     def _with_shared_prompt(self, pair: Pair | Group, texts: RenderedTexts) -> RenderedTexts:
@@ -177,7 +176,7 @@ class PairRenderer:
         said: list[str] = []
         for side, text in zip(pair.completions, texts.whole, strict=True):
             completion = text[len(texts.prompt) :]
-            turns = as_turns(self._without_eos(side), "assistant")
+            turns = self._answer(pair, side)
             if any(name not in completion for turn in turns for name in _called(turn)):
                 if not any(turn["content"].strip() for turn in turns if turn["role"] == "assistant"):
                     raise DataError(
@@ -204,7 +203,7 @@ class PairRenderer:
     def _learned(self, row: Pair | Group, prompt: str, side: Text, text: str, train_on: str) -> list[Stretch] | None:
         if isinstance(side, str):
             return None
-        turns = as_turns(self._without_eos(side), "assistant")
+        turns = self._answer(row, side)
 
         def render(turns: Sequence[Message], add_generation_prompt: bool) -> str:
             rendered = self._render(row, turns, add_generation_prompt=add_generation_prompt)
@@ -262,6 +261,14 @@ class PairRenderer:
             raise ModelError(f"{self._model}: its chat template cannot be used: {error}.") from None
         except Exception:  # Whatever it is, it is said of the first row that meets it.
             return None
+
+    def _answer(self, pair: Pair | Group, side: Text) -> tuple[Message, ...]:
+        """A completion's turns as they are put into the template."""
+        turns = as_turns(self._without_eos(side), "assistant")
+        if not pair.divided_text:
+            return turns
+        # What stood between prompt and answer: now the template's header does.
+        return ({**turns[0], "content": turns[0]["content"].lstrip()}, *turns[1:])
 
     def _without_eos(self, text: Text) -> Text:
         """A completion whose own text ends in EOS would get another from the template."""

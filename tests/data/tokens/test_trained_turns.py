@@ -128,7 +128,7 @@ def test_a_call_that_is_not_to_be_found_is_refused(tmp_path: Path) -> None:
     # Written otherwise once its result follows.
     changed = TEMPLATES["calls"].replace("<call>", "<call>{{ messages | length }}")
     tokenizer = tokenizer_of(tmp_path, STRICT + changed)
-    with pytest.raises(DataError, match="f:1: the chat template refused the turns .*: a result without a call"):
+    with pytest.raises(DataError, match=r"f:1: the chat template refused the turns .*: a result without a call"):
         PairTokenizer(tokenizer)(Pair(ASK, CALL_AND_ANSWER, turns("No"), "f:1"))
 
 
