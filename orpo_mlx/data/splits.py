@@ -5,12 +5,15 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 import shutil
 import tempfile
 from collections import deque
 from collections.abc import Iterator
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +21,7 @@ from orpo_mlx.data.groups import COMPLETIONS_LEFT_OUT, pair_count
 from orpo_mlx.data.pairs import PairsOfRow, Reading, read_pairs, with_remedy
 from orpo_mlx.data.row_counts import MAX_SEQ_LENGTH, RowReport
 from orpo_mlx.data.sources import Source
+from orpo_mlx.data.tokens.token_codec import backend_of
 from orpo_mlx.data.tokens.token_store import StoreWriter, TokenStore
 from orpo_mlx.data.tokens.tokenization import Outcome, PairTokenizer
 from orpo_mlx.data.tokens.truncation import Fitted, fit
@@ -31,6 +35,12 @@ SEVERAL_TURNS = {
     "assistant": "with completions of several turns, of which the assistant's are trained on",
     "last": "with completions of several turns, of which the assistant's last is trained on",
 }
+
+
+# Packages that make texts and tokens of rows.
+_RENDERERS = ("mlx-lm", "transformers", "jinja2", "tokenizers")
+# What a template has in it that writes the date: transformers' function for that, or Python's module.
+_ASK_THE_DATE = ("strftime", "datetime")
 
 
 class Lengths(NamedTuple):
@@ -84,7 +94,8 @@ def tokenized_split(source: Source, reading: Reading, tokenizer: Any | None, len
     """
     # By content, so that a file changed in place is not taken for what it was.
     sha256 = source.sha256()
-    key = _key(source.name, sha256, dataclasses.asdict(reading), lengths, tokenizer_fingerprint(tokenizer))
+    versions = [version(name) for name in _RENDERERS]
+    key = _key(source.name, sha256, dataclasses.asdict(reading), lengths, versions, tokenizer_fingerprint(tokenizer))
     cache = cache_folder()
     target = None if cache is None else cache / "tokens" / key
     store = (target and opened_store(target)) or _write(source, reading, tokenizer, lengths, target)
@@ -97,15 +108,21 @@ def tokenized_split(source: Source, reading: Reading, tokenizer: Any | None, len
 
 
 def tokenizer_fingerprint(tokenizer: Any | None) -> str:
-    """What decides a text's tokens, as a hash: vocabulary, merges, template, special tokens."""
+    """What decides a text's tokens, as a hash: vocabulary, merges, template, special tokens, the checkpoint's code."""
     if tokenizer is None:
         return "none"
     # mlx-lm's wrapper hides transformers' tokenizer, which has what is wanted.
     inner = tokenizer._tokenizer
-    backend = getattr(inner, "backend_tokenizer", None)
+    # As texts are encoded: without the truncation and padding that a checkpoint may ask for.
+    backend = backend_of(tokenizer)
+    # A template may be a function of mlx-lm's, of which the name is enough beside the version.
+    function = getattr(tokenizer, "_chat_template", None)
+    templates = (str(getattr(inner, "chat_template", None)), *_own_code(type(inner)))
     parts = (
         backend.to_str() if backend is not None else json.dumps(sorted(inner.get_vocab().items())),
-        str(getattr(inner, "chat_template", None)),
+        templates,
+        None if function is None else (function.__module__, function.__qualname__),
+        date.today().isoformat() if any(word in text for text in templates for word in _ASK_THE_DATE) else None,
         sorted(tokenizer.eos_token_ids),
         # Of several ends the one that answers are given.
         inner.eos_token_id,
@@ -114,6 +131,14 @@ def tokenizer_fingerprint(tokenizer: Any | None) -> str:
         inner.bos_token_id,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _own_code(tokenizer: type) -> list[str]:
+    """The Python files that come with a checkpoint, where its tokenizer is a class of theirs."""
+    if not tokenizer.__module__.startswith("transformers_modules."):
+        return []
+    folder = Path(inspect.getfile(tokenizer)).parent
+    return [path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.py"))]
 
 
 def opened_store(folder: Path) -> TokenStore | None:

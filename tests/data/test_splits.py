@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -177,8 +179,55 @@ def test_nothing_left_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
 def test_of_several_ends_the_one_that_answers_are_given_decides_their_tokens() -> None:
     def of(end: int) -> str:
         inner = SimpleNamespace(
-            backend_tokenizer=SimpleNamespace(to_str=lambda: "v"), chat_template="t", bos_token_id=0, eos_token_id=end
+            backend_tokenizer=SimpleNamespace(to_str=lambda: "v", no_truncation=int, no_padding=int),
+            chat_template="t",
+            bos_token_id=0,
+            eos_token_id=end,
         )
         return tokenizer_fingerprint(SimpleNamespace(_tokenizer=inner, eos_token_ids={1, 2}, has_chat_template=True))
 
     assert of(1) == of(1) != of(2)
+
+
+def test_tokens_are_of_the_day_where_the_template_writes_it(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(model_folder)
+
+    def on(day: int) -> str:
+        monkeypatch.setattr(module, "date", SimpleNamespace(today=lambda: date(2026, 1, day)))
+        return tokenizer_fingerprint(tokenizer)
+
+    assert on(1) == on(2)
+    tokenizer._tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE
+    assert on(1) == on(1) != on(2)
+
+
+def test_tokens_are_those_of_the_packages_that_made_them(
+    tmp_path: Path, own_cache: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [GOOD])
+    for number, name in enumerate(("mlx-lm", "transformers", "jinja2", "tokenizers"), 2):
+        split_of(path, tokenizer)
+        monkeypatch.setattr(module, "version", lambda asked, name=name: "new" if asked == name else "old")
+        split_of(path, tokenizer)
+        assert len(list((own_cache / "tokens").iterdir())) == number
+
+
+def test_code_of_the_checkpoints_decides_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = type("Own", (SimpleNamespace,), {"__module__": "transformers_modules.own"})
+    monkeypatch.setitem(sys.modules, "transformers_modules.own", SimpleNamespace(__file__=str(tmp_path / "own.py")))
+
+    def of(code: str) -> str:
+        (tmp_path / "own.py").write_text(code)
+        inner = own(get_vocab=dict, eos_token_id=1, bos_token_id=0)
+        return tokenizer_fingerprint(SimpleNamespace(_tokenizer=inner, eos_token_ids={1}, has_chat_template=True))
+
+    assert of("one") == of("one") != of("two")
+
+
+def test_a_checkpoints_truncation_makes_no_other_tokens(model_folder: Path) -> None:
+    tokenizer = load_tokenizer(model_folder)
+    expected = tokenizer_fingerprint(tokenizer)
+    tokenizer._tokenizer.backend_tokenizer.enable_truncation(128)
+    assert tokenizer_fingerprint(tokenizer) == expected

@@ -25,7 +25,7 @@ class TokenCodec:
 
     def __init__(self, tokenizer: Any | None) -> None:
         self._tokenizer = tokenizer
-        self._backend = _backend(tokenizer)
+        self._backend = backend_of(tokenizer)
         self._bos = tokenizer.bos_token_id if tokenizer is not None else None
         self._eos = set(tokenizer.eos_token_ids) if tokenizer is not None else set()
         self.eos_texts = tuple(filter(None, (self.decode((token,)) for token in sorted(self._eos))))
@@ -102,7 +102,7 @@ def show_tokens(ids: Sequence[int], tokenizer: Any | None, *, most: int = 600) -
     return printable(text)
 
 
-def _backend(tokenizer: Any | None) -> Any | None:
+def backend_of(tokenizer: Any | None) -> Any | None:
     """The Rust tokenizer inside, half the time without transformers' bookkeeping; None where there is none."""
     backend = getattr(getattr(tokenizer, "_tokenizer", None), "backend_tokenizer", None)
     if backend is not None:
