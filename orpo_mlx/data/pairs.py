@@ -54,6 +54,9 @@ class PairsOfRow(NamedTuple):
 
     location: str
     pairs: list[RowData]
+    notes: tuple[str, ...] = ()
+    """What to know about how the row was taken; counted once it is known to be kept. So is the next."""
+    pairs_left_out: int = 0
 
 
 def read_pairs(source: Source, reading: Reading, report: RowReport) -> Iterator[PairsOfRow]:
@@ -76,20 +79,23 @@ def read_pairs(source: Source, reading: Reading, report: RowReport) -> Iterator[
         if not pairs:
             report.drop(reason, row.location)
             continue
-        report.pairs_left_out += sum(map(pair_count, read.pairs)) - sum(map(pair_count, pairs))
-        if len(pairs) == 1 and len(pairs[0].completions) < max(len(pair.completions) for pair in read.pairs):
-            report.note(COMPLETIONS_LEFT_OUT, row.location)
-        for note in read.notes:
-            report.note(note, row.location)
-        if row.nulls_left_out:
-            report.note(NULLS_LEFT_OUT, row.location)
-        if any((pair.margin or 0) < 0 for pair in pairs):
-            report.note(SCORED_WRONGLY, row.location)
-        if any(pair.weight != 1 for pair in pairs):
-            report.note(WEIGHTED, row.location)
-        yield PairsOfRow(row.location, pairs)
+        left_out = sum(map(pair_count, read.pairs)) - sum(map(pair_count, pairs))
+        yield PairsOfRow(row.location, pairs, tuple(_notes_on(row, read, pairs)), left_out)
     if not report.rows_read:
         raise_no_rows(source.name)
+
+
+def _notes_on(row: Row, read: ReadRow, pairs: list[RowData]) -> Iterator[str]:
+    """What to know about how the row was taken, of which these pairs are used."""
+    if len(pairs) == 1 and len(pairs[0].completions) < max(len(pair.completions) for pair in read.pairs):
+        yield COMPLETIONS_LEFT_OUT
+    yield from read.notes
+    if row.nulls_left_out:
+        yield NULLS_LEFT_OUT
+    if any((pair.margin or 0) < 0 for pair in pairs):
+        yield SCORED_WRONGLY
+    if any(pair.weight != 1 for pair in pairs):
+        yield WEIGHTED
 
 
 def load_pairs(path: str | Path, reading: Reading | None = None) -> list[RowData]:

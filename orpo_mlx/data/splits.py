@@ -162,16 +162,14 @@ def _write(
         def pairs() -> Iterator[Any]:
             for row in read_pairs(source, reading, report):
                 waiting.append(row)
-                if reading.train_on != "all" and any(map(_has_several_turns, row.pairs)):
-                    report.note(f"{SEVERAL_TURNS[reading.train_on]} (`train_on={reading.train_on}`)", row.location)
                 yield from row.pairs
 
         outcomes = to_ids.outcomes(pairs())
         for first in outcomes:
             row = waiting.popleft()
-            writer.extend(kept_pairs(row, [first, *(next(outcomes) for _ in row.pairs[1:])], reading, lengths, report))
-            for note in to_ids.notes.pop(row.location, ()):
-                report.note(note, row.location)
+            every = [first, *(next(outcomes) for _ in row.pairs[1:])]
+            row = row._replace(notes=(*row.notes, *to_ids.notes.pop(row.location, ())))
+            writer.extend(kept_pairs(row, every, reading, lengths, report))
         return writer.close(report)
 
 
@@ -207,14 +205,25 @@ def kept_pairs(
         return []
     report.rows_kept += 1
     # A row is either some pairs or one group.
-    report.pairs_left_out += sum(map(pair_count, row.pairs)) - sum(pair_count(each.pair) for each in kept if each.pair)
-    if any(each.pair and len(each.pair.completions) < len(row.pairs[0].completions) for each in kept):
-        report.note(COMPLETIONS_LEFT_OUT, row.location)
-    if any(each.prompt_cut for each in kept):
-        report.note(PROMPT_CUT, row.location)
-    if any(each.completion_cut for each in kept):
-        report.note(COMPLETION_CUT, row.location)
+    report.pairs_left_out += (
+        row.pairs_left_out + sum(map(pair_count, row.pairs)) - sum(pair_count(each.pair) for each in kept if each.pair)
+    )
+    # Each once: completions may be left out as they are read and once more as they are too long.
+    for note in dict.fromkeys((*row.notes, *_notes_on(row, kept, reading))):
+        report.note(note, row.location)
     return [each.pair for each in kept if each.pair is not None]
+
+
+def _notes_on(row: PairsOfRow, kept: list[Fitted], reading: Reading) -> Iterator[str]:
+    """What to know about how a row's pairs were fitted, and what is learned of them."""
+    if reading.train_on != "all" and any(map(_has_several_turns, row.pairs)):
+        yield f"{SEVERAL_TURNS[reading.train_on]} (`train_on={reading.train_on}`)"
+    if any(each.pair and len(each.pair.completions) < len(row.pairs[0].completions) for each in kept):
+        yield COMPLETIONS_LEFT_OUT
+    if any(each.prompt_cut for each in kept):
+        yield PROMPT_CUT
+    if any(each.completion_cut for each in kept):
+        yield COMPLETION_CUT
 
 
 def _has_several_turns(pair: Any) -> bool:

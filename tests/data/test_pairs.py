@@ -116,8 +116,8 @@ def test_a_margin_leaves_out_what_is_too_close(tmp_path: Path) -> None:
     assert report.dropped == {"low_margin": 2}
     pairs, report = read(path)
     assert len(pairs) == 3
-    assert report.notes == {SCORED_WRONGLY: 1}
-    assert report.places[SCORED_WRONGLY] == [f"{path}:3"]
+    notes = {row.location: row.notes for row in read_pairs(FileSource([path]), Reading(), RowReport())}
+    assert notes == {f"{path}:1": (), f"{path}:2": (), f"{path}:3": (SCORED_WRONGLY,)}
     with pytest.raises(DataError, match=r"rows.jsonl:1: `min_margin=1` needs scores"):
         read(write_rows(path, [GOOD]), min_margin=1.0)
 

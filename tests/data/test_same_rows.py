@@ -6,6 +6,7 @@ The suite tries some dozens of sets; `python -m pytest -m slow tests/data/test_s
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,10 @@ def to_ids(tmp_path_factory: pytest.TempPathFactory) -> PairTokenizer:
 def tokens(source: Source, to_ids: PairTokenizer) -> list[Any]:
     """Ids of every pair, reasons of rows left out, and how rows were taken, without places."""
     report = RowReport()
-    rows = read_pairs(source, Reading(pair_ratings="all", skip_bad_rows=True), report)
+    rows = list(read_pairs(source, Reading(pair_ratings="all", skip_bad_rows=True), report))
     pairs = [pair for row in rows for pair in row.pairs]
     ids = [outcome[:3] if isinstance(outcome, tuple) else "refused" for outcome in to_ids.outcomes(pairs)]
-    notes = {note: count for note, count in report.notes.items() if note != NULLS_LEFT_OUT}
+    notes = Counter(note for row in rows for note in row.notes if note != NULLS_LEFT_OUT)
     return [ids, dict(report.dropped), dict(report.shapes), notes]
 
 
@@ -66,11 +67,11 @@ def test_nulls_that_arrow_may_have_filled_in_are_left_out_and_counted(tmp_path: 
     rows = [{"prompt": "Q", "chosen": [call(**{key: 1})], "rejected": "B"} for key in "ab"]
     plain = FileSource([write_rows(tmp_path / "rows.jsonl", rows)])
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    report = RowReport()
-    (first, _) = (row.pairs[0] for row in read_pairs(FileSource([tmp_path / "rows.parquet"]), Reading(), report))
+    read = list(read_pairs(FileSource([tmp_path / "rows.parquet"]), Reading(), RowReport()))
+    first = read[0].pairs[0]
     assert isinstance(first, Pair)
     assert first.chosen[0]["tool_calls"][0]["function"]["arguments"] == {"a": 1}  # type: ignore[index]
-    assert report.notes == {NULLS_LEFT_OUT: 2}
+    assert [row.notes for row in read] == [(NULLS_LEFT_OUT,)] * 2
     assert tokens(FileSource([tmp_path / "rows.parquet"]), to_ids) == tokens(plain, to_ids)
 
 

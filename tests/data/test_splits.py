@@ -12,7 +12,8 @@ import pytest
 from mlx_lm.utils import load_tokenizer
 
 from orpo_mlx.data import splits as module
-from orpo_mlx.data.pairs import Reading
+from orpo_mlx.data.groups import COMPLETIONS_LEFT_OUT
+from orpo_mlx.data.pairs import WEIGHTED, Reading
 from orpo_mlx.data.sources import FileSource
 from orpo_mlx.data.splits import (
     COMPLETION_CUT,
@@ -231,3 +232,19 @@ def test_a_checkpoints_truncation_makes_no_other_tokens(model_folder: Path) -> N
     expected = tokenizer_fingerprint(tokenizer)
     tokenizer._tokenizer.backend_tokenizer.enable_truncation(128)
     assert tokenizer_fingerprint(tokenizer) == expected
+
+
+def test_notes_are_of_rows_that_are_kept(tmp_path: Path, tokenizer: Any) -> None:
+    noted = {**GOOD, "weight": 2, "prompt": "<|start|>user\nQ<|end|>\n<|start|>assistant\n"}
+    several = {**RATED, "completions": ["a", "b", "c", ""], "scores": [3, 2, 1, 0]}
+    long = {"prompt": "Q" * 300}
+    path = write_rows(tmp_path / "rows.jsonl", [noted, several, {**noted, "chosen": "A" * 300}, {**several, **long}])
+    report = split_of(path, tokenizer, pair_ratings="all").report
+    assert report.dropped == {"too_long": 2}
+    assert report.notes == {WEIGHTED: 1, TEMPLATED_TWICE: 1, COMPLETIONS_LEFT_OUT: 1}
+    assert report.pairs_left_out == 3
+    # A completion that is empty and one that is too long: the row counts once.
+    path = write_rows(tmp_path / "both.jsonl", [{**several, "completions": ["a", "b", "c" * 300, ""]}])
+    report = split_of(path, tokenizer, pair_ratings="all").report
+    assert report.notes == {COMPLETIONS_LEFT_OUT: 1}
+    assert report.pairs_left_out == 5
