@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from orpo_mlx.data.pairs import raise_no_rows, renamed
-from orpo_mlx.data.shapes.columns import COMPLETION_IDS, PAIR_ID_COLUMNS
+from orpo_mlx.data.shapes.columns import COMPLETION_IDS, PAIR_ID_COLUMNS, readable
 from orpo_mlx.data.shapes.formats import has_sides, read_row
-from orpo_mlx.data.shapes.messages import is_empty, kind
+from orpo_mlx.data.shapes.messages import holds_messages, is_empty, kind, message, speaker_of, texts
 from orpo_mlx.data.shapes.ratings import label_of
 from orpo_mlx.data.sources import Source
 from orpo_mlx.errors import DataError
@@ -76,9 +76,12 @@ def read_prompt(row: Any, location: str) -> Prompt:
     if not has_sides(row) and not any(name in row for name in _PROMPTS):
         found = ", ".join(sorted(map(str, row))[:8]) or "no keys"
         raise DataError(f"{location}: the row has no prompt; found {found}, expected one of {', '.join(_PROMPTS)}.")
-    answer = next((row[name] for name in _ANSWERS if isinstance(row.get(name), str)), None)
+    # Tables hold messages as JSON in a text.
+    row = {name: readable(value, name, location) for name, value in row.items()}
+    answers = (_answer_in(row.get(name), name, location) for name in _ANSWERS)
+    answer = next((found for found in answers if found is not None), None)
     if not has_sides(row):
-        row, last = without_last_answer(row)
+        row, last = _without_last_answer(row, location)
         answer = answer if last is None else last
     # The row's own columns last: where it has sides, the prompt may be what they share.
     pair = read_row({**_NO_SIDES, **row}, location).pairs[0]
@@ -105,16 +108,20 @@ def _is_called_good(label: Any, location: str) -> bool:
         return False
 
 
-def without_last_answer(row: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+def _answer_in(value: Any, name: str, location: str) -> str | None:
+    """The text of an answer: a string, or the last turn of messages; None of anything else."""
+    if isinstance(value, str):
+        return value
+    return plain_text(texts(value, name, location)) or None if holds_messages(value) else None
+
+
+def _without_last_answer(row: dict[str, Any], location: str) -> tuple[dict[str, Any], str | None]:
     """A row without the assistant's turn at the end of its messages, and that turn's text."""
     for name in ("messages", "conversations", "prompt"):
         turns = row.get(name)
-        if not isinstance(turns, list) or len(turns) < 2:
-            continue
-        last = turns[-1]
-        if isinstance(last, dict) and last.get("role", last.get("from")) in ("assistant", "gpt"):
-            content = last.get("content", last.get("value"))
-            return {**row, name: turns[:-1]}, content if isinstance(content, str) else None
+        if isinstance(turns, list) and len(turns) > 1 and speaker_of(turns[-1]) == "assistant":
+            last = message(turns[-1], f"{name}[{len(turns) - 1}]", location)
+            return {**row, name: turns[:-1]}, last["content"] or None
     return row, None
 
 

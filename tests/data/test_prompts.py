@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ ANSWER = {"role": "assistant", "content": "A"}
         ({"messages": [USER, ANSWER]}, "Q", "A"),
         ({"messages": [USER]}, "Q", None),
         ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, "Q", "A"),
+        ({"messages": [USER, {"role": "Assistant", "content": "A"}]}, "Q", "A"),
+        ({"messages": [USER, {"role": "model", "content": [{"type": "text", "text": "A"}]}]}, "Q", "A"),
+        ({"messages": json.dumps([USER, ANSWER])}, "Q", "A"),
+        ({"messages": json.dumps([{"role": "User", "content": "Q"}, {"role": "Model", "content": "A"}])}, "Q", "A"),
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "chatgpt", "value": "A"}]}, "Q", "A"),
+        ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]}, "Q", None),
+        ({"prompt": "Q", "completion": [ANSWER]}, "Q", "A"),
+        ({"prompt": "Q", "completion": json.dumps(ANSWER)}, "Q", "A"),
+        ({"prompt": "Q", "answer": ["A", "B"]}, "Q", None),
         ({"prompt": "Q", "completions": ["A", "B"], "scores": [1, 2]}, "Q", None),
         ({"prompt": "Q", "completion": "A", "label": True}, "Q", "A"),
         ({"prompt": "Q", "completion": "B", "label": False}, "Q", None),

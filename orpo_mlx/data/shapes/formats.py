@@ -24,7 +24,7 @@ from orpo_mlx.data.shapes.columns import (
 )
 from orpo_mlx.data.shapes.dialogues import Sides, dialogue_prompt, dialogue_turns, is_dialogue, split_turns, split_words
 from orpo_mlx.data.shapes.group_shapes import group_token_ids, labelled_completion, rated_completions
-from orpo_mlx.data.shapes.messages import as_turns, kind, text_of, text_or_turns, texts
+from orpo_mlx.data.shapes.messages import as_turns, kind, speaker_of, text_of, text_or_turns, texts
 from orpo_mlx.data.shapes.other_rows import refuse_media, refuse_other_rows
 from orpo_mlx.data.shapes.ratings import COMPLETION_LISTS, margin_of, weight_of
 from orpo_mlx.data.shapes.row_parts import (
@@ -257,8 +257,7 @@ def _is_conversation(value: Any) -> bool:
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return False
     # One message may be an answer alone; a conversation has a question before it.
-    first = value[0].get("role", value[0].get("from"))
-    return len(value) > 1 and first not in ("assistant", "gpt")
+    return len(value) > 1 and speaker_of(value[0]) != "assistant"
 
 
 SINGLE = Shape("single completions", holds_single_completion, single_completion)

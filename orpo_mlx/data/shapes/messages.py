@@ -23,7 +23,7 @@ _SPEAKERS = ("system", "developer", "user", "assistant", "tool", "function", *_R
 # Text that begins as messages do when a table's cell holds them: as JSON, or as Python and NumPy print them.
 _BRACKET = re.compile(r"""\s*(?:array\()?["\[{]""")
 # Quotes may have backslashes before them: those of messages that were put into JSON twice.
-_SPEAKER = re.compile(rf"""\\?(["'])(?:role|from)\\?\1\s*:\s*\\?\1(?:{"|".join(_SPEAKERS)})\\?\1""")
+_SPEAKER = re.compile(rf"""\\?(["'])(?:role|from)\\?\1\s*:\s*\\?\1(?:{"|".join(_SPEAKERS)})\\?\1""", re.I)
 
 
 def text_or_turns(value: Any, name: str, location: str, role: str) -> Text:
@@ -79,17 +79,26 @@ def unpacked(value: Any, name: str, location: str) -> Any:
             "expected JSON."
         )
     # An answer in JSON may name speakers somewhere within; only a message in front makes the text messages.
-    first = found[0] if isinstance(found, list) and found else found
-    return found if _is_message(first) else value
+    return found if holds_messages(found) else value
+
+
+def holds_messages(value: Any) -> bool:
+    """Whether a value is a message, or a list that begins with one."""
+    return _is_message(value[0] if isinstance(value, list) and value else value)
 
 
 def _is_message(value: Any) -> bool:
     """Whether an object is a turn of somebody who speaks in chats."""
     if not isinstance(value, dict):
         return False
-    if "role" in value:
-        return value["role"] in _SPEAKERS and bool({"content", "tool_calls", "function_call"} & value.keys())
-    return value.get("from") in _SPEAKERS and "value" in value
+    said = {"content", "tool_calls", "function_call"} if "role" in value else {"value"}
+    return speaker_of(value) in _SPEAKERS and bool(said & value.keys())
+
+
+def speaker_of(value: Any) -> str | None:
+    """What chat templates call the speaker of a message, in either of its forms; None where it has none."""
+    name = value.get("role", value.get("from")) if isinstance(value, dict) else None
+    return _role_of(name) if isinstance(name, str) else None
 
 
 def message(value: Any, name: str, location: str) -> Message:

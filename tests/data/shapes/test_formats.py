@@ -189,7 +189,7 @@ def test_the_table_above_has_every_shape() -> None:
 def test_two_strings_share_whole_words_only(chosen: str, rejected: str, prompt: str) -> None:
     read = read_row({"chosen": chosen, "rejected": rejected}, "f:1")
     assert read.shape == "strings, implicit prompt"
-    assert read.pairs == [Pair(prompt, chosen[len(prompt) :], rejected[len(prompt) :], "f:1")]
+    assert read.pairs == [Pair(prompt, chosen[len(prompt) :], rejected[len(prompt) :], "f:1", divided_text=True)]
 
 
 @pytest.mark.parametrize(
@@ -329,6 +329,14 @@ def test_whole_conversations_win_over_columns_that_repeat_their_question() -> No
         read = read_row({**whole("Q", "A", "B"), **extra}, "f:1")
         assert read.shape == "conversational, implicit prompt"
         assert as_conversation(read.pairs[0])[0] == (said("user", "Q"),)
+
+
+@pytest.mark.parametrize("name", ["assistant", "gpt", "model", "Assistant"])
+def test_answers_of_several_turns_are_no_whole_conversations(name: str) -> None:
+    side = [{"role": name, "content": "A"}, said("user", "Why?"), {"role": name, "content": "So."}]
+    read = read_row({"prompt": "Q", "chosen": side, "rejected": [*side[:2], {"role": name, "content": "No."}]}, "f:1")
+    assert read.shape == "conversational, explicit prompt"
+    assert as_conversation(read.pairs[0])[0] == (said("user", "Q"),)
 
 
 def test_sides_that_are_the_same_conversation_keep_an_answer() -> None:

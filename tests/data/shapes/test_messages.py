@@ -97,6 +97,8 @@ MESSAGES = [{"role": "user", "content": "Hi"}, {"from": "gpt", "value": "x"}]
 )
 def test_messages_in_a_text_are_messages(text: str) -> None:
     assert unpacked(text, "prompt", "f:1") == MESSAGES
+    capitals = [{"role": "User", "content": "Hi"}]
+    assert unpacked(json.dumps(capitals), "prompt", "f:1") == capitals
 
 
 @pytest.mark.parametrize(
