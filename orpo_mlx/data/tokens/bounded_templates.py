@@ -12,10 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from types import FrameType
 from typing import Any
 
+from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MOST_SECONDS = 10.0
@@ -61,7 +62,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, function: Any, *args: Any, **options: Any) -> Any:
         """As Jinja's."""
-        _check_arguments(function, args, options)
+        # A macro is the template's own, and what it does with a number is bounded where it does it.
+        if not isinstance(function, Macro):
+            _check_numbers(function, (*args, *options.values()))
+        _check_texts(function, (getattr(function, "__self__", None), *args))
         return super().call(context, function, *args, **options)
 
 
@@ -168,26 +172,35 @@ def check_length(text: str, *given: Any) -> str:
 
 def _bounded_filter(function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that refuses what a function may not be given either."""
-    if hasattr(function, "jinja_pass_arg"):
-        # Those take Jinja's own objects first, and none of them makes text longer by a number.
-        return function
+    # Some take one of Jinja's own objects first.
+    own = int(hasattr(function, "jinja_pass_arg"))
 
+    # With its mark for Jinja, where it has one.
+    @wraps(function)
     def bounded(*args: Any, **options: Any) -> Any:
-        _check_arguments(function, args, options)
+        # What is filtered is asked for nothing: a tool may well be given a time in seconds.
+        _check_numbers(function, (*args[own + 1 :], *options.values()))
+        _check_texts(function, (*args[own:], *options.values()))
         return function(*args, **options)
 
     return bounded
 
 
-def _check_arguments(function: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    for value in (*args, *options.values()):
+def _check_numbers(function: Any, values: tuple[Any, ...]) -> None:
+    for value in values:
         if isinstance(value, int) and abs(value) > _MOST_MADE:
             raise TemplateLimitError(f"it asked {_name(function)} for {_shown(value)}")
-    # What these make can be as long as two of their texts multiplied.
-    if _name(function) in ("replace", "join"):
-        own = getattr(function, "__self__", None)
-        sizes = [_size(value) for value in (own, *args) if not isinstance(value, int)]
-        _check_made(max(sizes, default=0) * max(sorted(sizes)[:-1], default=0))
+
+
+def _check_texts(function: Any, values: tuple[Any, ...]) -> None:
+    """Refuse what makes far more than the texts it is given."""
+    if _name(function) == "replace" and len(values) > 2:
+        text, old, new = map(str, values[:3])
+        _check_made(text.count(old) * (len(new) - len(old)))
+    if _name(function) == "join":
+        # As long as two of its texts multiplied.
+        sizes = sorted(map(_size, values))
+        _check_made(max(sizes, default=0) * max(sizes[:-1], default=0))
 
 
 def _check_format(text: str, values: Any) -> None:

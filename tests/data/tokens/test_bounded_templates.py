@@ -35,6 +35,10 @@ ENDLESS = {
     "center": "{{ 'a'.center(3000000000) }}",
     "center, the filter": "{{ 'a' | center(3000000000) }}",
     "replace": "{% set a = 'a' * 9000000 %}{{ a.replace('a', a) }}",
+    "replace nothing": "{% set a = 'a' * 9000000 %}{{ a.replace('', 'bc') }}",
+    "replace, the filter": "{% set a = 'a' * 9000000 %}{{ a | replace('a', a) }}",
+    "replace a number, the filter": "{% set a = '1' * 9000000 %}{{ a | replace(1, a) }}",
+    "join, the filter": "{{ ('b' * 9000000) | join('a' * 9000000) }}",
     "join": "{{ (('a' * 9000000).join('b' * 9000000)) }}",
     "long": "{{ 'spam ' * 400000 }}",
     "long for a row": "{% if messages[0].content != 'Hi' %}{{ 'spam ' * 400000 }}{% endif %}",
@@ -56,9 +60,11 @@ def test_a_models_template(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(str(caught.value)) < 400
 
 
-def test_a_template_that_is_long_because_the_row_is(model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["message['content']", "message['content'].replace('/no_think', '')"])
+def test_a_template_that_is_long_because_the_row_is(content: str, tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model", template=CHAT_TEMPLATE.replace("message['content']", content))
     rows = load_pairs(write_rows(tmp_path / "rows.jsonl", [{**ROW, "prompt": "q" * 2_000_000}]))
-    (pair,) = PairTokenizer(find(str(model_folder)).tokenizer).each(rows)
+    (pair,) = PairTokenizer(find(str(folder)).tokenizer).each(rows)
     assert len(pair.prompt_ids) > 2_000_000
 
 
@@ -77,6 +83,7 @@ def test_what_published_templates_do_is_left_alone() -> None:
     for source, expected in {
         "{{ '=' * 40 }}": "=" * 40,
         "{{ 'a'.replace('a', 'b') }}": "b",
+        "{% macro m(n) %}{{ n }}{% endmacro %}{{ m(1700000000) }} {{ 1700000000 | string }}": "1700000000 1700000000",
         "{{ ', '.join(['a', 'b']) }}{{ [1, 2] | join('-') }}": "a, b1-2",
         "{{ '%05.1f and %s' % (2, 'x') }}": "002.0 and x",
         "{{ 7 * 6 }} {{ 7 % 4 }} {{ 2 ** 10 }} {{ 2.5 * 2 }}": "42 3 1024 5.0",
