@@ -81,7 +81,8 @@ class TemplateTraits:
         """What is written after a finished answer beyond its EOS: the next turn's header, asked for or not."""
         _, eos, rest = self._ending
         # White space after EOS stays: many templates end every turn in a line break, also the last.
-        return rest.lstrip() if eos else ""
+        # And so does a further EOS, which some write at the end of a conversation.
+        return rest.lstrip() if eos and rest.strip() not in self._eos_texts else ""
 
     @cached_property
     def closings(self) -> tuple[str, ...]:

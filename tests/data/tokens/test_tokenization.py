@@ -157,6 +157,15 @@ def test_a_template_that_always_writes_the_next_header(tmp_path: Path) -> None:
     assert (chosen, rejected) == ("Yes<|end|>\n", "No<|end|>\n")
 
 
+def test_a_template_that_ends_conversations_in_a_second_eos(tmp_path: Path) -> None:
+    # As Phi-3's; TRL's trainer learns both.
+    template = EACH + "{% if add_generation_prompt %}<|start|>assistant\n{% else %}<|pad|>{% endif %}"
+    tokenizer = with_template(tmp_path, template)
+    tokenizer.add_eos_token("<|pad|>")
+    prompt, chosen, _ = texts_of(tokenizer, Pair("Hi", "Yes", "No", "f:1"))
+    assert (prompt, chosen) == ("<|start|>user\nHi<|end|>\n<|start|>assistant\n", "Yes<|end|>\n<|pad|>")
+
+
 def test_a_template_that_never_writes_a_header(tmp_path: Path) -> None:
     # As Mistral's: the prompt ends with [/INST], and nothing announces the answer.
     template = "{% for m in messages %}{% if m['role'] == 'user' %}[I]{{ m['content'] }}[/I]{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"  # noqa: E501
