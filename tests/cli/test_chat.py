@@ -11,15 +11,20 @@ from typing import Any
 import pytest
 from mlx_lm import generate, stream_generate
 from mlx_lm.sample_utils import make_sampler
+from mlx_lm.utils import load_tokenizer
 from rich.console import Console
+from tokenizers.processors import TemplateProcessing
 
 from orpo_mlx.cli.chat import main
 from orpo_mlx.cli.common import conversation as chat_module
-from orpo_mlx.cli.common.conversation import Chat, Conversation, talk
+from orpo_mlx.cli.common.conversation import Chat, Conversation, prompt_ids, talk
+from orpo_mlx.data.tokens.tokenization import PairTokenizer
 from orpo_mlx.errors import ModelError
+from orpo_mlx.judging.judges.model_judge import rendered_turn
 from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.loading import load
 from orpo_mlx.models.recorded import base_model
+from tests.conftest import write_model_folder
 from tests.helpers.tuned_adapters import ANSWER, PROMPT, tuned_adapters
 
 
@@ -91,6 +96,20 @@ def test_a_later_turn_is_answered_as_without_a_cache(model_folder: Path, adapter
     assert len(first._history) == 6
     first.reset()
     assert "".join(first.answer(PROMPT)) == said[0]
+
+
+def test_a_question_is_put_as_in_training(tmp_path: Path) -> None:
+    parts = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}<|end|>{% endfor %}"
+    tokenizer = load_tokenizer(write_model_folder(tmp_path / "model", template=parts))
+    asked = [{"role": "user", "content": "Who?"}]
+    assert tokenizer.decode(prompt_ids(PairTokenizer(tokenizer), asked)) == "Who?<|end|>"
+    assert rendered_turn(tokenizer, "Who?") == "Who?<|end|>"
+    # Without a template, and with a tokenizer that closes every text.
+    tokenizer._tokenizer.chat_template = None
+    tokenizer.has_chat_template = False
+    end = TemplateProcessing(single="$A <|end|>", special_tokens=[("<|end|>", tokenizer.eos_token_id)])
+    tokenizer._tokenizer.backend_tokenizer.post_processor = end
+    assert tokenizer.decode(prompt_ids(PairTokenizer(tokenizer), asked)) == "Who?"
 
 
 def test_only_what_is_new_is_run_again(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

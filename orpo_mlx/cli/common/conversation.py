@@ -17,14 +17,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orpo_mlx.data.tokens.bounded_templates import render
-from orpo_mlx.errors import ConfigError, ModelError, reason_of
+from orpo_mlx.data.tokens.tokenization import PairTokenizer
+from orpo_mlx.errors import ConfigError, ModelError
 from orpo_mlx.models.adapters import adapters_off, add_trained_adapters, has_switchable_adapters
 from orpo_mlx.models.loading import find, load
 from orpo_mlx.models.names import DEFAULT_MODEL
 from orpo_mlx.models.recorded import base_model
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 from orpo_mlx.text import printable_lines
+from orpo_mlx.types import Pair
 
 
 class Conversation:
@@ -49,6 +50,7 @@ class Conversation:
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
+        self._to_ids = PairTokenizer(tokenizer)
         self._max_tokens = max_tokens
         self._sampler = sampler
         self._state = state
@@ -65,7 +67,7 @@ class Conversation:
     def answer(self, prompt: str) -> Iterator[str]:
         """The answer to `prompt`, piece by piece; the turn is remembered once the last piece is taken."""
         asked = [*self._history, {"role": "user", "content": prompt}]
-        ids = prompt_ids(self._tokenizer, asked)
+        ids = prompt_ids(self._to_ids, asked)
         # A tokenizer may know tokens that the model has no rows for, and MLX would read beyond them.
         check_ids(self._vocabulary, ids, "the prompt")
         pieces: list[str] = []
@@ -104,14 +106,10 @@ class Conversation:
         return ids
 
 
-def prompt_ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
-    """Token ids of what the model is asked; ModelError where the chat template refuses it, or has no end."""
-    if not tokenizer.has_chat_template:
-        return list(tokenizer.encode(turns[-1]["content"]))
-    try:
-        return list(render(tokenizer, turns, add_generation_prompt=True))
-    except Exception as error:  # Templates raise whatever they like.
-        raise ModelError(f"the model's chat template cannot be used: {reason_of(error)}.") from None
+def prompt_ids(to_ids: PairTokenizer, turns: list[dict[str, str]]) -> list[int]:
+    """Token ids of what the model is asked, as in training; UserError where the chat template refuses it."""
+    prompt = tuple(turns) if to_ids.has_template else turns[-1]["content"]
+    return list(to_ids.prompt_ids(Pair(prompt, "", "", "the conversation")))
 
 
 _WIDE = 100

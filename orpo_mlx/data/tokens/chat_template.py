@@ -75,7 +75,7 @@ class PairRenderer:
         self._model = getattr(tokenizer, "name_or_path", None) or "the model"
         if tokenizer is not None:
             bound_templates()
-        self._has_template = tokenizer is not None and tokenizer.has_chat_template
+        self.has_template = tokenizer is not None and tokenizer.has_chat_template
         self._traits = TemplateTraits(self._probe, eos_texts)
 
     def texts(self, row: Pair | Group, train_on: str = "all") -> RenderedTexts:
@@ -115,7 +115,7 @@ class PairRenderer:
     def is_templated(self, pair: Pair | Group) -> bool:
         """Whether the chat template writes a row's texts."""
         strings = all(isinstance(text, str) for text in (pair.prompt, *pair.completions))
-        return self._has_template and (self._template_strings or not strings) and not pair.whole_text
+        return self.has_template and (self._template_strings or not strings) and not pair.whole_text
 
     def _whole(self, pair: Pair | Group, prompt: str, side: Text) -> str:
         if not self.is_templated(pair):

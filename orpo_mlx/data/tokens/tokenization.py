@@ -53,6 +53,7 @@ class PairTokenizer:
         self._train_on = train_on
         self._codec = TokenCodec(tokenizer)
         self._renderer = PairRenderer(tokenizer, self._codec.eos_texts, template_strings=template_strings)
+        self.has_template = self._renderer.has_template
         self.notes: dict[str, tuple[str, ...]] = {}
         """What to know about how rows were taken, by their location; for who counts, and takes them out."""
 

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orpo_mlx.data.tokens.bounded_templates import render
+from orpo_mlx.data.tokens.chat_template import PairRenderer
 from orpo_mlx.errors import DataError, ModelError, reason_of
 from orpo_mlx.judging.judges.verdicts import (
     FIRST,
@@ -20,6 +20,7 @@ from orpo_mlx.judging.judges.verdicts import (
 )
 from orpo_mlx.judging.requests import Sampling
 from orpo_mlx.process_memory import clear_cache_above
+from orpo_mlx.types import Pair
 
 if TYPE_CHECKING:
     from orpo_mlx.models.loading import LoadedModel
@@ -172,12 +173,9 @@ def judge_ids(tokenizer: Any, question: Question) -> list[int]:
 
 def rendered_turn(tokenizer: Any, content: str) -> str:
     """A user's turn as the model is asked it; ModelError where the chat template refuses it."""
-    if not tokenizer.has_chat_template:
-        return content
     try:
-        turns = [{"role": "user", "content": content}]
-        return str(render(tokenizer, turns, add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # Templates raise whatever they like.
+        return PairRenderer(tokenizer, ()).prompt(Pair(content, "", "", "a question to the judge"))
+    except DataError as error:
         raise ModelError(f"the judge's chat template refused a user's turn: {reason_of(error)}.") from None
 
 

@@ -14,7 +14,6 @@ import pytest
 
 from orpo_mlx.cli.common.conversation import prompt_ids
 from orpo_mlx.data.pairs import load_pairs
-from orpo_mlx.data.tokens import bounded_templates
 from orpo_mlx.data.tokens.bounded_templates import BoundedEnvironment, TemplateLimitError, bounded_time
 from orpo_mlx.data.tokens.tokenization import PairTokenizer
 from orpo_mlx.errors import DataError, ModelError
@@ -95,7 +94,7 @@ def test_what_published_templates_do_is_left_alone() -> None:
 
 
 def asked_in_chat(tokenizer: Any, text: str) -> list[int]:
-    return prompt_ids(tokenizer, [{"role": "user", "content": text}])
+    return prompt_ids(PairTokenizer(tokenizer), [{"role": "user", "content": text}])
 
 
 def in_another_thread(work: Callable[[], object]) -> object:
@@ -129,7 +128,7 @@ def test_time_is_the_processors(run: Callable[[Callable[[], object]], object]) -
 def test_chat_and_judges_are_bounded(
     ask: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bounded_templates, "bounded_time", lambda: bounded_time(0.2))
+    monkeypatch.setattr("orpo_mlx.data.tokens.chat_template.bounded_time", lambda: bounded_time(0.2))
     folder = write_model_folder(
         tmp_path / "m", template="{% if messages[0].content == 'now' %}" + LOOPS + "{% endif %}" + CHAT_TEMPLATE
     )
