@@ -76,8 +76,8 @@ class DeviceProfile(NamedTuple):
     native_cross_entropy: bool
     """Whether log-probs of logits in one piece are MLX's kernel, which sums in float32."""
     most_traces: int
-    """Shapes for which a compiled function is kept; beyond, the one that was used longest ago is traced again. 0:
-    nothing is compiled."""
+    """Shapes for which a compiled function is kept; beyond, the one that was used longest ago is dropped. 0: nothing is
+    compiled."""
     handovers: int
     """Times that the device is given a part of a backward pass in segments while the host builds the rest; 0 evaluates
     each segment before the next is built."""
@@ -142,7 +142,8 @@ GPU = DeviceProfile(
     load_dtype=None,
     native_gated_delta=True,
     native_cross_entropy=True,
-    # Shapes come in sizes (`few_shapes`): a night of training meets a few dozen. A trace holds a graph, not arrays.
+    # Real lengths come in hundreds of shapes, most of which are met a few times and never compiled. A trace holds a
+    # graph, not arrays.
     most_traces=32,
     handovers=2,
     # Metal's matrix kernels work on tiles of 32 rows or more: padding up to there costs nothing that was not idle.

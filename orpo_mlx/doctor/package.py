@@ -29,6 +29,7 @@ from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.training.prepare import assemble
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.steps.step import optimiser_step
+from orpo_mlx.training.steps.step_functions import traced_at_once
 from orpo_mlx.types import TokenizedPair
 
 MEMORY_MODES = tuple(MODES)
@@ -129,7 +130,9 @@ def settings_of(memory: str, pairs: int, **settings: Any) -> TrainingConfig:
 def make_run(model: nn.Module, memory: str, pairs: int, **settings: Any) -> Run:
     """A run on a model without adapters, which get values that are the same on every machine."""
     config = settings_of(memory, pairs, **settings)
-    run = assemble(config, Path(), {}, LoadedModel(model, None, {}, Path(), None, None))
+    # Compiled functions are to be proven and timed, in a few steps of one shape.
+    with traced_at_once():
+        run = assemble(config, Path(), {}, LoadedModel(model, None, {}, Path(), None, None))
     set_adapters(model)
     run.optimizer.init(model.trainable_parameters())
     mx.eval(model.parameters(), run.optimizer.state)

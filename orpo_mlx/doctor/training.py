@@ -35,6 +35,7 @@ from orpo_mlx.reporting.callbacks import TrainingCallback
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.train import train
 from orpo_mlx.training.run import versions
+from orpo_mlx.training.steps.step_functions import traced_at_once
 
 STORED = "cpu_steps.json"
 STEPS, INTERRUPTED_AFTER = 20, 7
@@ -225,12 +226,15 @@ def train_in(
         max_grad_norm=1.0,
     )
     quiet = Reporter(Console(quiet=True))
-    if interrupted:
-        try:
-            train(config, quiet, callbacks=[_EndsTheRun()])
-        except TrainingError:
-            config = dataclasses.replace(config, resume=True)
-    train(config, quiet)
+    # A resumed run counts anew how often it meets shapes: a step that is compiled in one run and plain in the other may
+    # differ in rounding.
+    with traced_at_once():
+        if interrupted:
+            try:
+                train(config, quiet, callbacks=[_EndsTheRun()])
+            except TrainingError:
+                config = dataclasses.replace(config, resume=True)
+        train(config, quiet)
     return written(folder / name)
 
 

@@ -17,6 +17,7 @@ from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.training.prepare import assemble
 from orpo_mlx.training.steps.step import optimiser_step
+from orpo_mlx.training.steps.step_functions import traced_at_once
 from orpo_mlx.types import TokenizedPair
 from scripts.graph.count import counting
 from scripts.graph.walker import zeros
@@ -106,8 +107,9 @@ def training_step(config: TrainingConfig, model: nn.Module, pairs: Sequence[Toke
         UserError: the settings do not fit the model.
     """
     config = dataclasses.replace(config, batch_size=len(pairs))
-    # Zeros agree with zeros: what is proven by numbers when a run is assembled is taken as proven.
-    with counting(walk=False):
+    # Zeros agree with zeros: what is proven by numbers when a run is assembled is taken as proven. A compiled step is
+    # counted: one whose shapes were met often before.
+    with counting(walk=False), traced_at_once():
         run = assemble(config, Path(), {}, LoadedModel(model, None, {}, Path(), None, None))
     run.optimizer.init(model.trainable_parameters())
     mx.eval(model.parameters(), run.optimizer.state)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from orpo_mlx.device_profile import VARIABLE
 from orpo_mlx.losses.registry import METHODS, PAIR
 from orpo_mlx.training.steps.gradients import step_gradient
-from orpo_mlx.training.steps.step_functions import gradient_norm
+from orpo_mlx.training.steps.step_functions import gradient_norm, traced_at_once
 from tests.test_train import make_run
 
 MODES_BUT_PLAIN = ["fast", "balanced", "thrift"]
@@ -69,6 +71,22 @@ def test_memory_modes_change_no_number(settings: dict[str, Any], method: str, me
             np.testing.assert_allclose(
                 np.array(gradients[name]), np.array(expected), rtol=0, atol=1e-4 * scale, err_msg=name
             )
+
+
+def test_a_compiled_step_is_the_plain_one(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "gpu")
+    results = []
+    for around in (nullcontext(), traced_at_once()):
+        with around:
+            run = make_run(settings, batch_size=2, grad_accumulation_steps=2)
+        pairs = run.splits["train"].pairs[:4]
+        for _ in range(2):
+            found = step_gradient(run, pairs)
+        results.append((run.functions.add_micro_batch.traced, found))
+    (none, plain), (some, compiled) = results
+    assert none == 0 < some
+    assert compiled.norm == pytest.approx(plain.norm, rel=1e-5)
+    assert compiled.means.means()["loss"] == pytest.approx(plain.means.means()["loss"], rel=1e-6)
 
 
 def test_gradient_norm_is_over_everything() -> None:
