@@ -7,11 +7,12 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 import pytest
-from mlx_lm.models import llama
+from mlx_lm.models import gated_delta, llama
 
 from orpo_mlx.doctor import functions
 from orpo_mlx.doctor.findings import SIZES, Finding
 from orpo_mlx.doctor.functions import NAMES, check_function
+from tests.helpers.as_on_a_gpu import answer_as_a_gpu
 
 SMALL = SIZES["cpu quick"]._replace(tokens=12)
 
@@ -26,6 +27,17 @@ def test_each_is_right(name: str) -> None:
     found = finding(name, "float32")
     assert found.passed, found.sentence
     assert found.figures["error"] < 1e-5
+
+
+def test_on_metal_no_kernel_without_a_gradient_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_as_a_gpu(monkeypatch, metal=True)
+
+    def kernel(*_: object) -> mx.array:
+        raise ValueError("[Primitive::vjp] Not implemented for CustomKernel.")
+
+    monkeypatch.setattr(gated_delta, "gated_delta_kernel", kernel)
+    found = finding("gated delta", "float32")
+    assert found.passed, found.sentence
 
 
 def test_half_precision_is_allowed_its_rounding() -> None:
