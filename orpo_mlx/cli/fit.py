@@ -81,6 +81,7 @@ def run(argv: Sequence[str] | None) -> None:
     print(verdict(prediction.peak, memory))
     if memory is None or prediction.peak <= recommended_working_set(memory):
         return
+    print("That is the lowest figure reported for such Macs: newer systems recommend more, and train asks the device.")
     for changed, smaller in remedies(config):
         share = None if prompt is None else max(1, prompt * smaller.max_seq_length // config.max_seq_length)
         with heartbeat(_RUNNING):

@@ -165,7 +165,8 @@ def recommended_working_set(memory_gib: float) -> float:
     """GiB of a Mac's memory that Metal recommends to use at most: two thirds up to 32 GiB, three quarters above.
 
     From Metal's `recommendedMaxWorkingSetSize` as users of llama.cpp report it: 10,922.67 MiB of 16 GiB
-    (ggml-org/llama.cpp issue 2209), 49,152 MiB of 64 GiB (issue 1870). `sysctl iogpu.wired_limit_mb` can raise it.
+    (ggml-org/llama.cpp issue 2209), 49,152 MiB of 64 GiB (issue 1870). Newer systems are reported with more, 11.84 of
+    16 GiB and 107.5 of 128 GiB; this is the lower figure. `sysctl iogpu.wired_limit_mb` can raise it.
     """
     return memory_gib * (2 / 3 if memory_gib <= 32 else 3 / 4)
 
