@@ -22,6 +22,9 @@ VARIABLE = "ORPO_MLX_PROFILE"
 FUSED_BACKWARD_SINCE = (0, 32, 4)
 """The first MLX whose attention has a fused backward pass on Metal; earlier ones make all scores under a gradient."""
 
+GATED_DELTA_BACKWARD_SINCE = (0, 32, 4)
+"""The first MLX whose gated delta rule has a kernel for its backward pass; 0.32.3 has the forward one alone."""
+
 
 class RowLayout(NamedTuple):
     """How pairs become rows of token ids."""
@@ -38,6 +41,8 @@ class RowLayout(NamedTuple):
     """The number of predicted tokens is padded to multiples of this."""
     few_shapes: bool
     """Whether multiples grow with the length, so that few shapes are met."""
+    padding_worth_a_batch: int
+    """Tokens of padding that cost less than one more micro-batch does."""
 
 
 class DeviceProfile(NamedTuple):
@@ -117,7 +122,15 @@ CPU = DeviceProfile(
     most_traces=0,
     handovers=0,
     # Nothing is compiled, so shapes need not repeat, and padding is work.
-    layout=RowLayout(share_prompt=True, multiple=1, row_multiple=8, joined=False, token_multiple=1, few_shapes=False),
+    layout=RowLayout(
+        share_prompt=True,
+        multiple=1,
+        row_multiple=8,
+        joined=False,
+        token_multiple=1,
+        few_shapes=False,
+        padding_worth_a_batch=128,
+    ),
 )
 
 GPU = DeviceProfile(
@@ -147,7 +160,16 @@ GPU = DeviceProfile(
     most_traces=32,
     handovers=2,
     # Metal's matrix kernels work on tiles of 32 rows or more: padding up to there costs nothing that was not idle.
-    layout=RowLayout(share_prompt=True, multiple=32, row_multiple=32, joined=True, token_multiple=128, few_shapes=True),
+    layout=RowLayout(
+        share_prompt=True,
+        multiple=32,
+        row_multiple=32,
+        joined=True,
+        token_multiple=128,
+        few_shapes=True,
+        # Reckoned: a micro-batch is some thousands of dispatches, whatever it holds.
+        padding_worth_a_batch=512,
+    ),
 )
 
 PROFILES = {profile.name: profile for profile in (CPU, GPU)}
@@ -172,6 +194,7 @@ def device_profile() -> DeviceProfile:
         native_gated_delta=profile.native_gated_delta
         and on_gpu
         and mx.metal.is_available()
+        and mlx_version() >= GATED_DELTA_BACKWARD_SINCE
         and hasattr(mx.fast, "gated_delta_update"),
         native_cross_entropy=profile.native_cross_entropy and on_gpu and hasattr(mx.fast, "cross_entropy"),
     )

@@ -52,8 +52,10 @@ def test_kernels_that_only_metal_has(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("gated_delta_update", "cross_entropy"):
         monkeypatch.setattr(mx.fast, name, None, raising=False)
     assert device_profile().native_cross_entropy
-    for metal in (False, True):
+    # 0.32.3 has the function, and no kernel for its backward pass.
+    for version, metal in (((0, 32, 4), False), ((0, 32, 3), True), ((0, 32, 4), True)):
         monkeypatch.setattr(mx.metal, "is_available", lambda metal=metal: metal)
-        assert device_profile().native_gated_delta is metal
+        monkeypatch.setattr(module, "mlx_version", lambda version=version: version)
+        assert device_profile().native_gated_delta is (metal and version == (0, 32, 4))
     monkeypatch.delattr(mx.fast, "cross_entropy")
     assert not device_profile().native_cross_entropy

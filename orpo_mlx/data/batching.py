@@ -16,8 +16,6 @@ from orpo_mlx.types import Batch, Example, GroupMembers
 
 # Step batches sorted by length together: more of them pad less, and leave less of the order to chance.
 _BUCKET_BATCHES = 16
-# Padded tokens that cost less than running one more batch does.
-_PADDING_WORTH_A_BATCH = 128
 # With these, rounding a length of more than 16 multiples up adds less than an eighth to it.
 _STEPS_PER_OCTAVE = 16
 
@@ -204,7 +202,7 @@ def micro_batches(
                 continue
             together = padded_tokens([*batch, example], layout)
             cost = together - padded_tokens(batch, layout) - alone
-            if together <= most_tokens and cost <= _PADDING_WORTH_A_BATCH:
+            if together <= most_tokens and cost <= layout.padding_worth_a_batch:
                 costs.append((cost, number))
         if costs:
             batches[min(costs)[1]].append(example)

@@ -174,6 +174,12 @@ def test_a_pair_joins_the_batch_it_pads_least_or_none() -> None:
     assert micro_batches(window, 4, 10_000) == [long_prompt, long_answer]
 
 
+def test_a_gpu_pads_more_before_it_runs_another_batch() -> None:
+    # Padded to the longer, the shorter one takes some 380 tokens more.
+    pairs = [TokenizedPair((1,) * 8, (2,) * length, (3,) * length) for length in (100, 290)]
+    assert [len(micro_batches(pairs, 4, 10_000, profile.layout)) for profile in (CPU, GPU)] == [2, 1]
+
+
 @pytest.mark.parametrize("layout", [CPU.layout, GPU.layout], ids=["cpu", "gpu"])
 def test_what_is_counted_as_padded_is_what_collate_makes(layout: RowLayout) -> None:
     for seed in range(20):
