@@ -161,6 +161,24 @@ def length_order(examples: Sequence[Example], batch_size: int) -> list[list[int]
     return [batch for count in np.unique(counts) for batch in _chunks(order[counts == count], batch_size)]
 
 
+def held_out_batches(
+    examples: Sequence[AnyExample], batch_size: int, most_tokens: int | None, layout: RowLayout | None = None
+) -> list[list[AnyExample]]:
+    """`length_order`'s batches, each cut where it would have more than `most_tokens` tokens, padding included, as
+    `collate` lays them out: an evaluation takes no more memory at a time than a step. In the same order however cut."""
+    batches: list[list[AnyExample]] = []
+    for indices in length_order(examples, batch_size):
+        batch: list[AnyExample] = []
+        for index in indices:
+            longer = [*batch, examples[index]]
+            if batch and most_tokens is not None and padded_tokens(longer, layout) > most_tokens:
+                batches.append(batch)
+                longer = longer[-1:]
+            batch = longer
+        batches.append(batch)
+    return batches
+
+
 def steps_per_epoch(num_pairs: int, batch_size: int) -> int:
     """Batches in one epoch, the partial one included."""
     return -(-num_pairs // batch_size)

@@ -99,7 +99,7 @@ def evaluation_seconds(run: Run, steps: int) -> float:
     began = time.perf_counter()
     evaluate(
         run.scorer, few, run.method, batch_size=config.batch_size, nll=config.nll, reference=run.reference,
-        max_seq_length=run.max_seq_length,
+        micro_batch_tokens=config.micro_batch_tokens, max_seq_length=run.max_seq_length,
     )  # fmt: skip
     per_token = (time.perf_counter() - began) / sum(example.pair_tokens for example in few)
     # Before, after and along the way for the valid split; before and after for the test split.

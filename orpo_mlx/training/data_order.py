@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orpo_mlx.config.settings import TrainingConfig
-from orpo_mlx.data.batching import TrainingOrder, length_order, micro_batches, side_lengths, steps_per_epoch
+from orpo_mlx.data.batching import TrainingOrder, held_out_batches, micro_batches, side_lengths, steps_per_epoch
+from orpo_mlx.device_profile import RowLayout
 from orpo_mlx.models.adapters import adapter_metadata
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.steps.step_values import mismatched_batches, mismatched_in_batches
@@ -95,13 +96,19 @@ def evaluation_pairs(run: Run) -> dict[str, Sequence[Example]]:
 
 def evaluation_groups(run: Run) -> list[list[Example]]:
     """The pairs of the held-out splits, grouped as the evaluations group them."""
-    groups = []
+    groups: list[list[Example]] = []
+    cut = _cut(run)
     for pairs in evaluation_pairs(run).values():
-        own = [[pairs[index] for index in indices] for indices in length_order(pairs, run.config.batch_size)]
+        own = held_out_batches(pairs, *cut)
         groups += own
         if run.method.wanted.kl:
-            groups += mismatched_in_batches(own, run.config.batch_size, run.max_seq_length)
+            groups += mismatched_in_batches(own, run.max_seq_length, *cut)
     return groups
+
+
+def _cut(run: Run) -> tuple[int, int, RowLayout]:
+    """How examples are cut into what is run at a time: the most examples, the most tokens, and their layout."""
+    return run.config.batch_size, run.config.micro_batch_tokens, run.scorer.layout
 
 
 def groups_to_come(run: Run) -> list[list[Example]]:
@@ -114,11 +121,12 @@ def groups_to_come(run: Run) -> list[list[Example]]:
     # From the middle of an epoch, its rest and one whole epoch meet every pair.
     most = min(total_steps(config, len(pairs)), per_epoch + -order.step % per_epoch)
     groups: list[list[Example]] = []
+    cut = _cut(run)
     steps = total_steps(config, len(pairs)) if run.method.wanted.kl else most
     for number, indices in enumerate(itertools.islice(order, steps)):
         step_batch = [pairs[index] for index in indices]
         if number < most:
-            groups += micro_batches(step_batch, config.batch_size, config.micro_batch_tokens)
+            groups += micro_batches(step_batch, *cut)
         if run.method.wanted.kl:
-            groups += mismatched_batches(step_batch, config.batch_size, config.micro_batch_tokens, run.max_seq_length)
+            groups += mismatched_batches(step_batch, run.max_seq_length, *cut)
     return groups + evaluation_groups(run)

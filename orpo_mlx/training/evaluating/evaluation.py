@@ -9,7 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from orpo_mlx.data.batching import count_pairs, length_order, row_weights, sequence_tokens, two_sided
+from orpo_mlx.data.batching import count_pairs, held_out_batches, row_weights, sequence_tokens, two_sided
 from orpo_mlx.engine.pair_scorer import PairScorer, join_logps, log_probs
 from orpo_mlx.losses.metrics import MetricMeans, metric_array
 from orpo_mlx.losses.recipe import Recipe
@@ -53,6 +53,7 @@ def evaluate(
     nll: str,
     reference: ReferenceLogProbs | None,
     max_seq_length: int,
+    micro_batch_tokens: int | None = None,
     untrained: bool = False,
     progress: Callable[[int], None] = lambda done: None,
     ranks: Ranks | None = None,
@@ -60,7 +61,8 @@ def evaluate(
 ) -> Evaluated:
     """Mean over all `pairs` of each metric (`metrics.metric_array`), without dropout and without gradient.
 
-    The loss sees the whole split at once, so that no metric depends on `batch_size`. `untrained` says that no
+    The loss sees the whole split at once, so that no metric depends on `batch_size`, nor on `micro_batch_tokens`, the
+    most that are run at a time where that is fewer (None: no limit). `untrained` says that no
     optimiser step has been taken: the policy's log-probs are then the reference's as well, and are not computed twice.
     Each of `ranks` runs its share of the batches, and all of them return the metrics of all pairs.
     `progress` is called with the number of pairs done after each batch. `rewards` are those of the steps so far, for
@@ -73,7 +75,7 @@ def evaluate(
     weighted = bool((row_weights(pairs) != 1).any())
     parts, done = [], 0
     ranks = ranks or Ranks()
-    groups = [[pairs[index] for index in indices] for indices in length_order(pairs, batch_size)]
+    groups = held_out_batches(pairs, batch_size, micro_batch_tokens, scorer.layout)
     for group in ranks.share(groups):
         batch = scorer.collate(group, with_prompt=tokens_per_pair is not None, whole_groups=method.wanted.groups)
         logps = log_probs(scorer, batch, nll_tokens_per_pair=tokens_per_pair, gradient=False, wanted=method.wanted)
@@ -93,7 +95,7 @@ def evaluate(
     # A policy that is its reference has no divergence from it to estimate.
     others: list[list[Example]] = []
     if method.wanted.kl and not (untrained and reference and reference.is_start):
-        others = mismatched_in_batches(groups, batch_size, max_seq_length)
+        others = mismatched_in_batches(groups, max_seq_length, batch_size, micro_batch_tokens, scorer.layout)
     values = values_of_split(scorer, reference, method, others, rewards, ranks)
     # Only now: the divergence is taken without dropout as well, and draws no random numbers.
     model.train(was_training)
@@ -164,7 +166,8 @@ def evaluate_splits(
             # An untrained policy has had no rewards, also where the steps behind it are measured from theirs.
             found = evaluate(
                 run.scorer, pairs, run.method, batch_size=run.config.batch_size, nll=run.config.nll,
-                reference=run.reference, max_seq_length=run.max_seq_length, untrained=untrained, progress=progress,
+                reference=run.reference, max_seq_length=run.max_seq_length,
+                micro_batch_tokens=run.config.micro_batch_tokens, untrained=untrained, progress=progress,
                 ranks=run.ranks, rewards=None if untrained else run.rewards,
             )  # fmt: skip
         held[name] = found.metrics

@@ -79,7 +79,7 @@ def step_values(run: Run, step_batch: Sequence[Example]) -> StepValues:
         assert run.reference is not None
         config = run.config
         batches = mismatched_batches(
-            step_batch, config.batch_size, config.micro_batch_tokens, run.max_seq_length, run.scorer.layout
+            step_batch, run.max_seq_length, config.batch_size, config.micro_batch_tokens, run.scorer.layout
         )
         kl = kl_estimate(run.scorer, run.reference, batches, run.ranks)
     return StepValues(kl, run.rewards.array() if wanted.running else None)

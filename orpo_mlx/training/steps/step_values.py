@@ -11,7 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from orpo_mlx.data.batching import length_order, micro_batches
+from orpo_mlx.data.batching import held_out_batches, micro_batches
 from orpo_mlx.data.tokens.trained_turns import learned_ids
 from orpo_mlx.device_profile import RowLayout
 from orpo_mlx.engine.pair_scorer import PairScorer, group_logps
@@ -83,9 +83,9 @@ def mismatched(examples: Sequence[Example], max_seq_length: int) -> list[Example
 
 def mismatched_batches(
     examples: Sequence[Example],
+    max_seq_length: int,
     batch_size: int,
     most_tokens: int,
-    max_seq_length: int,
     layout: RowLayout | None = None,
 ) -> list[list[Example]]:
     """`mismatched`, in the batches they are run in."""
@@ -93,14 +93,18 @@ def mismatched_batches(
 
 
 def mismatched_in_batches(
-    batches: Sequence[Sequence[Example]], batch_size: int, max_seq_length: int
+    batches: Sequence[Sequence[Example]],
+    max_seq_length: int,
+    batch_size: int,
+    most_tokens: int | None,
+    layout: RowLayout | None = None,
 ) -> list[list[Example]]:
     """`mismatched` of all examples of a held-out split, in the order of their batches, in batches of like length.
 
-    Over the split and not over each batch, so that no metric depends on `batch_size`.
+    Over the split and not over each batch, so that no metric depends on how the split is cut.
     """
     examples = mismatched(list(itertools.chain(*batches)), max_seq_length)
-    return [[examples[index] for index in indices] for indices in length_order(examples, batch_size)]
+    return held_out_batches(examples, batch_size, most_tokens, layout)
 
 
 def kl_estimate(

@@ -10,18 +10,21 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from orpo_mlx.data.batching import length_order
+from orpo_mlx.data import batching as module
+from orpo_mlx.data.batching import length_order, padded_tokens
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.losses.recipe import make_recipe
 from orpo_mlx.models.adapters import adapter_weights, add_adapters
 from orpo_mlx.training.checkpoints.random_numbers import random_state
+from orpo_mlx.training.data_order import evaluation_groups
 from orpo_mlx.training.evaluating.evaluation import evaluate
 from orpo_mlx.training.references.other_references import SecondModel
 from orpo_mlx.training.references.reference import ReferenceLogProbs
 from orpo_mlx.training.steps.step_values import mismatched
-from orpo_mlx.types import Example
+from orpo_mlx.types import Batch, Example
 from tests.conftest import make_model, make_pairs
 from tests.engine.test_pair_scorer import oracle_logps
+from tests.test_train import make_run
 
 # No row is cut.
 LONG: dict[str, Any] = {"max_seq_length": 1000}
@@ -49,6 +52,47 @@ def test_batch_size_changes_no_metric(method: str, nll: str) -> None:
         # Rewards of an untrained policy are rounding errors, and so is who wins by them.
         for key in set(result) - ({"rewards/accuracies"} if recipe.needs_reference else set()):
             assert result[key] == pytest.approx(results[0][key], rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_no_more_tokens_are_run_at_a_time_than_in_a_step(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    found = []
+    for most in (4096, 60):
+        run = make_run(settings, method=method, batch_size=6, micro_batch_tokens=most)
+        run.loaded.model.load_weights(moved(run.loaded.model), strict=False)
+        groups: list[list[Example]] = []
+
+        def collate(self: PairScorer, pairs: list[Example], groups: Any = groups, **options: Any) -> Batch:
+            groups.append(list(pairs))
+            return module.collate(pairs, self.layout, **options)
+
+        monkeypatch.setattr(PairScorer, "collate", collate)
+        found.append(
+            evaluate(
+                run.scorer,
+                run.splits["valid"].pairs,
+                run.method,
+                batch_size=6,
+                nll="completion",
+                reference=run.reference,
+                micro_batch_tokens=most,
+                max_seq_length=run.max_seq_length,
+            ).metrics
+        )
+        layout = run.scorer.layout
+        assert all(padded_tokens(group, layout) <= most or len(group) == 1 for group in groups)
+        # Another composition would give the reference sums in another order.
+        run.splits.pop("test")
+        assert groups == evaluation_groups(run)
+        assert len(groups) > 2 or most > 60
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-5)
+
+
+def moved(model: Any) -> list[tuple[str, mx.array]]:
+    """Adapters with which the policy is no longer the reference."""
+    return [(name, value + 0.1) for name, value in adapter_weights(model).items()]
 
 
 def test_means_are_the_oracles_and_dropout_is_off_for_the_length_of_it() -> None:
@@ -113,8 +157,7 @@ def test_another_references_divergence_is_there_before_the_first_step() -> None:
 def test_the_divergence_is_taken_without_dropout_and_draws_no_numbers() -> None:
     recipe, pairs = make_recipe("kto", {}), make_pairs(6)
     scorer = scorer_with_adapters()
-    weights = [(name, value + 0.1) for name, value in adapter_weights(scorer.model).items()]
-    scorer.model.load_weights(weights, strict=False)
+    scorer.model.load_weights(moved(scorer.model), strict=False)
     reference = ReferenceLogProbs(scorer, adapters_are_new=True, wanted=recipe.wanted)
     found = []
     for seed in (1, 2):
