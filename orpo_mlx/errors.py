@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 _MOST_REASON = 300
 """Characters of another package's message that are shown: some list hundreds of tensors."""
@@ -27,6 +28,10 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model, tokenizer or adapter cannot be used."""
+
+
+class DeviceError(UserError):
+    """MLX cannot go on with the GPU, or with its memory."""
 
 
 class TrainingError(UserError):
@@ -63,3 +68,43 @@ def kind_and_reason(error: BaseException) -> str:
     kind = type(error).__name__
     reason = reason_of(error)
     return kind if reason == kind else f"{kind}: {reason}"
+
+
+_OF_THE_DEVICE = ("[METAL]", "[metal::malloc]", "[malloc]")
+"""How MLX's messages begin where Metal ended some work, or memory cannot be had."""
+_LESS_MEMORY = "lower `micro_batch_tokens`, take `memory=thrift`, or cut rows with `max_seq_length`"
+_NEW_PROCESS = "start the command again"
+_ADVICE = {
+    # Codes of `MTLCommandBufferError`, as Metal writes them.
+    "(00000008:": f"memory has run out: {_LESS_MEMORY}",
+    "(00000002:": "a piece of work took the GPU too long: lower `micro_batch_tokens`",
+    "(0000000e:": "macOS ended what kept the GPU from drawing the screen: let the display sleep, or set "
+    "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1 in the environment",
+    "(00000004:": f"after earlier errors the GPU takes no more work of this process: {_NEW_PROCESS}",
+    "Resource limit": f"this process holds too many arrays: {_NEW_PROCESS}",
+    "malloc]": f"memory cannot be had: {_LESS_MEMORY}",
+}
+
+
+def device_advice(error: BaseException) -> str | None:
+    """What to do about an error that MLX raised over the GPU or its memory; None for every other."""
+    said = str(error)
+    if not any(mark in said for mark in _OF_THE_DEVICE):
+        return None
+    return next((advice for mark, advice in _ADVICE.items() if mark in said), f"the GPU failed: {_NEW_PROCESS}")
+
+
+@contextmanager
+def naming_device_errors() -> Iterator[None]:
+    """Let what MLX raises over the GPU or its memory say what to do.
+
+    Raises:
+        DeviceError: in the place of such a RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        advice = device_advice(error)
+        if advice is None:
+            raise
+        raise DeviceError(f"{reason_of(error)}; {advice}.") from error

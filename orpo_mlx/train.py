@@ -28,6 +28,7 @@ from rich.console import Console
 from orpo_mlx.config.checks import checked_config
 from orpo_mlx.config.derived import settings_for_card
 from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.errors import naming_device_errors
 from orpo_mlx.folder_lock import locked
 from orpo_mlx.interrupts import Interrupted, message_of
 from orpo_mlx.memory.choose_mode import plan_memory
@@ -69,6 +70,7 @@ from orpo_mlx.training.sinks import open_callbacks, open_sinks
 from orpo_mlx.training.summaries import announce, say_goodbye
 
 
+@naming_device_errors()
 def train(
     config: TrainingConfig,
     reporter: Reporter | None = None,

@@ -9,7 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mlx_lm import load as mlx_lm_load
 
 from orpo_mlx.cli.train import main
 from orpo_mlx.config.checks import make_config
-from orpo_mlx.errors import TrainingError
+from orpo_mlx.errors import DeviceError, TrainingError
 from orpo_mlx.losses.registry import METHODS
 from orpo_mlx.memory.predict import Prediction
 from orpo_mlx.models.adapters import adapter_weights
@@ -36,6 +37,7 @@ from orpo_mlx.training.steps.step_functions import StepFunctions
 from orpo_mlx.types import Batch, LossOutput, PairLogProbs, TokenizedPair
 from tests.conftest import make_pairs, write_id_rows, write_model_folder, write_rows
 from tests.helpers.quiet_training import run_quietly
+from tests.test_errors import IGNORED, OUT_OF_MEMORY, TIMEOUT
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -189,7 +191,8 @@ def fail_at(step: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) ->
         (
             RuntimeError("[METAL] out\nof memory."),
             2,
-            "error: step 3: [METAL] out of memory; step 2 is saved, go on with",
+            "error: step 3: [METAL] out of memory; the GPU failed: start the command again; "
+            "step 2 is saved, go on with",
         ),
     ],
 )
@@ -214,6 +217,49 @@ def test_a_run_that_ends_early_saves_what_it_learned(
         for folder in (settings["adapter_path"], tmp_path / "two steps")
     )
     assert saved == two_steps
+
+
+@pytest.mark.parametrize("runs", [mx.cpu, None])
+def test_after_an_error_of_the_gpu_the_last_step_is_saved_on_the_cpu(
+    settings: dict[str, Any], runs: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    streams: list[Any] = []
+
+    @contextmanager
+    def stream(where: Any) -> Iterator[None]:
+        streams.append(where)
+        yield
+        streams.pop()
+
+    def isfinite(array: mx.array) -> mx.array:
+        if runs is None or runs not in streams:
+            raise RuntimeError(IGNORED)
+        return array == array
+
+    fail_at(3, RuntimeError(TIMEOUT), monkeypatch)
+    monkeypatch.setattr(mx, "stream", stream)
+    monkeypatch.setattr(mx, "isfinite", isfinite)
+    assert main([*flags(settings), "--iters", "5"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "kIOGPUCommandBufferCallbackErrorTimeout); a piece of work took the GPU too long: lower --micro-batch" in err
+    assert ("step 2 is saved, go on with" in err) is (runs is not None)
+    assert ("step 2 cannot be saved: [METAL]" in err) is (runs is None)
+
+
+def test_the_gpus_errors_before_the_first_step_are_one_sentence(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def evaluated(*_: Any, **__: Any) -> None:
+        raise RuntimeError(OUT_OF_MEMORY)
+
+    monkeypatch.setattr("orpo_mlx.training.loop.evaluate_splits", evaluated)
+    assert main(flags(settings)) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "ErrorOutOfMemory); memory has run out: lower --micro-batch-tokens, take --memory thrift, or cut" in err
+    with pytest.raises(DeviceError, match="`micro_batch_tokens`"):
+        run_quietly({**settings, "overwrite": True})
 
 
 def test_an_interrupt_in_the_first_step_says_that_nothing_was_saved(

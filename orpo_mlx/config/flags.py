@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from orpo_mlx.config.settings import SETTINGS
-from orpo_mlx.errors import ConfigError, TrainingError, UserError
+from orpo_mlx.errors import ConfigError, TrainingError, UserError, naming_device_errors
 from orpo_mlx.interrupts import Interrupted, finished, message_of, raising_interrupts
 from orpo_mlx.text import clipped, printable, quoted, spell_unprintable
 
@@ -133,7 +133,7 @@ def exit_status(prog: str, command: Callable[[], object]) -> int:
     spell_unprintable()
     with raising_interrupts(prog) as signals:
         try:
-            with naming_flags():
+            with naming_flags(), naming_device_errors():
                 command()
             status = 0
         except KeyboardInterrupt as interrupt:

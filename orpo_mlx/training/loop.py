@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from orpo_mlx.config.defaults import DEFAULT_MAX_SKIPPED
-from orpo_mlx.errors import HalfAppliedError, NonFiniteError, TrainingError, reason_of
+from orpo_mlx.errors import HalfAppliedError, NonFiniteError, TrainingError, device_advice, reason_of
 from orpo_mlx.interrupts import Interrupted
 from orpo_mlx.losses.metrics import MetricMeans
 from orpo_mlx.models.adapters import adapters_off
@@ -259,7 +259,9 @@ class Loop:
             self.run.folder.mkdir(parents=True)
             record_beginning(self.run, self.progress)
         saved = dataclasses.replace(self.progress, before=marks.before)
-        checkpoint = save(self.run, saved, marks.files, self._random_states)
+        # After an error of the GPU nothing runs there any more, and the last whole step is still to be saved.
+        with mx.stream(mx.cpu):
+            checkpoint = save(self.run, saved, marks.files, self._random_states)
         # At once: whatever fails from here on, this step is there to go on from.
         self._saved_step, self._saved_best = checkpoint.step, self.progress.best
         self._unsaved_step = None
@@ -381,6 +383,8 @@ class Loop:
                 reason = f"{error.filename}: {error.strerror or reason}"
             if not isinstance(error, (TrainingError, OSError)):
                 reason = f"step {self.progress.step + 1}: {reason}"
+            if advice := device_advice(error):
+                reason = f"{reason}; {advice}"
             raise TrainingError(f"{reason}; {how_to_go_on}") from error
 
     def _save_at_the_end(self, error: BaseException) -> str:
@@ -397,7 +401,8 @@ class Loop:
             try:
                 self.save()
                 problem = ""
-            except (TrainingError, OSError) as second:
+            # MLX's own as well: after an error of the GPU others follow.
+            except (TrainingError, OSError, RuntimeError) as second:
                 # Where it failed after the checkpoint, the step is saved all the same.
                 failed = "" if self._saved_step == step else f"step {step} cannot be saved: "
                 problem += f"{failed}{reason_of(second, None)}; "

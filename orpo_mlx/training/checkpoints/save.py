@@ -135,6 +135,7 @@ def optimizer_arrays(run: Run) -> dict[str, mx.array]:
 
 
 def _require_finite(arrays: Mapping[str, mx.array], step: int) -> None:
-    for name, array in arrays.items():
-        if not mx.isfinite(array).all().item():
+    finite = mx.stack([mx.isfinite(array).all() for array in arrays.values()]).tolist()
+    for name, good in zip(arrays, finite, strict=True):
+        if not good:
             raise TrainingError(f"{name} is not finite after step {step}, so it is not saved")
