@@ -30,6 +30,10 @@ class ModelError(UserError):
     """A model, tokenizer or adapter cannot be used."""
 
 
+class UntrainableError(ModelError):
+    """A model with a layer that has no gradient on this device."""
+
+
 class DeviceError(UserError):
     """MLX cannot go on with the GPU, or with its memory."""
 

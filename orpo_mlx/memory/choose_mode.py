@@ -9,7 +9,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from orpo_mlx.engine.modes import AUTOMATIC
-from orpo_mlx.errors import TrainingError, UserError
+from orpo_mlx.errors import TrainingError, UntrainableError, UserError
 from orpo_mlx.memory.predict import TOLERANCE, Prediction, device_working_set, heaviest_window, predict
 from orpo_mlx.memory.skeleton import read_blueprint
 from orpo_mlx.training.prepare import spend_memory_as
@@ -34,6 +34,7 @@ def plan_memory(run: Run, say: Callable[[str], None]) -> None:
 
     Raises:
         TrainingError: the prediction is beyond what the device recommends by more than predictions are off.
+        UntrainableError: the model has no gradient on this device.
     """
     if not run.config.memory_check:
         return
@@ -42,6 +43,8 @@ def plan_memory(run: Run, say: Callable[[str], None]) -> None:
     modes = AUTOMATIC[: 1 if run.config.plain_head else None] if automatic else (run.memory.mode,)
     try:
         mode, prediction = _fastest(run, modes)
+    except UntrainableError:
+        raise
     except UserError as error:
         say(f"The peak of memory cannot be predicted: {error}")
         if automatic and run.memory.mode != modes[-1]:

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.batching import micro_batches, side_lengths
 from orpo_mlx.engine.modes import MODES
-from orpo_mlx.errors import ModelError, reason_of
+from orpo_mlx.errors import ModelError, UntrainableError, reason_of
 from orpo_mlx.memory.skeleton import Blueprint, build, read_blueprint, weight_bytes
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.models.loading import LoadedModel
@@ -36,6 +36,8 @@ from orpo_mlx.types import Example, TokenizedPair
 _GIB = 2**30
 _FEWEST_LAYERS, _FEWEST_OF_SEVERAL_KINDS = 2, 3
 """The first layer passes no gradient on and takes less: it may not be the only one of its kind."""
+_NO_GRADIENT = "[Primitive::vjp] Not implemented for CustomKernel"
+"""What MLX says where a kernel that a model brings along (`mx.fast.metal_kernel`) is to be differentiated."""
 TOLERANCE = 0.1
 """How far, relative to it, a peak may be from its prediction."""
 
@@ -182,6 +184,11 @@ def _probe(config: TrainingConfig, blueprint: Blueprint, depth: int, trained: in
     try:
         return _measured_step(config, blueprint, depth, trained, window)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        if _NO_GRADIENT in str(error):
+            raise UntrainableError(
+                f"{config.model}: a layer of it runs a kernel of mlx-lm that has no gradient on this device "
+                f"({reason_of(error)}), so it cannot be trained here; take a model of another architecture."
+            ) from error
         raise ModelError(f"a model like this one with {depth} layers cannot be run ({reason_of(error)}).") from error
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models import llama
 
 from orpo_mlx.config.checks import make_config
-from orpo_mlx.errors import ModelError
+from orpo_mlx.errors import ModelError, UntrainableError
 from orpo_mlx.memory.predict import (
     TOLERANCE,
     Prediction,
@@ -27,6 +28,7 @@ from orpo_mlx.training.prepare import assemble
 from orpo_mlx.training.steps.step import optimiser_step
 from orpo_mlx.types import Example, TokenizedPair
 from tests.conftest import make_pairs, model_config
+from tests.helpers.quiet_training import run_quietly
 
 LAYERS = 9
 
@@ -140,6 +142,24 @@ def test_models_inside_of_others_and_layers_of_several_kinds(
     settings = {"batch_size": 1, "max_seq_length": 128, "memory": memory}
     window = made_window(make_config(settings), 64, 200)
     assert_predicted(folder, settings, window)
+
+
+def test_a_model_without_a_gradient_is_refused_before_anything_is_evaluated(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @mx.custom_function
+    def kernel(states: mx.array) -> mx.array:
+        return states
+
+    @kernel.vjp
+    def backward(*_: Any) -> Any:
+        raise ValueError("[Primitive::vjp] Not implemented for CustomKernel.")
+
+    own = llama.MLP.__call__
+    monkeypatch.setattr(llama.MLP, "__call__", lambda layer, states: kernel(own(layer, states)))
+    monkeypatch.setattr("orpo_mlx.train.train_and_evaluate", None)
+    with pytest.raises(UntrainableError, match=r"llama: a layer of it runs a kernel .* has no gradient .*CustomKernel"):
+        run_quietly({**settings, "memory_check": True})
 
 
 def test_the_parts_are_counted(deep_model: Path) -> None:
