@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from orpo_mlx.errors import TrainingError
@@ -135,7 +136,7 @@ def optimizer_arrays(run: Run) -> dict[str, mx.array]:
 
 
 def _require_finite(arrays: Mapping[str, mx.array], step: int) -> None:
-    finite = mx.stack([mx.isfinite(array).all() for array in arrays.values()]).tolist()
+    finite = np.array(mx.stack([mx.isfinite(array).all() for array in arrays.values()]))
     for name, good in zip(arrays, finite, strict=True):
         if not good:
             raise TrainingError(f"{name} is not finite after step {step}, so it is not saved")
