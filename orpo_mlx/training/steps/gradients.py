@@ -54,10 +54,14 @@ def step_gradient(run: Run, step_batch: Sequence[Example]) -> StepGradient:
     evaluate = mx.async_eval if run.scorer.profile.compiled else mx.eval
     gradients: Gradients = {}
     metrics_of: list[mx.array] = []
-    for number, (pairs, loss_gradient) in enumerate(zip(parts, loss_gradients, strict=True)):
+    # All of them first: a reference log-prob that is not known yet is waited for, and with it what the device works on.
+    inputs_of = [
+        micro_batch_inputs(run, step_batch, pairs, loss_gradient, values)
+        for pairs, loss_gradient in zip(parts, loss_gradients, strict=True)
+    ]
+    for number, inputs in enumerate(inputs_of):
         if number:
             evaluate(metrics_of, gradients)
-        inputs = micro_batch_inputs(run, step_batch, pairs, loss_gradient, values)
         _, metrics, gradients = run.functions.add_micro_batch(inputs, gradients)
         metrics_of.append(metrics)
     if ranks.size > 1:

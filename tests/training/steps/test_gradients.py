@@ -11,6 +11,7 @@ import pytest
 
 from orpo_mlx.device_profile import VARIABLE
 from orpo_mlx.losses.registry import METHODS, PAIR
+from orpo_mlx.training.references.reference import ReferenceLogProbs
 from orpo_mlx.training.steps.gradients import step_gradient
 from orpo_mlx.training.steps.step_functions import gradient_norm, traced_at_once
 from tests.test_train import make_run
@@ -87,6 +88,26 @@ def test_a_compiled_step_is_the_plain_one(settings: dict[str, Any], monkeypatch:
     assert none == 0 < some
     assert compiled.norm == pytest.approx(plain.norm, rel=1e-5)
     assert compiled.means.means()["loss"] == pytest.approx(plain.means.means()["loss"], rel=1e-6)
+
+
+def test_no_reference_is_waited_for_between_micro_batches(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(settings, method="dpo", batch_size=1)
+    events: list[str] = []
+    compute, add = ReferenceLogProbs._compute, run.functions.add_micro_batch
+
+    def counted(event: str, function: Any) -> Any:
+        def call(*given: Any) -> Any:
+            events.append(event)
+            return function(*given)
+
+        return call
+
+    monkeypatch.setattr(ReferenceLogProbs, "_compute", counted("reference", compute))
+    monkeypatch.setattr(run.functions, "add_micro_batch", counted("gradient", add))
+    step_gradient(run, run.splits["train"].pairs[:3])
+    assert events == ["reference"] * 3 + ["gradient"] * 3
 
 
 def test_gradient_norm_is_over_everything() -> None:
