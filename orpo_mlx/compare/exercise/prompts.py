@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-# One sentence, so that most replies end by themselves within 40 tokens and their lengths say something.
+# One sentence: two fifths of the replies end by themselves within 40 tokens, so that their lengths say something.
 _FRAMES = {
     "train": (
         "In one short sentence, tell me what you think of {}.",
