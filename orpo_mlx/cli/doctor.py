@@ -49,7 +49,7 @@ def _run(argv: Sequence[str] | None) -> bool:
     args = build_parser().parse_args(argv)
     file = args.json
     if file is not None:
-        check_output_file("--json", file)
+        file = check_output_file("--json", file)
     from orpo_mlx.device_profile import device_profile
     from orpo_mlx.doctor.examine import LEVELS, Process, examine, record_of, record_text
 

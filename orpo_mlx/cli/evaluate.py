@@ -52,9 +52,9 @@ def build_parser() -> OneLineParser:
 def run(argv: Sequence[str] | None) -> None:
     """Do what a command line asks; raises UserError."""
     args = build_parser().parse_args(argv)
-    for flag, name in (("--json", args.json), ("--replies", args.replies)):
-        if name is not None:
-            check_output_file(flag, Path(name))
+    for name in ("json", "replies"):
+        if getattr(args, name) is not None:
+            setattr(args, name, check_output_file(f"--{name}", Path(getattr(args, name))))
     if args.tasks is not None:
         run_tasks_of(args)
         return
@@ -88,9 +88,9 @@ def run(argv: Sequence[str] | None) -> None:
     for note in found.replies.notes:
         print(printable_lines(note), file=sys.stderr)
     if args.replies is not None:
-        write_replies(Path(args.replies), found.judged)
+        write_replies(args.replies, found.judged)
     if args.json is not None:
-        save_json(Path(args.json), found.figures)
+        save_json(args.json, found.figures)
     print(printable_lines(as_text(found.figures)), end="")
     warning = failure_warning(found.figures)
     if found.figures["win_rate"] is None:
@@ -127,7 +127,7 @@ def run_tasks_of(args: argparse.Namespace) -> None:
     for name, regression in found.items():
         print(printable_lines(regression_line(name, regression)))
     if args.json is not None:
-        save_json(Path(args.json), {name: regression_figures(each) for name, each in found.items()})
+        save_json(args.json, {name: regression_figures(each) for name, each in found.items()})
 
 
 def sides_of(args: argparse.Namespace) -> tuple[Side, Side]:

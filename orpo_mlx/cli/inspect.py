@@ -36,9 +36,9 @@ def build_parser() -> OneLineParser:
 def run(argv: Sequence[str] | None) -> None:
     """Do what a command line asks; raises UserError."""
     given, args = parse_settings(build_parser(), argv)
-    for flag, name in (("--json", args.json), ("--png", args.png)):
-        if name not in (None, "-"):
-            check_output_file(flag, Path(name))
+    for name in ("json", "png"):
+        if getattr(args, name) not in (None, "-"):
+            setattr(args, name, check_output_file(f"--{name}", Path(getattr(args, name))))
     config = make_config(given)
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from orpo_mlx.data.sources import find_splits
@@ -73,7 +73,7 @@ def run(argv: Sequence[str] | None) -> None:
         print(printable(info.note), file=sys.stderr)
     print(table if args.json == "-" else printable_lines(with_flags(as_text(figures))), end="")
     if args.json not in (None, "-"):
-        write_text(Path(args.json), table)
+        write_text(args.json, table)
     if args.png is not None:
         draw_lengths(splits, config.max_seq_length, Path(args.png))
 

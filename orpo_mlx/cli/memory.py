@@ -69,10 +69,11 @@ def benchmark_request(argv: Sequence[str] | None) -> BenchmarkRequest:
     for method, mode in itertools.product(methods, mode_flags(modes)):
         if resolve(benchmark_flags(method, [*arguments, *mode]), PROG).test:
             raise ConfigError("--test: this command measures training; leave it out.")
-    for flag, file in (("--json", own.json), ("--publish", own.publish)):
-        if file is not None:
-            check_output_file(flag, file)
-    return BenchmarkRequest(methods, arguments, modes, own.json, own.publish)
+    files = [
+        None if file is None else check_output_file(flag, file)
+        for flag, file in (("--json", own.json), ("--publish", own.publish))
+    ]
+    return BenchmarkRequest(methods, arguments, modes, *files)
 
 
 def run(argv: Sequence[str] | None) -> None:

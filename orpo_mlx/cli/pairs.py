@@ -55,8 +55,7 @@ def build_parser() -> OneLineParser:
 def run(argv: Sequence[str] | None) -> None:
     """Do what a command line asks; raises UserError."""
     args = build_parser().parse_args(argv)
-    output = Path(args.output)
-    check_output_file("--output", output)
+    output = check_output_file("--output", Path(args.output))
     check_count("--samples", args.samples)
     if args.samples == 1:
         raise ConfigError("--samples: found 1, expected 2 or more to choose between.")

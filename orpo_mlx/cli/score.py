@@ -95,7 +95,7 @@ def run(argv: Sequence[str] | None) -> None:
     if data.is_dir():
         raise DataError(f"--data {data}: is a folder; score takes one file, such as {data / 'test.jsonl'}.")
     if args.output is not None:
-        check_output_file("--output", Path(args.output))
+        args.output = check_output_file("--output", Path(args.output))
     if args.categories is not None and not Path(args.categories).is_dir():
         raise ConfigError(f"--categories {args.categories}: is not a folder; give one that exists.")
     # What the rest of the command reads, whichever way it was found.
@@ -134,7 +134,7 @@ def run(argv: Sequence[str] | None) -> None:
     if args.output is None:
         print(lines, end="")
     else:
-        write_text(Path(args.output), lines)
+        write_text(args.output, lines)
     print(summary(rows), file=out)
     if args.categories is not None:
         base = base_rows(loaded.model, pairs, args.batch_size) if args.adapter_path is not None else None

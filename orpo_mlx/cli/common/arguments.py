@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from orpo_mlx.errors import ConfigError
@@ -22,10 +23,22 @@ def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_output_file(flag: str, path: Path) -> None:
-    """Refuse a file that cannot be written, before the work whose result goes there; raises ConfigError."""
-    if path.is_dir() or not path.parent.is_dir():
+def check_output_file(flag: str, path: Path) -> Path:
+    """The file to write: `path`, or what a link there leads to.
+
+    Raises:
+        ConfigError: it cannot be written; said before the work whose result goes there.
+    """
+    # A file is written beside its destination and renamed over it, which would put it in the place of the link.
+    file = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if file.is_dir() or not file.parent.is_dir():
         raise ConfigError(f"{flag} {path}: cannot be written there; give a file in a folder that exists.")
+    # Renamed over /dev/null, the file would be what every other program finds there.
+    if file.exists() and not file.is_file():
+        raise ConfigError(f"{flag} {path}: is a device or pipe, expected a file; give another name.")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {path}: this user may not write into {file.parent}; give a file in another folder.")
+    return file
 
 
 def check_count(flag: str, value: int) -> None:
