@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orpo_mlx.cli.common.arguments import add_trust_remote_code
+from orpo_mlx.cli.common.arguments import add_trust_remote_code, check_replaced
 from orpo_mlx.config.flags import OneLineParser, exit_status, naming_flags, with_flags
 from orpo_mlx.convert.quantisation import AFFINE_BITS, AFFINE_GROUPS, MIXED, QUANTISATION_MODES, quantisation
 from orpo_mlx.errors import ConfigError
@@ -107,6 +107,9 @@ def task_of(args: argparse.Namespace) -> Task:
 def run(argv: Sequence[str] | None) -> None:
     """Do what a command line asks; raises UserError."""
     args = build_parser().parse_args(argv)
+    flags = {"SRC": "source", "--model": "model", "--adapter-path": "adapter_path", "--data": "data"}
+    read = {name: vars(args).get(key) for name, key in flags.items()}
+    check_replaced(Path(args.destination).expanduser(), read)
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from orpo_mlx.convert import conversions
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from orpo_mlx.cli.common.arguments import add_model_options, check_count, check_output_file
+from orpo_mlx.cli.common.arguments import add_model_options, check_apart, check_count, check_output_file
 from orpo_mlx.cli.common.judging import (
     EVALUATED,
     adapter_folder,
@@ -55,6 +55,9 @@ def run(argv: Sequence[str] | None) -> None:
     for name in ("json", "replies"):
         if getattr(args, name) is not None:
             setattr(args, name, check_output_file(f"--{name}", Path(getattr(args, name))))
+            check_apart(f"--{name}", getattr(args, name), {"--data": args.data})
+    if args.replies is not None:
+        check_apart("--replies", args.replies, {"--json": args.json})
     if args.tasks is not None:
         run_tasks_of(args)
         return

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from orpo_mlx.cli.common.arguments import check_output_file
+from orpo_mlx.cli.common.arguments import check_apart, check_output_file
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.config.command_line import add_settings, parse_settings
 from orpo_mlx.config.derived import data_reading
@@ -40,6 +40,9 @@ def run(argv: Sequence[str] | None) -> None:
         if getattr(args, name) not in (None, "-"):
             setattr(args, name, check_output_file(f"--{name}", Path(getattr(args, name))))
     config = make_config(given)
+    for name in ("json", "png"):
+        if getattr(args, name) not in (None, "-"):
+            check_apart(f"--{name}", Path(getattr(args, name)), {"--data": config.data})
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from orpo_mlx.data.sources import find_splits
     from orpo_mlx.data.splits import tokenized_split

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from orpo_mlx.cli.common.arguments import add_model_options, check_count, check_output_file
+from orpo_mlx.cli.common.arguments import add_model_options, check_apart, check_count, check_output_file
 from orpo_mlx.cli.common.judging import (
     TRAINED,
     adapter_folder,
@@ -56,6 +56,7 @@ def run(argv: Sequence[str] | None) -> None:
     """Do what a command line asks; raises UserError."""
     args = build_parser().parse_args(argv)
     output = check_output_file("--output", Path(args.output))
+    check_apart("--output", output, {"--data": args.data})
     check_count("--samples", args.samples)
     if args.samples == 1:
         raise ConfigError("--samples: found 1, expected 2 or more to choose between.")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orpo_mlx.cli.common.arguments import add_model_options, check_count, check_output_file
+from orpo_mlx.cli.common.arguments import add_model_options, check_apart, check_count, check_output_file
 from orpo_mlx.cli.common.run_folder import chosen_adapters, held_out_file
 from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.data.pairs import Reading, load_pairs, parse_columns, parse_labels
@@ -96,6 +96,7 @@ def run(argv: Sequence[str] | None) -> None:
         raise DataError(f"--data {data}: is a folder; score takes one file, such as {data / 'test.jsonl'}.")
     if args.output is not None:
         args.output = check_output_file("--output", Path(args.output))
+        check_apart("--output", args.output, {"--data": data})
     if args.categories is not None and not Path(args.categories).is_dir():
         raise ConfigError(f"--categories {args.categories}: is not a folder; give one that exists.")
     # What the rest of the command reads, whichever way it was found.

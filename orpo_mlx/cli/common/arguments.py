@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+from orpo_mlx.data.sources import data_files
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.models.names import LOAD_DTYPES
 
@@ -39,6 +41,39 @@ def check_output_file(flag: str, path: Path) -> Path:
     if not os.access(file.parent, os.W_OK | os.X_OK):
         raise ConfigError(f"{flag} {path}: this user may not write into {file.parent}; give a file in another folder.")
     return file
+
+
+def check_apart(flag: str, output: Path, inputs: Mapping[str, str | Path | None]) -> None:
+    """Refuse an output that would take the place of what is read; raises ConfigError.
+
+    `inputs` are files and folders by the flags that name them. A folder's files are those that data is read from.
+    """
+    for name, given in inputs.items():
+        path = None if given is None else Path(given).expanduser()
+        read = [] if path is None else data_files(path) if path.is_dir() else [path]
+        if any(_is_same(output, each) for each in read):
+            raise ConfigError(
+                f"{flag} {output}: is what {name} names or has in it, and would be lost; give another file."
+            )
+
+
+def check_replaced(destination: Path, inputs: Mapping[str, str | None]) -> None:
+    """Refuse to replace a file or folder that is, or has in it, what is read; raises ConfigError."""
+    for name, given in inputs.items():
+        if given is not None and destination.exists():
+            path = Path(given).expanduser()
+            if any(_is_same(destination, each) for each in (path, *path.resolve().parents)):
+                raise ConfigError(
+                    f"{destination}: is what {name} names or has it in it, and would be lost; give another destination."
+                )
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two paths are one file or folder, be it there or not."""
+    # Two names of one file, links of either kind among them; `resolve` knows nothing of hard links and of case.
+    if one.exists() and other.exists():
+        return one.samefile(other)
+    return one.resolve() == other.resolve()
 
 
 def check_count(flag: str, value: int) -> None:
