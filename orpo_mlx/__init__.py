@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from orpo_mlx._command import end_without_traceback
+from orpo_mlx._command import end_without_traceback, is_a_command
 
 # Before any other import, which takes time: where this process is a command, a signal now is as good as one later.
 end_without_traceback()
 
 
 def _prepare_process() -> None:
-    from orpo_mlx.interrupts import end_early_in_one_sentence
+    from orpo_mlx.interrupts import end_early_in_one_sentence, tell
 
     end_early_in_one_sentence()
     from orpo_mlx._blas import load_blas
     from orpo_mlx._open_files import allow_fewer_files
+    from orpo_mlx.text import printable
 
     # Both before MLX and mlx-lm are imported: a BLAS is bound as MLX is loaded, and mlx-lm sets its limit at once.
-    load_blas()
+    try:
+        load_blas()
+    except OSError as error:
+        if not is_a_command():
+            raise
+        # A variable that is set wrongly is for the user to mend; the command that would say so has not begun yet.
+        tell(f"orpo-mlx: error: {printable(str(error))}.\n")
+        raise SystemExit(2) from None
     allow_fewer_files()
 
 

@@ -34,6 +34,16 @@ def test_a_library_that_cannot_be_loaded_names_the_variable() -> None:
 
 
 @linux
+def test_a_command_whose_library_cannot_be_loaded_ends_in_a_sentence() -> None:
+    words = [sys.executable, "-m", "orpo_mlx", "--version"]
+    env = {**os.environ, "ORPO_MLX_BLAS": "/nowhere/libblas.so"}
+    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("orpo-mlx: error: ORPO_MLX_BLAS=/nowhere/libblas.so cannot be loaded (")
+    assert done.stderr.count("\n") == 1
+
+
+@linux
 def test_one_warning_names_the_remedy_where_none_is_found() -> None:
     code = "import ctypes\ndef fail(*a, **k): raise OSError\nctypes.CDLL = fail\nimport orpo_mlx"
     done = run(code)
