@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 
@@ -34,10 +35,16 @@ def test_ends(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_file_that_cannot_be_written_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert raising(OSError(28, "No space left on device", "a/b.json")) == 2
+    assert raising(OSError(errno.EDQUOT, "Disk quota exceeded", "a/b.json")) == 2
+    assert raising(PermissionError(13, "Permission denied", "a/b.json")) == 2
+    assert raising(OSError(5, "Input/output error", "a/b.json")) == 2
     assert raising(OSError("odd")) == 2
     assert capsys.readouterr().err.splitlines() == [
         "prog: error: a/b.json: No space left on device; free space or choose another folder.",
-        "prog: error: odd; free space or choose another folder.",
+        "prog: error: a/b.json: Disk quota exceeded; free space or choose another folder.",
+        "prog: error: a/b.json: Permission denied; give this user access to it, or name another.",
+        "prog: error: a/b.json: Input/output error.",
+        "prog: error: odd.",
     ]
 
 

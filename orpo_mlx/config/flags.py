@@ -25,6 +25,11 @@ _MENTION = re.compile(r"`(?P<name>[a-z][a-z0-9_]*)(?:=(?P<value>[^`]*))?`")
 _MOST = 399
 """Characters of a sentence on stderr: what it quotes of a flag or a file may have millions."""
 _MOST_OF_A_RUN = 1200
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free space or choose another folder"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "; give this user access to it, or name another"),
+}
+"""What to do about an error of the system; of the others nothing is known that holds for all."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -177,7 +182,8 @@ def _tell_error(prog: str, error: UserError | OSError) -> None:
         message = "the current folder was removed; change into one that is there."
     else:  # A full disk, or a folder that cannot be written, wherever a command meets it.
         location = f"{error.filename}: " if error.filename else ""
-        message = printable(f"{location}{error.strerror or error}; free space or choose another folder.")
+        advice = _ADVICE.get(error.errno or 0, "")
+        message = printable(f"{location}{error.strerror or str(error).rstrip('.')}{advice}.")
     # A run that fails says what is saved, where, and how it goes on: several paths, and nothing that a stranger wrote.
     most = _MOST_OF_A_RUN if isinstance(error, TrainingError) else _MOST
     _print(clipped(f"{prog}: error: {message}", most))
