@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_mlx.errors import ConfigError, reason_of
+from orpo_mlx.text import quoted
 
 
 def read_yaml_table(path: Path, location: str) -> dict[Any, Any]:
@@ -19,7 +20,9 @@ def read_yaml_table(path: Path, location: str) -> dict[Any, Any]:
     if path.exists() and not (path.is_file() or path.is_dir() or path.is_relative_to("/dev")):
         raise ConfigError(f"{location}: is no regular file, expected YAML.")
     try:
-        table = yaml.load(path.read_text(encoding="utf-8"), yaml_loader)
+        table = yaml.load(path.read_text(encoding="utf-8"), _without_repeats(yaml_loader, location))
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"{location}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
@@ -33,3 +36,24 @@ def read_yaml_table(path: Path, location: str) -> dict[Any, Any]:
         found = "nothing" if table is None else f"a {type(table).__name__}"
         raise ConfigError(f"{location}: found {found}, expected a table of settings (key: value).")
     return table
+
+
+def _without_repeats(loader: Any, location: str) -> Any:
+    """A YAML loader that refuses a table with a key twice, of which PyYAML would take the last without a word."""
+
+    class Loader(loader):
+        # As nodes are read: later on, what `<<` merges stands among a table's own keys, which may override it.
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            seen: set[tuple[str, str]] = set()
+            for key, _ in node.value:
+                # PyYAML itself refuses lists and tables as keys.
+                if not isinstance(key.value, str):
+                    continue
+                if (key.tag, key.value) in seen:
+                    line = key.start_mark.line + 1
+                    raise ConfigError(f"{location}: line {line}: key {quoted(key.value)} is given twice; keep one.")
+                seen.add((key.tag, key.value))
+            return node
+
+    return Loader
