@@ -22,7 +22,7 @@ from mlx_lm import load as mlx_lm_load
 
 from orpo_mlx.cli.train import main
 from orpo_mlx.config.checks import make_config
-from orpo_mlx.errors import DeviceError, TrainingError
+from orpo_mlx.errors import ConfigError, DeviceError, TrainingError
 from orpo_mlx.losses.registry import METHODS
 from orpo_mlx.memory.predict import Prediction
 from orpo_mlx.models.adapters import adapter_weights
@@ -286,6 +286,9 @@ def test_steps_of_a_run() -> None:
     assert total_steps(make_config({"iters": 7}), 100) == 7
     assert total_steps(make_config({"epochs": 1}), 10) == 3
     assert total_steps(make_config({"epochs": 1.5, "batch_size": 2, "grad_accumulation_steps": 2}), 8) == 3
+    for epochs in (1.7e308, 1e19):
+        with pytest.raises(ConfigError, match=r"^`epochs`: found 1.*e\+.*, expected passes of fewer than 2\^63 steps"):
+            total_steps(make_config({"epochs": epochs}), 100)
 
 
 def test_saves_along_the_way_and_a_schedule(settings: dict[str, Any]) -> None:

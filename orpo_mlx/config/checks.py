@@ -11,7 +11,7 @@ from orpo_mlx.config.defaults import DEFAULT_LORA, DEFAULT_OPTIMIZER_CONFIG, OPT
 from orpo_mlx.config.derived import data_reading, recipe
 from orpo_mlx.config.reference_sync import Sync, sync_of
 from orpo_mlx.config.settings import SETTINGS, TrainingConfig, settings_with
-from orpo_mlx.config.traits import NOT_NEGATIVE, POSITIVE, SEED, Trait
+from orpo_mlx.config.traits import NOT_NEGATIVE, POSITIVE, RANK, SEED, Trait
 from orpo_mlx.engine.modes import MODES
 from orpo_mlx.errors import ConfigError, did_you_mean
 from orpo_mlx.losses.registry import PAIR, Range
@@ -186,7 +186,7 @@ def complete_lora_parameters(config: TrainingConfig) -> dict[str, Any]:
     """The table with its defaults; raises ConfigError for a key or a value that mlx-lm would not take."""
     lora = {**DEFAULT_LORA, **config.lora_parameters}
     check_keys("lora_parameters", lora, {"rank", "scale", "dropout", "keys"})
-    for key, allowed in (("rank", POSITIVE), ("scale", POSITIVE), ("dropout", NOT_NEGATIVE)):
+    for key, allowed in (("rank", RANK), ("scale", POSITIVE), ("dropout", NOT_NEGATIVE)):
         lora[key] = parse_number(lora[key], int if key == "rank" else float, allowed, f"lora_parameters.{key}")
     # mlx's Dropout divides by what is left.
     if lora["dropout"] >= 1:
@@ -263,6 +263,8 @@ def coerce(name: str, value: Any, location: str) -> Any:
     if not isinstance(value, setting.kind):
         names = {dict: "a table", bool: "true or false", str: "text"}
         raise ConfigError(f"{location}: found {quoted(value)}, expected {names[setting.kind]}.")
+    if isinstance(value, str) and not _is_plain(value):
+        raise ConfigError(f"{location}: found {quoted(value)}, expected text in UTF-8 without NUL; write it anew.")
     chosen: Any = str(value).lower() if setting.any_case else value
     if setting.former:
         chosen = setting.former.get(chosen, chosen)
@@ -270,6 +272,15 @@ def coerce(name: str, value: Any, location: str) -> Any:
         hint = did_you_mean(chosen, setting.choices)
         raise ConfigError(f"{location}: found {quoted(value)}, expected one of {', '.join(setting.choices)}{hint}")
     return chosen
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text can be part of a file's name: YAML and Python have texts that no system takes for one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Half of a surrogate pair.
+        return False
+    return "\0" not in text
 
 
 def parse_size(value: str, location: str) -> int:

@@ -72,6 +72,8 @@ GROUPS = {
 POSITIVE = Range("greater than 0", lambda value: value > 0)
 NOT_NEGATIVE = Range("0 or more", lambda value: value >= 0)
 SEED = Range("from 0 to 2^64 - 1", lambda value: 0 <= value < 2**64)
+# MLX's shapes hold no more.
+RANK = Range("from 1 to 2^31 - 1", lambda value: 0 < value < 2**31)
 PORT = Range("from 0 to 65535", lambda value: 0 <= value <= 65535)
 ALL_OR_COUNT = Range("-1 (all) or greater than 0", lambda value: value == -1 or value > 0)
 ALL_OR_SOME = Range("-1 (all) or 0 or more", lambda value: value >= -1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.batching import TrainingOrder, held_out_batches, micro_batches, side_lengths, steps_per_epoch
 from orpo_mlx.device_profile import RowLayout
+from orpo_mlx.errors import ConfigError
 from orpo_mlx.models.adapters import adapter_metadata
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.steps.step_values import mismatched_batches, mismatched_in_batches
@@ -30,11 +31,19 @@ _FEW_STEPS, _EPOCHS_OF_FEW = 100, 3
 
 
 def total_steps(config: TrainingConfig, num_pairs: int) -> int:
-    """Optimiser steps of a run: `iters`, or `epochs` passes over the train split."""
+    """Optimiser steps of a run: `iters`, or `epochs` passes over the train split.
+
+    Raises:
+        ConfigError: more than MLX can count.
+    """
     if config.iters is not None:
         return config.iters
     epochs = config.epochs or default_epochs(config, num_pairs)
-    return max(1, math.ceil(epochs * steps_per_epoch(num_pairs, pairs_per_step(config))))
+    steps = epochs * steps_per_epoch(num_pairs, pairs_per_step(config))
+    # Infinite is among them, as the product of numbers that are not.
+    if steps >= 2**63:
+        raise ConfigError(f"`epochs`: found {epochs:g}, expected passes of fewer than 2^63 steps together; give fewer.")
+    return max(1, math.ceil(steps))
 
 
 def default_epochs(config: TrainingConfig, num_pairs: int) -> int:

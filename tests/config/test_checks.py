@@ -60,6 +60,7 @@ def test_memory_flags_that_contradict_each_other(argv: list[str], complaint: str
     [
         ({"lora_parameters": {"alpha": 16}}, "lora_parameters.alpha: unknown key.*scale"),
         ({"lora_parameters": {"rank": 0}}, "lora_parameters.rank: found 0"),
+        ({"lora_parameters": {"rank": 2**31}}, r"lora_parameters.rank: found 2147483648, expected .* to 2\^31 - 1\."),
         (
             {"optimizer_config": {"adamw": {"eps": "much"}}},
             "optimizer_config.adamw.eps: found .much.",
@@ -92,6 +93,13 @@ def test_a_size_is_read_as_mlx_lm_reads_it(value: Any, size: int) -> None:
 def test_a_size_that_is_none(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"file: clear_cache_threshold: found .*, expected"):
         check_settings({"clear_cache_threshold": value}, "file")
+
+
+@pytest.mark.parametrize("value", ["a\0b", "a\ud800b"])
+def test_a_text_that_no_file_can_be_called(value: str) -> None:
+    for key in ("adapter_path", "model", "optimizer"):
+        with pytest.raises(ConfigError, match=rf"^file: {key}: found '.*', expected text in UTF-8 without NUL"):
+            check_settings({key: value}, "file")
 
 
 def test_an_optimiser_in_capitals_is_the_same_as_in_mlx_lm() -> None:
