@@ -378,6 +378,8 @@ def test_a_config_that_does_not_fit_the_libraries(
     settings: dict[str, Any], tmp_path: Path, text: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.yaml").write_text(text)
+    # As a flag it would take the place of the schedule.
+    del settings["learning_rate"]
     assert main([*flags(settings), "-c", str(tmp_path / "config.yaml")]) == 2
     err = capsys.readouterr().err
     assert expected in err

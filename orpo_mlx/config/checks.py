@@ -64,6 +64,8 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
     config = TrainingConfig(**dict(values))
     check_together(config)
     check_reference(config)
+    # mlx-lm leaves out what it does not know: a misspelt `warmup` would be none.
+    check_keys("lr_schedule", config.lr_schedule or {}, {"name", "arguments", "warmup", "warmup_init"})
     # For its errors alone: what it returns is made anew where rows are read.
     data_reading(config)
     return dataclasses.replace(

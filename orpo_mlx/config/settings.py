@@ -165,7 +165,12 @@ class TrainingConfig(LossSettings):
         range=POSITIVE,
     )
     learning_rate: float = in_training(
-        1e-4, "learning rate", Trait.COMPARED | Trait.ON_CARD, range=POSITIVE, also=("--lr",)
+        1e-4,
+        "learning rate, in the place of a file's lr_schedule",
+        Trait.COMPARED | Trait.ON_CARD,
+        range=POSITIVE,
+        also=("--lr",),
+        replaces=("lr_schedule",),
     )
     lr_schedule: dict[str, Any] | None = in_training(None, "mlx-lm's schedule: name, arguments, warmup", Trait.COMPARED)
     optimizer: str = in_training(

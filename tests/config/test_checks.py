@@ -72,6 +72,10 @@ def test_memory_flags_that_contradict_each_other(argv: list[str], complaint: str
         ),
         ({"lora_parameters": {"keys": []}}, r"lora_parameters.keys: found \[\]"),
         ({"lora_parameters": {7: 1}}, "lora_parameters.7: unknown key"),
+        (
+            {"lr_schedule": {"name": "cosine_decay", "warmup_steps": 3}},
+            "lr_schedule.warmup_steps: unknown key, expected",
+        ),
         ({"optimizer_config": {"adamw": 5}}, "optimizer_config.adamw: found 5, expected a table"),
         ({"optimizer_config": {"adamx": {}}}, "optimizer_config.adamx: unknown key"),
     ],

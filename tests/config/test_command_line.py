@@ -44,6 +44,7 @@ def test_flags_over_file_over_defaults(tmp_path: Path) -> None:
         ("memory: fast", ["--grad-checkpoint"], {"grad_checkpoint": True, "memory": "thrift"}),
         ("{memory: thrift, segment_layers: 2}", ["--memory", "fast"], {"memory": "fast", "segment_layers": None}),
         ("{memory: thrift, segment_layers: 2}", ["--segment-layers", "4"], {"memory": "thrift", "segment_layers": 4}),
+        ("lr_schedule: {name: step_decay}", ["--lr", "1e-3"], {"lr_schedule": None, "learning_rate": 1e-3}),
         ("{shuffle: false, save_best: true}", ["--shuffle", "--no-save-best"], {"shuffle": True, "save_best": False}),
     ],
 )
