@@ -159,9 +159,9 @@ def test_memory_does_not_grow_with_the_vocabulary() -> None:
         function = mx.value_and_grad(lambda x, head=head, targets=targets: head_logps(head, x, targets).sum())
         mx.eval(function(hidden))
         peaks.append(least_peak(partial(lambda compute, x: mx.eval(compute(x)), function, hidden)))
-    # All logits would take 56 and 112 MB.
+    # All logits would take 56 and 112 MB; a tile more or less is what a CPU's stream allocates ahead.
     assert max(peaks) < 40e6
-    assert peaks[1] < 1.1 * peaks[0]
+    assert peaks[1] - peaks[0] < 0.2 * 56e6
 
 
 def trained_head(kind: str, key: str, *, dropout: float = 0.0, vocabulary: int = VOCABULARY) -> ModelHead:
