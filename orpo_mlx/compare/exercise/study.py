@@ -14,7 +14,7 @@ from orpo_mlx.compare.exercise.contenders import CONTENDERS, LIKELIHOOD_ALONE, C
 from orpo_mlx.compare.exercise.equal_kl import at_targets
 from orpo_mlx.compare.exercise.halving import successive_halving
 from orpo_mlx.compare.exercise.task import PerPrompt, Size, Task
-from orpo_mlx.compare.exercise.trainer import fresh_run, put_back, reward_margins, train
+from orpo_mlx.compare.exercise.trainer import Trained, fresh_run, put_back, reward_margins, train
 from orpo_mlx.config.derived import recipe
 from orpo_mlx.training.run import Run
 from orpo_mlx.types import TokenizedPair
@@ -133,8 +133,7 @@ def training(
     *,
     test: bool = False,
 ) -> dict[str, Any]:
-    """One training, looked at on the way, and where `test` judged on the test prompts: at its best step, and where its
-    KL reaches the task's targets.
+    """One training, looked at on the way, and where `test` judged on the test prompts as well (`tested`).
 
     `start` is what the base model looks like on the valid prompts.
     """
@@ -163,28 +162,32 @@ def training(
                 "failed": found.failed,
                 "valid_gold": list(seen[found.best]["gold"]),
             }
-            if test:
-                measured: dict[int, PerPrompt] = {}
-
-                def tested(place: int) -> PerPrompt:
-                    if place not in measured:
-                        put_back(run, found.adapters[place])
-                        measured[place] = task.look("test")
-                    return measured[place]
-
-                result["test"] = tested(found.best)
-                result["replies"] = task.replies()
-                if task.kl_targets:
-                    measured[0] = base_cell(task, cells)["test"]
-                    kls, at = ([look[key] for look in found.curve] for key in ("kl", "step"))
-                    result["at_kl"] = at_targets(task.kl_targets, kls, at, tested)
-                    result["test_curve"] = [
-                        {"step": at[place], **{key: means(look)[key] for key in ("gold", "kl")}}
-                        for place, look in sorted(measured.items())
-                    ]
-            return result
+            return result | tested(task, cells, run, found) if test else result
 
     return cells.get({**identity, "what": "final" if test else "tuning"}, compute)
+
+
+def tested(task: Task, cells: Cells, run: Run, found: Trained) -> dict[str, Any]:
+    """A training on the test prompts: at its best step, and where its KL reaches the task's targets."""
+    measured: dict[int, PerPrompt] = {}
+
+    def look(place: int) -> PerPrompt:
+        if place not in measured:
+            put_back(run, found.adapters[place])
+            measured[place] = task.look("test")
+        return measured[place]
+
+    # In this order: the replies are those of the last look.
+    result = {"test": look(found.best), "replies": task.replies()}
+    if task.kl_targets:
+        measured[0] = base_cell(task, cells)["test"]
+        kls, at = ([each[key] for each in found.curve] for key in ("kl", "step"))
+        result["at_kl"] = at_targets(task.kl_targets, kls, at, look)
+        result["test_curve"] = [
+            {"step": at[place], **{key: means(each)[key] for key in ("gold", "kl")}}
+            for place, each in sorted(measured.items())
+        ]
+    return result
 
 
 def sanity_cells(task: Task, cells: Cells, contender: Contender, start: PerPrompt) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -101,12 +101,16 @@ def evaluate(
     model.train(was_training)
     together = with_step_values(together, values)
     metrics = np.array(metric_array(together, method.loss(together)))
-    finite = np.isfinite(metrics).all(axis=tuple(range(metrics.ndim - 1)))
     of_each = order if method.wanted.groups else [example for example in order for _ in example.pairs]
-    not_finite = list(dict.fromkeys(pair for pair, good in zip(of_each, finite, strict=True) if not good))
     means = MetricMeans()
     means.add_array(metrics, None if method.wanted.groups else two_sided(order))
-    return Evaluated({**means.means(), **values.metrics()}, not_finite)
+    return Evaluated({**means.means(), **values.metrics()}, not_finite(metrics, of_each))
+
+
+def not_finite(metrics: np.ndarray[Any, Any], examples: Sequence[Example]) -> list[Example]:
+    """The examples that have a metric which is not finite, each once; `metrics` has one of them in each column."""
+    finite = np.isfinite(metrics).all(axis=tuple(range(metrics.ndim - 1)))
+    return list(dict.fromkeys(example for example, good in zip(examples, finite, strict=True) if not good))
 
 
 def values_of_split(
