@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -50,42 +50,13 @@ def sampled_kl(
 
 def sequence_kl(model: nn.Module, prompt: Sequence[int], reply: Sequence[int]) -> mx.array:
     """Σ over the reply's positions of KL(with adapters ‖ without), nats."""
-    return sequence_kls(model, [prompt], [reply])[0]
-
-
-def sequence_kls(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    replies: Sequence[Sequence[int]],
-    policy: Iterable[mx.array] | None = None,
-) -> list[mx.array]:
-    """`sequence_kl` of each reply to each prompt, run together: the logits of all their tokens are held twice.
-
-    Args:
-        model: with adapters.
-        prompts: not empty.
-        replies: with the tokens that ended them.
-        policy: the log-probs (T, V) of the replies' tokens with adapters, where they are at hand (`Drawn.logps`), which
-            halves the work. In half precision they are rounded, and those that are computed here are not.
-    """
-    rows = [[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)]
-    longest = max(map(len, rows))
-    # Padding follows what counts, which it cannot change.
-    ids = mx.array([row + [0] * (longest - len(row)) for row in rows])
+    ids = mx.array([[*prompt, *reply]])
     # The distribution that a token was drawn from stands at the position before it.
-    places = [slice(len(prompt) - 1, len(row) - 1) for prompt, row in zip(prompts, rows, strict=True)]
+    places = slice(len(prompt) - 1, len(prompt) + len(reply) - 1)
     with adapters_off(model):
         base = model(ids)
     mx.eval(base)
-    if policy is None:
-        logits = model(ids)
-        policy = (logits[row, place] for row, place in enumerate(places))
-    found = []
-    for row, (place, moved) in enumerate(zip(places, policy, strict=True)):
-        # Of log-probs it is what they are.
-        found.append(kl_divergence(log_softmax(moved), log_softmax(base[row, place])).sum())
-        mx.eval(found[-1])
-    return found
+    return kl_divergence(log_softmax(model(ids)[0, places]), log_softmax(base[0, places])).sum()
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -50,8 +51,8 @@ class StopTokens(NamedTuple):
     eos_token_ids: Collection[int]
 
 
-# Unequal lengths, so that one of them is padded.
-_PROBES: tuple[tuple[int, ...], ...] = ((1, 2, 3), (2, 1, 4, 3, 1, 2))
+# Unequal lengths, so that one of them is padded, and one beginning.
+_PROBES: tuple[tuple[int, ...], ...] = ((1, 2, 3), (1, 4, 3, 1, 2, 2))
 
 
 class Generator:
@@ -90,7 +91,9 @@ class Generator:
         self._stop = set(tokenizer.eos_token_ids)
         # Dropout would make the two runs that are compared differ.
         with in_evaluation(model):
-            self.batches = self._batches_exactly()
+            # Samples of one prompt need it run once.
+            self._pads = samples == 1 and self._batches_exactly(together=True)
+            self.batches = self._pads or self._batches_exactly(together=False)
         """Whether several sequences are run at once; a model whose rows then differ is asked for one at a time."""
 
     def groups(self, prompts: Sequence[Ids], first: int = 0) -> Iterator[list[list[Generated]]]:
@@ -130,8 +133,8 @@ class Generator:
     def _together(self, prompts: Sequence[Ids]) -> list[Drawn]:
         rows = [prompt for prompt in prompts for _ in range(self._samples)]
         with closing(self._batch_generator(len(rows))) as generator:
-            caches = [cache for prompt in prompts for cache in [self._run_prompt(prompt)] * self._samples]
-            uids = insert(generator, rows, caches, self._sampling.max_tokens)
+            together = self._pads and little_padding(prompts)
+            uids = self._insert(generator, prompts, self._samples, self._sampling.max_tokens, together=together)
             drawn: dict[int, list[int]] = {uid: [] for uid in uids}
             ends: dict[int, int] = {}
             logps: dict[int, list[mx.array]] = {uid: [] for uid in uids}
@@ -153,10 +156,11 @@ class Generator:
             # All of a group at once: a row that waited for another to end would shift everybody's random numbers.
             completion_batch_size=rows,
             prefill_batch_size=rows,
+            prefill_step_size=max(1, _PREFILL_TOKENS // rows),
         )
 
-    def _batches_exactly(self) -> bool:
-        """Whether two short prompts run together have the log-probs that each has by itself, for two tokens."""
+    def _batches_exactly(self, *, together: bool) -> bool:
+        """Whether two short prompts in one batch have the log-probs that each has by itself, for two tokens."""
         # mlx-lm's batch generator fails on some models (Gemma 2) and could be wrong in silence on others: its caches
         # are joined and padded, and each architecture has to heed that.
         uids: list[int] = []
@@ -164,7 +168,7 @@ class Generator:
         tokens: dict[int, list[int]] = {}
         try:
             with closing(BatchGenerator(self._model)) as generator:
-                uids = insert(generator, _PROBES, [self._run_prompt(probe) for probe in _PROBES], 2)
+                uids = self._insert(generator, _PROBES, 1, 2, together=together)
                 while responses := generator.next_generated():
                     for response in responses:
                         logps.setdefault(response.uid, []).append(response.logprobs)
@@ -178,12 +182,33 @@ class Generator:
                 return False
         return True
 
-    def _run_prompt(self, prompt: Ids) -> list[Any]:
-        """The cache of all tokens of a prompt but the last, from which generation starts."""
+    def _insert(
+        self, generator: BatchGenerator, prompts: Sequence[Ids], samples: int, most: int, *, together: bool
+    ) -> list[int]:
+        """Give mlx-lm `samples` of each prompt, as far as they are run already; its numbers of them.
+
+        `together`: what all prompts begin with (a system turn) is run once, and mlx-lm runs the rest of all at once,
+        padded. Otherwise each prompt is run by itself, once for all its samples.
+        """
+        starts = [common_start(prompts) if together else len(prompt) - 1 for prompt in prompts]
+        caches = (
+            [self._run(prompts[0][: starts[0]])] * len(prompts)
+            if together
+            else [self._run(prompt[:-1]) for prompt in prompts]
+        )
+        rows = [
+            (list(prompt[start:]), cache)
+            for prompt, start, cache in zip(prompts, starts, caches, strict=True)
+            for _ in range(samples)
+        ]
+        # Joining caches copies them, so that rows may all be given the very same one.
+        return list(generator.insert([row for row, _ in rows], [most] * len(rows), caches=[cache for _, cache in rows]))
+
+    def _run(self, ids: Ids) -> list[Any]:
+        """The cache of what a prompt begins with, from which generation goes on."""
         cache = make_prompt_cache(self._model)
-        ids = list(prompt[:-1])
         for start in range(0, len(ids), _PREFILL_TOKENS):
-            self._model(mx.array([ids[start : start + _PREFILL_TOKENS]]), cache=cache)
+            self._model(mx.array([list(ids[start : start + _PREFILL_TOKENS])]), cache=cache)
             # Now, or the graph of all pieces would be kept until the last one and nothing be saved by taking pieces.
             mx.eval([each.state for each in cache])
         return list(cache)
@@ -208,12 +233,17 @@ def _stacked(rows: list[mx.array]) -> mx.array | None:
     return mx.stack(rows) if rows else None
 
 
-def insert(generator: BatchGenerator, rows: Sequence[Ids], caches: Sequence[list[Any]], most: int) -> list[int]:
-    """Give mlx-lm sequences whose tokens but the last are in their caches; its numbers of them.
+def common_start(prompts: Sequence[Ids]) -> int:
+    """How many tokens all prompts begin with; each keeps one at least that comes after them."""
+    shortest = min(map(len, prompts)) - 1
+    alike = (len(set(tokens)) == 1 for tokens in zip(*prompts, strict=False))
+    return min(shortest, sum(1 for _ in itertools.takewhile(bool, alike)))
 
-    Joining caches copies them, so that samples of a prompt may all be given the very same one.
-    """
-    return list(generator.insert([[row[-1]] for row in rows], [most] * len(rows), caches=list(caches)))
+
+def little_padding(prompts: Sequence[Ids]) -> bool:
+    """Whether running prompts together, padded to the longest, is at most a quarter more than each by itself."""
+    lengths = [len(prompt) - common_start(prompts) for prompt in prompts]
+    return len(lengths) * max(lengths) <= 1.25 * sum(lengths)
 
 
 def seed_of(*parts: object) -> int:

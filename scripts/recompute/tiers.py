@@ -153,27 +153,31 @@ def raw_figures(tier: Mapping[str, Any]) -> Iterator[Pair]:
     for variant, methods in tier["variants"].items():
         for name, method in methods.items():
             what = f"{variant} {name}"
-            yield f"{what}, chosen", method["chosen"], _chosen(method["tuning"])
+            yield f"{what}, chosen", method["chosen"], _chosen(method["tuning"], method["chosen"])
             for entry in method["tuning"]:
                 yield f"{what}, score", entry["score"], statistics.fmean(entry["valid_gold"])
                 yield f"{what}, KL of a score within the bound", entry["kl"] <= bound, True
             for number, seed in enumerate(method["seeds"]):
-                yield from _of_seed(f"{what}, seed {number}", seed, bound)
+                yield from _of_seed(f"{what}, seed {number}", seed, bound, method["chosen"].get("step"))
 
 
-def _chosen(tuning: list[Row]) -> Row:
+def _chosen(tuning: list[Row], chosen: Row) -> Row:
     """The best of the longest trainings; of equal ones the first of the grid, which `tuning` has last."""
     longest = max(entry["steps"] for entry in tuning)
     best = max(entry["score"] for entry in tuning if entry["steps"] == longest)
     entry = [entry for entry in tuning if entry["steps"] == longest and entry["score"] == best][-1]
-    return {"rate": entry["rate"], "strength": entry["strength"]}
+    fixed = {"step": entry["step"]} if "step" in chosen else {}
+    return {"rate": entry["rate"], "strength": entry["strength"], **fixed}
 
 
-def _of_seed(what: str, seed: Row, bound: float) -> Iterator[Pair]:
+def _of_seed(what: str, seed: Row, bound: float, judged_at: int | None) -> Iterator[Pair]:
     curve = seed["curve"]
-    within = [place for place, look in enumerate(curve) if place == 0 or look["kl"] <= bound]
-    yield f"{what}, best", seed["best"], max(within, key=lambda place: (curve[place]["gold"], -place))
-    yield f"{what}, gold on valid", curve[seed["best"]]["gold"], statistics.fmean(seed["valid_gold"])
+    if judged_at is None:
+        within = [place for place, look in enumerate(curve) if place == 0 or look["kl"] <= bound]
+        yield f"{what}, best", seed["best"], max(within, key=lambda place: (curve[place]["gold"], -place))
+        yield f"{what}, gold on valid", curve[seed["best"]]["gold"], statistics.fmean(seed["valid_gold"])
+    elif seed["failed"] is None:
+        yield f"{what}, judged at", curve[seed["best"]]["step"], judged_at
     if "test_curve" not in seed:
         return
     course = {look["step"]: look for look in seed["test_curve"]}

@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_tokenizer
 
-from orpo_mlx.judging.generation import Generator
+from orpo_mlx.judging.generation import Generator, common_start, little_padding
 from orpo_mlx.judging.requests import Sampling
 from tests.conftest import CONFIGS, make_model
 
@@ -44,6 +44,34 @@ def test_greedy_replies_are_those_of_one_prompt_at_a_time(kind: str, model_folde
         assert found == [[reply] * samples for reply in expected]
         # mlx-lm's batch generator fails on Gemma 2; every other kind runs in batches.
         assert generator.batches == (kind != "gemma2")
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_prompts_that_begin_alike_are_run_together_with_the_same_replies(kind: str, model_folder: Path) -> None:
+    model = make_model(kind)
+    tokenizer = load_tokenizer(model_folder)
+    asked = [[7, 9, 11, *prompt] for prompt in ([5, 3, 8, 4, 9], [5, 3, 9, 200], [6, 77, 8, 4, 9])]
+    asked.append([7, 9, 11, *range(20, 24)])
+    assert (common_start(asked), little_padding(asked)) == (3, True)
+    expected = [by_mlx_lm(model, prompt, set(tokenizer.eos_token_ids)) for prompt in asked]
+    generator = Generator(model, tokenizer, Sampling(MOST))
+    assert [reply.ids for (reply,) in generator.replies(asked)] == expected
+    # A state space model would read padding as tokens.
+    assert generator._pads == (kind not in ("gemma2", "mamba"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "start", "little"),
+    [
+        ([[1, 2, 3]], 2, True),
+        ([[1, 2], [1, 2]], 1, True),
+        ([[1], [1, 2, 3, 4, 5, 6]], 0, False),
+        ([[1, 2, 3, 4], [2, 2, 3]], 0, True),
+        ([[1, 2, 3, *[4] * 9], [1, 2, 3, 4]], 3, False),
+    ],
+)
+def test_what_prompts_begin_with_alike_leaves_each_a_token(asked: list[list[int]], start: int, little: bool) -> None:
+    assert (common_start(asked), little_padding(asked)) == (start, little)
 
 
 def test_a_group_is_the_same_whenever_it_is_drawn_and_seeds_differ(model_folder: Path) -> None:

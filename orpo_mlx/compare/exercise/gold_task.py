@@ -136,6 +136,10 @@ class GoldTask:
         prompts, samples = {"valid": (size.valid_prompts, 1), "test": (size.test_prompts, size.samples)}[split]
         return {key: values.tolist() for key, values in self.measure(split, prompts, samples)._asdict().items()}
 
+    def besides(self) -> PerPrompt:
+        """Nothing."""
+        return {}
+
     def replies(self) -> list[dict[str, str]]:
         """None: its replies are made-up tokens."""
         return []

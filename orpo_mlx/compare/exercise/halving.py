@@ -18,6 +18,8 @@ class Round(NamedTuple):
     """How many settings of a method are trained in it."""
     steps: int
     """Optimiser steps of each."""
+    seeds: int = 1
+    """Trainings of each, which are judged together."""
 
 
 class Entry(NamedTuple, Generic[Point]):
@@ -29,7 +31,7 @@ class Entry(NamedTuple, Generic[Point]):
 
 
 def successive_halving(
-    settings: Sequence[Point], rounds: Sequence[Round], score: Callable[[Point, int], float]
+    settings: Sequence[Point], rounds: Sequence[Round], score: Callable[[Point, Round], float]
 ) -> list[Entry[Point]]:
     """Train all settings briefly and the best of them longer (Jamieson & Talwalkar 2016); the last entry won.
 
@@ -39,7 +41,7 @@ def successive_halving(
     Args:
         settings: as many as the first round takes.
         rounds: falling numbers of settings.
-        score: trains a setting for a number of steps; higher is better. Of equal scores the earlier setting wins.
+        score: trains a setting as a round has it; higher is better. Of equal scores the earlier setting wins.
 
     Raises:
         ValueError: not as many settings as the first round takes.
@@ -47,14 +49,15 @@ def successive_halving(
     """
     if not rounds or len(settings) != rounds[0].settings:
         raise ValueError(f"halving needs as many settings as its first round, found {len(settings)}.")
-    found: list[Entry[Point]] = []
+    entered: list[Entry[Point]] = []
     alive = list(settings)
-    for number, (count, steps) in enumerate(rounds):
-        scores = every(partial(score, setting, steps) for setting in alive[:count])
-        entries = [Entry(number, *each) for each in zip(alive[:count], scores, strict=True)]
+    for number, each in enumerate(rounds):
+        taken = alive[: each.settings]
+        scores = every(partial(score, setting, each) for setting in taken)
+        entries = [Entry(number, setting, found) for setting, found in zip(taken, scores, strict=True)]
         # Stable: ties stay in the order of the grid.
         entries.sort(key=lambda entry: -entry.score)
         alive = [entry.setting for entry in entries]
         # The winner of a round last.
-        found += entries[::-1]
-    return found
+        entered += entries[::-1]
+    return entered

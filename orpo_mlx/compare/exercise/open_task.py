@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from orpo_mlx.compare.exercise.base_kl import BaseKL
 from orpo_mlx.compare.exercise.cells import Cells, until_done
 from orpo_mlx.compare.exercise.prompts import open_prompts
 from orpo_mlx.compare.exercise.task import PerPrompt, Size
@@ -22,8 +23,7 @@ from orpo_mlx.engine.head_logps import token_logps
 from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.judging.divergence import sequence_kls
-from orpo_mlx.judging.generation import Drawn, Generated, Generator
+from orpo_mlx.judging.generation import Drawn, Generator, StopTokens
 from orpo_mlx.judging.requests import Sampling
 from orpo_mlx.models.adapters import in_evaluation
 from orpo_mlx.models.loading import load
@@ -42,8 +42,12 @@ _FAR_LENGTHS = 4
 _LONGER_SHARE, _FLIPPED_SHARE = 0.8, 0.25
 # Scores are -1 to 1; a smaller difference is a word's.
 _LEAST_DIFFERENCE = 0.1
-_ROWS = 8
+_ROWS = 64
+"""Replies that are drawn together."""
 _SHOWN = 4
+_ENDS = (".", "!", "?", "…")
+# What may follow the mark that ends a sentence within one token.
+_CLOSING = "\"'”’)]}*» "
 _SEEDS = {"train": 1, "valid": 2, "test": 3}
 
 # Plain prose by the authors of this package: is what a model knew of language still there?
@@ -86,23 +90,27 @@ class OpenTask:
     most three tokens; of `80 % longer chosen` by at least four, and the better one is the longer one in 80 % of them.
     Valid and test are prompts alone, so nothing about length is in them.
 
+    A reply is a sentence: it ends with the first token that ends one (`sentence_ends`), or a line, or the model's turn.
+
     Args:
         size: how large the tier is run.
         cells: where the base model's replies and log-probs are kept, which take minutes on a CPU.
     """
 
     name = "open"
-    bound = 5.0
-    # A look at the test prompts takes a minute here.
-    kl_targets: tuple[float, ...] = ()
+    bound = 4.0
+    kl_targets: tuple[float, ...] = (0.5, 2.0)
 
     def __init__(self, size: Size, cells: Cells) -> None:
         self.size = size
         self._cells = cells
         # On every device: in half precision a method's small differences would be the rounding's.
         self.loaded = load(DEFAULT_MODEL, dtype="float32")
+        assert self.loaded.tokenizer is not None
         self._tokenizer: Any = self.loaded.tokenizer
         self._score = sentiment_scorer()
+        self._turn_ends: set[int] = set(self._tokenizer.eos_token_ids)
+        self._stops = StopTokens(self._turn_ends | sentence_ends(self._tokenizer))
         self._seen: list[Answer] = []
         self._prompts = {
             "train": open_prompts("train", size.pairs),
@@ -113,6 +121,7 @@ class OpenTask:
         self._answers = {split: self._of_base(split, SAMPLES, seed=_SEEDS[split]) for split in ("train", "valid")}
         self._pairs = {variant: make_pairs(self._ids["train"], self._answers["train"], variant) for variant in VARIANTS}
         self._held_out = make_pairs(self._ids["valid"], self._answers["valid"], CLEAN)
+        self._kl = {split: BaseKL(self.loaded.model, self._ids[split]) for split in ("valid", "test")}
         self._base_logps = self._kept(("held-out log-probs", lambda: {"logps": self._logps()}))[0]["logps"]
         self._tables: dict[str, ReferenceTable] = {}
         self._base_gold = {split: self._golds(split) for split in ("valid", "test")}
@@ -142,22 +151,19 @@ class OpenTask:
         return self._held_out
 
     def look(self, split: str) -> PerPrompt:
-        """One reply to each prompt, drawn at temperature 1: gold, KL, length, win over the base.
-
-        At the end of a training, on the test prompts, also what became of log-probs: `chosen_drift` and
-        `rejected_drift` of held-out pairs, `text_nll` of a text.
-        """
+        """One reply to each prompt, drawn at temperature 1: gold, KL, length, win over the base."""
         generator = self._generator(1, 100 + _SEEDS[split], keep_logps=True)
-        answers: list[Answer] = []
-        kls: list[float] = []
-        # Group by group: the log-probs of one are 8 MB a reply.
-        for number, prompts in enumerate(generator.split(self._ids[split])):
-            drawn = generator.draw(prompts, number)
-            answers += [self._scored(generator.reply(row)) for row in drawn]
-            kls += self._kls(prompts, answers[-len(drawn) :], drawn)
+        # One reply after another: log-probs of the whole vocabulary are 8 MB of the longest.
+        drawn = [
+            row
+            for number, prompts in enumerate(generator.split(self._ids[split]))
+            for row in generator.draw(prompts, number)
+        ]
+        answers = [self._scored(row) for row in drawn]
+        kls = self._kl[split]([answer.ids for answer in answers], [row.logps for row in drawn if row.logps is not None])
         self._seen = answers
         gold = [answer.gold for answer in answers]
-        found = {
+        return {
             "gold": gold,
             "kl": kls,
             "tokens": [float(len(answer.ids)) for answer in answers],
@@ -165,7 +171,11 @@ class OpenTask:
                 1.0 if g > b else 0.5 if g == b else 0.0 for g, b in zip(gold, self._base_gold[split], strict=True)
             ],
         }
-        return {**found, **self._log_probs()} if split == "test" else found
+
+    def besides(self) -> PerPrompt:
+        """What became of log-probs: `chosen_drift` and `rejected_drift` of held-out pairs, `text_nll` of a text."""
+        drift = [after - before for after, before in zip(self._logps(), self._base_logps, strict=True)]
+        return {"chosen_drift": drift[::2], "rejected_drift": drift[1::2], "text_nll": [self._text_nll()]}
 
     def replies(self) -> list[dict[str, str]]:
         """The first of the replies that the last `look` scored."""
@@ -206,15 +216,14 @@ class OpenTask:
         return list(self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True))
 
     def _generator(self, samples: int, seed: int, *, keep_logps: bool = False) -> Generator:
+        # The token that ends a reply is its last.
         sampling = Sampling(max_tokens=REPLY_TOKENS, temperature=1.0, seed=seed)
-        rows = _ROWS * SAMPLES
-        return Generator(
-            self.loaded.model, self._tokenizer, sampling, samples=samples, rows=rows, keep_logps=keep_logps
-        )
+        return Generator(self.loaded.model, self._stops, sampling, samples=samples, rows=_ROWS, keep_logps=keep_logps)
 
     def _scored_group(self, generator: Generator, prompts: Sequence[Sequence[int]], number: int) -> dict[str, Any]:
-        replies = generator.group(prompts, number)
-        return {"answers": [[self._scored(reply) for reply in of_prompt] for of_prompt in replies]}
+        answers = [self._scored(row) for row in generator.draw(prompts, number)]
+        samples = len(answers) // len(prompts)
+        return {"answers": [answers[start : start + samples] for start in range(0, len(answers), samples)]}
 
     def _of_base(self, split: str, samples: int, seed: int) -> list[list[Answer]]:
         """Answers of the model as it was loaded."""
@@ -227,29 +236,16 @@ class OpenTask:
         kept = [answers for group in self._kept(*groups) for answers in group["answers"]]
         return [[Answer(tuple(ids), text, gold) for ids, text, gold in answers] for answers in kept]
 
-    def _scored(self, reply: Generated) -> Answer:
-        # The token that ends a reply is trained on as well: how long to speak is part of what is said.
-        end = (int(self._tokenizer.eos_token_id),) if reply.finished else ()
-        return Answer((*reply.ids, *end), reply.text, self._score(reply.text))
+    def _scored(self, row: Drawn) -> Answer:
+        # What ends a reply is trained on as well: how long to speak is part of what is said.
+        end = () if row.end is None else (row.end,)
+        spoken = [*row.ids, *(token for token in end if token not in self._turn_ends)]
+        text = str(self._tokenizer.decode(spoken)).strip()
+        return Answer((*row.ids, *end), text, self._score(text))
 
     def _golds(self, split: str) -> list[float]:
         # The seed of `look`: a reply wins or loses against the base model's under the same random numbers.
         return [each[0].gold for each in self._of_base(split, 1, seed=100 + _SEEDS[split])]
-
-    def _kls(self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer], drawn: Sequence[Drawn]) -> list[float]:
-        """KL(model ‖ base) of each reply: summed over its positions and the whole vocabulary, nats."""
-        found: list[float] = []
-        with in_evaluation(self.loaded.model):
-            for start in range(0, len(answers), _ROWS):
-                part = slice(start, start + _ROWS)
-                replies = [answer.ids for answer in answers[part]]
-                logps = [row.logps for row in drawn[part] if row.logps is not None]
-                found += map(float, sequence_kls(self.loaded.model, prompts[part], replies, logps))
-        return found
-
-    def _log_probs(self) -> PerPrompt:
-        drift = [after - before for after, before in zip(self._logps(), self._base_logps, strict=True)]
-        return {"chosen_drift": drift[::2], "rejected_drift": drift[1::2], "text_nll": [self._text_nll()]}
 
     def _logps(self) -> list[float]:
         """Summed log-probs of chosen and rejected of each held-out pair, in turn."""
@@ -263,6 +259,14 @@ class OpenTask:
         with in_evaluation(self.loaded.model):
             logps = token_logps(self.loaded.model(ids[:, :-1]), ids[:, 1:])
         return -float(logps.mean())
+
+
+def sentence_ends(tokenizer: Any) -> set[int]:
+    """Tokens that end a sentence or a line."""
+    texts = {token: str(tokenizer.decode([token])) for token in range(tokenizer.vocab_size)}
+    return {
+        token for token, text in texts.items() if "\n" in text or "\r" in text or text.rstrip(_CLOSING).endswith(_ENDS)
+    }
 
 
 def make_pairs(

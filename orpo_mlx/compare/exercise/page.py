@@ -98,13 +98,14 @@ def sections_of(results: Results) -> list[Section]:
         found.append(Section("The chapter's claims", "", tables.claims(results)))
     for tier in results["tiers"]:
         for variant in results["tiers"][tier]["variants"]:
+            size = results["tiers"][tier]["size"]
             text = (
                 "Means over seeds and test prompts, standard errors over both in brackets; each method at its tuned "
-                "setting and its best step within the KL bound and the steps of a training, at the KL that is shown. "
+                f"setting {_STEPS[size.get('fixed_steps', False)]}, at the KL that is shown. "
                 "p: paired bootstrap over prompts and seeds or Student's t, the larger, after Holm."
             )
             first, *others = results["tiers"][tier]["variants"]
-            if results["tiers"][tier]["size"].get("tuned_once") and variant in others:
+            if size.get("tuned_once") and variant in others:
                 text += f" Settings are those tuned on {first}."
             found.append(Section(f"{tier} tier, {variant}", text, tables.quality(results, tier, variant)))
             at_kl = tables.equal_kl(results, tier, variant)
@@ -140,6 +141,10 @@ def _sections_of_exact(results: Results) -> list[Section]:
     ]
 
 
+_STEPS = {
+    False: "and its best step within the KL bound and the steps of a training",
+    True: "and number of steps, which were within the KL bound on valid prompts",
+}
 _AT_KL = (
     "The same trainings where each one's own KL was that much, interpolated between looks on test prompts. Settings "
     "are those tuned for the KL bound and the number of steps; p as above, over the methods that got there."

@@ -6,29 +6,33 @@ import itertools
 
 import numpy as np
 
-# One sentence: two fifths of the replies end by themselves within 40 tokens, so that their lengths say something.
+# Of which the first sentence of an answer is mostly a whole one, of ten to thirty tokens.
 _FRAMES = {
     "train": (
-        "In one short sentence, tell me what you think of {}.",
-        "Describe {} in one sentence.",
-        "Write one sentence about {} for a friend.",
-        "What comes to mind about {}? Answer in one short sentence.",
-        "Give me your opinion of {} in a few words.",
-        "Write the first sentence of a story about {}.",
-        "Say something short about {}.",
-        "How would a child describe {}? One sentence.",
-        "In a few words, what is {} like?",
+        "Describe {}.",
+        "Tell me about {}.",
+        "What is {} like?",
+        "What do you think of {}?",
+        "Say something about {}.",
+        "Give me your opinion of {}.",
+        "How do you feel about {}?",
+        "Write a review of {}.",
+        "What comes to mind about {}?",
+        "How would a child describe {}?",
+        "Write a slogan about {}.",
+        "Write to a friend about {}.",
     ),
     "valid": (
-        "Finish in one sentence: when I think of {}, I",
-        "Write a one-line review of {}.",
-        "Tell a neighbour about {} in one sentence.",
+        "Write a tweet about {}.",
+        "Tell a neighbour about {}.",
+        "Finish the sentence: {} is",
+        "Make a remark on {}.",
     ),
     "test": (
-        "Write a short diary entry of one sentence about {}.",
-        "What would a visitor say about {}? One sentence.",
-        "Comment on {} in a single sentence.",
-        "Send a one-sentence message about {}.",
+        "What would a visitor say about {}?",
+        "Comment on {}.",
+        "Send me a message about {}.",
+        "Write a diary entry about {}.",
     ),
 }
 _TOPICS = {
@@ -38,6 +42,7 @@ _TOPICS = {
         "the neighbour's dog", "a visit to the dentist", "moving to a new town",
         "a power cut", "a school concert", "growing tomatoes",
         "a lost wallet", "the night sky", "waiting in a queue", "a family dinner", "repairing a roof",
+        "a stray cat", "a game of cards", "a hot summer", "a leaking tap", "a street market",
     ),
     "valid": (
         "a ferry crossing", "a surprise party", "a flat tyre", "early mornings", "a museum of clocks", "a long meeting",
@@ -52,7 +57,7 @@ _TOPICS = {
 
 
 def open_prompts(split: str, count: int | None = None) -> list[str]:
-    """Prompts of "train" (180), "valid" (30) or "test" (60), in a fixed random order; the first `count` of them.
+    """Prompts of "train" (300), "valid" (40) or "test" (60), in a fixed random order; the first `count` of them.
 
     Raises:
         ValueError: there are not as many.

@@ -50,7 +50,7 @@ QUICK_OPEN = Size(
     pairs=16,
     batch_size=4,
     rates=(1e-4, 3e-4),
-    rounds=(Round(2, 2), Round(1, 4)),
+    rounds=(Round(2, 2), Round(1, 4, 2)),
     looks=2,
     seeds=2,
     valid_prompts=6,
@@ -60,15 +60,17 @@ QUICK_OPEN = Size(
     shuffles=0,
     variants=("clean",),
     contenders=("orpo", "dpo"),
+    tuned_once=True,
+    fixed_steps=True,
 )
 FULL_OPEN = Size(
-    pairs=180,
+    pairs=300,
     batch_size=4,
-    rates=(3e-5, 1e-4, 3e-4, 1e-3),
-    rounds=(Round(20, 10), Round(4, 20), Round(1, 40)),
+    rates=(1.5e-4, 3e-4, 6e-4),
+    rounds=(Round(12, 8), Round(2, 16, 2)),
     looks=2,
     seeds=5,
-    valid_prompts=30,
+    valid_prompts=40,
     test_prompts=60,
     samples=1,
     held_out=0,
@@ -77,6 +79,7 @@ FULL_OPEN = Size(
     contenders=_ALL,
     # A training takes minutes here, and in life nobody has clean gold to tune on twice.
     tuned_once=True,
+    fixed_steps=True,
 )
 
 

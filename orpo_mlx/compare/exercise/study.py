@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from orpo_mlx.compare.exercise.cells import Cells, every, until_done
 from orpo_mlx.compare.exercise.contenders import CONTENDERS, LIKELIHOOD_ALONE, Contender, Setting, grid
 from orpo_mlx.compare.exercise.equal_kl import at_targets
-from orpo_mlx.compare.exercise.halving import successive_halving
+from orpo_mlx.compare.exercise.halving import Round, successive_halving
 from orpo_mlx.compare.exercise.task import PerPrompt, Size, Task
 from orpo_mlx.compare.exercise.trainer import Trained, fresh_run, put_back, reward_margins, train
 from orpo_mlx.config.derived import recipe
@@ -83,7 +83,7 @@ def base_cell(task: Task, cells: Cells) -> dict[str, Any]:
 def measured_base(task: Task) -> dict[str, PerPrompt]:
     """The base model on both splits, with adapters that do nothing yet: what every training looks like at step 0."""
     with fresh_run(task.loaded, task.shared()):
-        return {split: task.look(split) for split in ("valid", "test")}
+        return {"valid": task.look("valid"), "test": {**task.look("test"), **task.besides()}}
 
 
 def run_contender(task: Task, cells: Cells, variant: str, contender: Contender, start: PerPrompt) -> dict[str, Any]:
@@ -93,32 +93,60 @@ def run_contender(task: Task, cells: Cells, variant: str, contender: Contender, 
     tuned_on = size.variants[0] if size.tuned_once else variant
     tuning: list[dict[str, Any]] = []
 
-    def score(setting: Setting, steps: int) -> float:
-        test = ends_in_a_final(size) and steps == size.rounds[-1].steps
-        cell = training(task, cells, tuned_on, contender, setting, 0, steps, start, test=test)
-        best = cell["curve"][cell["best"]]
-        tuning.append({**setting._asdict(), "steps": steps, "score": best["gold"], "kl": best["kl"], **cell})
-        return float(best["gold"])
+    def score(setting: Setting, of: Round) -> float:
+        trainings = every(
+            partial(training, task, cells, tuned_on, contender, setting, seed, of.steps, start)
+            for seed in range(of.seeds)
+        )
+        tuning.append({**setting._asdict(), "steps": of.steps, **judged_together(trainings, task.bound)})
+        return float(tuning[-1]["score"])
 
     entries = successive_halving(grid(contender, size.rates, size.rounds[0].settings), size.rounds, score)
-    chosen = entries[-1].setting
-    finals = every(
-        partial(training, task, cells, variant, contender, chosen, seed, size.rounds[-1].steps, start, test=True)
-        for seed in range(size.seeds)
-    )
-    kept = ("rate", "strength", "steps", "score", "kl", "best", "failed", "valid_gold")
+    setting, steps = entries[-1].setting, size.rounds[-1].steps
+    chosen = setting._asdict()
+    if size.fixed_steps:
+        won = next(
+            each for each in tuning if each["steps"] == steps and Setting(each["rate"], each["strength"]) == setting
+        )
+        chosen["step"] = won["step"]
+        final = partial(fixed_training, task, cells, variant, contender, setting, chosen["step"])
+        finals = every(partial(final, seed) for seed in range(size.seeds))
+    else:
+        finals = every(
+            partial(training, task, cells, variant, contender, setting, seed, steps, start, test=True)
+            for seed in range(size.seeds)
+        )
+    kept = ("rate", "strength", "steps", "score", "kl", "best", "step", "failed", "valid_gold")
     return {
         "strength": contender.strength,
         "likelihood": contender.likelihood,
-        "chosen": chosen._asdict(),
+        "chosen": chosen,
         "tuning": [{key: entry[key] for key in kept} for entry in tuning],
         "seeds": finals,
     }
 
 
-def ends_in_a_final(size: Size) -> bool:
-    """Whether the tuning's last training is the final one of seed 0: the best setting alone, after shorter rounds."""
-    return len(size.rounds) > 1 and size.rounds[-1].settings == 1
+def judged_together(trainings: Sequence[Mapping[str, Any]], bound: float) -> dict[str, Any]:
+    """One setting under several seeds: the look of all of them that has the highest mean gold at a mean KL of at most
+    the bound; the base model is the first."""
+    curves = [each["curve"] for each in trainings]
+    looks = [
+        {key: statistics.fmean(look[key] for look in at_once) for key in ("step", "gold", "kl")}
+        for at_once in zip(*curves, strict=False)
+    ]
+    best = max(
+        (place for place, look in enumerate(looks) if place == 0 or look["kl"] <= bound),
+        key=lambda place: (looks[place]["gold"], -place),
+    )
+    golds = zip(*(each["golds"][best] for each in trainings), strict=True)
+    return {
+        "score": looks[best]["gold"],
+        "kl": looks[best]["kl"],
+        "best": best,
+        "step": round(looks[best]["step"]),
+        "failed": next((each["failed"] for each in trainings if each["failed"]), None),
+        "valid_gold": list(map(statistics.fmean, golds)),
+    }
 
 
 def training(
@@ -140,8 +168,7 @@ def training(
     identity = _identity(task, variant, contender, setting, seed, steps)
 
     def compute() -> dict[str, Any]:
-        # A final training of seed 0 may repeat one of the tuning, whose adapters were not kept: only where all settings
-        # are trained to the end, which takes seconds each.
+        # A final training may repeat one of the tuning, whose adapters were not kept.
         config = contender.config(setting, task.shared(), seed)
         table = task.reference_table(variant) if recipe(config).needs_reference else None
         with fresh_run(task.loaded, config, table) as run:
@@ -160,11 +187,55 @@ def training(
                 "curve": found.curve,
                 "best": found.best,
                 "failed": found.failed,
-                "valid_gold": list(seen[found.best]["gold"]),
             }
-            return result | tested(task, cells, run, found) if test else result
+            if not test:
+                return {**result, "golds": [list(look["gold"]) for look in seen]}
+            return {**result, "valid_gold": list(seen[found.best]["gold"]), **tested(task, cells, run, found)}
 
     return cells.get({**identity, "what": "final" if test else "tuning"}, compute)
+
+
+def fixed_training(
+    task: Task, cells: Cells, variant: str, contender: Contender, setting: Setting, step: int, seed: int
+) -> dict[str, Any]:
+    """One final training for a number of steps that tuning chose, whatever its KL then is, looked at on the test
+    prompts alone; it goes on to the task's last KL target, as far as the longest of the tuning went."""
+    steps = task.size.rounds[-1].steps
+    identity = {**_identity(task, variant, contender, setting, seed, steps), "what": "final", "judged_at": step}
+
+    def compute() -> dict[str, Any]:
+        config = contender.config(setting, task.shared(), seed)
+        table = task.reference_table(variant) if recipe(config).needs_reference else None
+        seen: list[PerPrompt] = [base_cell(task, cells)["test"]]
+        replies: list[list[dict[str, str]]] = [[]]
+
+        def look(run: Run) -> dict[str, float]:
+            seen.append(task.look("test"))
+            replies.append(task.replies())
+            return means(seen[-1])
+
+        first = {key: means(seen[0])[key] for key in ("gold", "kl")}
+        with fresh_run(task.loaded, config, table) as run:
+            pairs, looks = task.train_pairs(variant), look_steps(task, steps)
+            found = train(run, contender, pairs, looks, look, task.kl_targets[-1], first, least=step)
+            at = [each["step"] for each in found.curve]
+            # One that failed before it is judged as far as it came.
+            judged = at.index(step) if step in at else len(at) - 1
+            put_back(run, found.adapters[judged])
+            test = {**seen[judged], **task.besides()}
+        return {
+            "losses": found.losses,
+            "accuracies": found.accuracies,
+            "curve": found.curve,
+            "best": judged,
+            "failed": found.failed,
+            "test": test,
+            "replies": replies[judged],
+            "at_kl": at_targets(task.kl_targets, [each["kl"] for each in found.curve], at, seen.__getitem__),
+            "test_curve": [{key: each[key] for key in ("step", "gold", "kl")} for each in found.curve],
+        }
+
+    return cells.get(identity, compute)
 
 
 def tested(task: Task, cells: Cells, run: Run, found: Trained) -> dict[str, Any]:
@@ -270,7 +341,7 @@ def count_cells(size: Size) -> int:
     """How many cells `run_study` will ask for."""
     contenders = contenders_of(size)
     tunings = 1 if size.tuned_once else len(size.variants)
-    tuned = sum(each.settings for each in size.rounds) - ends_in_a_final(size)
+    tuned = sum(each.settings * each.seeds for each in size.rounds)
     trainings = tunings * tuned + len(size.variants) * size.seeds
     shuffled = 2 * size.shuffles
     sane = (2 + shuffled) * len(contenders) + shuffled * sum(each.likelihood for each in contenders)

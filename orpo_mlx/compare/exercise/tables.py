@@ -41,9 +41,22 @@ def quality(results: Results, tier: str, variant: str) -> Table:
     differences = analysis["variants"][variant].get("differences", {})
     raw = results["tiers"][tier]["variants"][variant]
     keys = [key for key in _MEASURES if key in next(iter(methods.values()))]
-    header = ("method", "rate", "β", *(_MEASURES[key] for key in keys), "gold minus DPO's", "p")
-    rows = [_row("base model", {}, keys, analysis["base"], None)]
-    rows += [_row(name, raw[name]["chosen"], keys, found, differences.get(name)) for name, found in methods.items()]
+    # The number of steps is part of a setting where it was tuned for all seeds at once.
+    settings = (
+        ("rate", "strength", "step") if results["tiers"][tier]["size"].get("fixed_steps") else ("rate", "strength")
+    )
+    names = {"strength": "β", "step": "steps"}
+    header = (
+        "method",
+        *(names.get(each, each) for each in settings),
+        *(_MEASURES[key] for key in keys),
+        "gold minus DPO's",
+        "p",
+    )
+    rows = [_row("base model", dict.fromkeys(settings), keys, analysis["base"], None)]
+    for name, found in methods.items():
+        chosen = {each: raw[name]["chosen"][each] for each in settings}
+        rows.append(_row(name, chosen, keys, found, differences.get(name)))
     return Table(header, tuple(rows))
 
 
@@ -51,7 +64,7 @@ def _row(
     name: str, chosen: Mapping[str, Any], keys: list[str], found: Mapping[str, Any], gap: Mapping[str, Any] | None
 ) -> tuple[TableCell, ...]:
     cells = [mean_cell(found.get(key), _FORMS.get(key, "{:.2f}")) for key in keys]
-    setting = (number(chosen.get("rate"), "{:g}"), number(chosen.get("strength"), "{:g}"))
+    setting = (number(value, "{:g}") for value in chosen.values())
     return (TableCell(name), *setting, *cells, gap_cell(gap), number(None if gap is None else gap["p_holm"], "{:.4f}"))
 
 
@@ -121,8 +134,9 @@ def _control_cells(control: Mapping[str, float]) -> tuple[TableCell, TableCell]:
     return TableCell(f"{mean} ({low} to {high})", control["mean"]), number(control["p"], "{:.4f}")
 
 
-def _round(settings: int, steps: int) -> str:
-    return f"{settings} setting{'s' if settings > 1 else ''} of {steps} steps"
+def _round(settings: int, steps: int, seeds: int = 1) -> str:
+    found = f"{settings} setting{'s' if settings > 1 else ''} of {steps} steps"
+    return f"{found} under {seeds} seeds" if seeds > 1 else found
 
 
 def overview(results: Results) -> Table:

@@ -41,6 +41,9 @@ class Size(NamedTuple):
     contenders: tuple[str, ...]
     tuned_once: bool = False
     """Whether the settings that were found on the first variant are those of the others."""
+    fixed_steps: bool = False
+    """Whether tuning chooses the number of steps as well, so that final trainings need no look at valid prompts: they
+    are looked at on the test prompts alone. Otherwise each final training is worth its best step by valid."""
 
 
 class Task(Protocol):
@@ -68,6 +71,9 @@ class Task(Protocol):
 
     def look(self, split: str) -> PerPrompt:
         """Measures of the model as it is, on the prompts of "valid" or "test"."""
+
+    def besides(self) -> PerPrompt:
+        """What else is measured of a final training where it is judged; not a value for each prompt."""
 
     def replies(self) -> list[dict[str, str]]:
         """Some of what the model said when it was last looked at: `prompt` and `reply`."""

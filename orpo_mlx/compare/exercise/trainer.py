@@ -74,6 +74,7 @@ def train(
     look: Look,
     bound: float,
     start: Mapping[str, Any],
+    least: int = 0,
 ) -> Trained:
     """Train until the last step of `looks`, looking at each of them, or until a look is beyond the bound.
 
@@ -89,6 +90,7 @@ def train(
         look: measures the run.
         bound: the largest KL to the base model, in nats per reply.
         start: what a look at the base model finds, which is step 0 of every training.
+        least: steps that are trained however large the KL becomes.
     """
     losses: list[float] = []
     accuracies: list[float] = []
@@ -109,9 +111,9 @@ def train(
         if step in looks:
             curve.append({"step": step, **look(run)})
             adapters.append(adapter_weights(run.loaded.model))
-            if curve[-1]["kl"] > bound:
+            if curve[-1]["kl"] > bound and step >= least:
                 break
-            if curve[-1]["gold"] > curve[best]["gold"]:
+            if curve[-1]["kl"] <= bound and curve[-1]["gold"] > curve[best]["gold"]:
                 best = len(curve) - 1
         if step >= looks[-1]:
             break

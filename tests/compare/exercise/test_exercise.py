@@ -22,12 +22,14 @@ from orpo_mlx.compare.exercise import helpers, sizes, study
 from orpo_mlx.compare.exercise import run as exercise
 from orpo_mlx.compare.exercise.analysis import analyse
 from orpo_mlx.compare.exercise.contenders import CONTENDERS, Setting
+from orpo_mlx.compare.exercise.gold_task import GoldTask
 from orpo_mlx.compare.exercise.halving import Round
 from orpo_mlx.compare.exercise.open_task import OpenTask
 from orpo_mlx.compare.exercise.page import first_line, markdown
 from orpo_mlx.compare.exercise.significance import rounded
 from orpo_mlx.compare.exercise.tables import lengths
 from orpo_mlx.compare.exercise.task import Size
+from orpo_mlx.compare.exercise.trainer import fresh_run, train
 from orpo_mlx.compare.exercise.verdicts import verdicts
 from orpo_mlx.errors import ConfigError, DataError, TrainingError
 from orpo_mlx.reporting.console import Reporter
@@ -110,10 +112,10 @@ def test_a_training_that_was_looked_at_otherwise_is_another() -> None:
 
     def identity(size: Size) -> dict[str, Any]:
         task: Any = SimpleNamespace(size=size, name="open")
-        return study._identity(task, "clean", contender, Setting(1e-4, 0.1), 0, 40)
+        return study._identity(task, "clean", contender, Setting(1e-4, 0.1), 0, 16)
 
     # Rounds may be added to a folder that holds others.
-    other = sizes.FULL_OPEN._replace(rounds=(Round(8, 20), Round(1, 40)))
+    other = sizes.FULL_OPEN._replace(rounds=(Round(8, 12), Round(1, 16)))
     assert identity(other) != identity(sizes.FULL_OPEN)
     assert identity(sizes.FULL_OPEN._replace(seeds=9)) == identity(sizes.FULL_OPEN)
 
@@ -135,7 +137,8 @@ def test_cells_that_are_published_are_of_the_present_design() -> None:
     for each in trainings:
         setting = Setting(each["rate"], each["strength"])
         own = study._identity(task, each["variant"], contenders[each["method"]], setting, each["seed"], each["steps"])
-        assert each == {**own, "what": each["what"]}
+        judged = {"judged_at": each["judged_at"]} if each["what"] == "final" else {}
+        assert each == {**own, "what": each["what"], **judged}
 
 
 @pytest.fixture(scope="module")
@@ -368,17 +371,79 @@ def test_settings_of_the_first_variant_are_those_of_all_where_tuning_is_once(mon
 
     def training(task: Any, cells: Any, variant: str, *others: Any, test: bool = False) -> dict[str, Any]:
         asked.append((variant, test))
-        point = {"gold": 1.0, "kl": 0.0}
-        return {"curve": [point], "best": 0, "failed": None, "valid_gold": [1.0]}
+        point = {"step": 0, "gold": 1.0, "kl": 0.0}
+        return {"curve": [point], "best": 0, "failed": None, "golds": [[1.0]]}
 
     monkeypatch.setattr(study, "training", training)
     dpo = next(each for each in CONTENDERS if each.name == "dpo")
-    # The last of the tuning is a final training.
-    for once, expected in ((True, {("a", False), ("a", True), ("b", True)}), (False, {("b", False), ("b", True)})):
+    for once, expected in ((True, {("a", False), ("b", True)}), (False, {("b", False), ("b", True)})):
         size = TINY._replace(variants=("a", "b"), tuned_once=once)
-        study.run_contender(SimpleNamespace(size=size), None, "b", dpo, {})  # type: ignore[arg-type]
+        task: Any = SimpleNamespace(size=size, bound=1.0)
+        study.run_contender(task, None, "b", dpo, {})  # type: ignore[arg-type]
         assert set(asked) == expected
         asked.clear()
+
+
+def test_seeds_of_a_setting_are_judged_where_all_of_them_were_looked_at() -> None:
+    def of(*looks: tuple[int, float, float]) -> dict[str, Any]:
+        curve = [{"step": step, "gold": gold, "kl": kl} for step, gold, kl in looks]
+        return {"curve": curve, "failed": None, "golds": [[gold - 0.1, gold + 0.1] for _, gold, _ in looks]}
+
+    first = of((0, 0.0, 0.0), (4, 0.2, 0.5), (8, 0.6, 1.5))
+    found = study.judged_together([first, of((0, 0.0, 0.0), (4, 0.4, 0.5), (8, 0.4, 0.4))], 1.0)
+    assert found == {
+        "score": 0.5, "kl": 0.95, "best": 2, "step": 8, "failed": None, "valid_gold": pytest.approx([0.4, 0.6]),
+    }  # fmt: skip
+    # Beyond the bound in the mean; then a seed that ended before.
+    assert study.judged_together([first, of((0, 0.0, 0.0), (4, 0.4, 0.5), (8, 0.9, 0.6))], 1.0)["step"] == 4
+    assert study.judged_together([first, {**of((0, 0.0, 0.0)), "failed": "why"}], 1.0) == {
+        "score": 0.0, "kl": 0.0, "best": 0, "step": 0, "failed": "why", "valid_gold": pytest.approx([-0.1, 0.1]),
+    }  # fmt: skip
+
+
+class Kept:
+    """Cells that live in memory."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {}
+
+    def get(self, identity: dict[str, Any], compute: Any) -> Any:
+        key = json.dumps(identity)
+        if key not in self.found:
+            self.found[key] = compute()
+        return self.found[key]
+
+
+def test_a_training_of_fixed_steps_is_judged_where_tuning_said() -> None:
+    size = TINY._replace(rounds=(Round(2, 2), Round(1, 4, 2)), looks=4, fixed_steps=True, contenders=("orpo", "dpo"))
+    task = GoldTask(size)
+    cells: Any = Kept()
+    dpo = next(each for each in CONTENDERS if each.name == "dpo")
+    base = study.base_cell(task, cells)
+    variant = "0 % flipped"
+    found = study.run_contender(task, cells, variant, dpo, base["valid"])
+    chosen = found["chosen"]
+    setting = Setting(chosen["rate"], chosen["strength"])
+    assert [len(each["curve"]) for each in found["seeds"]] == [5, 5]
+    for seed in (0, 1):
+        for step in (chosen["step"], 2, 0):
+            final = study.fixed_training(task, cells, variant, dpo, setting, step, seed)
+            assert final["curve"][final["best"]]["step"] == step
+            # The same steps again, by nothing but the trainer.
+            with fresh_run(task.loaded, dpo.config(setting, task.shared(), seed)) as run:
+                if step:
+                    train(
+                        run, dpo, task.train_pairs(variant), (step,), lambda run: {"gold": 0, "kl": 0}, 1.0, {"gold": 0}
+                    )
+                again = task.look("test")
+            assert final["test"]["gold"] == pytest.approx(again["gold"], abs=1e-6)
+            assert final["test_curve"][final["best"]]["kl"] == pytest.approx(np.mean(again["kl"]), abs=1e-6)
+    # It goes on behind the step that it is judged at, until it is beyond the last KL target.
+    task.kl_targets = (1e-9,)
+    cells.found = {key: value for key, value in cells.found.items() if "final" not in key}
+    final = study.fixed_training(task, cells, variant, dpo, setting, 2, 0)
+    assert [look["step"] for look in final["curve"]] == [0, 1, 2]
+    assert list(final["at_kl"]) == ["1e-09"]
 
 
 @pytest.mark.parametrize("size", [size for extent in sizes.EXTENTS.values() for size in extent])
@@ -393,8 +458,8 @@ def test_the_cells_of_a_study_are_as_many_as_were_announced(size: Size) -> None:
     class Counted:
         def get(self, identity: dict[str, Any], compute: Any) -> dict[str, Any]:
             asked.add(json.dumps(identity))
-            point = {"gold": identity.get("rate", 0.0), "kl": 0.0}
-            return {"curve": [point], "best": 0, "failed": None, "valid_gold": [], "wins": [], "test": {}, "valid": {}}
+            point = {"step": 0, "gold": identity.get("rate", 0.0), "kl": 0.0}
+            return {"curve": [point], "failed": None, "golds": [[1.0]], "wins": [], "test": {}, "valid": {}}
 
     task: Any = SimpleNamespace(name="t", size=size, bound=1.0, facts=dict)
     cells: Any = Counted()

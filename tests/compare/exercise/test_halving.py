@@ -13,10 +13,10 @@ def test_the_best_go_on_and_the_last_entry_won() -> None:
     worth = {"a": 1.0, "b": 4.0, "c": 3.0, "d": 4.0}
     asked: list[tuple[str, int]] = []
 
-    def score(setting: str, steps: int) -> float:
-        asked.append((setting, steps))
+    def score(setting: str, each: Round) -> float:
+        asked.append((setting, each.steps))
         # What is best after few steps need not be so after many.
-        return worth[setting] if steps < 9 else -worth[setting]
+        return worth[setting] if each.steps < 9 else -worth[setting]
 
     found = successive_halving(list(worth), [Round(4, 2), Round(2, 9)], score)
     assert asked == [("a", 2), ("b", 2), ("c", 2), ("d", 2), ("b", 9), ("d", 9)]

@@ -27,7 +27,7 @@ def answer(length: int, gold: float) -> Answer:
 
 
 def test_splits_share_neither_frames_nor_topics_nor_prompts() -> None:
-    assert [len(open_prompts(split)) for split in ("train", "valid", "test")] == [180, 30, 60]
+    assert [len(open_prompts(split)) for split in ("train", "valid", "test")] == [300, 40, 60]
     assert open_prompts("train", 20) == open_prompts("train")[:20]
     for table in (prompts._FRAMES, prompts._TOPICS):
         every = list(itertools.chain.from_iterable(table.values()))
