@@ -20,6 +20,7 @@ from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.errors import ConfigError, ModelError
 from orpo_mlx.models.adapters import (
     adapter_weights,
+    adapters_merged,
     adapters_off,
     add_adapters,
     add_trained_adapters,
@@ -67,10 +68,29 @@ def test_off_covers_experts() -> None:
         assert mx.array_equal(model(ids), base(ids)).item()
 
 
-def test_the_adapters_come_back_after_an_error() -> None:
+# mlx-lm has no DoRA of experts.
+@pytest.mark.parametrize(("kind", "fine_tune_type"), [("llama", "lora"), ("llama", "dora"), ("mixtral", "lora")])
+def test_merged_is_the_same_function_without_adapters(kind: str, fine_tune_type: str) -> None:
+    model = adapted(kind, fine_tune_type)
+    model.load_weights(
+        [(name, mx.full(value.shape, 0.02)) for name, value in adapter_weights(model).items()], strict=False
+    )
+    model.eval()
+    ids = mx.array([[3, 4, 5]])
+    before = model(ids)
+    with adapters_off(model):
+        assert not mx.allclose(model(ids), before, atol=1e-2).item()
+    with adapters_merged(model):
+        assert not any("lora" in name for name, _ in model.named_modules())
+        assert mx.allclose(model(ids), before, atol=1e-4).item()
+    assert mx.array_equal(model(ids), before).item()
+
+
+@pytest.mark.parametrize("without", [adapters_off, adapters_merged])
+def test_the_adapters_come_back_after_an_error(without: Any) -> None:
     model = adapted()
     names = set(adapter_weights(model))
-    with pytest.raises(RuntimeError, match="inside"), adapters_off(model):
+    with pytest.raises(RuntimeError, match="inside"), without(model):
         raise RuntimeError("inside")
     assert set(adapter_weights(model)) == names
 

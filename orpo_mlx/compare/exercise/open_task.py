@@ -25,7 +25,7 @@ from orpo_mlx.engine.score import score_pairs
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.judging.generation import Drawn, Generator, StopTokens
 from orpo_mlx.judging.requests import Sampling
-from orpo_mlx.models.adapters import in_evaluation
+from orpo_mlx.models.adapters import adapters_merged, in_evaluation
 from orpo_mlx.models.loading import load
 from orpo_mlx.models.names import DEFAULT_MODEL
 from orpo_mlx.training.references.reference_store import ReferenceTable
@@ -122,6 +122,7 @@ class OpenTask:
         self._pairs = {variant: make_pairs(self._ids["train"], self._answers["train"], variant) for variant in VARIANTS}
         self._held_out = make_pairs(self._ids["valid"], self._answers["valid"], CLEAN)
         self._kl = {split: BaseKL(self.loaded.model, self._ids[split]) for split in ("valid", "test")}
+        self._drawing = {split: self._generator(1, _drawn_by(split), keep_logps=True) for split in ("valid", "test")}
         self._base_logps = self._kept(("held-out log-probs", lambda: {"logps": self._logps()}))[0]["logps"]
         self._tables: dict[str, ReferenceTable] = {}
         self._base_gold = {split: self._golds(split) for split in ("valid", "test")}
@@ -152,13 +153,11 @@ class OpenTask:
 
     def look(self, split: str) -> PerPrompt:
         """One reply to each prompt, drawn at temperature 1: gold, KL, length, win over the base."""
-        generator = self._generator(1, 100 + _SEEDS[split], keep_logps=True)
-        # One reply after another: log-probs of the whole vocabulary are 8 MB of the longest.
-        drawn = [
-            row
-            for number, prompts in enumerate(generator.split(self._ids[split]))
-            for row in generator.draw(prompts, number)
-        ]
+        generator = self._drawing[split]
+        drawn: list[Drawn] = []
+        with adapters_merged(self.loaded.model):
+            for number, prompts in enumerate(generator.split(self._ids[split])):
+                drawn += generator.draw(prompts, number)
         answers = [self._scored(row) for row in drawn]
         kls = self._kl[split]([answer.ids for answer in answers], [row.logps for row in drawn if row.logps is not None])
         self._seen = answers
@@ -245,7 +244,7 @@ class OpenTask:
 
     def _golds(self, split: str) -> list[float]:
         # The seed of `look`: a reply wins or loses against the base model's under the same random numbers.
-        return [each[0].gold for each in self._of_base(split, 1, seed=100 + _SEEDS[split])]
+        return [each[0].gold for each in self._of_base(split, 1, seed=_drawn_by(split))]
 
     def _logps(self) -> list[float]:
         """Summed log-probs of chosen and rejected of each held-out pair, in turn."""
@@ -259,6 +258,11 @@ class OpenTask:
         with in_evaluation(self.loaded.model):
             logps = token_logps(self.loaded.model(ids[:, :-1]), ids[:, 1:])
         return -float(logps.mean())
+
+
+def _drawn_by(split: str) -> int:
+    """The seed of the replies that a split's prompts are judged by."""
+    return 100 + _SEEDS[split]
 
 
 def sentence_ends(tokenizer: Any) -> set[int]:
