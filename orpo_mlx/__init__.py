@@ -12,6 +12,10 @@ def _prepare_process() -> None:
     from orpo_mlx.interrupts import end_early_in_one_sentence, tell
 
     end_early_in_one_sentence()
+    if is_a_command():
+        from orpo_mlx._streams import lasting_streams
+
+        lasting_streams()
     from orpo_mlx._blas import load_blas
     from orpo_mlx._open_files import allow_fewer_files
     from orpo_mlx.text import printable

@@ -14,6 +14,7 @@ GROUND = (
     "_command",
     "_blas",
     "_open_files",
+    "_streams",
 )  # fmt: skip
 ROOMS = (
     "losses", "data", "reporting", "models", "engine", "judging", "config", "training", "convert", "memory", "chapter",

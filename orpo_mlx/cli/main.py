@@ -72,17 +72,13 @@ def find_command(name: str) -> Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status, that of the command given."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    if arguments[0] == "--version":
-        print(f"{PROG} {__version__}")
-        return 0
-    if arguments[0] not in COMMANDS:
-        # Imported here, like every command: `--help` needs neither settings nor losses.
+    asked = arguments[0] if arguments else "--help"
+    if asked not in COMMANDS:
+        # Imported here, like every command, none of which is slowed down by it.
         from orpo_mlx.config.flags import exit_status
 
-        return exit_status(PROG, lambda: find_command(arguments[0]))
+        texts = {"--help": usage, "-h": usage, "--version": lambda: f"{PROG} {__version__}"}
+        return exit_status(PROG, lambda: print(texts[asked]()) if asked in texts else find_command(asked))
     program = importlib.import_module(find_command(arguments[0]).module)
     return int(program.main(arguments[1:]))
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+from orpo_mlx._streams import lasting_streams, written_out
 from orpo_mlx.config.settings import SETTINGS
 from orpo_mlx.errors import ConfigError, TrainingError, UserError, naming_device_errors
 from orpo_mlx.interrupts import Interrupted, finished, message_of, raising_interrupts
@@ -135,10 +136,11 @@ def naming_flags(own: Collection[str] = ()) -> Iterator[None]:
 
 def exit_status(prog: str, command: Callable[[], object]) -> int:
     """Run a command: 0, 2 with one sentence on stderr for what a user can mend, or 128 + a signal's number."""
+    lasting_streams()
     spell_unprintable()
     with raising_interrupts(prog) as signals:
         try:
-            with naming_flags(), naming_device_errors():
+            with naming_flags(), naming_device_errors(), written_out():
                 command()
             status = 0
         except KeyboardInterrupt as interrupt:
