@@ -10,10 +10,10 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 import sys
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,14 +40,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary: Path | None = None
     try:
         # Beside it: a rename is one operation within a file system alone. MLX adds its suffix to a name that lacks it.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = _new_file(path)
         write(temporary)
         # Before the rename: after a power cut, the name must not stand over content that never reached the disk.
         flush_to_disk(temporary)
-        # mkstemp makes files that only their owner can read.
-        temporary.chmod(0o644)
+        if path.is_file():
+            # As if it were written in its place.
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         temporary.replace(path)
     except OSError as error:
         # The user knows `path`, not the temporary name beside it.
@@ -59,10 +58,30 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def _new_file(path: Path) -> Path:
+    """An empty file beside `path`, under a name that nobody has, for all whom the process's umask lets at it."""
+    while True:
+        # Not mkstemp, whose files are their owner's alone: what a mode is to be, only the system knows without setting
+        # the umask anew, which all threads share.
+        temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+        with suppress(FileExistsError):
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            return temporary
+
+
+def new_folder(parent: Path, prefix: str) -> Path:
+    """An empty folder under a name that nobody has, for all whom the process's umask lets at it."""
+    while True:
+        folder = parent / f"{prefix}{secrets.token_hex(4)}"
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
 def clear_temporaries(folder: Path, names: Collection[str]) -> None:
     """Remove what a killed `write_atomically` has left of files of these names, which nobody may be writing now."""
     for name in map(Path, names):
-        # What mkstemp makes, and no more: a user may have a hidden file of a similar name.
+        # What `_new_file` makes, and no more: a user may have a hidden file of a similar name.
         temporary = re.compile(rf"\.{re.escape(name.stem)}\.[a-z0-9_]{{8}}{re.escape(name.suffix)}")
         for path in folder.iterdir():
             if temporary.fullmatch(path.name) and path.is_file():
@@ -212,13 +231,11 @@ def staged_folder(destination: Path, *, overwrite: bool = False) -> Iterator[Pat
         raise ConfigError(f"{destination}: cannot be written there; give a new folder in a folder that exists.")
     _clean_up(destination)
     _check_free(destination, overwrite)
-    staging = Path(tempfile.mkdtemp(dir=parent, prefix=f".{destination.name}{_UNFINISHED}"))
+    staging = new_folder(parent, f".{destination.name}{_UNFINISHED}")
     try:
         with _locked(staging):
             yield staging
             flush_folder_to_disk(staging)
-            # mkdtemp makes folders that only their owner can enter.
-            staging.chmod(0o755)
             # Again: another program may have put something there while the block was at work.
             _check_free(destination, overwrite)
             _put_in_place(staging, destination)
@@ -242,12 +259,14 @@ def staged_file(destination: Path, *, overwrite: bool = False) -> Iterator[Path]
     _clean_up(destination)
     if destination.exists() and not overwrite:
         raise ConfigError(f"{destination}: exists already; give `overwrite` to replace it, or another file.")
-    staging = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}{_UNFINISHED}"))
+    staging = new_folder(destination.parent, f".{destination.name}{_UNFINISHED}")
     try:
         with _locked(staging):
             file = staging / destination.name
             yield file
             flush_to_disk(file)
+            if destination.is_file():
+                file.chmod(stat.S_IMODE(destination.stat().st_mode))
             file.replace(destination)
             flush_to_disk(destination.parent)
     finally:

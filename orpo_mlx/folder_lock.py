@@ -24,7 +24,7 @@ def locked(folder: Path) -> Iterator[None]:
         OSError: the folder cannot be written, or its file system has no locks.
     """
     path = folder / LOCK
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,6 +20,8 @@ from orpo_mlx.files import (
     save_adapters,
     save_json,
     sha256_of,
+    staged_file,
+    staged_folder,
     write_atomically,
 )
 
@@ -69,7 +71,28 @@ def test_adapters_are_readable_and_named_as_mlx_lm_names_them(tmp_path: Path) ->
         loaded = mx.load(str(path))
         assert isinstance(loaded, dict)
         assert mx.array_equal(loaded["a.lora_a"], weights["a.lora_a"]).item()
-        assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_what_is_written_has_the_mode_that_open_would_have_given(umask: int, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    kept.touch()
+    kept.chmod(0o640)
+    before = os.umask(umask)
+    try:
+        for path in (kept, tmp_path / "new.json"):
+            save_json(path, {})
+        for path in (tmp_path / "a.gguf", kept):
+            with staged_file(path, overwrite=True) as file:
+                file.touch()
+        with staged_folder(tmp_path / "folder") as folder:
+            (folder / "b.json").touch()
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    file_mode = 0o666 & ~umask
+    files = {"new.json": file_mode, "a.gguf": file_mode, "b.json": file_mode, "kept.json": 0o640}
+    assert modes == {**files, "folder": 0o777 & ~umask}
 
 
 def test_a_full_disk_leaves_the_last_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

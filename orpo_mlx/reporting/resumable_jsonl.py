@@ -63,7 +63,7 @@ class LineFile:
         if since is not None and path.exists():
             self._digest = check_beginning(path, since)
             self._size = since.size
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         # One operation of the file system: interrupted before or after, it is done again, or found done, when the run
         # is next resumed.
         os.ftruncate(self._handle, self._size)

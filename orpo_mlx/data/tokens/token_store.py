@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import shutil
-import tempfile
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,7 +21,7 @@ import numpy.typing as npt
 
 from orpo_mlx.data.row_counts import RowReport
 from orpo_mlx.data.tokens.trained_turns import read_ids
-from orpo_mlx.files import sha256_of
+from orpo_mlx.files import new_folder, sha256_of
 from orpo_mlx.types import Example, TokenizedGroup, TokenizedPair
 
 _TOKENS = "tokens.i32"
@@ -167,7 +166,7 @@ class StoreWriter:
     def __init__(self, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         self._target = target
-        self._folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
+        self._folder = new_folder(target.parent, ".writing-")
         self._file = (self._folder / _TOKENS).open("wb")
         self._rows: list[npt.NDArray[np.int64]] = []
         self._groups: GroupColumns | None = None
@@ -252,7 +251,7 @@ class StoreWriter:
         # Whole stores are opened and not written again, so what stands there is damaged. Moved first: to remove it
         # where it stands would let another process see half of it.
         if self._target.exists():
-            damaged = Path(tempfile.mkdtemp(prefix=".damaged-", dir=self._target.parent))
+            damaged = new_folder(self._target.parent, ".damaged-")
             with suppress(FileNotFoundError):
                 self._target.rename(damaged)
             shutil.rmtree(damaged, ignore_errors=True)
