@@ -29,7 +29,8 @@ def check_adaptable(model: nn.Module, fine_tune_type: str, num_layers: int, lora
     Raises:
         ConfigError: it cannot; the module and what to do are named.
     """
-    for name, module in chosen_modules(model, num_layers, lora.get("keys")):
+    chosen = chosen_modules(model, num_layers, lora.get("keys"))
+    for name, module in chosen:
         kind = type(module).__name__
         own = hasattr(module, "to_lora")
         if not own and not isinstance(module, _ANY):
@@ -39,6 +40,23 @@ def check_adaptable(model: nn.Module, fine_tune_type: str, num_layers: int, lora
             )
         if fine_tune_type == "dora":
             _check_dora(model, name, module, num_layers)
+    _check_rank(lora["rank"], [module for _, module in chosen])
+
+
+def _check_rank(rank: int, modules: Iterable[nn.Module]) -> None:
+    """Refuse a rank that no product of two matrices can have; far beyond it MLX ends the process."""
+    largest = max((min(_shape(module)) for module in modules if isinstance(module, _ANY)), default=None)
+    if largest is not None and rank > largest:
+        raise ConfigError(
+            f"lora_parameters.rank: found {rank}, expected {largest} at most: no layer that is adapted here has a "
+            "higher rank itself; give a lower one."
+        )
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a layer, be its weights packed or not."""
+    *_, outputs, inputs = module["weight"].shape
+    return outputs, module["scales"].shape[-1] * module.group_size if "scales" in module else inputs
 
 
 def check_magnitudes(model: nn.Module) -> None:

@@ -16,7 +16,15 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from orpo_mlx.errors import ConfigError, ModelError, reason_of
 from orpo_mlx.files import read_json_table
 from orpo_mlx.models.adaptable import check_adaptable, check_magnitudes
-from orpo_mlx.models.peft_adapters import MLX_WEIGHTS, PEFT_WEIGHTS, check_layers, peft_to_mlx, read_adapter, unwrapped
+from orpo_mlx.models.peft_adapters import (
+    MLX_WEIGHTS,
+    PEFT_WEIGHTS,
+    check_layers,
+    check_rank,
+    peft_to_mlx,
+    read_adapter,
+    unwrapped,
+)
 from orpo_mlx.models.peft_config import read_scaling, refuse_inexpressible
 from orpo_mlx.models.peft_names import PREFIX, read_peft_tensors
 from orpo_mlx.models.stored.safetensors_files import read_header
@@ -251,6 +259,9 @@ def add_trained_adapters(model: nn.Module, folder: Path, source: str = "`adapter
         adapter = peft_to_mlx(read_adapter(folder, PEFT_WEIGHTS, source=source), model, {}, str(folder))
         model.load_weights(list(adapter.weights.items()), strict=False)
     else:
+        config_file = folder / "adapter_config.json"
+        config = read_json_table(config_file, ModelError) if config_file.is_file() else {}
+        check_rank(config, (tensor.shape for tensor in read_header(weights).tensors.values()), f"{source} {folder}")
         try:
             load_adapters(model, str(folder))
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:

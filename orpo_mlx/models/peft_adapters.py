@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,12 +90,29 @@ def peft_to_mlx(peft: Adapter, model: nn.Module, settings: Mapping[str, Any], lo
     return result
 
 
+def check_rank(config: Mapping[str, Any], shapes: Iterable[Sequence[int]], location: str) -> None:
+    """Refuse a rank beyond what weights of these shapes can have: MLX would end the process over it.
+
+    Raises:
+        ModelError: it is.
+    """
+    parameters = config.get("lora_parameters")
+    rank = parameters.get("rank") if isinstance(parameters, Mapping) else None
+    largest = max(itertools.chain.from_iterable(shapes), default=0)
+    if isinstance(rank, int) and rank > largest and config.get("fine_tune_type") != "full":
+        raise ModelError(
+            f"{location}: adapter_config.json has lora_parameters.rank {rank}, and no side of these weights is longer "
+            f"than {largest}; give adapters whose config and weights are of one training."
+        )
+
+
 def check_fits(adapter: Adapter, model: nn.Module, location: str) -> None:
     """Put adapters on `model` as mlx-lm does and make sure that these weights are exactly theirs, in name and shape.
 
     Raises:
         ModelError: they are not.
     """
+    check_rank(adapter.config, (weight.shape for weight in adapter.weights.values()), location)
     try:
         linear_to_lora_layers(
             model,

@@ -39,6 +39,15 @@ def test_adapters_start_as_the_model_itself_or_are_refused(kind: str, fine_tune_
     assert mx.allclose(model(IDS), before, atol=1e-3).item()
 
 
+@pytest.mark.parametrize("model", [make_model("llama"), quantised(group_size=32, bits=4)])
+def test_a_rank_beyond_every_layers_own_is_refused(model: nn.Module) -> None:
+    # The widest layers are of 32 by 32, 48 and 259 numbers.
+    for rank in (33, 2**31 - 1):
+        with pytest.raises(ConfigError, match=f"^lora_parameters.rank: found {rank}, expected 32 at most"):
+            add_adapters(model, "lora", -1, {**LORA, "rank": rank})
+    add_adapters(model, "lora", -1, {**LORA, "rank": 32})
+
+
 @pytest.mark.parametrize(
     ("model", "fine_tune_type", "keys", "said"),
     [

@@ -26,6 +26,7 @@ from orpo_mlx.models.adapters import (
     add_trained_adapters,
     load_adapter_file,
 )
+from orpo_mlx.models.peft_adapters import MLX_WEIGHTS, check_fits, read_adapter
 from tests.conftest import make_model, make_pairs
 
 LORA: dict[str, Any] = {"rank": 2, "scale": 4.0, "dropout": 0.0}
@@ -301,6 +302,16 @@ def test_an_adapter_that_mlx_lm_would_load_in_part(
     monkeypatch.setattr("orpo_mlx.models.adapters.load_adapters", load_silently)
     with pytest.raises(ModelError, match=said):
         add_trained_adapters(make_model(), folder)
+
+
+def test_a_rank_that_is_not_the_weights_is_no_end_of_the_process(tmp_path: Path) -> None:
+    lora = {**LORA, "rank": 2**31 - 1}
+    folder = saved(tmp_path / "a", adapted(), fine_tune_type="lora", num_layers=-1, lora_parameters=lora)
+    said = "has lora_parameters.rank 2147483647, and no side of these weights is longer than"
+    with pytest.raises(ModelError, match=said):
+        add_trained_adapters(make_model(), folder)
+    with pytest.raises(ModelError, match=said):
+        check_fits(read_adapter(folder, MLX_WEIGHTS, source="SRC"), make_model(), str(folder))
 
 
 def test_mlx_lm_reads_the_folder(tmp_path: Path) -> None:
