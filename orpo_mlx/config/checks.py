@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orpo_mlx.config.defaults import DEFAULT_LORA, DEFAULT_OPTIMIZER_CONFIG, OPTIMIZERS
+from orpo_mlx.config.defaults import DEFAULT_LORA, DEFAULT_OPTIMIZER_CONFIG, OPTIMIZER_ARGUMENTS, OPTIMIZERS
 from orpo_mlx.config.derived import data_reading, recipe
 from orpo_mlx.config.reference_sync import Sync, sync_of
 from orpo_mlx.config.settings import SETTINGS, TrainingConfig, settings_with
@@ -19,6 +19,26 @@ from orpo_mlx.reporting.services import check_reporting
 from orpo_mlx.text import quoted
 
 _ALIASES = {alias: setting.name for setting in SETTINGS.values() for alias in setting.aliases}
+_ALIASES |= {flag[2:].replace("-", "_"): setting.name for setting in SETTINGS.values() for flag in setting.also}
+_OF_LORA = {
+    **dict.fromkeys(("rank", "lora_rank", "lora_r", "r"), "rank"),
+    "lora_alpha": "alpha",
+    **dict.fromkeys(("scale", "lora_scale"), "scale"),
+    **dict.fromkeys(("dropout", "lora_dropout"), "dropout"),
+    **dict.fromkeys(("keys", "lora_keys", "target_modules"), "keys"),
+}
+"""Entries of `lora_parameters` under the names of flags and of PEFT."""
+_OF_SCHEDULE = {"lr_scheduler_type": "name", "warmup": "warmup", "warmup_steps": "warmup", "warmup_init": "warmup_init"}
+
+
+_HINTS = {
+    "alpha": " (mlx-lm's 'scale' is alpha divided by rank)",
+    "lora_alpha": " (mlx-lm's 'scale' is alpha divided by rank)",
+    "r": " (PEFT's 'r' is rank)",
+    "lr": " (learning_rate stands outside of this table)",
+    "learning_rate": " (learning_rate stands outside of this table)",
+}
+"""Where keys of tables belong that people bring from elsewhere."""
 
 
 def check_settings(table: Mapping[Any, Any], location: str, also: Sequence[str] = ()) -> dict[str, Any]:
@@ -33,11 +53,41 @@ def check_settings(table: Mapping[Any, Any], location: str, also: Sequence[str] 
     for key, value in table.items():
         # Refused rather than skipped: a misspelt setting would train something else than was asked for.
         if key not in SETTINGS:
-            hint = did_you_mean(_ALIASES.get(key, key), [*SETTINGS, *also], "; orpo-mlx train --help has them all.")
+            known = [*SETTINGS, *also]
+            hint = _in_a_table(key, table) or did_you_mean(
+                _ALIASES.get(key, key), known, "; orpo-mlx train --help has them all."
+            )
             raise ConfigError(f"{location}: unknown key {quoted(key)}{hint}")
         if value is not None:
             values[key] = coerce(key, value, f"{location}: {key}")
     return values
+
+
+def _in_a_table(key: Any, table: Mapping[Any, Any]) -> str:
+    """How a message about an unknown key ends where it is an entry of a table; empty where it is none."""
+    if key in _OF_LORA:
+        entry = _OF_LORA[key]
+        if entry == "alpha":
+            return f"; give {_scale_of(table[key], table)}."
+        return f"; give lora_parameters: {{{entry}: ...}}."
+    if key in _OF_SCHEDULE:
+        return f"; give lr_schedule: {{{_OF_SCHEDULE[key]}: ...}}."
+    optimizer = str(table.get("optimizer", TrainingConfig.optimizer)).lower()
+    if key in OPTIMIZER_ARGUMENTS.get(optimizer, ()):
+        return f"; give optimizer_config: {{{optimizer}: {{{key}: ...}}}}."
+    return ""
+
+
+def _scale_of(alpha: Any, table: Mapping[Any, Any]) -> str:
+    """The entry of `lora_parameters` that a table's alpha comes to, with its rank if it has one."""
+    given = table.get("lora_parameters")
+    tables = [given if isinstance(given, Mapping) else {}, table]
+    ranks = [each[key] for each in tables for key, entry in _OF_LORA.items() if entry == "rank" and key in each]
+    rank = ranks[0] if ranks else DEFAULT_LORA["rank"]
+    numbers = all(isinstance(each, int | float) and not isinstance(each, bool) and each > 0 for each in (alpha, rank))
+    if not numbers or not math.isfinite(alpha / rank):
+        return "lora_parameters: {scale: ...}, which is alpha divided by rank"
+    return f"lora_parameters: {{scale: {alpha / rank:g}}}, which is alpha divided by rank ({alpha:g} / {rank:g})"
 
 
 def checked_config(config: TrainingConfig) -> TrainingConfig:
@@ -64,8 +114,7 @@ def make_config(values: Mapping[str, Any]) -> TrainingConfig:
     config = TrainingConfig(**dict(values))
     check_together(config)
     check_reference(config)
-    # mlx-lm leaves out what it does not know: a misspelt `warmup` would be none.
-    check_keys("lr_schedule", config.lr_schedule or {}, {"name", "arguments", "warmup", "warmup_init"})
+    check_schedule(config.lr_schedule or {})
     # For its errors alone: what it returns is made anew where rows are read.
     data_reading(config)
     return dataclasses.replace(
@@ -184,6 +233,28 @@ def check_copied_reference(config: TrainingConfig) -> None:
         )
 
 
+def check_schedule(schedule: Mapping[str, Any]) -> None:
+    """Refuse keys that are no schedule's, and numbers that no learning rate can come of; raises ConfigError."""
+    # mlx-lm leaves out what it does not know: a misspelt `warmup` would be none.
+    check_keys("lr_schedule", schedule, {"name", "arguments", "warmup", "warmup_init"})
+    for key in ("arguments", "warmup", "warmup_init"):
+        value = schedule.get(key)
+        # What is no number at all is refused where the schedule is made, which knows what each argument is.
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not (_is_finite(number) and number >= 0):
+                raise ConfigError(
+                    f"lr_schedule.{key}: found {quoted(number)}, expected a number of 0 or more: a negative rate would "
+                    "move away from the goal."
+                )
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # A whole number that no float holds.
+        return False
+
+
 def complete_lora_parameters(config: TrainingConfig) -> dict[str, Any]:
     """The table with its defaults; raises ConfigError for a key or a value that mlx-lm would not take."""
     lora = {**DEFAULT_LORA, **config.lora_parameters}
@@ -202,13 +273,15 @@ def complete_lora_parameters(config: TrainingConfig) -> dict[str, Any]:
 
 
 def complete_optimizer_config(config: TrainingConfig) -> dict[str, Any]:
-    """Each optimiser's arguments with their defaults; raises ConfigError for an optimiser that is none."""
+    """Each optimiser's arguments with their defaults; raises ConfigError for an optimiser or argument that is none."""
     check_keys("optimizer_config", config.optimizer_config, set(OPTIMIZERS))
     optimizers = {}
     for key in OPTIMIZERS:
         table = config.optimizer_config.get(key) or {}
         if not isinstance(table, dict):
             raise ConfigError(f"optimizer_config.{key}: found {quoted(table)}, expected a table.")
+        # Of the other optimisers as well, whose tables do nothing: misspelt there, it would be found at the next run.
+        check_keys(f"optimizer_config.{key}", table, set(OPTIMIZER_ARGUMENTS[key]))
         given = {name: _argument(value, f"optimizer_config.{key}.{name}") for name, value in table.items()}
         optimizers[key] = {**DEFAULT_OPTIMIZER_CONFIG[key], **given}
     return optimizers
@@ -322,5 +395,5 @@ def check_keys(name: str, table: Mapping[str, Any], known: set[str]) -> None:
     """Refuse keys of a table that are not known; raises ConfigError."""
     for key in map(str, table):
         if key not in known:
-            hint = " (mlx-lm's 'scale' is alpha divided by rank)" if key == "alpha" else ""
+            hint = _HINTS.get(key, "")
             raise ConfigError(f"{name}.{key}: unknown key, expected one of {', '.join(sorted(known))}{hint}.")

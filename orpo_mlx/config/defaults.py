@@ -6,7 +6,18 @@ from typing import Any
 
 PATIENCE_ON = ("loss", "accuracy")
 REFERENCES = "start, base, copy"
-OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
+# MLX's, each with what it takes besides a learning rate; named here, since their import takes time.
+OPTIMIZER_ARGUMENTS = {
+    "adam": ("betas", "eps", "bias_correction"),
+    "adamw": ("betas", "eps", "weight_decay", "bias_correction"),
+    "muon": ("momentum", "weight_decay", "nesterov", "ns_steps"),
+    "sgd": ("momentum", "weight_decay", "dampening", "nesterov"),
+    "adafactor": (
+        *("eps", "clip_threshold", "decay_rate", "beta_1", "weight_decay"),
+        *("scale_parameter", "relative_step", "warmup_init"),
+    ),
+}
+OPTIMIZERS = tuple(OPTIMIZER_ARGUMENTS)
 DEFAULT_MAX_SKIPPED = 10
 BEST_BY = ("loss", "win_rate")
 

@@ -53,7 +53,7 @@ class TrainingConfig(LossSettings):
         "how to learn from the pairs, or a sum such as 'sigmoid + 0.2*sft'",
         Trait.EVALUATED | Trait.COMPARED | Trait.NOT_ON_CARD | Trait.INSPECTED,
         any_case=True,
-        aliases=("train_mode",),
+        aliases=("train_mode", "loss_type"),
     )
     model: str = in_what(
         DEFAULT_MODEL,
@@ -133,7 +133,7 @@ class TrainingConfig(LossSettings):
         "optimiser steps",
         Trait.RESUMABLE | Trait.COMPARED | Trait.PUBLISHED,
         range=POSITIVE,
-        aliases=("max_steps",),
+        aliases=("max_steps", "steps"),
         replaces=("epochs",),
     )
     epochs: float | None = in_training(
@@ -141,7 +141,7 @@ class TrainingConfig(LossSettings):
         "passes over the train split, instead of --iters; default 1, or 3 of a set with fewer than 100 steps",
         Trait.RESUMABLE | Trait.COMPARED,
         range=POSITIVE,
-        aliases=("num_train_epochs",),
+        aliases=("num_train_epochs", "num_epochs"),
         also=("--epoch",),
         replaces=("iters",),
     )
@@ -150,6 +150,7 @@ class TrainingConfig(LossSettings):
         "pairs per optimiser step",
         Trait.EVALUATED | Trait.ON_CARD | Trait.PUBLISHED | Trait.INSPECTED,
         range=POSITIVE,
+        aliases=("per_device_train_batch_size",),
     )
     grad_accumulation_steps: int = in_training(
         1,
@@ -174,7 +175,12 @@ class TrainingConfig(LossSettings):
     )
     lr_schedule: dict[str, Any] | None = in_training(None, "mlx-lm's schedule: name, arguments, warmup", Trait.COMPARED)
     optimizer: str = in_training(
-        "adamw", "optimiser", Trait.ON_CARD | Trait.PUBLISHED, choices=defaults.OPTIMIZERS, any_case=True
+        "adamw",
+        "optimiser",
+        Trait.ON_CARD | Trait.PUBLISHED,
+        choices=defaults.OPTIMIZERS,
+        any_case=True,
+        aliases=("optim",),
     )
     optimizer_config: dict[str, Any] = in_training(
         defaults.DEFAULT_OPTIMIZER_CONFIG, "arguments of each optimiser", Trait.NOT_ON_CARD
@@ -299,7 +305,9 @@ class TrainingConfig(LossSettings):
         range=NOT_NEGATIVE,
         is_size=True,
     )
-    grad_checkpoint: bool = in_memory(False, "mlx_lm.lora's name for --memory thrift", replaces=("memory",))
+    grad_checkpoint: bool = in_memory(
+        False, "mlx_lm.lora's name for --memory thrift", aliases=("gradient_checkpointing",), replaces=("memory",)
+    )
     share_prompt: bool = in_memory(
         True,
         "run each prompt once for both completions",
@@ -310,17 +318,19 @@ class TrainingConfig(LossSettings):
 
     rank_timeout: float = in_machines(300.0, "seconds to wait for the other processes of mlx.launch", range=POSITIVE)
 
-    steps_per_report: int = in_reports(10, "steps between reports", range=POSITIVE)
-    steps_per_eval: int = in_reports(200, "steps between validations", range=POSITIVE)
+    steps_per_report: int = in_reports(10, "steps between reports", range=POSITIVE, aliases=("logging_steps",))
+    steps_per_eval: int = in_reports(200, "steps between validations", range=POSITIVE, aliases=("eval_steps",))
     val_batches: int = in_reports(
         25, "validation batches; -1: all, 0: no validation", Trait.EVALUATED, range=ALL_OR_SOME
     )
     test_batches: int = in_reports(500, "test batches; -1: all, 0: no test", Trait.EVALUATED, range=ALL_OR_SOME)
-    save_every: int = in_reports(100, "steps between checkpoints", range=POSITIVE)
+    save_every: int = in_reports(100, "steps between checkpoints", range=POSITIVE, aliases=("save_steps",))
     save_minutes: float = in_reports(
         10.0, "minutes after which one is saved whatever the step; 0: by steps alone", range=NOT_NEGATIVE
     )
-    keep: int = in_reports(3, "checkpoints that are kept, the newest ones", range=POSITIVE)
+    keep: int = in_reports(
+        3, "checkpoints that are kept, the newest ones", range=POSITIVE, aliases=("save_total_limit",)
+    )
     keep_awake: bool = in_reports(
         True, "keep a Mac from going to sleep while the run lasts", off_help="let a Mac go to sleep in the middle of it"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -58,8 +59,11 @@ def make_schedule(config: TrainingConfig) -> Any:
         return config.learning_rate
     try:
         schedule = build_schedule(config.lr_schedule)
-        # Some wrong arguments show only when a schedule is asked for a rate.
-        float(schedule(mx.array(1)))
+        # Some wrong arguments show only when a schedule is asked for a rate: 0 steps, or a growth without end.
+        for step in (0, 1, config.iters or 1):
+            rate = float(schedule(mx.array(step)))
+            if not (math.isfinite(rate) and rate >= 0):
+                raise ValueError(f"its rate at step {step} is {rate:g}")
     except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"lr_schedule: {quoted(config.lr_schedule)} is not a schedule of mlx-lm ({reason_of(error)})."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -76,6 +77,18 @@ def test_memory_flags_that_contradict_each_other(argv: list[str], complaint: str
             {"lr_schedule": {"name": "cosine_decay", "warmup_steps": 3}},
             "lr_schedule.warmup_steps: unknown key, expected",
         ),
+        (
+            {"lr_schedule": {"name": "cosine_decay", "arguments": [1e-5, 100, -1e-6]}},
+            "lr_schedule.arguments: found -1e-06, expected a number of 0 or more",
+        ),
+        ({"lr_schedule": {"name": "x", "arguments": [float("nan")]}}, "lr_schedule.arguments: found nan"),
+        ({"lr_schedule": {"name": "x", "arguments": [16**5000]}}, "found a number of thousands of digits"),
+        ({"lr_schedule": {"name": "x", "warmup_init": float("inf")}}, "lr_schedule.warmup_init: found inf"),
+        (
+            {"optimizer_config": {"sgd": {"beta": 1}}},
+            "optimizer_config.sgd.beta: unknown key, expected one of dampening, momentum, nesterov, weight_decay.$",
+        ),
+        ({"optimizer_config": {"adamw": {"lr": 1}}}, "bias_correction, eps, weight_decay .learning_rate stands outsi"),
         ({"optimizer_config": {"adamw": 5}}, "optimizer_config.adamw: found 5, expected a table"),
         ({"optimizer_config": {"adamx": {}}}, "optimizer_config.adamx: unknown key"),
     ],
@@ -122,11 +135,34 @@ def test_an_optimiser_in_capitals_is_the_same_as_in_mlx_lm() -> None:
         ("learning_rte", "learning_rate"),
         ("max_length", "max_seq_length"),
         ("gradient_accumulation_steps", "grad_accumulation_steps"),
+        ("pairs", "pair_ratings"),
+        ("lr", "learning_rate"),
+        ("num_epochs", "epochs"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_name(key: str, near: str) -> None:
     with pytest.raises(ConfigError, match=rf"^file: unknown key '{key}'; did you mean {near}\?$"):
         check_settings({key: 1}, "file")
+
+
+@pytest.mark.parametrize(
+    ("table", "advice"),
+    [
+        ({"lora_rank": 16}, "lora_parameters: {rank: ...}"),
+        ({"target_modules": ["q_proj"]}, "lora_parameters: {keys: ...}"),
+        ({"lora_alpha": 16}, "lora_parameters: {scale: 2}, which is alpha divided by rank (16 / 8)"),
+        ({"lora_alpha": 16, "r": 32}, "lora_parameters: {scale: 0.5}, which is alpha divided by rank (16 / 32)"),
+        ({"lora_alpha": 8, "lora_parameters": {"rank": 4}}, "{scale: 2}, which is alpha divided by rank (8 / 4)"),
+        ({"lora_alpha": "x"}, "lora_parameters: {scale: ...}, which is alpha divided by rank"),
+        ({"warmup_steps": 3}, "lr_schedule: {warmup: ...}"),
+        ({"weight_decay": 0.1}, "optimizer_config: {adamw: {weight_decay: ...}}"),
+        ({"momentum": 0.1, "optimizer": "SGD"}, "optimizer_config: {sgd: {momentum: ...}}"),
+    ],
+)
+def test_an_entry_of_a_table_is_refused_with_its_place(table: dict[str, Any], advice: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_settings(table, "file")
+    assert re.fullmatch(rf"file: unknown key '\w+'; give .*{re.escape(advice)}\.", str(caught.value))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from orpo_mlx.config.checks import make_config
+from orpo_mlx.config.defaults import OPTIMIZER_ARGUMENTS
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.models.adapters import adapter_weights
-from orpo_mlx.training.optimizers import is_faster, make_optimizer, set_learning_rate
+from orpo_mlx.training.optimizers import _OPTIMIZERS, is_faster, make_optimizer, set_learning_rate
 from tests.test_train import make_run
 from tests.training.checkpoints.test_resume import LONG, assert_same, whole_and_resumed
 
@@ -57,6 +59,17 @@ def test_steps_are_adamws_with_a_rate_each(settings: dict[str, Any], schedule: d
             change = (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
             weights[name] = weights[name] * (1 - own * 0.1) - own * change
             np.testing.assert_allclose(np.array(tree["q"][name]), weights[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_arguments_that_are_taken_are_mlxs() -> None:
+    for name, make in _OPTIMIZERS.items():
+        assert ["learning_rate", *OPTIMIZER_ARGUMENTS[name]] == [*inspect.signature(make).parameters], name
+
+
+def test_a_schedule_whose_rates_are_none() -> None:
+    config = make_config({"iters": 99, "lr_schedule": {"name": "exponential_decay", "arguments": [1e-3, 10.0]}})
+    with pytest.raises(ConfigError, match=r"^lr_schedule: .*is not a schedule of mlx-lm .*rate at step 99 is inf"):
+        make_optimizer(config)
 
 
 def test_a_rate_that_is_set_keeps_the_ratio() -> None:
