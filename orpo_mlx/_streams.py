@@ -77,15 +77,16 @@ class _Descriptor(io.FileIO):
 
 def _lasting(stream: TextIO) -> TextIO:
     """A stream as it is, on such a descriptor; what is no stream of this process's own, as in tests, stays itself."""
-    own = stream in (sys.__stdout__, sys.__stderr__) and isinstance(stream, io.TextIOWrapper)
-    if not own or stream.fileno() not in _NAMES or stream.isatty():
+    if stream not in (sys.__stdout__, sys.__stderr__) or not isinstance(stream, io.TextIOWrapper):
+        return stream
+    if stream.fileno() not in _NAMES or stream.isatty():
         return stream
     with suppress(OSError):
         stream.flush()
     raw = _Descriptor(stream.fileno(), "wb", closefd=False)
     unbuffered = isinstance(stream.buffer, io.RawIOBase)  # python -u
     return io.TextIOWrapper(
-        raw if unbuffered else io.BufferedWriter(raw),  # type: ignore[type-var]
+        raw if unbuffered else io.BufferedWriter(raw),
         stream.encoding,
         stream.errors,
         line_buffering=stream.line_buffering,
