@@ -117,6 +117,12 @@ def json_text(value: Mapping[str, Any]) -> str:
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
+def check_regular(path: Path) -> None:
+    """Raise OSError where a device or pipe is at `path`: opening one would wait for somebody at its other end."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "a device or pipe, expected a file", str(path))
+
+
 def read_json_table(path: Path, error: type[UserError]) -> dict[str, Any]:
     """A JSON object from a file of reasonable size.
 

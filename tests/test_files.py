@@ -7,11 +7,14 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
+from orpo_mlx.data.readers import read_rows
+from orpo_mlx.data.sources import find_splits
 from orpo_mlx.errors import ConfigError, DataError, ModelError, UserError
 from orpo_mlx.files import (
     clear_temporaries,
@@ -24,6 +27,10 @@ from orpo_mlx.files import (
     staged_folder,
     write_atomically,
 )
+from orpo_mlx.judging.make_pairs import read_samples as read_drawn
+from orpo_mlx.reporting.live.feed import lines_after
+from orpo_mlx.reporting.metrics_log import read_run
+from orpo_mlx.reporting.resumable_jsonl import LineFile
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -141,6 +148,24 @@ def test_a_table_too_large_for_settings_is_not_read(tmp_path: Path) -> None:
         file.truncate(2**40)  # Sparse: takes no room.
     with pytest.raises(ModelError, match="1099511627776 bytes is no JSON settings file"):
         read_json_table(path, ModelError)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: [*read_rows(path)],
+        lambda path: find_splits(path),
+        lambda path: read_run(path.parent),
+        lambda path: lines_after(path, ""),
+        lambda path: LineFile(path),
+        lambda path: read_drawn(path, 1),
+    ],
+)
+def test_a_pipe_is_refused_where_reading_it_would_wait_for_ever(read: Callable[[Path], object], tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    os.mkfifo(path)
+    with pytest.raises((DataError, OSError), match=r"a device or pipe|is not what pairs wrote"):
+        read(path)
 
 
 def test_a_hash_is_that_of_all_content_in_order(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from orpo_mlx.data.arrow_values import rows_of
 from orpo_mlx.errors import DataError, reason_of
+from orpo_mlx.files import check_regular
 
 # Characters of a JSON list read at a time: what is in memory at once, whatever the file's size.
 _BLOCK = 1 << 20
@@ -59,6 +60,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     if reader is None:
         raise DataError(f"{path}: files of this kind are not read, expected {', '.join(READERS)}.")
     try:
+        check_regular(path)
         _check_content(path)
         yield from reader(path)
     except (OSError, EOFError, zlib.error) as error:

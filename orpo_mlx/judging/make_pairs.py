@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from orpo_mlx.data.prompts import Prompt, distinct
 from orpo_mlx.errors import ConfigError, DataError
-from orpo_mlx.files import read_json_table, save_json, sha256_of
+from orpo_mlx.files import check_regular, read_json_table, save_json, sha256_of
 from orpo_mlx.judging.contest import check_answers, check_judge, question_of
 from orpo_mlx.judging.generation import Generator
 from orpo_mlx.judging.judges.scorer import Asked, Scorer
@@ -239,6 +239,7 @@ def read_samples(path: Path, count: int) -> list[list[Sample]]:
         DataError: it is something else.
     """
     try:
+        check_regular(path)
         lines = [json.loads(line)["samples"] for line in path.read_text(encoding="utf-8").splitlines()]
         found = [
             [Sample(str(text), bool(finished), number) for number, (text, finished) in enumerate(samples)]

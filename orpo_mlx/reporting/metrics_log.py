@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orpo_mlx.errors import DataError
+from orpo_mlx.files import check_regular
 from orpo_mlx.reporting.resumable_jsonl import LineFile
 
 METRICS_FILE = "metrics.jsonl"
@@ -100,6 +101,7 @@ def read_samples(folder: Path) -> list[Sample]:
     Lines that are no reply are skipped.
     """
     try:
+        check_regular(folder / SAMPLES_FILE)
         lines = (folder / SAMPLES_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
@@ -135,6 +137,7 @@ def read_run(folder: Path) -> RunLog:
     """
     path = folder / METRICS_FILE
     try:
+        check_regular(path)
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise DataError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from orpo_mlx.errors import TrainingError
-from orpo_mlx.files import flush_handle
+from orpo_mlx.files import check_regular, flush_handle
 
 
 class FileMark(NamedTuple):
@@ -60,6 +60,7 @@ class LineFile:
         self._path = path
         self._size = 0
         self._digest = hashlib.sha256()
+        check_regular(path)
         if since is not None and path.exists():
             self._digest = check_beginning(path, since)
             self._size = since.size

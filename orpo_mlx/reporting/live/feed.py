@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from orpo_mlx.files import check_regular
 from orpo_mlx.folder_lock import is_held_by_a_living_process
 from orpo_mlx.reporting.metrics_log import METRICS_FILE, RUN_FILE
 from orpo_mlx.text import printable
@@ -54,6 +55,7 @@ def lines_after(path: Path, mark: str) -> Lines:
     found = _MARK.fullmatch(mark)
     start = int(found[1]) if found else 0
     try:
+        check_regular(path)
         with path.open("rb") as file:
             again = found is not None and _digest(file, start) != found[2]
             start = 0 if again else start
