@@ -6,12 +6,21 @@ from topic families that are absent from train and valid; train and valid share 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
+# A script's own folder comes first in sys.path; the package is in the repository's root.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from orpo_mlx.cli.common.arguments import check_output_file
+from orpo_mlx.config.flags import OneLineParser, exit_status
+from orpo_mlx.errors import ConfigError
+from orpo_mlx.files import write_text
+
+PROG = "python scripts/make_demo_data.py"
 DATA = Path(__file__).resolve().parent.parent / "data"
 SIZES = {"train": 640, "valid": 100, "test": 200}
 VALID_EVERY = 7
@@ -45,18 +54,25 @@ def make_splits(source: dict[str, Any], seed: int) -> dict[str, list[dict[str, A
     return {name: rows[: SIZES[name]] for name, rows in splits.items()}
 
 
-def main() -> None:
-    """Write the three splits."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def build_parser() -> OneLineParser:
+    """The command line."""
+    parser = OneLineParser(prog=PROG, description=__doc__.splitlines()[0] if __doc__ else "", allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=DATA, help="folder to write into (default: data/)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Write the three splits; ConfigError where there is no such folder."""
+    args = build_parser().parse_args()
+    if not args.output.is_dir():
+        raise ConfigError(f"--output {args.output}: is no folder; give one that is there.")
     source = json.loads((DATA / "facts.json").read_text(encoding="utf-8"))
     for name, rows in make_splits(source, args.seed).items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (args.output / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        write_text(check_output_file("--output", args.output / f"{name}.jsonl"), lines)
         print(f"{args.output / name}.jsonl: {len(rows)} pairs")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(PROG, main))

@@ -36,6 +36,16 @@ def test_another_seed_makes_other_rows(tmp_path: Path) -> None:
     assert (tmp_path / "train.jsonl").read_bytes() != (ROOT / "data" / "train.jsonl").read_bytes()
 
 
+def test_a_folder_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    script = ROOT / "scripts" / "make_demo_data.py"
+    command = [sys.executable, str(script), "--output", str(tmp_path / "no")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = (
+        f"python scripts/make_demo_data.py: error: --output {tmp_path / 'no'}: is no folder; give one that is there.\n"
+    )
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 def test_sizes(rows: dict[str, list[dict[str, Any]]]) -> None:
     assert {name: len(rows[name]) for name in SPLITS} == {"train": 640, "valid": 100, "test": 200}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -155,10 +156,34 @@ def test_the_script_writes_what_it_prints(script: Any, tmp_path: Path, capsys: p
     assert [line.split()[0] for line in lines if str(record["dispatches"]) in line] == ["rival", "orpo-mlx"]
 
 
-def test_the_script_refuses_another_file(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "other.json"
-    file.write_text("[]")
-    assert script.main(["--against", str(file)]) == 2
-    said = capsys.readouterr().err
-    assert str(file) in said
-    assert said.count("\n") == 1
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "--against {d}/other.json",
+            "--against {d}/other.json: found no records of this script ({d}/other.json: holds",
+        ),
+        ("--against {d}/part.json", "--against {d}/part.json: found no records of this script ('mode')."),
+        ("--against {d}/pipe.json", "{d}/pipe.json: is no regular file"),
+        ("--only nothing", "--only nothing: no workload's title contains that, expected a part of one of "),
+        ("--only=", "--only: is empty; give a value"),
+        ("--json {d}/no/x.json", "--json {d}/no/x.json: cannot be written there"),
+        ("--json {d}/part.json --against {d}/part.json", "--json {d}/part.json: is what --against names"),
+        ("--mode plain", "unrecognized arguments: --mode plain; did you mean --modes?"),
+    ],
+)
+def test_the_script_refuses_in_one_sentence(
+    script: Any, words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.json").write_text("[]")
+    record = {"workload": TINY.title, "trainer": "rival"}
+    (tmp_path / "part.json").write_text(json.dumps({"records": [record]}))
+    os.mkfifo(tmp_path / "pipe.json")
+    try:
+        status = script.main([word.format(d=tmp_path) for word in words.split()])
+    except SystemExit as ended:
+        status = ended.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert said.format(d=tmp_path) in error
+    assert error.count("\n") == 1
