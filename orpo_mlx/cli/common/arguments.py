@@ -66,6 +66,19 @@ def check_replaced(destination: Path, inputs: Mapping[str, str | None]) -> None:
                 raise ConfigError(
                     f"{destination}: is what {name} names or has it in it, and would be lost; give another destination."
                 )
+            if path.is_dir() and _is_part(destination, path):
+                raise ConfigError(
+                    f"{destination}: is one of the files of {name} {given}, and would be lost; give another one."
+                )
+
+
+def _is_part(file: Path, folder: Path) -> bool:
+    """Whether a file is one that a folder's reader may want: any in it, by whatever name, but for a GGUF file, which
+    is what an earlier conversion may have left there, and is a model of its own."""
+    if not file.is_file() or not any(_is_same(file, each) for each in folder.iterdir() if each.is_file()):
+        return False
+    with file.open("rb") as opened:
+        return opened.read(4) != b"GGUF"
 
 
 def _is_same(one: Path, other: Path) -> bool:

@@ -58,6 +58,12 @@ def test_a_destination_that_holds_what_is_read_is_not_replaced(tmp_path: Path) -
         with pytest.raises(ConfigError, match=f"^{destination}: is what --model names or has it in it"):
             check_replaced(destination, {"SRC": None, "--model": str(source)})
     check_replaced(source / "mlx", {"SRC": str(source)})
+    # A shard by an odd name, as an index may have it; and what an earlier conversion has left there.
+    (source / "shard.gguf").write_bytes(b"safetensors")
+    (source / "left.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match=r"shard\.gguf: is one of the files of SRC .*base, and would be lost"):
+        check_replaced(source / "shard.gguf", {"SRC": str(source)})
+    check_replaced(source / "left.gguf", {"SRC": str(source)})
     check_replaced(source, {"SRC": "owner/name"})
 
 
