@@ -79,7 +79,8 @@ def build_parser() -> OneLineParser:
 def _add_extents(parser: argparse.ArgumentParser) -> None:
     """The flags that ask for the chapter's exercise."""
     group = parser.add_argument_group("the chapter's exercise")
-    group.add_argument(
+    extents = group.add_mutually_exclusive_group()
+    extents.add_argument(
         "--quick",
         dest="extent",
         action="store_const",
@@ -87,7 +88,7 @@ def _add_extents(parser: argparse.ArgumentParser) -> None:
         help="small: gold reward against KL, with sanity checks; takes --output, --tier, --methods, --seeds and "
         "--processes alone",
     )
-    group.add_argument(
+    extents.add_argument(
         "--full", dest="extent", action="store_const", const="full", help="the same, all methods and seeds: a night"
     )
     group.add_argument(
@@ -157,8 +158,7 @@ def parse_plan(argv: Sequence[str] | None) -> Plan:
     """
     own, rest = build_parser().parse_known_args(argv)
     arguments = tuple(rest)
-    config = resolve(arguments, PROG)
-    check_shared(config)
+    config = resolve(arguments, PROG, check_shared)
     budget = parse_budget(own)
     arms = tuple(make_arm(name, arguments) for name in parse_names(own.methods or _METHODS, "--methods"))
     if len({arm.name for arm in arms}) < len(arms):

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from orpo_mlx.cli.common.arguments import add_model_options, check_apart, check_count, check_output_file
 from orpo_mlx.cli.common.judging import (
@@ -24,6 +25,7 @@ from orpo_mlx.judging.requests import Loading, Side
 from orpo_mlx.text import printable_lines
 
 PROG = "orpo-mlx evaluate"
+_TEMPERATURE = 0.0
 
 
 def build_parser() -> OneLineParser:
@@ -37,7 +39,7 @@ def build_parser() -> OneLineParser:
     add_prompt_options(parser, required=False)
     add_judge_options(parser, required=False)
     parser.add_argument("--check-judge", metavar="RULE", help="hold the judge against a rule, such as rule:plain")
-    add_sampling_options(parser, temperature=0.0)
+    add_sampling_options(parser, temperature=_TEMPERATURE)
     tasks = parser.add_argument_group("tasks, instead of a judge: what was unlearnt")
     tasks.add_argument("--tasks", metavar="NAME,NAME", help="tasks of lm-evaluation-harness, adapters off and on")
     tasks.add_argument("--tasks-path", metavar="FOLDER", help="further tasks, as YAML files of lm-eval's")
@@ -61,6 +63,9 @@ def run(argv: Sequence[str] | None) -> None:
     if args.tasks is not None:
         run_tasks_of(args)
         return
+    for name in ("limit", "tasks_path"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')}: is about --tasks; give both, or leave it out.")
     if args.data is None or args.judge is None:
         raise ConfigError("give --data and --judge, to have replies compared, or --tasks.")
     from orpo_mlx.judging.judges.judges import rule_of
@@ -104,8 +109,8 @@ def run(argv: Sequence[str] | None) -> None:
 
 def run_tasks_of(args: argparse.Namespace) -> None:
     """What `--tasks` asks for; raises UserError."""
-    for flag in ("data", "judge", "replies", "baseline_model", "baseline_adapter", "check_judge"):
-        if getattr(args, flag) is not None:
+    for flag, default in judging_defaults().items():
+        if getattr(args, flag) != default and flag != "template_strings":
             raise ConfigError(f"--{flag.replace('_', '-')}: has no meaning with --tasks; leave it out.")
     if not args.template_strings:
         raise ConfigError("--no-template-strings: tasks are given without a chat template in any case; leave it out.")
@@ -131,6 +136,16 @@ def run_tasks_of(args: argparse.Namespace) -> None:
         print(printable_lines(regression_line(name, regression)))
     if args.json is not None:
         save_json(args.json, {name: regression_figures(each) for name, each in found.items()})
+
+
+def judging_defaults() -> dict[str, Any]:
+    """What is about replies and their judge, by argument, as it is where nobody gives it."""
+    parser = argparse.ArgumentParser()
+    add_prompt_options(parser, required=False)
+    add_judge_options(parser, required=False)
+    add_sampling_options(parser, temperature=_TEMPERATURE)
+    own = dict.fromkeys(("replies", "baseline_model", "baseline_adapter", "check_judge"))
+    return {**vars(parser.parse_args([])), **own}
 
 
 def sides_of(args: argparse.Namespace) -> tuple[Side, Side]:

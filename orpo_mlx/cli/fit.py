@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from orpo_mlx.cli.common.arguments import check_from_beginning
 from orpo_mlx.cli.common.heartbeat import heartbeat
 from orpo_mlx.config.checks import parse_number
 from orpo_mlx.config.command_line import resolve
@@ -52,7 +53,7 @@ def fit_request(argv: Sequence[str] | None) -> FitRequest:
         ConfigError: flags that cannot be used.
     """
     own, arguments = build_parser().parse_known_args(argv)
-    config = resolve([*arguments, *(("--memory", own.mode) if own.mode else ())], PROG)
+    config = resolve([*arguments, *(("--memory", own.mode) if own.mode else ())], PROG, check_from_beginning)
     memory = None if own.memory is None else parse_number(own.memory, float, POSITIVE, "--memory")
     prompt = own.prompt_tokens
     prompt = None if prompt is None else int(parse_number(prompt, int, POSITIVE, "--prompt-tokens"))

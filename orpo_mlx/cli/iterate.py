@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from orpo_mlx.config.flags import OneLineParser, exit_status, with_flags
+from orpo_mlx.config.flags import GivenOnce, OneLineParser, exit_status, naming_keys, with_flags
 from orpo_mlx.text import printable
 
 PROG = "orpo-mlx iterate"
@@ -20,7 +20,12 @@ def build_parser() -> OneLineParser:
         "command again goes on where it was killed.",
     )
     parser.add_argument(
-        "-c", "--config", required=True, metavar="FILE", help="YAML file: data, judge, rounds, samples, ..., train"
+        "-c",
+        "--config",
+        action=GivenOnce,
+        required=True,
+        metavar="FILE",
+        help="YAML file: data, judge, rounds, samples, ..., train",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="receives the rounds and their report")
     return parser
@@ -32,10 +37,11 @@ def run(argv: Sequence[str] | None) -> None:
     # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from orpo_mlx.reporting.console import Reporter
     from orpo_mlx.rounds.iterate import iterate
-    from orpo_mlx.rounds.settings import read_rounds_config
+    from orpo_mlx.rounds.settings import KEYS, read_rounds_config
 
     folder = Path(args.output).expanduser()
-    record = iterate(read_rounds_config(Path(args.config)), folder, Reporter(render=with_flags))
+    with naming_keys(args.config, KEYS):
+        record = iterate(read_rounds_config(Path(args.config)), folder, Reporter(render=with_flags))
     rates = [
         (each["evaluation"]["win_rate"], each["round"])
         for each in record["rounds"]

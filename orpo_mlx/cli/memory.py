@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from orpo_mlx.cli.common.arguments import check_output_file
+from orpo_mlx.cli.common.arguments import check_from_beginning, check_output_file
 from orpo_mlx.config.command_line import resolve
 from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.errors import ConfigError, TrainingError
@@ -67,8 +67,7 @@ def benchmark_request(argv: Sequence[str] | None) -> BenchmarkRequest:
     if modes and any(word.split("=")[0] == "--memory" for word in arguments):
         raise ConfigError("--memory: several modes are measured; leave out --memory or --modes.")
     for method, mode in itertools.product(methods, mode_flags(modes)):
-        if resolve(benchmark_flags(method, [*arguments, *mode]), PROG).test:
-            raise ConfigError("--test: this command measures training; leave it out.")
+        resolve(benchmark_flags(method, [*arguments, *mode]), PROG, check_from_beginning)
     files = [
         None if file is None else check_output_file(flag, file)
         for flag, file in (("--json", own.json), ("--publish", own.publish))

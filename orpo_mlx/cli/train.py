@@ -33,9 +33,10 @@ def run(argv: Sequence[str] | None) -> None:
     from orpo_mlx.training.distributed import find_ranks
 
     ranks = find_ranks(TrainingConfig.rank_timeout)
-    if config is None:
-        config = merge_settings(given, earlier_settings(given, ranks))
-    train(config, Reporter(render=with_flags), ranks)
+    with given.naming_sources():
+        if config is None:
+            config = merge_settings(given, earlier_settings(given, ranks))
+        train(config, Reporter(render=with_flags), ranks)
 
 
 def given_alone(given: GivenSettings) -> TrainingConfig | None:
@@ -47,7 +48,8 @@ def given_alone(given: GivenSettings) -> TrainingConfig | None:
     if not (given.values.get("test") or given.values.get("resume")):
         return merge_settings(given, {})
     if "method" in given.values:
-        recipe(TrainingConfig(method=given.values["method"]))
+        with given.naming_sources():
+            recipe(TrainingConfig(method=given.values["method"]))
     return None
 
 

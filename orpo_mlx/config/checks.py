@@ -135,6 +135,8 @@ def check_together(config: TrainingConfig) -> None:
         raise ConfigError("`sample_every`: `samples=0` leaves no prompt to answer; give `samples=1` or more.")
     if (config.evaluate_every is None) != (config.judge is None):
         raise ConfigError("`evaluate_every` and `judge` say when replies are judged and by whom; give both or neither.")
+    if config.evaluate_every is None and config.judge_prompts != TrainingConfig.judge_prompts:
+        raise ConfigError("`judge_prompts` says how many replies `evaluate_every` judges; add that, or leave it out.")
     if config.full_model and config.fine_tune_type != "full":
         raise ConfigError("`full_model`: says what `fine_tune_type=full` trains; add that, or leave it out.")
     if config.judge is not None and config.fine_tune_type == "full":

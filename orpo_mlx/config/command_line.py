@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from orpo_mlx.config.checks import check_settings, coerce, make_config, parse_number
 from orpo_mlx.config.defaults import DEFAULT_LORA
-from orpo_mlx.config.flags import OneLineParser, naming_flags
+from orpo_mlx.config.flags import GivenOnce, OneLineParser, naming_flags, naming_keys
 from orpo_mlx.config.mlx_lm_keys import KEYS, without_mlx_lm_keys
 from orpo_mlx.config.print_config import SourcedConfig, as_yaml
 from orpo_mlx.config.settings import SETTINGS, TrainingConfig
@@ -22,6 +23,7 @@ _METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
 KNOWN_AS = {f"--{alias.replace('_', '-')}": setting.flag for setting in SETTINGS.values() for alias in setting.aliases}
+KNOWN_AS |= {"--rank": "--lora-rank", "--lora-r": "--lora-rank", "--target-modules": "--lora-keys"}
 """Flags of other programs, by which an unknown one is guessed."""
 
 
@@ -48,11 +50,20 @@ class GivenSettings(NamedTuple):
     file: Mapping[str, Any]
     print_config: bool
     """Whether the settings are only to be printed."""
+    config_file: str | None = None
+    """That file."""
 
     @property
     def values(self) -> dict[str, Any]:
         """Flags over file."""
         return {**self.file, **self.flags}
+
+    @contextmanager
+    def naming_sources(self) -> Iterator[None]:
+        """Let errors that pass through call settings by what gave them: the file's keys, or else flags."""
+        keys = {name: name for name in self.file if name not in self.flags}
+        with naming_flags(), naming_keys(self.config_file or "", keys):
+            yield
 
 
 class _ListMethods(argparse.Action):
@@ -82,6 +93,7 @@ def build_parser(prog: str = "orpo-mlx train") -> OneLineParser:
     groups["what"].add_argument(
         "-c",
         "--config",
+        action=GivenOnce,
         metavar="FILE",
         help="YAML file with these settings, lora_parameters, lr_schedule and optimizer_config; mlx_lm.lora's keys are "
         "taken as well",
@@ -163,7 +175,7 @@ def given_settings(argv: Sequence[str] | None = None, prog: str = "orpo-mlx trai
         flags["lora_parameters"] = lora
     # A flag must win over the file under another name too: --epochs over `iters`.
     file = {} if args.config is None else without_replaced(read_config_file(Path(args.config), flags), flags)
-    return GivenSettings(flags, file, args.print_config)
+    return GivenSettings(flags, file, args.print_config, args.config)
 
 
 def given_lora(args: argparse.Namespace) -> dict[str, Any]:
@@ -189,7 +201,6 @@ def merged_lora(*tables: Mapping[str, Any] | None) -> dict[str, Any]:
     return merged
 
 
-@naming_flags()
 def merge_settings(given: GivenSettings, checkpoint: Mapping[str, Any]) -> TrainingConfig:
     """The settings of a run: those given over those of a `checkpoint`, or of adapters, over the defaults.
 
@@ -204,16 +215,28 @@ def merge_settings(given: GivenSettings, checkpoint: Mapping[str, Any]) -> Train
         tables = [source.get("lora_parameters") for source in (found, given.file, given.flags)]
         own = merged_lora(*tables)
         given = given._replace(flags={**given.flags, "lora_parameters": own})
-    config = make_config({**found, **given.values})
+    with given.naming_sources():
+        config = make_config({**found, **given.values})
     if given.print_config:
         print(as_yaml(SourcedConfig(config, given.flags, given.file, found)), end="")
         raise SystemExit(0)
     return config
 
 
-def resolve(argv: Sequence[str] | None = None, prog: str = "orpo-mlx train") -> TrainingConfig:
-    """Settings from a command line alone; see `given_settings` and `merge_settings`."""
-    return merge_settings(given_settings(argv, prog), {})
+def resolve(
+    argv: Sequence[str] | None = None,
+    prog: str = "orpo-mlx train",
+    check: Callable[[TrainingConfig], object] = lambda _: None,
+) -> TrainingConfig:
+    """Settings from a command line alone; see `given_settings` and `merge_settings`.
+
+    `check` raises ConfigError where a command has no use for a setting.
+    """
+    given = given_settings(argv, prog)
+    config = merge_settings(given, {})
+    with given.naming_sources():
+        check(config)
+    return config
 
 
 def without_replaced(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,16 @@ _ADVICE = {
 """What to do about an error of the system; of the others nothing is known that holds for all."""
 
 
+class GivenOnce(argparse.Action):
+    """A flag of which argparse would take the last value without a word, where it is given twice."""
+
+    def __call__(self, parser: argparse.ArgumentParser, found: argparse.Namespace, value: Any, _: Any = None) -> None:
+        """argparse's."""
+        if getattr(found, self.dest, None) is not None:
+            parser.error(f"{self.option_strings[-1]}: is given twice, expected one file; put the settings into one")
+        setattr(found, self.dest, value)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one sentence on stderr and exit status 2, and name the flag that was meant."""
 
@@ -112,15 +122,55 @@ def flag_of(name: str, value: str | None = None) -> str:
     return switches.get(value, f"--{dashed} {value}")
 
 
+def key_of(name: str, value: str | None = None) -> str:
+    """What a config file has for a setting and its value."""
+    return name if value is None else f"{name}: {value.lower() if value in ('True', 'False') else value}"
+
+
 def with_flags(text: str, own: Collection[str] = ()) -> str:
     """A library's message with the settings it mentions as flags; `own` are a command's besides those of `train`."""
+    # Data may stand in backticks as well, and is left alone.
+    return _respelled(text, lambda name, value: flag_of(name, value) if name in SETTINGS or name in own else None)
 
-    def flag(mention: re.Match[str]) -> str:
-        # Data may stand in backticks as well, and is left alone.
-        known = mention["name"] in SETTINGS or mention["name"] in own
-        return flag_of(mention["name"], mention["value"]) if known else mention[0]
 
-    return _MENTION.sub(flag, text)
+def with_keys(text: str, file: str, keys: Mapping[str, str]) -> str:
+    """A library's message with the settings that a config file gave as that file's keys.
+
+    Args:
+        text: the message.
+        file: the config file, as messages name it.
+        keys: how the file spells each setting that it gave.
+    """
+    table = next((name for name in keys if _is_table(name) and text.startswith((f"{name}.", f"{name}:"))), None)
+    if table is not None:
+        text = text.removeprefix(table)
+        return f"{file}: {keys[table]}{_as_keys(text, keys)}"
+    mention = next((each for each in _MENTION.finditer(text) if each["name"] in keys), None)
+    if mention is None:
+        return text
+    if mention.start() == 0:
+        return f"{file}: {_as_keys(text, keys)}"
+    # Only in passing: a flag contradicts it, or a row's error gives advice.
+    own = key_of(keys[mention["name"]], mention["value"])
+    return f"{text[: mention.start()]}{own} (in {file}){_as_keys(text[mention.end() :], keys)}"
+
+
+def _is_table(name: str) -> bool:
+    return name in SETTINGS and SETTINGS[name].kind is dict
+
+
+def _as_keys(text: str, keys: Mapping[str, str]) -> str:
+    return _respelled(text, lambda name, value: key_of(keys[name], value) if name in keys else None)
+
+
+def _respelled(text: str, spell: Callable[[str, str | None], str | None]) -> str:
+    """A message with each mention of a setting, by its name and value, as `spell` has it; None leaves it alone."""
+
+    def spelled(mention: re.Match[str]) -> str:
+        found = spell(mention["name"], mention["value"])
+        return mention[0] if found is None else found
+
+    return _MENTION.sub(spelled, text)
 
 
 @contextmanager
@@ -131,6 +181,16 @@ def naming_flags(own: Collection[str] = ()) -> Iterator[None]:
     except UserError as error:
         # Changed in place: a new exception would lose the kind, the cause and the traceback.
         error.args = (with_flags(str(error), own),)
+        raise
+
+
+@contextmanager
+def naming_keys(file: str, keys: Mapping[str, str]) -> Iterator[None]:
+    """Let errors that pass through call the settings of a config file as `with_keys` does."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (with_keys(str(error), file, keys),)
         raise
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from orpo_mlx.config.checks import check_settings, make_config, parse_number
-from orpo_mlx.config.settings import TrainingConfig, settings_with
+from orpo_mlx.config.flags import naming_keys
+from orpo_mlx.config.settings import SETTINGS, TrainingConfig, settings_with
 from orpo_mlx.config.traits import Trait
 from orpo_mlx.config.yaml_table import read_yaml_table
 from orpo_mlx.data.pairs import parse_columns
@@ -84,6 +85,12 @@ class RoundsConfig:
         )
 
 
+TRAINING_KEYS = {name: f"{TRAIN}.{name}" for name in SETTINGS}
+"""Settings of a training, and what they are called in the file."""
+KEYS = {**TRAINING_KEYS, **{field.name: field.name for field in dataclasses.fields(RoundsConfig)}}
+"""All that a message may mention: what the rounds have themselves comes before what their trainings have."""
+
+
 def read_rounds_config(path: Path) -> RoundsConfig:
     """The settings in a YAML file, checked.
 
@@ -98,7 +105,10 @@ def rounds_config(table: Mapping[str, Any], location: str) -> RoundsConfig:
     fields = {field.name: field for field in dataclasses.fields(RoundsConfig)}
     for key in table:
         if key not in fields:
-            raise ConfigError(f"{location}: unknown key {key!r}{did_you_mean(key, fields, _expected(fields))}")
+            hint = did_you_mean(key, fields, _expected(fields))
+            # A list of training's keys would be long; one that is in it belongs there.
+            hint = f"; give {TRAIN}: {{{key}: ...}}." if key in SETTINGS else hint
+            raise ConfigError(f"{location}: unknown key {key!r}{hint}")
     missing = [name for name in ("data", "judge") if not isinstance(table.get(name), str)]
     if missing:
         raise ConfigError(f"{location}: {missing[0]} is not given as text; expected {missing[0]}: ...")
@@ -147,6 +157,9 @@ def _check(config: RoundsConfig, location: str) -> None:
         raise ConfigError(f"{location}: top_p: found {config.top_p}, expected a number above 0 and at most 1.")
     if not (config.min_gap >= 0 and -1 <= config.least_gain <= 1):
         raise ConfigError(f"{location}: min_gap must be 0 or more, and least_gain between -1 and 1.")
-    parse_columns(config.columns)
     # For their errors alone.
-    config.make_judge()
+    with naming_keys(location, TRAINING_KEYS):
+        _ = config.training
+    with naming_keys(location, KEYS):
+        parse_columns(config.columns)
+        config.make_judge()

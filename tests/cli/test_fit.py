@@ -130,6 +130,10 @@ def test_settings() -> None:
         (["--method", "orop"], "did you mean orpo?"),
         (["--model", "./nowhere"], "--model ./nowhere: no such file or folder"),
         (["--num-layers", "9"], "--num-layers 9: the model has 2 layers"),
+        (["--lora-rank", "2147483647"], "lora_parameters.rank: found 2147483647, expected 32 at most"),
+        (["--test"], "--test: this command is about the steps of a new training; leave it out."),
+        (["--resume"], "--resume: this command is about"),
+        (["--dry-run"], "--dry-run: this command is about"),
     ],
 )
 def test_wrong_input_is_one_sentence(

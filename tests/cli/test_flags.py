@@ -88,6 +88,26 @@ def test_every_flag_of_a_command_is_read(name: str) -> None:
         assert sorted(flags - read) == [], parser.prog
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train -c a --config b", "--config: is given twice, expected one file; put the settings into one"),
+        ("fit -c a -c b", "--config: is given twice"),
+        ("iterate -c a -c b --output o", "--config: is given twice"),
+        ("compare --quick --full --output o", "argument --full: not allowed with argument --quick"),
+    ],
+)
+def test_what_can_be_given_once_is_not_taken_from_the_last(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words.split())
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_fits_a_screen_or_has_groups(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from orpo_mlx.cli.train import given_alone
 from orpo_mlx.config.command_line import given_settings, merge_settings, read_config_file, resolve
 from orpo_mlx.config.derived import recipe
 from orpo_mlx.config.settings import SETTINGS, TrainingConfig
@@ -102,6 +103,26 @@ def test_a_flag_that_is_none_is_one_sentence_with_what_was_meant(
     assert len(err) <= 400
 
 
+@pytest.mark.parametrize(
+    ("text", "flags", "expected"),
+    [
+        ("iters: 3\nepochs: 2", "", "{file}: iters and epochs both say how long to train"),
+        ("memory: fast", "--segment-layers 2", "--segment-layers: memory: fast (in {file}) runs no segments; add mem"),
+        ("report: false\nreport_every: 3", "", "{file}: report: false: report_every asks for reports; give one of"),
+        ("lora_parameters: {rank: 0}", "", "{file}: lora_parameters.rank: found 0"),
+        ("lora_parameters: {scale: 3}", "--lora-rank 0", "lora_parameters.rank: found 0"),
+        ("method: orop", "", "{file}: method orop: no method 'orop'"),
+        ("method: orop", "--test", "{file}: method orop: no method 'orop'"),
+        ("seed: 3", "--iters 3 --epochs 2", "--iters and --epochs both say"),
+    ],
+)
+def test_what_a_file_gave_is_called_by_file_and_key(tmp_path: Path, text: str, flags: str, expected: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        given_alone(given_settings(["-c", file, *flags.split()]))
+    assert str(caught.value).startswith(expected.format(file=file))
+
+
 def test_numbers_that_no_library_holds(tmp_path: Path) -> None:
     for words in ("--seed 18446744073709551616", "--seed -1", f"--iters {10**30}", f"--seed {'9' * 5000}"):
         with pytest.raises(ConfigError, match=r"expected a whole number (from 0 to|below) 2\^6"):
@@ -182,6 +203,7 @@ def test_every_flag_sets_its_field() -> None:
         (["--project-name", "p", "--report-to", "tensorboard"], "--project-name: is a project of"),
         (["--sample-every", "0"], "--sample-every: found '0', expected a whole number greater than 0"),
         (["--sample-every", "5", "--samples", "0"], "--sample-every: --samples 0 leaves no prompt to answer"),
+        (["--judge-prompts", "5"], "--judge-prompts says how many replies --evaluate-every judges; add that"),
         (["--iters", "5", "--epochs", "1"], "--iters and --epochs both say how long to train"),
         (["-c", "nowhere.yaml"], "--config nowhere.yaml: cannot be read"),
     ],

@@ -56,6 +56,9 @@ def test_what_tasks_need_is_said(tmp_path: Path, model_folder: Path, capsys: pyt
     for argv, message in (
         (["--tasks", "x"], "give --adapter-path"),
         (["--tasks", "x", "--judge", "rule:plain"], "--judge: has no meaning with --tasks"),
+        (["--tasks", "x", "--temp", "1"], "--temp: has no meaning with --tasks"),
+        (["--data", "d", "--judge", "rule:plain", "--limit", "3"], "--limit: is about --tasks; give both"),
+        (["--data", "d", "--judge", "rule:plain", "--tasks-path", "d"], "--tasks-path: is about --tasks; give both"),
         ([], "give --data and --judge"),
     ):
         assert main(argv) == 2

@@ -31,6 +31,12 @@ GOOD = {"data": "d", "judge": "rule:plain"}
         ({**GOOD, "train": 3}, "train is not a table"),
         ({**GOOD, "train": {"data": "x"}}, "train.data: is set by the rounds themselves"),
         ({**GOOD, "train": {"iter": 3}}, "train: unknown key 'iter'; did you mean iters?"),
+        ({**GOOD, "iters": 3}, "rounds.yaml: unknown key 'iters'; give train: {iters: ...}."),
+        ({**GOOD, "train": {"iters": 3, "epochs": 2}}, "rounds.yaml: train.iters and train.epochs both say how long"),
+        ({**GOOD, "train": {"report": False, "report_every": 3}}, "rounds.yaml: train.report: false: train.report_"),
+        ({**GOOD, "train": {"lora_parameters": {"rank": 0}}}, "rounds.yaml: train.lora_parameters.rank: found 0"),
+        ({**GOOD, "judge": "rule:no"}, "rounds.yaml: judge"),
+        ({**GOOD, "columns": "a=b"}, "rounds.yaml: columns"),
         ({**GOOD, "columns": "a=b"}, "'a' is not a name"),
     ],
 )

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.sources import data_files
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.models.names import LOAD_DTYPES
@@ -87,6 +88,13 @@ def _is_same(one: Path, other: Path) -> bool:
     if one.exists() and other.exists():
         return one.samefile(other)
     return one.resolve() == other.resolve()
+
+
+def check_from_beginning(config: TrainingConfig) -> None:
+    """Refuse settings that ask for something else than a training from its beginning; raises ConfigError."""
+    for name in ("test", "dry_run", "resume"):
+        if getattr(config, name):
+            raise ConfigError(f"`{name}`: this command is about the steps of a new training; leave it out.")
 
 
 def check_count(flag: str, value: int) -> None:
