@@ -105,13 +105,14 @@ def find_splits(data: str | Path, needed: Sequence[str] = ("train",)) -> dict[st
         return {needed[0]: FileSource([path])}
     if path.is_dir():
         return folder_splits(path, needed)
+    if path.exists():
+        raise DataError(f"`data` {data}: is a device or pipe, expected a file or folder; write its rows into a file.")
     hub = _HUB_ID.match(str(data))
     # `data/train.jsonl` has the form of an id, and asking the Hub for it would hide that the path is mistyped.
     if hub is None or file_kind(path) in READERS or str(data).startswith("."):
         kinds = ", ".join(READERS)
-        found = "is a device or pipe" if path.exists() else "no such file or folder"
         raise DataError(
-            f"`data` {data}: {found}; expected a folder with a {needed[0]} split, a file ({kinds}), or "
+            f"`data` {data}: no such file or folder; expected a folder with a {needed[0]} split, a file ({kinds}), or "
             "a Hub id such as owner/name."
         )
     return hub_splits(str(data), hub["id"], hub["config"], hub["revision"], needed)
