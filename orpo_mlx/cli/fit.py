@@ -35,7 +35,7 @@ def build_parser() -> OneLineParser:
     parser = OneLineParser(
         prog=PROG,
         description="Predicted peak of MLX's memory in a training step, what it is made of, and whether it fits.",
-        epilog="All flags of orpo-mlx train are taken as well.",
+        epilog="Flags of orpo-mlx train are taken as well, but for --test, --resume and --dry-run.",
         allow_abbrev=False,
     )
     parser.add_argument("--memory", metavar="GIB", help="memory of the Mac (default: say which Macs it fits)")

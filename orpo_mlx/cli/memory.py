@@ -22,7 +22,8 @@ def build_parser() -> OneLineParser:
     parser = OneLineParser(
         prog=PROG,
         description=f"{(__doc__ or '').strip()} Rows are taken in file order.",
-        epilog="All flags of orpo-mlx train are taken as well and hold for every method; --iters is 3 here.",
+        epilog="Flags of orpo-mlx train are taken as well, but for --test, --resume and --dry-run, and hold for "
+        "every method; --iters is 3 here.",
         allow_abbrev=False,
     )
     parser.add_argument("--methods", default="orpo,dpo", help="names with commas between (default: %(default)s)")
