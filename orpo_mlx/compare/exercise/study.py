@@ -41,7 +41,9 @@ def run_study(task: Task, cells: Cells) -> Iterator[dict[str, Any]]:
 
 def help_study(task: Task, cells: Cells) -> None:
     """Compute what no other process is at, until all of it is there."""
-    until_done([call for variant in task.size.variants for call in calls_of(task, cells, variant)])
+    # One variant after the other, though a process waits where one ends: what is finished can be looked at.
+    for variant in task.size.variants:
+        until_done(calls_of(task, cells, variant))
 
 
 def calls_of(task: Task, cells: Cells, variant: str) -> list[Callable[[], object]]:
