@@ -22,6 +22,7 @@ from typing import Any
 import mlx.core as mx
 
 from orpo_mlx.errors import ConfigError, UserError, reason_of
+from orpo_mlx.run_folder import ADAPTERS_FILE
 from orpo_mlx.text import redacted
 
 _UNFINISHED = ".unfinished-"
@@ -150,7 +151,7 @@ def read_json_table(path: Path, error: type[UserError]) -> dict[str, Any]:
 
 def save_adapters(folder: Path, weights: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
     """Write `adapters.safetensors`; `metadata` goes into its header, which other readers skip."""
-    write_atomically(folder / "adapters.safetensors", lambda temporary: save_safetensors(temporary, weights, metadata))
+    write_atomically(folder / ADAPTERS_FILE, lambda temporary: save_safetensors(temporary, weights, metadata))
 
 
 def save_safetensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:

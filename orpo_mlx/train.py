@@ -39,9 +39,10 @@ from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.hub import check_ready, push
 from orpo_mlx.reporting.live.feed import GOING_ON, Feed
 from orpo_mlx.reporting.live.server import watched
-from orpo_mlx.reporting.model_card import CARD_FILE, write_card
+from orpo_mlx.reporting.model_card import write_card
 from orpo_mlx.reporting.run_report import refresh_report
 from orpo_mlx.reporting.services import parse_services, require_installed
+from orpo_mlx.run_folder import BEST, CARD_FILE, CHECKPOINTS
 from orpo_mlx.training.checkpoints.beginning import record_beginning
 from orpo_mlx.training.checkpoints.folders import remove_all
 from orpo_mlx.training.checkpoints.progress import Progress, TrainingResult
@@ -56,7 +57,7 @@ from orpo_mlx.training.checkpoints.resume import (
     restore,
     restore_reference,
 )
-from orpo_mlx.training.checkpoints.save import BEST, CHECKPOINTS, how_to_go_on
+from orpo_mlx.training.checkpoints.save import how_to_go_on
 from orpo_mlx.training.data_order import steps_of_adapter_file
 from orpo_mlx.training.distributed import Ranks, find_ranks
 from orpo_mlx.training.evaluating.evaluate_only import evaluate_only

@@ -10,11 +10,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
 GROUND = (
-    "__init__", "types", "errors", "text", "interrupts", "files", "folder_lock", "device_profile", "process_memory",
-    "_command",
-    "_blas",
-    "_open_files",
-    "_streams",
+    "__init__", "types", "errors", "text", "interrupts", "files", "folder_lock", "run_folder", "device_profile",
+    "process_memory", "_command", "_blas", "_open_files", "_streams",
 )  # fmt: skip
 ROOMS = (
     "losses", "data", "reporting", "models", "engine", "judging", "config", "training", "convert", "memory", "chapter",

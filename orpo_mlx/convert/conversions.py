@@ -35,7 +35,8 @@ from orpo_mlx.models.gguf.file import read_gguf
 from orpo_mlx.models.gguf.loading import load_gguf, read_weights
 from orpo_mlx.models.loading import find, load_lazily, locate
 from orpo_mlx.models.names import DTYPES
-from orpo_mlx.models.peft_adapters import MLX_WEIGHTS, PEFT_WEIGHTS, Adapter, peft_to_mlx, read_adapter
+from orpo_mlx.models.peft_adapters import Adapter, peft_to_mlx, read_adapter
+from orpo_mlx.run_folder import ADAPTERS_FILE, PEFT_WEIGHTS
 
 
 def convert_hf(source: str, task: Task) -> None:
@@ -129,7 +130,7 @@ def convert_adapter(source: str, model_name: str, task: Task, *, to_mlx: bool) -
     """
     with new_folder(task) as folder:
         path = _adapter_folder(source, "SRC")
-        own_file, new_file = (PEFT_WEIGHTS, MLX_WEIGHTS) if to_mlx else (MLX_WEIGHTS, PEFT_WEIGHTS)
+        own_file, new_file = (PEFT_WEIGHTS, ADAPTERS_FILE) if to_mlx else (ADAPTERS_FILE, PEFT_WEIGHTS)
         adapter = read_adapter(path, own_file, source="SRC")
         base = open_model(model_name, folder / SCRATCH, source="`model`", trust_remote_code=task.trust_remote_code)
 
@@ -159,7 +160,7 @@ def convert_merge(model_name: str, adapter_path: str, task: Task) -> None:
     with new_folder(task) as folder:
         adapter = _adapter_folder(adapter_path, "`adapter_path`")
         trust = task.trust_remote_code
-        read_adapter(adapter, MLX_WEIGHTS, source="`adapter_path`")
+        read_adapter(adapter, ADAPTERS_FILE, source="`adapter_path`")
         base = open_model(model_name, folder / SCRATCH, source="`model`", trust_remote_code=trust)
         baseline = record_baseline(task, base.info, adapter)
         model, loaded = load_lazily(base.info, trust_remote_code=trust)

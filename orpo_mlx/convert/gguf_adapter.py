@@ -17,7 +17,8 @@ from orpo_mlx.files import staged_file
 from orpo_mlx.models.gguf.architectures import ARCHITECTURES, Architecture
 from orpo_mlx.models.gguf.file import read_gguf
 from orpo_mlx.models.loading import find, load_lazily
-from orpo_mlx.models.peft_adapters import MLX_WEIGHTS, Adapter, check_fits, read_adapter
+from orpo_mlx.models.peft_adapters import Adapter, check_fits, read_adapter
+from orpo_mlx.run_folder import ADAPTERS_FILE
 
 Array = npt.NDArray[np.float32]
 
@@ -53,7 +54,7 @@ def convert_mlx_to_gguf(source: str, model_name: str, destination: Path, *, over
     check_destination(destination, overwrite=overwrite)
     gguf_package()
     folder = Path(source).expanduser()
-    adapter = read_adapter(folder, MLX_WEIGHTS, source="SRC")
+    adapter = read_adapter(folder, ADAPTERS_FILE, source="SRC")
     info = find(model_name, trust_remote_code=trust)
     stated = read_gguf(info.path).metadata.get("general.architecture") if info.path.is_file() else None
     found = as_gguf(adapter, info.config, stated, str(folder))

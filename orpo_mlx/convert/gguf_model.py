@@ -33,9 +33,10 @@ from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.gguf.architectures import ARCHITECTURES
 from orpo_mlx.models.loading import ModelInfo, find, load, load_lazily
 from orpo_mlx.models.names import DTYPES, FLOAT16_IN_FLOAT32
-from orpo_mlx.models.peft_adapters import MLX_WEIGHTS, read_adapter
+from orpo_mlx.models.peft_adapters import read_adapter
 from orpo_mlx.models.stored.hf_config import unseen_window
 from orpo_mlx.models.vocabulary import vocabulary_of
+from orpo_mlx.run_folder import ADAPTERS_FILE
 from orpo_mlx.types import TokenizedPair
 
 WRITABLE = ("llama", "mistral", "qwen2", "qwen3")
@@ -93,7 +94,7 @@ def convert_to_gguf(source: str, adapter_path: str | None, task: Task) -> None:
     gguf_package()
     adapter = None if adapter_path is None else Path(adapter_path).expanduser()
     if adapter is not None:
-        read_adapter(adapter, MLX_WEIGHTS, source="`adapter_path`")
+        read_adapter(adapter, ADAPTERS_FILE, source="`adapter_path`")
     with staged_file(task.destination, overwrite=task.overwrite) as file:
         scratch = file.with_name(SCRATCH)
         info = open_model(source, scratch, source="SRC", trust_remote_code=task.trust_remote_code).info

@@ -14,6 +14,7 @@ from orpo_mlx.convert.checkpoint_places import put_back
 from orpo_mlx.errors import ModelError, reason_of
 from orpo_mlx.files import read_json_table
 from orpo_mlx.models.peft_names import STACKED
+from orpo_mlx.run_folder import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
 
 # Layers whose weights are packed; experts in one array are a class of mlx-lm's own.
 _QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
@@ -117,9 +118,9 @@ def full_weights(model: nn.Module, adapter: Path) -> dict[str, mx.array]:
 
     Call it before the adapter is loaded.
     """
-    if read_json_table(adapter / "adapter_config.json", ModelError).get("fine_tune_type") != "full":
+    if read_json_table(adapter / ADAPTER_CONFIG_FILE, ModelError).get("fine_tune_type") != "full":
         return {}
-    trained = mx.load(str(adapter / "adapters.safetensors"))
+    trained = mx.load(str(adapter / ADAPTERS_FILE))
     assert isinstance(trained, dict)
     own = dict(tree_flatten(model.parameters()))
     return {name: own[name] for name in trained if name in own}

@@ -21,7 +21,6 @@ from orpo_mlx.errors import ModelError
 from orpo_mlx.files import save_safetensors
 from orpo_mlx.models.peft_adapters import (
     CARRIED,
-    CONFIG,
     Adapter,
     check_fits,
     check_layers,
@@ -41,6 +40,7 @@ from orpo_mlx.models.peft_names import (
     stored_names,
     their_module,
 )
+from orpo_mlx.run_folder import ADAPTER_CONFIG_FILE
 
 _NO_EXPERTS = (
     "experts that the checkpoint holds in one tensor: LoRA on these (target_parameters) is one thing in PEFT 0.18 and "
@@ -51,7 +51,7 @@ _NO_EXPERTS = (
 def write_adapter(folder: Path, weights_file: str, adapter: Adapter) -> int:
     """Write an adapter folder; the bytes of its weights."""
     save_safetensors(folder / weights_file, adapter.weights, adapter.metadata)
-    write_json(folder / CONFIG, adapter.config)
+    write_json(folder / ADAPTER_CONFIG_FILE, adapter.config)
     return sum(array.nbytes for array in adapter.weights.values())
 
 
@@ -72,7 +72,7 @@ def mlx_to_peft(
         ModelError: it is for another model, or is something PEFT cannot express.
     """
     modules = dict(model.named_modules())
-    scaling = mlx_scaling(adapter.config, f"{location}/{CONFIG}")
+    scaling = mlx_scaling(adapter.config, f"{location}/{ADAPTER_CONFIG_FILE}")
     adapted = {name.rpartition(".")[0] for name in adapter.weights}
     check_layers(adapted, modules, scaling, location)
     stored = {name: _stored_as(name, names) for name in modules}
@@ -154,7 +154,7 @@ def carried_peft_config(carried: Any, scaling: Scaling, adapted: set[str], locat
         same = named = False
     if not same or not named:
         raise ModelError(
-            f"{location}/{CONFIG}: its `peft` part, which it was converted from, and its lora_parameters disagree; "
-            "remove that part to write a new PEFT config."
+            f"{location}/{ADAPTER_CONFIG_FILE}: its `peft` part, which it was converted from, and its "
+            "lora_parameters disagree; remove that part to write a new PEFT config."
         )
     return config

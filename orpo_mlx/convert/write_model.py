@@ -18,12 +18,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from orpo_mlx.files import check_space, save_safetensors
 from orpo_mlx.models.stored.safetensors_files import INDEX_FILE
+from orpo_mlx.run_folder import ADAPTER_CONFIG_FILE
 
 SHARD_GIB = 2
 """A shard's size: what is in memory at once, and read again if one is damaged."""
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "additional_chat_templates/*.jinja")
 # Written anew, or no longer true of the converted model.
-_NOT_COMPANIONS = ("config.json", "adapter_config.json", "hf_quant_config.json")
+_NOT_COMPANIONS = ("config.json", ADAPTER_CONFIG_FILE, "hf_quant_config.json")
 
 
 def write_weights(folder: Path, weights: dict[str, mx.array], destination: Path, *, layout: str) -> int:

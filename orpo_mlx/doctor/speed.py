@@ -27,6 +27,7 @@ from orpo_mlx.doctor.package import (
     step_once,
     with_lora,
 )
+from orpo_mlx.run_folder import ADAPTERS_FILE
 
 _GIB = 2**30
 RIVAL = "mlx-lm-lora"
@@ -173,7 +174,7 @@ def _train(model: Any, rows: list[dict[str, Any]], steps: int, longest: int) -> 
             steps_per_save=10 * steps,
             steps_per_eval=10 * steps,
             max_seq_length=longest,
-            adapter_file=str(Path(folder) / "adapters.safetensors"),
+            adapter_file=str(Path(folder) / ADAPTERS_FILE),
         )
         optimiser = optim.AdamW(learning_rate=1e-4)
         trainer.train_orpo(model, optimiser, rows, args=arguments, training_callback=Reports())

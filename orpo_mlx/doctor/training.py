@@ -33,6 +33,7 @@ from orpo_mlx.doctor.package import (
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.reporting.callbacks import TrainingCallback
 from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.run_folder import ADAPTERS_FILE, METRICS_FILE
 from orpo_mlx.train import train
 from orpo_mlx.training.run import versions
 from orpo_mlx.training.steps.step_functions import traced_at_once
@@ -132,7 +133,7 @@ def check_defaults() -> Iterator[Finding]:
             model=str(folder / "model"),
             data=str(folder / "train.jsonl"),
             adapter_path=str(folder / "run"),
-            resume_adapter_file=str(folder / "adapters.safetensors"),
+            resume_adapter_file=str(folder / ADAPTERS_FILE),
             iters=3,
             batch_size=2,
             steps_per_report=1,
@@ -195,7 +196,7 @@ def write_inputs(folder: Path, dtype: str = "float32") -> None:
     mx.save_safetensors(str(folder / "model" / "model.safetensors"), dict(tree_flatten(model.parameters())))
     (folder / "model" / "config.json").write_text(json.dumps(SHAPES["tiny"]), encoding="utf-8")
     make_run(model, "plain", 1)
-    mx.save_safetensors(str(folder / "adapters.safetensors"), adapter_values(model))
+    mx.save_safetensors(str(folder / ADAPTERS_FILE), adapter_values(model))
     lengths = [(3 + 5 * number % 17, 2 + 7 * number % 13, 4 + 3 * number % 11) for number in range(24)]
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     lines = [json.dumps({name: list(getattr(pair, name)) for name in names}) for pair in made_pairs(lengths)]
@@ -213,7 +214,7 @@ def train_in(
         model=str(folder / "model"),
         data=str(folder / "train.jsonl"),
         adapter_path=str(folder / name),
-        resume_adapter_file=str(folder / "adapters.safetensors"),
+        resume_adapter_file=str(folder / ADAPTERS_FILE),
         iters=STEPS,
         batch_size=2,
         memory="fast",
@@ -240,9 +241,9 @@ def train_in(
 
 def written(run: Path) -> tuple[list[dict[str, float]], dict[str, mx.array]]:
     """What a run's folder holds: metrics of each step, and the adapters."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "grad_norm" in row]
-    adapters = mx.load(str(run / "adapters.safetensors"))
+    adapters = mx.load(str(run / ADAPTERS_FILE))
     assert isinstance(adapters, dict)
     return rows, adapters
 

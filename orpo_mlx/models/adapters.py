@@ -16,18 +16,11 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from orpo_mlx.errors import ConfigError, ModelError, reason_of
 from orpo_mlx.files import read_json_table
 from orpo_mlx.models.adaptable import check_adaptable, check_magnitudes
-from orpo_mlx.models.peft_adapters import (
-    MLX_WEIGHTS,
-    PEFT_WEIGHTS,
-    check_layers,
-    check_rank,
-    peft_to_mlx,
-    read_adapter,
-    unwrapped,
-)
+from orpo_mlx.models.peft_adapters import check_layers, check_rank, peft_to_mlx, read_adapter, unwrapped
 from orpo_mlx.models.peft_config import read_scaling, refuse_inexpressible
 from orpo_mlx.models.peft_names import PREFIX, read_peft_tensors
 from orpo_mlx.models.stored.safetensors_files import read_header
+from orpo_mlx.run_folder import ADAPTER_CONFIG_FILE, ADAPTERS_FILE, PEFT_WEIGHTS
 
 
 def add_adapters(
@@ -164,7 +157,7 @@ def load_adapter_file(model: nn.Module, path: str | Path, scale: float) -> None:
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as safetensors ({reason_of(error, first_line=True)}).") from None
     assert isinstance(loaded, dict)
-    config_file = path.parent / "adapter_config.json"
+    config_file = path.parent / ADAPTER_CONFIG_FILE
     config = read_json_table(config_file, ModelError) if config_file.is_file() else {}
     if any(name.startswith(PREFIX) for name in loaded):
         weights, theirs = _from_peft(model, loaded, config, config_file)
@@ -227,7 +220,7 @@ def _adapter_file(path: Path) -> Path:
 
 def weights_file(folder: Path) -> Path | None:
     """The file of adapters' weights in a folder, mlx-lm's before PEFT's; None where there is neither."""
-    return next((folder / name for name in (MLX_WEIGHTS, PEFT_WEIGHTS) if (folder / name).is_file()), None)
+    return next((folder / name for name in (ADAPTERS_FILE, PEFT_WEIGHTS) if (folder / name).is_file()), None)
 
 
 def _scale_of(config: Mapping[str, Any], scale: float, config_file: Path) -> float:
@@ -253,7 +246,9 @@ def add_trained_adapters(model: nn.Module, folder: Path, source: str = "`adapter
     """
     weights = weights_file(folder)
     if weights is None:
-        raise ModelError(f"{source} {folder}: holds neither {MLX_WEIGHTS} nor PEFT's {PEFT_WEIGHTS}; give one of them.")
+        raise ModelError(
+            f"{source} {folder}: holds neither {ADAPTERS_FILE} nor PEFT's {PEFT_WEIGHTS}; give one of them."
+        )
     if weights.name == PEFT_WEIGHTS:
         # How a checkpoint names its modules is asked only for the way back.
         adapter = peft_to_mlx(read_adapter(folder, PEFT_WEIGHTS, source=source), model, {}, str(folder))
@@ -295,7 +290,7 @@ def _why_not_loaded(folder: Path, error: Exception) -> str:
     _, *misfits = (line.strip() for line in str(error).strip().splitlines() or [""])
     if not misfits:
         return f"mlx-lm cannot load these adapters ({reason_of(error)})"
-    config = read_json_table(folder / "adapter_config.json", ModelError)
+    config = read_json_table(folder / ADAPTER_CONFIG_FILE, ModelError)
     made_for = f"; they were made for {config['model']}" if isinstance(config.get("model"), str) else ""
     more = f" and {len(misfits) - 1} more" if len(misfits) > 1 else ""
     return f"these adapters are not of this model ({misfits[0]}{more}){made_for}; give the model they were made for"

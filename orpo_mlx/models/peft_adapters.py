@@ -18,10 +18,8 @@ from orpo_mlx.files import read_json_table
 from orpo_mlx.models.peft_config import Scaling, read_scaling, refuse_inexpressible, same_scaling
 from orpo_mlx.models.peft_names import STACKED, read_peft_tensors, their_module
 from orpo_mlx.models.stored.safetensors_files import read_header
+from orpo_mlx.run_folder import ADAPTER_CONFIG_FILE
 
-CONFIG = "adapter_config.json"
-MLX_WEIGHTS = "adapters.safetensors"
-PEFT_WEIGHTS = "adapter_model.safetensors"
 CARRIED = "orpo_mlx.adapter_config"
 """Where mlx-lm's config is carried in the header of PEFT's file."""
 _LEAVES = ("lora_a", "lora_b", "m")
@@ -42,9 +40,11 @@ def read_adapter(folder: Path, weights_file: str, *, source: str) -> Adapter:
     Raises:
         ModelError: a file is missing or damaged.
     """
-    if not (folder / CONFIG).is_file() or not (folder / weights_file).is_file():
-        raise ModelError(f"{source} {folder}: is no adapter folder, which has {CONFIG} and {weights_file}.")
-    config = read_json_table(folder / CONFIG, ModelError)
+    if not (folder / ADAPTER_CONFIG_FILE).is_file() or not (folder / weights_file).is_file():
+        raise ModelError(
+            f"{source} {folder}: is no adapter folder, which has {ADAPTER_CONFIG_FILE} and {weights_file}."
+        )
+    config = read_json_table(folder / ADAPTER_CONFIG_FILE, ModelError)
     header = read_header(folder / weights_file)
     weights = mx.load(str(folder / weights_file), format="safetensors")
     assert isinstance(weights, dict)
@@ -65,9 +65,9 @@ def peft_to_mlx(peft: Adapter, model: nn.Module, settings: Mapping[str, Any], lo
     Raises:
         ModelError: it is for another model, or says something mlx-lm's adapters cannot express.
     """
-    refuse_inexpressible(peft.config, f"{location}/{CONFIG}")
+    refuse_inexpressible(peft.config, f"{location}/{ADAPTER_CONFIG_FILE}")
     read = read_peft_tensors(peft.weights, model, location)
-    scaling = read_scaling(peft.config, f"{location}/{CONFIG}", itertools.chain(*read.modules.values()))
+    scaling = read_scaling(peft.config, f"{location}/{ADAPTER_CONFIG_FILE}", itertools.chain(*read.modules.values()))
     adapted = set(read.modules)
     check_layers(adapted, dict(model.named_modules()), scaling, location)
     # An adapter that came from mlx-lm gets its own config back, which has keys that PEFT's cannot say.
@@ -185,8 +185,8 @@ def carried_mlx_config(carried: str, scaling: Scaling, location: str) -> dict[st
         same = False
     if not same:
         raise ModelError(
-            f"{location}/{CONFIG}: r, lora_alpha or another setting was changed since it was converted, so it and the "
-            "header of its safetensors file disagree; put them back."
+            f"{location}/{ADAPTER_CONFIG_FILE}: r, lora_alpha or another setting was changed since it was converted, "
+            "so it and the header of its safetensors file disagree; put them back."
         )
     return config
 

@@ -8,9 +8,7 @@ from typing import Any
 
 from orpo_mlx.errors import ModelError
 from orpo_mlx.files import read_json_table
-
-_ADAPTERS = "adapters.safetensors"
-_PEFTS = "adapter_model.safetensors"
+from orpo_mlx.run_folder import ADAPTER_CONFIG_FILE, ADAPTERS_FILE, PEFT_WEIGHTS, RUN_FILE
 
 
 def base_model(folder: Path, source: str = "`adapter_path`") -> str:
@@ -23,18 +21,18 @@ def base_model(folder: Path, source: str = "`adapter_path`") -> str:
     Raises:
         ModelError: there are no adapters, or neither file names a model.
     """
-    if not (folder / _ADAPTERS).is_file() and not (folder / _PEFTS).is_file():
-        raise ModelError(f"{source} {folder}: holds no adapters.safetensors; give a folder that train wrote.")
-    config = _table(folder / "adapter_config.json")
+    if not (folder / ADAPTERS_FILE).is_file() and not (folder / PEFT_WEIGHTS).is_file():
+        raise ModelError(f"{source} {folder}: holds no {ADAPTERS_FILE}; give a folder that train wrote.")
+    config = _table(folder / ADAPTER_CONFIG_FILE)
     name = config.get("model") or config.get("base_model_name_or_path") or recorded(folder, "model")
     if not isinstance(name, str) or not name:
-        raise ModelError(f"{folder / 'adapter_config.json'}: names no model; say with `model` what it was made for.")
+        raise ModelError(f"{folder / ADAPTER_CONFIG_FILE}: names no model; say with `model` what it was made for.")
     return name
 
 
 def recorded(folder: Path, name: str) -> Any:
     """A setting of the run in a folder, None where nothing is recorded."""
-    return _table(_table(folder / "run.json").get("settings")).get(name)
+    return _table(_table(folder / RUN_FILE).get("settings")).get(name)
 
 
 def _table(source: Any) -> dict[str, Any]:

@@ -11,12 +11,21 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from orpo_mlx.errors import ConfigError, ModelError, TrainingError, reason_of
 from orpo_mlx.files import json_text
 from orpo_mlx.reporting.model_card import has_hub_form
+from orpo_mlx.run_folder import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTERS_FILE,
+    CARD_FILE,
+    METRICS_FILE,
+    REPORT_PAGE,
+    REPORT_PICTURE,
+    RUN_FILE,
+)
 from orpo_mlx.text import shareable
 
-_NEEDED = ("adapters.safetensors", "adapter_config.json")
-_FILES = (*_NEEDED, "README.md", "run.json", "metrics.jsonl", "report.html", "report.png")
+_NEEDED = (ADAPTERS_FILE, ADAPTER_CONFIG_FILE)
+_FILES = (*_NEEDED, CARD_FILE, RUN_FILE, METRICS_FILE, REPORT_PAGE, REPORT_PICTURE)
 # Sent with local paths cut down to their last part.
-_WITH_PATHS = ("adapter_config.json", "run.json")
+_WITH_PATHS = (ADAPTER_CONFIG_FILE, RUN_FILE)
 
 
 def contents(folder: Path) -> dict[str, bytes | Path]:

@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 from orpo_mlx.errors import DataError
 from orpo_mlx.files import check_regular
 from orpo_mlx.reporting.resumable_jsonl import LineFile
-
-METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
-RUN_FILE = "run.json"
+from orpo_mlx.run_folder import METRICS_FILE as METRICS_FILE
+from orpo_mlx.run_folder import SAMPLES_FILE
 
 Points = list[tuple[int, float]]
 """Steps and values, steps ascending."""

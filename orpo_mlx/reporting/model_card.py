@@ -22,9 +22,8 @@ from orpo_mlx.losses.registry import METHODS
 from orpo_mlx.reporting.console import CLOSING_ROWS, shown_metric
 from orpo_mlx.reporting.html_page import render_markdown
 from orpo_mlx.reporting.metrics_log import read_run
+from orpo_mlx.run_folder import CARD_FILE, RUN_FILE
 from orpo_mlx.text import printable, shareable
-
-CARD_FILE = "README.md"
 
 # A card carries its own hash, which tells whether somebody has changed it since.
 _MARK = "<!-- Written by orpo_mlx. A card whose text no longer has this SHA-256 is never overwritten: {} -->\n"
@@ -51,7 +50,7 @@ def write_card(folder: Path, before: EvalMetrics, after: EvalMetrics, listed: Pi
     path = folder / CARD_FILE
     if path.exists() and not _is_untouched(path.read_bytes()):
         return False
-    record = shareable(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+    record = shareable(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
     text = card_text(record, before, after, _peak_gib(folder), listed)
     write_text(path, text + _MARK.format(hashlib.sha256(text.encode()).hexdigest()))
     return True

@@ -17,7 +17,6 @@ from orpo_mlx.reporting.metrics_log import (
     KL,
     LOSS,
     MARGIN,
-    RUN_FILE,
     SPEED,
     SPLITS,
     WIN_RATE,
@@ -28,6 +27,7 @@ from orpo_mlx.reporting.metrics_log import (
     read_run,
     read_samples,
 )
+from orpo_mlx.run_folder import REPORT_PAGE, REPORT_PICTURE, RUN_FILE
 from orpo_mlx.text import printable, shareable
 
 if TYPE_CHECKING:
@@ -79,15 +79,15 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
         sample_replies=sample_replies(runs, folders),
         unread=[f"{run.name}: {lines(run.unread)} of metrics.jsonl passed over." for run in runs if run.unread],
     )
-    write_text(output / "report.html", page)
+    write_text(output / REPORT_PAGE, page)
     # A number alone would not say what it is of.
     said = [[f"{name} {value}" if " " in name else value for name, value in known.items()] for known in facts]
     heading = [f"{run.name}: {', '.join(each)}" for run, each in zip(runs, said, strict=True) if each]
     write_bytes(
-        output / "report.png",
+        output / REPORT_PICTURE,
         png(list(panels.values()), LIGHT, columns=min(2, len(panels)), heading=heading[:_MOST_HEADINGS]),
     )
-    return [output / "report.html", output / "report.png"]
+    return [output / REPORT_PAGE, output / REPORT_PICTURE]
 
 
 def run_facts(folder: Path) -> dict[str, str]:

@@ -33,6 +33,7 @@ from orpo_mlx.reporting.hub import check_ready
 from orpo_mlx.reporting.services import parse_services, require_installed
 from orpo_mlx.rounds.report import write_report
 from orpo_mlx.rounds.settings import TRAIN, RoundsConfig
+from orpo_mlx.run_folder import ADAPTERS_FILE
 from orpo_mlx.train import train
 from orpo_mlx.training.prepare import check_parts, refuse_to_wait_for_validation
 from orpo_mlx.training.references.choose_reference import find_other_model
@@ -118,7 +119,7 @@ class Rounds:
 
     def training(self, number: int) -> TrainingConfig:
         """The settings of a round's training: on its pairs, from the adapters of the round before."""
-        before = self.folder_of(number - 1) / "adapters.safetensors"
+        before = self.folder_of(number - 1) / ADAPTERS_FILE
         return dataclasses.replace(
             self.config.training,
             data=str(self.pairs_file(number)),

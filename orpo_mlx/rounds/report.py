@@ -11,6 +11,7 @@ from orpo_mlx.files import write_bytes, write_text
 from orpo_mlx.judging.ranking import summary
 from orpo_mlx.reporting.charts import DARK, LIGHT, Panel, Theme, legend, png, style, whole_steps
 from orpo_mlx.reporting.html_page import Picture, Table, TableCell, render_page
+from orpo_mlx.run_folder import REPORT_PAGE, REPORT_PICTURE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,9 +36,9 @@ def write_report(folder: Path, record: Mapping[str, Any]) -> None:
         findings=[finding for each in judged[-1:] for finding in each["evaluation"]["findings"]],
         replies=shown_replies(folder / f"round-{judged[-1]['round']}-replies.jsonl") if judged else [],
     )
-    write_text(folder / "report.html", page)
+    write_text(folder / REPORT_PAGE, page)
     if panels:
-        write_bytes(folder / "report.png", png(panels, LIGHT))
+        write_bytes(folder / REPORT_PICTURE, png(panels, LIGHT))
 
 
 def rounds_table(rounds: Sequence[Mapping[str, Any]]) -> Table:

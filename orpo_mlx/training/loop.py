@@ -18,10 +18,11 @@ from orpo_mlx.process_memory import peak_gib
 from orpo_mlx.reporting.console import step_numbers, train_line
 from orpo_mlx.reporting.resumable_jsonl import LineFile, Marks
 from orpo_mlx.reporting.run_report import refresh_report
+from orpo_mlx.run_folder import CHECKPOINTS
 from orpo_mlx.training.checkpoints.beginning import record_beginning
 from orpo_mlx.training.checkpoints.progress import Best, EvalMetrics, Progress
 from orpo_mlx.training.checkpoints.random_numbers import random_numbers_kept, random_state, set_random_state
-from orpo_mlx.training.checkpoints.save import CHECKPOINTS, after_save, how_to_go_on, is_gone, mark_best, save
+from orpo_mlx.training.checkpoints.save import after_save, how_to_go_on, is_gone, mark_best, save
 from orpo_mlx.training.data_order import total_steps, training_order
 from orpo_mlx.training.evaluating.evaluation import evaluate_splits
 from orpo_mlx.training.evaluating.judged import judged_line

@@ -25,23 +25,39 @@ from orpo_mlx.losses.registry import COMPLETION, LIST, METHODS, PAIR
 from orpo_mlx.models.adapters import add_adapters, load_adapter_file
 from orpo_mlx.models.loading import LoadedModel, ModelInfo, find, load
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
-from orpo_mlx.reporting.metrics_log import METRICS_FILE, RUN_FILE, SAMPLES_FILE
-from orpo_mlx.reporting.model_card import CARD_FILE
-from orpo_mlx.training.checkpoints.save import ADAPTERS_FILE, BEST, CHECKPOINTS
+from orpo_mlx.run_folder import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTERS_FILE,
+    BEST,
+    CARD_FILE,
+    CHECKPOINTS,
+    LEFT_OUT_FILE,
+    METRICS_FILE,
+    REPORT_PAGE,
+    REPORT_PICTURE,
+    RUN_FILE,
+    SAMPLES_FILE,
+)
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.optimizers import make_optimizer
 from orpo_mlx.training.references.choose_reference import choose_reference, find_other_model, names_a_path
 from orpo_mlx.training.references.reference_store import weights_fingerprint
-from orpo_mlx.training.run import ADAPTER_CONFIG_FILE, Run
+from orpo_mlx.training.run import Run
 from orpo_mlx.training.steps.row_values import find_weighted
 from orpo_mlx.training.steps.step_functions import StepFunctions
 
 EVAL_SPLITS = ("test", "valid")
 _WRITTEN_UNDER_THE_LOCK = (
-    METRICS_FILE, RUN_FILE, SAMPLES_FILE, CARD_FILE, ADAPTERS_FILE, ADAPTER_CONFIG_FILE, "left_out.txt",
-)  # fmt: skip
+    METRICS_FILE,
+    RUN_FILE,
+    SAMPLES_FILE,
+    CARD_FILE,
+    ADAPTERS_FILE,
+    ADAPTER_CONFIG_FILE,
+    LEFT_OUT_FILE,
+)
 # Reports are drawn of a folder at any time.
-_OUTPUTS = (*_WRITTEN_UNDER_THE_LOCK, "report.html", "report.png")
+_OUTPUTS = (*_WRITTEN_UNDER_THE_LOCK, REPORT_PAGE, REPORT_PICTURE)
 
 
 def find_data(config: TrainingConfig, ranks: Ranks) -> dict[str, Source]:

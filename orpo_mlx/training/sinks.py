@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from orpo_mlx.reporting.callbacks import Callbacks, NamedCallback
 from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.reporting.metrics_log import METRICS_FILE, SAMPLES_FILE, MetricsFile
+from orpo_mlx.reporting.metrics_log import MetricsFile
 from orpo_mlx.reporting.resumable_jsonl import LineFile
 from orpo_mlx.reporting.services import parse_services
 from orpo_mlx.reporting.tracking import reporting_to
+from orpo_mlx.run_folder import METRICS_FILE, SAMPLES_FILE
 from orpo_mlx.training.checkpoints.random_numbers import random_numbers_kept
 from orpo_mlx.training.checkpoints.resume import Resumed
 from orpo_mlx.training.evaluating.judged import JudgedReplies, judged_replies

@@ -10,10 +10,10 @@ from orpo_mlx.files import write_text
 from orpo_mlx.losses.registry import COMPLETION
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.reporting.console import Reporter
+from orpo_mlx.run_folder import ADAPTERS_FILE, BEST, LEFT_OUT_FILE
 from orpo_mlx.text import printable
 from orpo_mlx.training.checkpoints.progress import TrainingResult
 from orpo_mlx.training.checkpoints.resume import Resumed
-from orpo_mlx.training.checkpoints.save import BEST
 from orpo_mlx.training.data_order import default_epochs, evaluation_pairs, pairs_per_step, total_steps
 from orpo_mlx.training.learned import doubt
 from orpo_mlx.training.references.reference_pass import pass_on_notes
@@ -47,7 +47,7 @@ def announce(run: Run, reporter: Reporter, resumed: Resumed | None) -> None:
 def list_left_out(run: Run, reporter: Reporter) -> None:
     """Write `left_out.txt`, a line for each row that is not trained on, or remove an earlier run's."""
     lines = [reporter.render(line) for split in run.splits.values() for line in split.report.left_out]
-    listing = run.folder / "left_out.txt"
+    listing = run.folder / LEFT_OUT_FILE
     # An earlier run's would be taken for this one's.
     listing.unlink(missing_ok=True)
     if lines:
@@ -113,7 +113,7 @@ def announce_start(run: Run, reporter: Reporter, resumed: Resumed | None) -> Non
         reporter.say(f"{steps} steps, {epochs} epochs, as suits a set of this size; `epochs` sets another number.")
     if resumed is not None:
         reporter.say(f"Goes on from step {resumed.checkpoint.step}: {resumed.checkpoint.path}.")
-    elif (run.folder / "adapters.safetensors").exists():
+    elif (run.folder / ADAPTERS_FILE).exists():
         reporter.say(f"{run.folder}/ holds an earlier run, which this one overwrites.")
 
 

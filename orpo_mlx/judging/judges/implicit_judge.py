@@ -19,6 +19,7 @@ from orpo_mlx.models.loading import LoadedModel, find, load
 from orpo_mlx.models.recorded import base_model
 from orpo_mlx.models.vocabulary import check_ids, vocabulary_of
 from orpo_mlx.process_memory import clear_cache_above
+from orpo_mlx.run_folder import ADAPTER_CONFIG_FILE
 from orpo_mlx.types import TokenizedPair
 
 
@@ -62,7 +63,7 @@ class ImplicitJudge(Scorer):
 
     def find(self) -> None:
         """See `Loaded`; ModelError also where what was trained leaves no model to compare with."""
-        if read_json_table(self._folder / "adapter_config.json", ModelError).get("fine_tune_type") == "full":
+        if read_json_table(self._folder / ADAPTER_CONFIG_FILE, ModelError).get("fine_tune_type") == "full":
             raise self._not_switchable()
         find(self._base, trust_remote_code=self._trust_remote_code, source="`judge`")
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from orpo_mlx.files import check_regular
 from orpo_mlx.folder_lock import is_held_by_a_living_process
-from orpo_mlx.reporting.metrics_log import METRICS_FILE, RUN_FILE
+from orpo_mlx.run_folder import METRICS_FILE, RUN_FILE
 from orpo_mlx.text import printable
 
 PIECE = 1 << 20

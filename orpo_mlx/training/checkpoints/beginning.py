@@ -10,9 +10,8 @@ from typing import Any
 
 from orpo_mlx.errors import TrainingError, kind_and_reason
 from orpo_mlx.files import read_json_table, save_json, sha256_of
-from orpo_mlx.reporting.metrics_log import RUN_FILE
+from orpo_mlx.run_folder import ADAPTERS_FILE, RUN_FILE
 from orpo_mlx.training.checkpoints.progress import Progress
-from orpo_mlx.training.checkpoints.save import ADAPTERS_FILE
 from orpo_mlx.training.checkpoints.state import Recorded, checked, parse_recorded
 from orpo_mlx.training.data_order import order_digest, total_steps
 from orpo_mlx.training.run import Run, run_record

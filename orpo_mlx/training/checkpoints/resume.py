@@ -16,6 +16,7 @@ from orpo_mlx.config.settings import TrainingConfig, settings_with
 from orpo_mlx.config.traits import Trait
 from orpo_mlx.errors import ConfigError, TrainingError, reason_of
 from orpo_mlx.models.adapters import adapter_metadata, adapter_weights, load_adapter_file
+from orpo_mlx.run_folder import ADAPTERS_FILE, CHECKPOINTS
 from orpo_mlx.training.checkpoints.beginning import find_beginning
 from orpo_mlx.training.checkpoints.folders import (
     CheckpointFolder,
@@ -27,8 +28,6 @@ from orpo_mlx.training.checkpoints.folders import (
 from orpo_mlx.training.checkpoints.progress import Progress
 from orpo_mlx.training.checkpoints.random_numbers import random_state_of, set_random_state
 from orpo_mlx.training.checkpoints.save import (
-    ADAPTERS_FILE,
-    CHECKPOINTS,
     OPTIMIZER_FILE,
     REFERENCE_FILE,
     REFERENCE_IDENTITY,

@@ -16,6 +16,7 @@ from orpo_mlx.errors import TrainingError
 from orpo_mlx.files import copy_if_different, json_text, save_safetensors
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.reporting.resumable_jsonl import FileMark
+from orpo_mlx.run_folder import ADAPTER_CONFIG_FILE, ADAPTERS_FILE, BEST, CHECKPOINTS
 from orpo_mlx.training.checkpoints.folders import (
     CheckpointFolder,
     checkpoint_name,
@@ -28,11 +29,8 @@ from orpo_mlx.training.checkpoints.random_numbers import RandomState
 from orpo_mlx.training.checkpoints.state import STATE_FILE, describe
 from orpo_mlx.training.data_order import order_metadata
 from orpo_mlx.training.references.other_references import SyncedReference
-from orpo_mlx.training.run import ADAPTER_CONFIG_FILE, Run, adapter_config
+from orpo_mlx.training.run import Run, adapter_config
 
-CHECKPOINTS = "checkpoints"
-BEST = "best"
-ADAPTERS_FILE = "adapters.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 REFERENCE_FILE = "reference.safetensors"
 REFERENCE_IDENTITY = "identity"

@@ -17,10 +17,10 @@ from orpo_mlx.errors import ConfigError, ModelError
 from orpo_mlx.files import read_json_table
 from orpo_mlx.models.adapters import load_adapter_file
 from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.reporting.metrics_log import RUN_FILE, MetricsFile
+from orpo_mlx.reporting.metrics_log import MetricsFile
+from orpo_mlx.run_folder import ADAPTER_CONFIG_FILE, CHECKPOINTS, RUN_FILE
 from orpo_mlx.training.checkpoints.folders import CheckpointFolder, checkpoint_name
 from orpo_mlx.training.checkpoints.progress import EvalMetrics, TrainingResult
-from orpo_mlx.training.checkpoints.save import CHECKPOINTS
 from orpo_mlx.training.checkpoints.state import STATE_FILE, read_state
 from orpo_mlx.training.data_order import evaluation_groups, evaluation_pairs, steps_taken
 from orpo_mlx.training.distributed import Ranks
@@ -28,7 +28,7 @@ from orpo_mlx.training.evaluating.evaluation import evaluate_splits
 from orpo_mlx.training.interrupts import StopSignals
 from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.references.reference_pass import compute_reference
-from orpo_mlx.training.run import ADAPTER_CONFIG_FILE, Run
+from orpo_mlx.training.run import Run
 
 # Not metrics.jsonl: the run that made the adapters stays as it is.
 TEST_METRICS_FILE = "test_metrics.jsonl"

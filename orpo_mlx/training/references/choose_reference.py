@@ -15,6 +15,7 @@ from orpo_mlx.errors import ConfigError, ModelError, did_you_mean
 from orpo_mlx.losses.recipe import Recipe
 from orpo_mlx.models.adapters import add_trained_adapters
 from orpo_mlx.models.loading import LoadedModel, ModelInfo, find, load
+from orpo_mlx.run_folder import ADAPTER_CONFIG_FILE
 from orpo_mlx.training.references.other_references import (
     CopiedReference,
     SecondModel,
@@ -36,7 +37,7 @@ def names_a_path(config: TrainingConfig) -> bool:
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds adapters and no model."""
-    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+    return (path / ADAPTER_CONFIG_FILE).is_file() and not (path / "config.json").is_file()
 
 
 def find_other_model(config: TrainingConfig, policy: ModelInfo) -> ModelInfo | None:
