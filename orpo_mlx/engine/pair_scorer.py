@@ -32,7 +32,7 @@ from orpo_mlx.types import SUMS_ALONE, Batch, Example, GroupLogProbs, LogProbs, 
 
 Caches = list[Any] | None
 AnyLogProbs = TypeVar("AnyLogProbs", bound=LogProbs)
-Run = Callable[[mx.array, Caches], mx.array]
+Forward = Callable[[mx.array, Caches], mx.array]
 """Token ids (R, L) and a cache for each layer to states (R, L, ·)."""
 
 
@@ -136,7 +136,7 @@ class PairScorer:
         """The context in which the model's layers are to be called."""
         return patched_layers(self.model, self.proofs.enabled, self.profile, self._kept_attention_bytes)
 
-    def sequences(self, batch: Batch, run: Run) -> tuple[mx.array, ...]:
+    def sequences(self, batch: Batch, run: Forward) -> tuple[mx.array, ...]:
         """`run` on each array of token ids of a batch: prefixes before the rows that need them.
 
         Raises:

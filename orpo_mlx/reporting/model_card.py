@@ -30,14 +30,14 @@ _MARK = "<!-- Written by orpo_mlx. A card whose text no longer has this SHA-256 
 _MARKED = re.compile(re.escape(_MARK.strip()).replace(r"\{\}", "([0-9a-f]{64})"))
 _KINDS = {"lora": "LoRA adapters", "dora": "DoRA adapters", "full": "Fully fine-tuned weights"}
 
-EvalMetrics = Mapping[str, Mapping[str, float]]
+MeansBySplit = Mapping[str, Mapping[str, float]]
 """Means over evaluated pairs, by split, then by metric."""
 Settings = Mapping[str, Any]
 PickSettings = Callable[[Settings], Settings]
 """From all settings to those that have a row in the card."""
 
 
-def write_card(folder: Path, before: EvalMetrics, after: EvalMetrics, listed: PickSettings) -> bool:
+def write_card(folder: Path, before: MeansBySplit, after: MeansBySplit, listed: PickSettings) -> bool:
     """Write the card of the run in `folder`, from its `run.json` and `metrics.jsonl` and its evaluation metrics;
     `listed` picks the settings that have a row.
 
@@ -57,7 +57,7 @@ def write_card(folder: Path, before: EvalMetrics, after: EvalMetrics, listed: Pi
 
 
 def card_text(
-    record: Mapping[str, Any], before: EvalMetrics, after: EvalMetrics, peak_gib: float | None, listed: PickSettings
+    record: Mapping[str, Any], before: MeansBySplit, after: MeansBySplit, peak_gib: float | None, listed: PickSettings
 ) -> str:
     """The card as Markdown below a YAML header.
 

@@ -88,7 +88,7 @@ class Rounds:
 
     def round(self, number: int) -> dict[str, Any]:
         """One round; its figures."""
-        pairs = self.make_pairs(number)
+        pairs = self.draw_pairs(number)
         if not pairs.rows:
             # Later it is a reason to stop, with rounds to show; before the first training there is nothing to show.
             if number == 1:
@@ -97,7 +97,7 @@ class Rounds:
         training = self.train(number)
         return {"round": number, "pairs": pairs._asdict(), "training": training, "evaluation": self.evaluate(number)}
 
-    def make_pairs(self, number: int) -> PairCounts:
+    def draw_pairs(self, number: int) -> PairCounts:
         """The pairs of a round, from samples of the model as the round before left it."""
         config = self.config
         self.pairs_file(number).parent.mkdir(exist_ok=True)
