@@ -29,8 +29,11 @@ _SPELLED = "orpo_mlx.spelled"
 def printable(text: str) -> str:
     """`text` on one line, with control characters spelled out, so that data cannot move a terminal's cursor, and
     without access tokens."""
-    shown = (character if character.isprintable() else ascii(character)[1:-1] for character in redacted(text))
-    return "".join(shown)
+    text = redacted(text)
+    # Nearly all texts are; a page's pictures are a million characters.
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def clipped(text: str, most: int) -> str:

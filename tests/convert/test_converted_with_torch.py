@@ -63,6 +63,7 @@ def test_an_adapter_trained_here_scores_there_as_it_does_here(
     data = shared / "trajectories" / "public_orpo" / "tokens.jsonl"
     settings = ["--iters", "3", "--batch-size", "2", "--learning-rate", "1e-3", "--num-layers", "4", "--samples", "0"]
     trained = ["--model", str(base), "--data", str(data), "--adapter-path", str(tmp_path / "mlx"), "--no-memory-check"]
+    trained += ["--no-report"]
     assert train([*trained, *settings, "--fine-tune-type", fine_tune_type]) == 0
     assert (
         main(["mlx-to-peft", str(tmp_path / "mlx"), str(tmp_path / "peft"), "--model", str(base), "--no-verify"]) == 0

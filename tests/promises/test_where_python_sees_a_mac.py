@@ -27,6 +27,7 @@ from tests.helpers.as_on_a_gpu import answer_as_a_gpu
 
 JUDGE = ("--judge", "rule:regex=a")
 FLOAT32 = ("--dtype", "float32")
+NO_REPORT = "--no-report"
 
 
 @pytest.fixture(autouse=True)
@@ -77,12 +78,13 @@ def test_models_of_every_form_are_loaded(half: Path, gguf: Path, asked: str | No
         assert found == 2 * [{mx.bfloat16 if asked == "bfloat16" else mx.float32}]
 
 
-@pytest.mark.parametrize("memory", [(), ("--memory", "thrift")])
-def test_a_run_is_trained_resumed_and_used(half: Path, data: Path, tmp_path: Path, memory: tuple[str, ...]) -> None:
+# Pictures know nothing of the device, and take longer to draw than all else: those of one run are enough.
+@pytest.mark.parametrize("more", [(), ("--memory", "thrift", NO_REPORT)])
+def test_a_run_is_trained_resumed_and_used(half: Path, data: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     adapters = tmp_path / "adapters"
-    words = ["--model", str(half), "--data", str(data), "--adapter-path", str(adapters), "--method", "dpo", *memory]
+    words = ["--model", str(half), "--data", str(data), "--adapter-path", str(adapters), "--method", "dpo", *more]
     words += ["--batch-size", "2", "--save-every", "1", "--learning-rate", "1e-3"]
-    assert train([*words, "--iters", "2"]) == 0
+    assert train([*words, "--iters", "2", NO_REPORT]) == 0
     assert train([*words, "--iters", "3", "--resume"]) == 0
     rows = [json.loads(line) for line in (adapters / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -121,4 +123,4 @@ def test_conversions_are_held_against_float32_with_what_half_precision_costs(
 def test_a_gguf_file_is_converted_and_trained_on(gguf: Path, data: Path, tmp_path: Path) -> None:
     assert convert(["gguf", str(gguf), str(tmp_path / "folder")]) == 0
     words = ["--model", str(gguf), "--data", str(data), "--adapter-path", str(tmp_path / "adapters")]
-    assert train([*words, "--iters", "1", "--batch-size", "2"]) == 0
+    assert train([*words, "--iters", "1", "--batch-size", "2", NO_REPORT]) == 0

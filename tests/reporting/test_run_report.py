@@ -13,7 +13,7 @@ import orpo_mlx.train as training_module
 from orpo_mlx.cli.report import PROG, main
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import ConfigError
-from orpo_mlx.reporting.run_report import refresh_report, write_report
+from orpo_mlx.reporting.run_report import refresh_report, run_facts, write_report
 from orpo_mlx.train import train
 from orpo_mlx.training import loop as loop_module
 from tests.helpers.small_comparison import quiet
@@ -77,7 +77,8 @@ def test_a_run_says_what_it_is(tmp_path: Path) -> None:
     ]
     for text in ("{", "[]", '{"settings": 3}', '{"settings": {"learning_rate": "x"}, "started": 3}'):
         (one / "run.json").write_text(text)
-        write_report([one], tmp_path)
+        assert set(run_facts(one)) <= {"learning rate"}
+    write_report([one], tmp_path)
     assert (tmp_path / "report.png").read_bytes() != named
 
 
