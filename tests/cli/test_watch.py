@@ -29,9 +29,8 @@ from orpo_mlx.training.prepare import load_run
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.steps.step import optimiser_step
 from tests.helpers.kill_and_resume import same
-from tests.helpers.quiet_training import run_quietly
+from tests.helpers.quiet_training import flags, run_quietly
 from tests.reporting.live.test_feed import record, report
-from tests.test_train import flags
 
 
 def look(address: str) -> dict[str, Any]:

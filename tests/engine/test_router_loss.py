@@ -18,8 +18,7 @@ from orpo_mlx.errors import ConfigError
 from orpo_mlx.training.steps.gradients import step_gradient
 from orpo_mlx.types import Example
 from tests.conftest import make_model, model_config, write_model_folder
-from tests.helpers.quiet_training import run_quietly
-from tests.test_train import make_run, rows
+from tests.helpers.quiet_training import make_run, rows, run_quietly
 
 Array = npt.NDArray[np.float64]
 

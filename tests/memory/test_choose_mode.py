@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
+from orpo_mlx.cli.train import main
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.engine.segmented_backward import SegmentedBackward
@@ -15,8 +17,10 @@ from orpo_mlx.errors import ModelError, TrainingError
 from orpo_mlx.memory import choose_mode as memory_plan
 from orpo_mlx.memory.choose_mode import plan_memory
 from orpo_mlx.memory.predict import Prediction
+from orpo_mlx.train import train
 from orpo_mlx.training.prepare import prepare
 from orpo_mlx.training.run import Run
+from tests.helpers.quiet_training import flags, rows, run_quietly
 
 PEAKS = {"fast": 4.0, "balanced": 2.0, "thrift": 1.0, "plain": 8.0}
 
@@ -114,3 +118,49 @@ def test_a_gpu_with_memory_of_its_own_counts_that(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(mx, "device_info", lambda *_: {"total_memory": 24 * 2**30})
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     assert memory_plan._unstated_room() == pytest.approx(21.6)
+
+
+def test_the_prediction_comes_first_and_changes_no_number(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings["lora_parameters"] = {"dropout": 0.1}
+    run_quietly(settings)
+    first = [row["loss"] for row in rows(settings)]
+    train(make_config({**settings, "memory_check": True}))
+    assert [row["loss"] for row in rows(settings)] == first
+    assert re.search(r"^Predicted peak 0\.0\d GiB", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(2.0, "Predicted"), (0.95, "Warning: a step is"), (0.5, "refused")])
+def test_a_run_beyond_the_device_is_warned_of_or_refused(
+    settings: dict[str, Any],
+    share: float,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    peak = Prediction(1.0, 0.5, 0.25, 0.125, 0.125, 0.0)
+    monkeypatch.setattr("orpo_mlx.memory.choose_mode.predict", lambda *_: peak)
+    monkeypatch.setattr("orpo_mlx.memory.choose_mode.device_working_set", lambda: share * peak.peak)
+    argv = [word for word in flags(settings) if word != "--no-memory-check"]
+    assert main(argv) == (2 if expected == "refused" else 0)
+    out, err = capsys.readouterr()
+    if expected == "refused":
+        assert "a step is predicted to take 2.00 GiB, this device recommends 1.00 GiB at most; orpo-mlx fit" in err
+        assert main([*argv, "--no-memory-check"]) == 0
+    else:
+        assert expected in out
+        assert ("Warning" in out) == (expected != "Predicted")
+        assert "Predicted peak 2.00 GiB (weights 1.00, adapters 0.50, optimiser 0.25" in out
+
+
+def test_a_run_whose_peak_cannot_be_predicted_goes_on(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(*_: Any) -> None:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr("orpo_mlx.memory.predict.build", build)
+    assert main([word for word in flags(settings) if word != "--no-memory-check"]) == 0
+    expected = "The peak of memory cannot be predicted: a model like this one with 2 layers cannot be run (list index"
+    assert expected in capsys.readouterr().out

@@ -16,8 +16,7 @@ from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.training.distributed import Ranks
 from tests.conftest import make_pairs
 from tests.helpers.kill_and_resume import records
-from tests.helpers.quiet_training import run_quietly
-from tests.test_train import flags
+from tests.helpers.quiet_training import flags, run_quietly
 
 
 @pytest.mark.parametrize("method", ["orpo", "dpo"])

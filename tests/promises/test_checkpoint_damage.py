@@ -30,8 +30,7 @@ from orpo_mlx.training.checkpoints.resume import newest
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.steps.step import optimiser_step
 from tests.helpers.kill_and_resume import records, same
-from tests.helpers.quiet_training import run_quietly
-from tests.test_train import flags
+from tests.helpers.quiet_training import flags, run_quietly
 from tests.training.checkpoints.test_resume import LONG, interrupted
 
 FILES = ("adapters.safetensors", "adapter_config.json", "manifest.json", "optimizer.safetensors", "state.json")

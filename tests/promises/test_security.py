@@ -16,7 +16,7 @@ from orpo_mlx.files import json_text
 from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.text import printable, printable_lines, redacted
 from tests.conftest import make_pairs, write_id_rows
-from tests.test_train import flags
+from tests.helpers.quiet_training import flags
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = sorted((ROOT / "orpo_mlx").rglob("*.py"))

@@ -23,8 +23,8 @@ from orpo_mlx.reporting.console import Reporter
 from orpo_mlx.reporting.tracking import EventFiles
 from orpo_mlx.train import train
 from tests.helpers.kill_and_resume import records
+from tests.helpers.quiet_training import flags
 from tests.helpers.small_comparison import quiet
-from tests.test_train import flags
 from tests.training.checkpoints.test_resume import fail_before
 
 LONG = {"iters": 9, "save_every": 2, "steps_per_report": 2, "steps_per_eval": 4}

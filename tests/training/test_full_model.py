@@ -15,8 +15,7 @@ from orpo_mlx.engine.modes import MODES
 from orpo_mlx.training.steps.gradients import step_gradient
 from orpo_mlx.training.steps.step import optimiser_step
 from tests.conftest import write_model_folder
-from tests.helpers.quiet_training import run_quietly
-from tests.test_train import make_run
+from tests.helpers.quiet_training import make_run, run_quietly
 
 
 @pytest.fixture(params=["untied", "tied"])

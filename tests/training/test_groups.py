@@ -14,7 +14,7 @@ from orpo_mlx.data.batching import micro_batches, padded_tokens
 from orpo_mlx.device_profile import CPU, GPU
 from orpo_mlx.errors import DataError
 from orpo_mlx.training.steps.gradients import step_gradient
-from tests.test_train import make_run
+from tests.helpers.quiet_training import make_run
 
 
 def rated_rows(counts: list[int]) -> list[dict[str, Any]]:

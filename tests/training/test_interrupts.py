@@ -21,8 +21,7 @@ from orpo_mlx.training.interrupts import StopSignals
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.steps.step import optimiser_step
 from tests.helpers.kill_and_resume import same
-from tests.helpers.quiet_training import run_quietly
-from tests.test_train import flags
+from tests.helpers.quiet_training import flags, run_quietly
 from tests.training.checkpoints.test_resume import LONG
 
 

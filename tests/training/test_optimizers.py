@@ -11,12 +11,13 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
+from orpo_mlx.cli.train import main
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.config.defaults import OPTIMIZER_ARGUMENTS
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.training.optimizers import _OPTIMIZERS, is_faster, make_optimizer, set_learning_rate
-from tests.test_train import make_run
+from tests.helpers.quiet_training import flags, make_run
 from tests.training.checkpoints.test_resume import LONG, assert_same, whole_and_resumed
 
 # The groups of PEFT 0.21's create_loraplus_optimizer(lr=1e-3, loraplus_lr_ratio=16) on a LoRA and a DoRA model: lora_A
@@ -88,3 +89,25 @@ def test_resumed_it_is_the_run_it_would_have_been(settings: dict[str, Any], tmp_
 def test_full_weights_have_no_second_factor() -> None:
     with pytest.raises(ConfigError, match="`lora_plus_ratio` is about lora_b"):
         make_config({"lora_plus_ratio": 2.0, "fine_tune_type": "full"})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lr_schedule: {name: no_such}", "is not a schedule of mlx-lm"),
+        ("lr_schedule: {name: cosine_decay, arguments: [fast, 3]}", "is not a schedule of mlx-lm"),
+        ("lr_schedule: {arguments: [1]}", "is not a schedule of mlx-lm"),
+        ("optimizer_config: {adamw: {momentums: 3}}", "optimizer_config.adamw"),
+        ("optimizer: adamx", "did you mean"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_libraries(
+    settings: dict[str, Any], tmp_path: Path, text: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    # As a flag it would take the place of the schedule.
+    del settings["learning_rate"]
+    assert main([*flags(settings), "-c", str(tmp_path / "config.yaml")]) == 2
+    err = capsys.readouterr().err
+    assert expected in err
+    assert err.count("\n") == 1

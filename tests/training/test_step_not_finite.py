@@ -14,16 +14,15 @@ import pytest
 
 from orpo_mlx.cli.train import main
 from orpo_mlx.device_profile import device_profile
-from orpo_mlx.errors import NonFiniteError
+from orpo_mlx.errors import NonFiniteError, TrainingError
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.steps.gradients import micro_batch_inputs
 from orpo_mlx.training.steps.step import clip_factor, optimiser_step
 from orpo_mlx.training.steps.step_functions import StepFunctions
-from orpo_mlx.types import PairLogProbs
+from orpo_mlx.types import LossOutput, PairLogProbs
 from tests.helpers.kill_and_resume import records
-from tests.helpers.quiet_training import run_quietly
-from tests.test_train import flags, make_run, trainable
+from tests.helpers.quiet_training import flags, make_run, run_quietly, trainable
 from tests.training.checkpoints.test_resume import LONG, assert_same, fail_before
 
 NAME = "model.layers.1.self_attn.q_proj.lora_a"
@@ -208,3 +207,26 @@ def test_the_norm_in_the_metrics_is_the_gradients_before_clipping(settings: dict
     assert optimiser_step(run, pairs, 1).means()["grad_norm"] == pytest.approx(expected, rel=1e-5)
     moved = math.sqrt(sum(float(np.square(value - before[name]).sum()) for name, value in trainable(run).items()))
     assert moved == pytest.approx(expected / 10, rel=1e-4)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_is_never_applied(settings: dict[str, Any], where: str) -> None:
+    run = make_run(settings)
+    pairs = run.splits["train"].pairs[:2]
+    before = trainable(run)
+    good = run.method.loss
+
+    def spoiled(logps: PairLogProbs) -> LossOutput:
+        # sqrt(0) is 0 and its gradient infinite.
+        term = logps.chosen * mx.nan if where == "loss" else mx.sqrt(logps.chosen - mx.stop_gradient(logps.chosen))
+        output: LossOutput = good(logps)
+        return output._replace(losses=output.losses + term)
+
+    method = run.method._replace(loss=spoiled)
+    run.functions = StepFunctions(run.scorer, run.memory, method, run.optimizer)
+    with pytest.raises(
+        TrainingError, match=r"step 7: the loss is .* and the gradient's norm (nan|inf) on .*train.jsonl:1"
+    ):
+        optimiser_step(run, pairs, 7)
+    for name, value in trainable(run).items():
+        assert np.array_equal(value, before[name])

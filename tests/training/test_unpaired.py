@@ -22,8 +22,7 @@ from orpo_mlx.training.steps.step import optimiser_step
 from orpo_mlx.training.steps.step_values import mismatched
 from orpo_mlx.types import Example
 from tests.helpers import float64_group_losses as oracle
-from tests.helpers.quiet_training import run_quietly
-from tests.test_train import make_run, rows
+from tests.helpers.quiet_training import make_run, rows, run_quietly
 from tests.training.test_groups import rated_rows, write
 
 

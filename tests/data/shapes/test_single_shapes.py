@@ -19,8 +19,7 @@ from orpo_mlx.losses.metrics import METRICS, OF_ONE_SIDE
 from orpo_mlx.types import Group
 from tests.conftest import write_rows
 from tests.helpers.kill_and_resume import adapters, records
-from tests.helpers.quiet_training import run_quietly
-from tests.test_train import flags
+from tests.helpers.quiet_training import flags, run_quietly
 
 USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}

@@ -14,8 +14,7 @@ from orpo_mlx.data.tokens.truncation import fit
 from orpo_mlx.errors import DataError
 from orpo_mlx.types import Message, Pair
 from tests.conftest import CHAT_TEMPLATE, write_model_folder, write_rows
-from tests.helpers.quiet_training import run_quietly
-from tests.test_train import make_run
+from tests.helpers.quiet_training import make_run, run_quietly
 
 HEAD = "{% for message in messages %}"
 TAIL = "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"

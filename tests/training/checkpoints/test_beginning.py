@@ -19,8 +19,7 @@ from orpo_mlx.training.evaluating.evaluation import evaluate_splits
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.steps.step import optimiser_step
 from tests.helpers.kill_and_resume import adapters
-from tests.helpers.quiet_training import run_quietly
-from tests.test_train import flags
+from tests.helpers.quiet_training import flags, run_quietly
 from tests.training.checkpoints.test_resume import LONG, assert_same, fail_before, interrupted
 
 

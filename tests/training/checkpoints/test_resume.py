@@ -28,8 +28,7 @@ from orpo_mlx.training.run import Run
 from orpo_mlx.training.steps.step import optimiser_step
 from tests.conftest import make_pairs, write_id_rows, write_model_folder
 from tests.helpers.kill_and_resume import adapters, kill_and_resume, metrics, records, signal_and_resume
-from tests.helpers.quiet_training import run_quietly
-from tests.test_train import flags
+from tests.helpers.quiet_training import flags, run_quietly
 
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 LONG = {"iters": 9, "save_every": 2, "steps_per_report": 2, "steps_per_eval": 4, "val_batches": 1}

@@ -24,7 +24,7 @@ from orpo_mlx.training.steps.step_values import mismatched
 from orpo_mlx.types import Batch, Example
 from tests.conftest import make_model, make_pairs
 from tests.engine.test_pair_scorer import oracle_logps
-from tests.test_train import make_run
+from tests.helpers.quiet_training import make_run
 
 # No row is cut.
 LONG: dict[str, Any] = {"max_seq_length": 1000}

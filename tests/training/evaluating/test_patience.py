@@ -17,8 +17,7 @@ from orpo_mlx.errors import ConfigError, UserError
 from orpo_mlx.training.evaluating.patience import Patience
 from orpo_mlx.training.prepare import require_accuracy
 from tests.helpers.kill_and_resume import metrics
-from tests.helpers.quiet_training import run_quietly
-from tests.test_train import make_run, rows
+from tests.helpers.quiet_training import make_run, rows, run_quietly
 from tests.training.checkpoints.test_resume import assert_same, whole_and_resumed
 
 # Nothing changes, so nothing is better than the first validation.

@@ -11,6 +11,7 @@ import pytest
 from mlx_lm import load as mlx_lm_load
 from mlx_lm import stream_generate
 
+from orpo_mlx.cli.train import main
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.errors import TrainingError
 from orpo_mlx.models.loading import load
@@ -19,6 +20,7 @@ from orpo_mlx.training.evaluating.samples import pick_prompts, sample_replies
 from orpo_mlx.types import Pair
 from tests.conftest import write_rows
 from tests.helpers.kill_and_resume import same
+from tests.helpers.quiet_training import flags
 from tests.helpers.small_comparison import quiet
 from tests.training.checkpoints.test_resume import fail_before
 
@@ -118,3 +120,16 @@ def test_a_resumed_run_has_the_samples_of_each_step_once(texts: dict[str, Any], 
     train(make_config({**texts, "resume": True}), quiet())
     assert lines(folder) == lines(tmp_path / "whole")
     assert same(tmp_path / "whole", folder)
+
+
+def test_text_rows_and_sample_replies(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = {"prompt": "Say \x1b[31mred", "chosen": "Yes.", "rejected": "Well, perhaps."}
+    write_rows(tmp_path / "text" / "train.jsonl", [{**text, "prompt": f"{text['prompt']} {n}"} for n in range(4)])
+    argv = flags(settings)
+    assert main([*argv, "--data", str(tmp_path / "text"), "--samples", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("before  [") == out.count("after   [") == 2
+    assert "\x1b" not in out
+    assert "No valid split: training without validation." in out

@@ -22,8 +22,7 @@ from orpo_mlx.training.steps.step import optimiser_step
 from tests.conftest import make_model, make_pairs, write_model_folder
 from tests.convert.test_peft_adapters import write_peft_folder
 from tests.helpers import float64_losses as oracle
-from tests.helpers.quiet_training import run_quietly
-from tests.test_train import make_run, rows
+from tests.helpers.quiet_training import make_run, rows, run_quietly
 
 PAIRS = make_pairs(6)
 

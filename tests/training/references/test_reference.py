@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from orpo_mlx.models.adapters import adapter_weights, add_adapters
 from orpo_mlx.training.references.reference import ReferenceLogProbs, ReferenceValues, keys_of, with_reference
 from orpo_mlx.types import Batch, TokenizedPair, Wanted
 from tests.conftest import make_model, make_pairs
+from tests.helpers.quiet_training import rows, run_quietly
 
 
 def disturb(model: nn.Module) -> None:
@@ -161,3 +163,15 @@ def test_with_reference_fills_in_both_sides() -> None:
     filled = with_reference(logps, ReferenceValues(logps.chosen, logps.rejected))
     assert filled.reference_chosen is logps.chosen
     assert filled.reference_rejected is logps.rejected
+
+
+@pytest.mark.parametrize("start", ["fresh", "warm", "full", "dora"])
+def test_the_first_dpo_loss_is_ln_2(settings: dict[str, Any], start: str, tmp_path: Path) -> None:
+    if start == "warm":
+        run_quietly({**settings, "adapter_path": str(tmp_path / "first"), "learning_rate": 0.1})
+        settings["resume_adapter_file"] = str(tmp_path / "first")
+    fine_tune_type = start if start in ("full", "dora") else "lora"
+    run_quietly({**settings, "method": "dpo", "fine_tune_type": fine_tune_type})
+    assert rows(settings, "train")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows(settings, "valid")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows(settings, "train")[-1]["loss"] != pytest.approx(math.log(2), abs=1e-6)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from orpo_mlx.cli.train import main
 from orpo_mlx.models.adapters import add_adapters
 from orpo_mlx.training.references import reference_store as reference_table
+from orpo_mlx.training.references.reference import ReferenceLogProbs
 from orpo_mlx.training.references.reference_store import ReferenceTable, identity_digest, weights_fingerprint
+from orpo_mlx.types import Batch, TokenizedPair
 from tests.conftest import make_model
+from tests.helpers.quiet_training import flags, rows, run_quietly
+from tests.training.test_loop import fail_at
 
 IDENTITY = {"weights": "abc", "nll": None}
 
@@ -203,3 +210,88 @@ def test_rows_that_are_not_finite_are_known_to_this_run_and_written_nowhere(tmp_
     before = (tmp_path / "a.npz").stat().st_mtime_ns
     table.save()
     assert (tmp_path / "a.npz").stat().st_mtime_ns == before
+
+
+def count_reference_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of pairs of every reference forward, as they come."""
+    passes: list[int] = []
+    compute = ReferenceLogProbs._compute
+
+    def counted(self: ReferenceLogProbs, pairs: Sequence[TokenizedPair], batch: Batch) -> None:
+        passes.append(len(pairs))
+        compute(self, pairs, batch)
+
+    monkeypatch.setattr(ReferenceLogProbs, "_compute", counted)
+    return passes
+
+
+@pytest.mark.parametrize("start", ["fresh", "warm", "full"])
+def test_a_reference_is_computed_once_for_all_epochs_and_runs(
+    settings: dict[str, Any], start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if start == "warm":
+        run_quietly({**settings, "adapter_path": str(tmp_path / "first")})
+        settings["resume_adapter_file"] = str(tmp_path / "first")
+    settings |= {"method": "dpo", "iters": 7, "fine_tune_type": "full" if start == "full" else "lora"}
+    passes = count_reference_passes(monkeypatch)
+    run_quietly(settings)
+    # The held-out pairs are met before the first step, where the policy is the reference.
+    assert sum(passes) == (6 if start == "fresh" else 18)
+    first = rows(settings)
+    passes.clear()
+    run_quietly({**settings, "adapter_path": str(tmp_path / "second")})
+    assert passes == []
+    numbers = [
+        [{**row, "pair_tokens_per_s": 0, "peak_memory_gib": 0} for row in table]
+        for table in (first, rows({"adapter_path": str(tmp_path / "second")}))
+    ]
+    assert numbers[0] == numbers[1]
+    run_quietly({**settings, "seed": 1, "beta": 0.5})
+    assert sum(passes) == 0
+
+
+def test_precomputing_takes_the_pairs_to_come_and_changes_no_number(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, own_cache: Path
+) -> None:
+    settings |= {"method": "dpo", "iters": 2, "val_batches": 1, "test_batches": 0}
+    run_quietly(settings)
+    first = [row["loss"] for row in rows(settings)]
+    shutil.rmtree(own_cache)
+    passes = count_reference_passes(monkeypatch)
+    run_quietly({**settings, "precompute_reference": True})
+    assert passes == [2, 2, 2]
+    assert [row["loss"] for row in rows(settings)] == first
+
+
+def test_a_run_that_ends_early_keeps_its_reference(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings |= {"method": "dpo", "val_batches": 0, "test_batches": 0}
+    with monkeypatch.context() as patch:
+        fail_at(3, KeyboardInterrupt(), patch)
+        assert main(flags(settings)) == 130
+    passes = count_reference_passes(monkeypatch)
+    assert main([*flags(settings), "--overwrite"]) == 0
+    assert sum(passes) == 2
+    assert "4 pairs have reference log-probs from earlier runs with this model;" in capsys.readouterr().out
+
+
+def test_a_damaged_reference_is_computed_again(
+    settings: dict[str, Any], own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings["method"] = "dpo"
+    run_quietly(settings)
+    first = [row["loss"] for row in rows(settings)]
+    (file,) = (own_cache / "reference").iterdir()
+    file.write_bytes(file.read_bytes()[:-30])
+    assert main(flags(settings)) == 0
+    assert f"{file} is damaged" in capsys.readouterr().out
+    assert [row["loss"] for row in rows(settings)] == first
+
+
+def test_nothing_is_kept_where_the_cache_is_off(
+    settings: dict[str, Any], own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORPO_MLX_CACHE", "off")
+    run_quietly({**settings, "method": "dpo"})
+    assert not own_cache.exists()

@@ -14,7 +14,7 @@ from orpo_mlx.losses.registry import METHODS, PAIR
 from orpo_mlx.training.references.reference import ReferenceLogProbs
 from orpo_mlx.training.steps.gradients import step_gradient
 from orpo_mlx.training.steps.step_functions import gradient_norm, traced_at_once
-from tests.test_train import make_run
+from tests.helpers.quiet_training import make_run
 
 MODES_BUT_PLAIN = ["fast", "balanced", "thrift"]
 

@@ -15,7 +15,7 @@ from orpo_mlx.training.steps.gradients import step_gradient
 from orpo_mlx.types import TokenizedPair
 from tests.conftest import make_pairs, write_rows
 from tests.helpers import float64_losses as oracle
-from tests.test_train import make_run
+from tests.helpers.quiet_training import make_run
 
 WEIGHTS = [2.0, 1.0, 0.0, 0.5, 1.0, 3.5]
 
