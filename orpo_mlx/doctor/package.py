@@ -25,6 +25,7 @@ from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.memory.predict import predict
 from orpo_mlx.memory.skeleton import Blueprint, build
 from orpo_mlx.models.adapters import adapter_weights, add_adapters
+from orpo_mlx.models.known_shapes import LLAMA_3_2_3B, SMOLLM2_135M
 from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.training.prepare import assemble
 from orpo_mlx.training.run import Run
@@ -56,9 +57,9 @@ SHAPES = {
     "tiny": _shape(128, 3, 256, 2, 1, 2304),
     # More than one tile of the head, whatever the device.
     "tiny, large vocabulary": _shape(128, 1, 256, 2, 1, 17408),
-    "SmolLM2-135M": _shape(576, 30, 1536, 9, 3, 49152),
-    "SmolLM2-135M, 6 of 30 layers": _shape(576, 6, 1536, 9, 3, 49152),
-    "Llama-3.2-3B, 4 of 28 layers": _shape(3072, 4, 8192, 24, 8, 128256),
+    "SmolLM2-135M": SMOLLM2_135M,
+    "SmolLM2-135M, 6 of 30 layers": SMOLLM2_135M | {"num_hidden_layers": 6},
+    "Llama-3.2-3B, 4 of 28 layers": LLAMA_3_2_3B | {"num_hidden_layers": 4},
 }
 """config.json of models by name; their weights are random."""
 

@@ -14,6 +14,7 @@ from mlx.utils import tree_map
 from mlx_lm.utils import _get_classes
 
 from orpo_mlx.config.settings import TrainingConfig
+from orpo_mlx.models.known_shapes import LLAMA_3_2_3B, QWEN3_4B, SMOLLM2_135M
 from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.training.prepare import assemble
 from orpo_mlx.training.steps.step import optimiser_step
@@ -22,23 +23,8 @@ from orpo_mlx.types import TokenizedPair
 from scripts.graph.count import counting
 from scripts.graph.walker import zeros
 
-_COMMON = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 8192, "tie_word_embeddings": True}
-MODELS: dict[str, dict[str, Any]] = {
-    # From the models' config.json on the Hugging Face Hub.
-    "SmolLM2-135M": _COMMON | {
-        "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
-    },
-    "Llama-3.2-3B": _COMMON | {
-        "model_type": "llama", "hidden_size": 3072, "num_hidden_layers": 28, "intermediate_size": 8192,
-        "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
-    },
-    "Qwen3-4B": _COMMON | {
-        "model_type": "qwen3", "hidden_size": 2560, "num_hidden_layers": 36, "intermediate_size": 9728,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
-    },
-}  # fmt: skip
-"""Settings of models, by name. Their RoPE scaling changes no count and is left out."""
+MODELS = {"SmolLM2-135M": SMOLLM2_135M, "Llama-3.2-3B": LLAMA_3_2_3B, "Qwen3-4B": QWEN3_4B}
+"""Settings of models, by name."""
 GROUP_SIZE = 64
 
 _SMALLEST_VOCABULARY = 1000

@@ -28,32 +28,16 @@ from orpo_mlx.memory.cheap_products import cheap_products
 from orpo_mlx.memory.fit import predicted
 from orpo_mlx.memory.predict import recommended_working_set
 from orpo_mlx.memory.skeleton import build, read_blueprint, weight_bytes
+from orpo_mlx.models.known_shapes import LLAMA3, LLAMA_3_1_8B, LLAMA_3_2_3B, QWEN3, QWEN3_4B, sizes
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "data" / "configs"
 
 _DTYPES = {mx.bfloat16: "BF16", mx.float32: "F32", mx.uint32: "U32"}
 
-_QWEN3: dict[str, Any] = {
-    "model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-    "vocab_size": 151936, "max_position_embeddings": 40960,
-}  # fmt: skip
-_LLAMA3: dict[str, Any] = {
-    "model_type": "llama", "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
-    "vocab_size": 128256, "max_position_embeddings": 131072,
-}  # fmt: skip
-
-
 _GEMMA3: dict[str, Any] = {
     "model_type": "gemma3_text", "head_dim": 256, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
     "query_pre_attn_scalar": 256, "sliding_window_pattern": 6,
 }  # fmt: skip
-
-
-def _sizes(hidden: int, inner: int, layers: int, heads: int, *, tied: bool) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "tie_word_embeddings": tied,
-    }  # fmt: skip
 
 
 def _with_vision(text: dict[str, Any]) -> dict[str, Any]:
@@ -65,10 +49,10 @@ def _with_vision(text: dict[str, Any]) -> dict[str, Any]:
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mlx-community/SmolLM2-1.7B-Instruct-4bit": {
         "model_type": "llama", "num_key_value_heads": 32, "rms_norm_eps": 1e-5, "rope_theta": 130000,
-        "vocab_size": 49152, "max_position_embeddings": 8192, **_sizes(2048, 8192, 24, 32, tied=True),
+        "vocab_size": 49152, "max_position_embeddings": 8192, **sizes(2048, 8192, 24, 32, tied=True),
     },
-    "mlx-community/Qwen3-1.7B-4bit": {**_QWEN3, **_sizes(2048, 6144, 28, 16, tied=True)},
-    "mlx-community/Qwen3-4B-4bit": {**_QWEN3, **_sizes(2560, 9728, 36, 32, tied=True)},
+    "mlx-community/Qwen3-1.7B-4bit": {**QWEN3, **sizes(2048, 6144, 28, 16, tied=True)},
+    "mlx-community/Qwen3-4B-4bit": QWEN3_4B,
     "mlx-community/Qwen3.5-4B-MLX-4bit": {
         "model_type": "qwen3_5", "tie_word_embeddings": True,
         "text_config": {
@@ -76,24 +60,24 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
             "vocab_size": 248320, "max_position_embeddings": 262144, "full_attention_interval": 4,
             "partial_rotary_factor": 0.25, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
             "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
-            **_sizes(2560, 9216, 32, 16, tied=True),
+            **sizes(2560, 9216, 32, 16, tied=True),
         },
     },
-    "mlx-community/Llama-3.2-3B-Instruct-4bit": {**_LLAMA3, **_sizes(3072, 8192, 28, 24, tied=True)},
-    "mlx-community/Llama-3.1-8B-Instruct-4bit": {**_LLAMA3, **_sizes(4096, 14336, 32, 32, tied=False)},
+    "mlx-community/Llama-3.2-3B-Instruct-4bit": LLAMA_3_2_3B,
+    "mlx-community/Llama-3.1-8B-Instruct-4bit": LLAMA_3_1_8B,
     "mlx-community/gemma-3-1b-it-4bit": {
         **_GEMMA3, "num_key_value_heads": 1, "sliding_window": 512, "vocab_size": 262144,
-        "max_position_embeddings": 32768, **_sizes(1152, 6912, 26, 4, tied=True),
+        "max_position_embeddings": 32768, **sizes(1152, 6912, 26, 4, tied=True),
     },
     "mlx-community/gemma-3-4b-it-4bit": _with_vision(
-        {**_GEMMA3, "num_key_value_heads": 4, "sliding_window": 1024, **_sizes(2560, 10240, 34, 8, tied=True)}
+        {**_GEMMA3, "num_key_value_heads": 4, "sliding_window": 1024, **sizes(2560, 10240, 34, 8, tied=True)}
     ),
     "mlx-community/gemma-3-12b-it-4bit": _with_vision(
-        {**_GEMMA3, "num_key_value_heads": 8, "sliding_window": 1024, **_sizes(3840, 15360, 48, 16, tied=True)}
+        {**_GEMMA3, "num_key_value_heads": 8, "sliding_window": 1024, **sizes(3840, 15360, 48, 16, tied=True)}
     ),
-    "mlx-community/Qwen3-14B-4bit": {**_QWEN3, **_sizes(5120, 17408, 40, 40, tied=False)},
-    "mlx-community/Qwen3-32B-4bit": {**_QWEN3, **_sizes(5120, 25600, 64, 64, tied=False)},
-    "mlx-community/Llama-3.3-70B-Instruct-4bit": {**_LLAMA3, **_sizes(8192, 28672, 80, 64, tied=False)},
+    "mlx-community/Qwen3-14B-4bit": {**QWEN3, **sizes(5120, 17408, 40, 40, tied=False)},
+    "mlx-community/Qwen3-32B-4bit": {**QWEN3, **sizes(5120, 25600, 64, 64, tied=False)},
+    "mlx-community/Llama-3.3-70B-Instruct-4bit": {**LLAMA3, **sizes(8192, 28672, 80, 64, tied=False)},
 }  # fmt: skip
 """The config.json of each model, as far as its shape depends on it; all are quantised to 4 bits in groups of 64."""
 
@@ -150,8 +134,8 @@ def predictions(folder: Path, names: Sequence[str] = ()) -> Iterator[list[Any]]:
             prediction = predicted(config, read_blueprint(str(model), dtype="float32"))
         peak = prediction.peak - prediction.weights + weights_gib(model, "bfloat16")
         size = mac_gib(path)
-        yield [path.name, size, config.method, config.max_seq_length, config.memory, round(peak, 2),
-               round(recommended_working_set(size), 2)]  # fmt: skip
+        figures = [round(peak, 2), round(recommended_working_set(size), 2)]
+        yield [path.name, size, config.method, config.max_seq_length, config.memory, *figures]
 
 
 if __name__ == "__main__":
