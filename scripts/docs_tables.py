@@ -192,25 +192,24 @@ def _mode(row: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 def modes_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
     """Modes and switches against `plain` on the same batches: each idea's share. A method is compared with itself."""
-    header = (
-        "method", "--memory", "all batches, s", "speed, plain = 1", "step, s (median)", "step of a first epoch, s",
-        "peak, GiB (MLX)", "peak, plain = 1",
-    )  # fmt: skip
     found = [(row, _mode(row, record["settings"])) for record in records.values() for row in record["methods"]]
     plain = {row["method"]: row for row, mode in found if mode == "plain"}
-    rows = []
-    for row, mode in sorted(found, key=lambda each: each[0]["method"] != "orpo"):
+
+    def cells(row: Mapping[str, Any], mode: str) -> dict[str, TableCell]:
         base = plain[row["method"]]
-        rows.append(
-            (
-                TableCell(row["method"]), TableCell(mode), number(sum(row["steps_s"]), "{:.1f}"),
-                number(sum(base["steps_s"]) / sum(row["steps_s"]), "{:.2f}"), number(row["step_s_median"], "{:.2f}"),
-                number(row["step_s_median"] + row["reference_s"], "{:.2f}"),
-                number(row["peak_memory_gib"], "{:.2f}"),
-                number(row["peak_memory_gib"] / base["peak_memory_gib"], "{:.2f}"),
-            )
-        )  # fmt: skip
-    return Table(header, tuple(rows))
+        return {
+            "method": TableCell(row["method"]),
+            "--memory": TableCell(mode),
+            "all batches, s": number(sum(row["steps_s"]), "{:.1f}"),
+            "speed, plain = 1": number(sum(base["steps_s"]) / sum(row["steps_s"]), "{:.2f}"),
+            "step, s (median)": number(row["step_s_median"], "{:.2f}"),
+            "step of a first epoch, s": number(row["step_s_median"] + row["reference_s"], "{:.2f}"),
+            "peak, GiB (MLX)": number(row["peak_memory_gib"], "{:.2f}"),
+            "peak, plain = 1": number(row["peak_memory_gib"] / base["peak_memory_gib"], "{:.2f}"),
+        }
+
+    rows = [cells(row, mode) for row, mode in sorted(found, key=lambda each: each[0]["method"] != "orpo")]
+    return Table(tuple(rows[0]), tuple(tuple(row.values()) for row in rows))
 
 
 def examined_table(records: Mapping[str, Mapping[str, Any]]) -> Table:

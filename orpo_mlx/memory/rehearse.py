@@ -98,9 +98,15 @@ def evaluation_seconds(run: Run, steps: int) -> float:
     few = list(next(iter(held_out.values()))[: 2 * config.batch_size])
     began = time.perf_counter()
     evaluate(
-        run.scorer, few, run.method, batch_size=config.batch_size, nll=config.nll, reference=run.reference,
-        micro_batch_tokens=config.micro_batch_tokens, max_seq_length=run.max_seq_length,
-    )  # fmt: skip
+        run.scorer,
+        few,
+        run.method,
+        batch_size=config.batch_size,
+        nll=config.nll,
+        reference=run.reference,
+        micro_batch_tokens=config.micro_batch_tokens,
+        max_seq_length=run.max_seq_length,
+    )
     per_token = (time.perf_counter() - began) / sum(example.pair_tokens for example in few)
     # Before, after and along the way for the valid split; before and after for the test split.
     times = {"valid": 2 + (steps - 1) // config.steps_per_eval, "test": 2}

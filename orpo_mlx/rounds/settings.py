@@ -144,9 +144,8 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
 
 def _check(config: RoundsConfig, location: str) -> None:
     """Refuse values out of range, before anything is loaded."""
-    least = {"rounds": 1, "samples": 2, "max_tokens": 1, "rows": 1, "prompts": 1, "evaluation_prompts": 1,
-             "judge_tokens": 1, "seed": 0}  # fmt: skip
-    for name, bound in least.items():
+    counts = ("rounds", "max_tokens", "rows", "prompts", "evaluation_prompts", "judge_tokens")
+    for name, bound in (dict.fromkeys(counts, 1) | {"samples": 2, "seed": 0}).items():
         value = getattr(config, name)
         if value is not None and value < bound:
             raise ConfigError(f"{location}: {name}: found {value}, expected {bound} or more.")

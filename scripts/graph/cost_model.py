@@ -91,8 +91,11 @@ GAP = (
 EVAL_WAIT = Input(180e-6, "seconds that the host waits for at the end of an evaluation (mlx issue 4438)")
 NODE_PASS = _guess(1.0e-6, "seconds of mx.eval per node, while the device works")
 NODE_TAPE = _guess(0.4e-6, "seconds of mx.eval per node before the device has anything to do")
-NODE_BUILD = _guess(0.16e-6, "seconds a performance core takes to build a node as `build_unit` does: 2.2 times as fast "
-                    "as a server's core of 0.35e-6")  # fmt: skip
+NODE_BUILD = _guess(
+    0.16e-6,
+    "seconds a performance core takes to build a node as `build_unit` does: 2.2 times as fast as a server's core of "
+    "0.35e-6",
+)
 TILE = _guess(64, "rows and columns of an output tile, one threadgroup's")
 LEAST_OCCUPANCY = _guess(0.1, "share of the peak that the smallest products reach")
 

@@ -239,8 +239,16 @@ def _power_of_two(value: float) -> int:
 
 
 _MARKERS = {
-    "RMSNorm": _norm, "LayerNorm": _norm, "RMSNormVJP": _norm_vjp, "LayerNormVJP": _norm_vjp, "RoPE": _rope,
-    "ScaledDotProductAttention": _attention, "ScaledDotProductAttentionVJP": _attention_vjp, "CrossEntropy": _loss,
-    "CrossEntropyVJP": _loss, "GatedDeltaUpdate": _gated_delta, "GatedDeltaUpdateVJP": _gated_delta,
+    "RMSNorm": _norm,
+    "LayerNorm": _norm,
+    "RMSNormVJP": _norm_vjp,
+    "LayerNormVJP": _norm_vjp,
+    "RoPE": _rope,
+    "ScaledDotProductAttention": _attention,
+    "ScaledDotProductAttentionVJP": _attention_vjp,
+    "CrossEntropy": _loss,
+    "CrossEntropyVJP": _loss,
+    "GatedDeltaUpdate": _gated_delta,
+    "GatedDeltaUpdateVJP": _gated_delta,
     "CustomKernel": _custom,
-}  # fmt: skip
+}

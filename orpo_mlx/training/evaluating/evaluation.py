@@ -169,11 +169,19 @@ def evaluate_splits(
 
             # An untrained policy has had no rewards, also where the steps behind it are measured from theirs.
             found = evaluate(
-                run.scorer, pairs, run.method, batch_size=run.config.batch_size, nll=run.config.nll,
-                reference=run.reference, max_seq_length=run.max_seq_length,
-                micro_batch_tokens=run.config.micro_batch_tokens, untrained=untrained, progress=progress,
-                ranks=run.ranks, rewards=None if untrained else run.rewards,
-            )  # fmt: skip
+                run.scorer,
+                pairs,
+                run.method,
+                batch_size=run.config.batch_size,
+                nll=run.config.nll,
+                reference=run.reference,
+                max_seq_length=run.max_seq_length,
+                micro_batch_tokens=run.config.micro_batch_tokens,
+                untrained=untrained,
+                progress=progress,
+                ranks=run.ranks,
+                rewards=None if untrained else run.rewards,
+            )
         held[name] = found.metrics
         metrics_file.write(step, name, held[name])
         reporter.figures(eval_line(step, name, held[name]))
