@@ -316,6 +316,6 @@ def _compare_and_check(task: Task, what: str, one: Logps, other: Logps, limit: L
     if task.how is not None and math.isinf(limit.mean) and difference.mean > _BAD_SIGN:
         print(
             f"A mean of {difference.mean:.2f} is a bad sign: a token's probability is off by a factor of "
-            f"{math.exp(difference.mean):.1f} on average; take more --bits, or a smaller --group-size."
+            f"{math.exp(difference.mean):.1f} on average; take more bits, or smaller groups."
         )
     check_within(difference, limit, str(task.destination))

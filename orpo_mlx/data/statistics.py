@@ -269,5 +269,5 @@ def draw_lengths(splits: Mapping[str, Split], max_seq_length: int, path: Path) -
         row[0].set_ylabel("pairs")
     for panel in panels[-1]:
         panel.set_xlabel("tokens")
-    figure.suptitle(f"Tokens per side (--max-seq-length {max_seq_length}; dashed: median)", fontsize=11)
+    figure.suptitle(f"Tokens per side (max_seq_length {max_seq_length}; dashed: median)", fontsize=11)
     figure.savefig(path, dpi=110, format="png")

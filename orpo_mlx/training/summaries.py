@@ -10,7 +10,7 @@ from orpo_mlx.files import write_text
 from orpo_mlx.losses.registry import COMPLETION
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.reporting.console import Reporter
-from orpo_mlx.run_folder import ADAPTERS_FILE, BEST, LEFT_OUT_FILE
+from orpo_mlx.run_folder import ADAPTERS_FILE, BEST, LEFT_OUT_FILE, REPORT_PAGE
 from orpo_mlx.text import printable
 from orpo_mlx.training.checkpoints.progress import TrainingResult
 from orpo_mlx.training.checkpoints.resume import Resumed
@@ -158,5 +158,5 @@ def next_commands(run: Run) -> dict[str, str]:
     folder = shlex.quote(str(run.folder))
     # Whole weights cannot be switched off.
     beside = "" if run.config.fine_tune_type == "full" else " --compare"
-    look = f"{run.folder / 'report.html'}, in a browser" if run.config.report else f"orpo-mlx report {folder}"
+    look = f"{run.folder / REPORT_PAGE}, in a browser" if run.config.report else f"orpo-mlx report {folder}"
     return {"To look at it": look, "To talk with it": f"orpo-mlx chat --adapter-path {folder}{beside}"}
