@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import re
 from functools import cache
-from importlib.metadata import version
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from orpo_mlx.errors import ConfigError
+from orpo_mlx.package_versions import version_of
 
 VARIABLE = "ORPO_MLX_PROFILE"
 """Environment variable that names a profile whatever the device is: the GPU's branches can be run on a CPU."""
@@ -203,4 +203,4 @@ def device_profile() -> DeviceProfile:
 @cache
 def mlx_version() -> tuple[int, ...]:
     """MLX's version as numbers: 0.32.4 is (0, 32, 4)."""
-    return tuple(map(int, re.findall(r"\d+", version("mlx"))[:3]))
+    return tuple(map(int, re.findall(r"\d+", version_of("mlx"))[:3]))

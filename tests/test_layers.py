@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "orpo_mlx"
 GROUND = (
     "__init__", "types", "errors", "text", "interrupts", "files", "folder_lock", "run_folder", "device_profile",
-    "process_memory", "_command", "_blas", "_open_files", "_streams",
+    "process_memory", "package_versions", "_command", "_blas", "_open_files", "_streams",
 )  # fmt: skip
 ROOMS = (
     "losses", "data", "reporting", "models", "engine", "judging", "config", "training", "convert", "memory", "chapter",

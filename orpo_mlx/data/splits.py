@@ -13,7 +13,6 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from orpo_mlx.data.tokens.tokenization import Outcome, PairTokenizer
 from orpo_mlx.data.tokens.truncation import Fitted, fit
 from orpo_mlx.errors import DataError
 from orpo_mlx.files import cache_folder
+from orpo_mlx.package_versions import version_of
 from orpo_mlx.types import Example, Group, Pair
 
 PROMPT_CUT = "with the prompt cut"
@@ -94,7 +94,7 @@ def tokenized_split(source: Source, reading: Reading, tokenizer: Any | None, len
     """
     # By content, so that a file changed in place is not taken for what it was.
     sha256 = source.sha256()
-    versions = [version(name) for name in _RENDERERS]
+    versions = [version_of(name) for name in _RENDERERS]
     key = _key(source.name, sha256, dataclasses.asdict(reading), lengths, versions, tokenizer_fingerprint(tokenizer))
     cache = cache_folder()
     target = None if cache is None else cache / "tokens" / key

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from orpo_mlx.engine.pair_scorer import PairScorer
 from orpo_mlx.losses.recipe import Recipe
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.models.loading import LoadedModel
+from orpo_mlx.package_versions import version_of
 from orpo_mlx.run_folder import ADAPTER_CONFIG_FILE as ADAPTER_CONFIG_FILE
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.references.reference import ReferenceLogProbs
@@ -85,7 +85,7 @@ def adapter_config(run: Run) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what decides a run's numbers."""
-    packages = {name: version(name) for name in ("orpo-mlx", "mlx", "mlx-lm", "numpy", "transformers")}
+    packages = {name: version_of(name) for name in ("orpo-mlx", "mlx", "mlx-lm", "numpy", "transformers")}
     return {
         **packages,
         "python": platform.python_version(),

@@ -210,7 +210,7 @@ def test_tokens_are_those_of_the_packages_that_made_them(
     path = write_rows(tmp_path / "rows.jsonl", [GOOD])
     for number, name in enumerate(("mlx-lm", "transformers", "jinja2", "tokenizers"), 2):
         split_of(path, tokenizer)
-        monkeypatch.setattr(module, "version", lambda asked, name=name: "new" if asked == name else "old")
+        monkeypatch.setattr(module, "version_of", lambda asked, name=name: "new" if asked == name else "old")
         split_of(path, tokenizer)
         assert len(list((own_cache / "tokens").iterdir())) == number
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from orpo_mlx.engine.pair_scorer import PairScorer, log_probs
 from orpo_mlx.models.adapters import adapters_off
+from orpo_mlx.package_versions import version_of
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.references.reference_store import ReferenceTable, identity_digest, weights_fingerprint
 from orpo_mlx.types import SUMS_ALONE, Batch, Example, GroupLogProbs, LogProbs, PairLogProbs, Wanted
@@ -116,7 +116,7 @@ class ReferenceLogProbs:
             "shares_prompt": self.runner.shares_prompt,
             "splits_head": self.runner.splits_head,
             "device": str(mx.default_device()),
-            "versions": {"maths": _MATHS, **{name: version(name) for name in ("orpo-mlx", "mlx", "mlx-lm")}},
+            "versions": {"maths": _MATHS, **{name: version_of(name) for name in ("orpo-mlx", "mlx", "mlx-lm")}},
         }
         self.table = ReferenceTable(folder / f"{identity_digest(identity)}.npz", identity)
 
