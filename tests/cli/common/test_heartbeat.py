@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -40,9 +42,12 @@ def test_fit_is_never_silent(
     predicted = prediction.predicted
 
     def slowly(*arguments: object) -> object:
-        time.sleep(3)
+        time.sleep(0.5)
         return predicted(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(prediction, "predicted", slowly)
+    # Nobody waits here for what three seconds of silence would show.
+    assert inspect.signature(heartbeat).parameters["every"].default < 3
+    monkeypatch.setattr(fit, "heartbeat", partial(heartbeat, every=0.1))
     assert fit.main(["--model", str(model_folder), "--max-seq-length", "16"]) == 0
     assert "running steps of small models of this shape: " in capsys.readouterr().err
