@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -25,11 +26,19 @@ MODULES = {
 }
 
 
-def imports(name: str) -> Iterator[str]:
+@cache
+def imports(name: str) -> tuple[str, ...]:
     """Modules of the package that a module imports."""
-    tree = MODULES[name]
+    return tuple(_imports(MODULES[name]))
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
     # A module that is a program too starts the command, which lies above it.
-    body = [statement for statement in tree.body if not ast.unparse(statement).startswith("if __name__ ==")]
+    body = [
+        statement
+        for statement in tree.body
+        if not (isinstance(statement, ast.If) and ast.unparse(statement.test).startswith("__name__ =="))
+    ]
     for node in itertools.chain.from_iterable(map(ast.walk, body)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "orpo_mlx":
             home = node.module.removeprefix("orpo_mlx").lstrip(".")
