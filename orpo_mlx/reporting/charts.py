@@ -83,7 +83,9 @@ def png(
             lines = [label(line, 66 * columns) for line in heading]
             figure.suptitle("\n".join(lines), fontsize=9, x=0.01, ha="left")
         # Laid out here, once: `savefig` would draw all of it a first time to do so.
-        figure.get_layout_engine().execute(figure)
+        layout = figure.get_layout_engine()
+        assert layout is not None
+        layout.execute(figure)
         figure.set_layout_engine(None)
         target = io.BytesIO()
         figure.savefig(target, format="png", metadata={"Software": None})

@@ -220,7 +220,7 @@ def test_weights_are_made_once_while_they_take_no_more_than_the_bytes_given(monk
 
 
 def test_memory_grows_with_the_length_not_its_square() -> None:
-    peaks = []
+    peaks: list[int] = []
     for length in (1024, 2048):
         q, k, v = (mx.random.normal((1, heads, length, 16)) for heads in (4, 2, 2))
         mx.eval(q, k, v)
