@@ -26,7 +26,8 @@ from orpo_mlx.models.adapters import (
     add_trained_adapters,
     load_adapter_file,
 )
-from orpo_mlx.models.peft_adapters import MLX_WEIGHTS, check_fits, read_adapter
+from orpo_mlx.models.peft_adapters import check_fits, read_adapter
+from orpo_mlx.run_folder import ADAPTERS_FILE
 from tests.conftest import make_model, make_pairs
 
 LORA: dict[str, Any] = {"rank": 2, "scale": 4.0, "dropout": 0.0}
@@ -311,7 +312,7 @@ def test_a_rank_that_is_not_the_weights_is_no_end_of_the_process(tmp_path: Path)
     with pytest.raises(ModelError, match=said):
         add_trained_adapters(make_model(), folder)
     with pytest.raises(ModelError, match=said):
-        check_fits(read_adapter(folder, MLX_WEIGHTS, source="SRC"), make_model(), str(folder))
+        check_fits(read_adapter(folder, ADAPTERS_FILE, source="SRC"), make_model(), str(folder))
 
 
 def test_mlx_lm_reads_the_folder(tmp_path: Path) -> None:

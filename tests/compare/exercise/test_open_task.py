@@ -123,7 +123,7 @@ def task(monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> OpenTask:
 
 
 def test_a_reply_is_a_sentence_with_the_token_that_ended_it(task: OpenTask) -> None:
-    ends = task._stops.eos_token_ids
+    ends = set(task._stops.eos_token_ids)
     for answer in itertools.chain.from_iterable(task._answers["train"]):
         *before, last = answer.ids
         assert not ends & set(before)
