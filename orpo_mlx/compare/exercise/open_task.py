@@ -98,7 +98,7 @@ class OpenTask:
     """
 
     name = "open"
-    bound = 4.0
+    bound = 5.0
     kl_targets: tuple[float, ...] = (0.5, 2.0)
 
     def __init__(self, size: Size, cells: Cells) -> None:
