@@ -13,7 +13,7 @@ from orpo_mlx.config.flags import OneLineParser, exit_status
 from orpo_mlx.config.traits import PORT
 from orpo_mlx.errors import ConfigError
 from orpo_mlx.folder_lock import LOCK
-from orpo_mlx.reporting.metrics_log import METRICS_FILE
+from orpo_mlx.run_folder import METRICS_FILE
 from orpo_mlx.text import printable
 
 PROG = "orpo-mlx watch"

@@ -26,11 +26,12 @@ from orpo_mlx.files import save_adapters, save_json
 from orpo_mlx.judging.divergence import distinct_n, sampled_kl
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.process_memory import configure_allocator, process_footprint
-from orpo_mlx.reporting.metrics_log import METRICS_FILE, MetricsFile
+from orpo_mlx.reporting.metrics_log import MetricsFile
+from orpo_mlx.run_folder import ADAPTER_CONFIG_FILE, METRICS_FILE
 from orpo_mlx.training.data_order import pairs_per_step
 from orpo_mlx.training.evaluating.samples import pick_prompts, sample_replies
 from orpo_mlx.training.prepare import prepare
-from orpo_mlx.training.run import ADAPTER_CONFIG_FILE, Run, adapter_config, versions
+from orpo_mlx.training.run import Run, adapter_config, versions
 from orpo_mlx.training.steps.step import optimiser_step
 from orpo_mlx.types import Group, Pair
 

@@ -254,7 +254,7 @@ def add_trained_adapters(model: nn.Module, folder: Path, source: str = "`adapter
         adapter = peft_to_mlx(read_adapter(folder, PEFT_WEIGHTS, source=source), model, {}, str(folder))
         model.load_weights(list(adapter.weights.items()), strict=False)
     else:
-        config_file = folder / "adapter_config.json"
+        config_file = folder / ADAPTER_CONFIG_FILE
         config = read_json_table(config_file, ModelError) if config_file.is_file() else {}
         check_rank(config, (tensor.shape for tensor in read_header(weights).tensors.values()), f"{source} {folder}")
         try:

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from orpo_mlx.errors import DataError
 from orpo_mlx.files import check_regular
 from orpo_mlx.reporting.resumable_jsonl import LineFile
-from orpo_mlx.run_folder import METRICS_FILE as METRICS_FILE
-from orpo_mlx.run_folder import SAMPLES_FILE
+from orpo_mlx.run_folder import METRICS_FILE, SAMPLES_FILE
 
 Points = list[tuple[int, float]]
 """Steps and values, steps ascending."""

@@ -19,7 +19,6 @@ from orpo_mlx.losses.recipe import Recipe
 from orpo_mlx.models.adapters import adapter_weights
 from orpo_mlx.models.loading import LoadedModel
 from orpo_mlx.package_versions import version_of
-from orpo_mlx.run_folder import ADAPTER_CONFIG_FILE as ADAPTER_CONFIG_FILE
 from orpo_mlx.training.distributed import Ranks
 from orpo_mlx.training.references.reference import ReferenceLogProbs
 from orpo_mlx.training.steps.step_functions import StepFunctions

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from orpo_mlx.cli.common.arguments import check_count
 from orpo_mlx.errors import ConfigError, DataError
 from orpo_mlx.judging.requests import ROWS, Sampling
+from orpo_mlx.run_folder import ADAPTER_CONFIG_FILE
 
 if TYPE_CHECKING:
     from orpo_mlx.data.prompts import Prompt
@@ -136,6 +137,6 @@ def adapter_folder(flag: str, given: str | None) -> Path | None:
     if given is None:
         return None
     folder = Path(given).expanduser()
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():
         raise ConfigError(f"{flag} {given}: holds no adapter_config.json; give a folder that train wrote.")
     return folder

@@ -7,8 +7,7 @@ from pathlib import Path
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.errors import DataError
 from orpo_mlx.models.recorded import recorded
-
-_ADAPTERS = "adapters.safetensors"
+from orpo_mlx.run_folder import ADAPTERS_FILE
 
 
 def chosen_adapters(adapter_path: str | None, model: str | None) -> Path | None:
@@ -19,7 +18,7 @@ def chosen_adapters(adapter_path: str | None, model: str | None) -> Path | None:
     if adapter_path is not None:
         return Path(adapter_path).expanduser()
     default = Path(TrainingConfig.adapter_path)
-    return default if model is None and (default / _ADAPTERS).is_file() else None
+    return default if model is None and (default / ADAPTERS_FILE).is_file() else None
 
 
 def held_out_file(folder: Path | None) -> str:

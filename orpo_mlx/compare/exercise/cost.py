@@ -18,6 +18,7 @@ from orpo_mlx.memory.cheap_products import cheap_products
 from orpo_mlx.memory.fit import predicted
 from orpo_mlx.memory.predict import made_window
 from orpo_mlx.memory.skeleton import Blueprint, four_bit_blueprint, read_blueprint
+from orpo_mlx.models.known_shapes import LLAMA_3_1_8B, LLAMA_3_2_3B
 from orpo_mlx.models.loading import LoadedModel, load
 from orpo_mlx.models.names import DEFAULT_MODEL
 from orpo_mlx.process_memory import peak_gib
@@ -33,21 +34,7 @@ _LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
 Shapes = tuple[tuple[int, int], ...]
 """Tokens a side and pairs a step, all of which are one micro-batch."""
 
-_LLAMA3: dict[str, Any] = {
-    "model_type": "llama", "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
-    "vocab_size": 128256, "max_position_embeddings": 131072,
-}  # fmt: skip
-# As far as their shapes depend on it, from the models' config.json on the Hub.
-_LARGE: Mapping[str, dict[str, Any]] = {
-    "Llama-3.2-3B, 4 bits": {
-        **_LLAMA3, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
-        "tie_word_embeddings": True,
-    },
-    "Llama-3.1-8B, 4 bits": {
-        **_LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "tie_word_embeddings": False,
-    },
-}  # fmt: skip
+_LARGE: Mapping[str, dict[str, Any]] = {"Llama-3.2-3B, 4 bits": LLAMA_3_2_3B, "Llama-3.1-8B, 4 bits": LLAMA_3_1_8B}
 
 
 def measured_steps(loaded: LoadedModel, tokens: int, pairs: int, steps: int) -> dict[str, Any]:
