@@ -162,10 +162,10 @@ def raw_figures(tier: Mapping[str, Any]) -> Iterator[Pair]:
 
 
 def _chosen(tuning: list[Row], chosen: Row) -> Row:
-    """The best of the longest trainings; of equal ones the first of the grid, which `tuning` has last."""
-    longest = max(entry["steps"] for entry in tuning)
-    best = max(entry["score"] for entry in tuning if entry["steps"] == longest)
-    entry = [entry for entry in tuning if entry["steps"] == longest and entry["score"] == best][-1]
+    """The best of the longest trainings under the most seeds; of equal ones the last."""
+    last = max((entry["steps"], entry.get("seeds", 1)) for entry in tuning)
+    among = [entry for entry in tuning if (entry["steps"], entry.get("seeds", 1)) == last]
+    entry = [entry for entry in among if entry["score"] == max(each["score"] for each in among)][-1]
     fixed = {"step": entry["step"]} if "step" in chosen else {}
     return {"rate": entry["rate"], "strength": entry["strength"], **fixed}
 

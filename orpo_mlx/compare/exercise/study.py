@@ -100,16 +100,16 @@ def run_contender(task: Task, cells: Cells, variant: str, contender: Contender, 
             partial(training, task, cells, tuned_on, contender, setting, seed, of.steps, start)
             for seed in range(of.seeds)
         )
-        tuning.append({**setting._asdict(), "steps": of.steps, **judged_together(trainings, task.bound)})
+        together = judged_together(trainings, task.bound)
+        tuning.append({**setting._asdict(), "steps": of.steps, "seeds": of.seeds, **together})
         return float(tuning[-1]["score"])
 
     entries = successive_halving(grid(contender, size.rates, size.rounds[0].settings), size.rounds, score)
     setting, steps = entries[-1].setting, size.rounds[-1].steps
     chosen = setting._asdict()
     if size.fixed_steps:
-        won = next(
-            each for each in tuning if each["steps"] == steps and Setting(each["rate"], each["strength"]) == setting
-        )
+        # The last of it: a setting may stand in several rounds.
+        won = [each for each in tuning if Setting(each["rate"], each["strength"]) == setting][-1]
         chosen["step"] = won["step"]
         final = partial(fixed_training, task, cells, variant, contender, setting, chosen["step"])
         finals = every(partial(final, seed) for seed in range(size.seeds))
@@ -118,7 +118,7 @@ def run_contender(task: Task, cells: Cells, variant: str, contender: Contender, 
             partial(training, task, cells, variant, contender, setting, seed, steps, start, test=True)
             for seed in range(size.seeds)
         )
-    kept = ("rate", "strength", "steps", "score", "kl", "best", "step", "failed", "valid_gold")
+    kept = ("rate", "strength", "steps", "seeds", "score", "kl", "best", "step", "failed", "valid_gold")
     return {
         "strength": contender.strength,
         "likelihood": contender.likelihood,
