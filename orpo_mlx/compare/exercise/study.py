@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -343,7 +344,11 @@ def count_cells(size: Size) -> int:
     """How many cells `run_study` will ask for."""
     contenders = contenders_of(size)
     tunings = 1 if size.tuned_once else len(size.variants)
-    tuned = sum(each.settings * each.seeds for each in size.rounds)
+    tuned, before = 0, Counter[int]()
+    for each in size.rounds:
+        # What an earlier round trained as long is there, for as many seeds.
+        tuned += each.settings * (each.seeds - before[each.steps])
+        before[each.steps] = each.seeds
     trainings = tunings * tuned + len(size.variants) * size.seeds
     shuffled = 2 * size.shuffles
     sane = (2 + shuffled) * len(contenders) + shuffled * sum(each.likelihood for each in contenders)

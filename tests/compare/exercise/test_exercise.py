@@ -415,7 +415,8 @@ class Kept:
 
 
 def test_a_training_of_fixed_steps_is_judged_where_tuning_said() -> None:
-    size = TINY._replace(rounds=(Round(2, 2), Round(1, 4, 2)), looks=4, fixed_steps=True, contenders=("orpo", "dpo"))
+    # A setting that is in both rounds, of the same length.
+    size = TINY._replace(rounds=(Round(2, 4), Round(1, 4, 2)), looks=4, fixed_steps=True, contenders=("orpo", "dpo"))
     task = GoldTask(size)
     cells: Any = Kept()
     dpo = next(each for each in CONTENDERS if each.name == "dpo")
@@ -423,6 +424,11 @@ def test_a_training_of_fixed_steps_is_judged_where_tuning_said() -> None:
     variant = "0 % flipped"
     found = study.run_contender(task, cells, variant, dpo, base["valid"])
     chosen = found["chosen"]
+    assert [(each["steps"], each["seeds"]) for each in found["tuning"]] == [(4, 1), (4, 1), (4, 2)]
+    assert chosen["step"] == found["tuning"][-1]["step"]
+    again = tiers.raw_figures({"size": study.size_record(size, task.bound), "variants": {variant: {"dpo": found}}})
+    for what, published, recomputed in again:
+        assert published == (pytest.approx(recomputed) if isinstance(recomputed, float) else recomputed), what
     setting = Setting(chosen["rate"], chosen["strength"])
     assert [len(each["curve"]) for each in found["seeds"]] == [5, 5]
     for seed in (0, 1):
