@@ -24,7 +24,7 @@ def analysis(tier: Mapping[str, Any]) -> dict[str, Any]:
         "variants": {name: _variant(methods) for name, methods in tier["variants"].items()},
     }
     first, *others = tier["variants"].values()
-    if all("tokens" in seed["test"] for method in first.values() for seed in method["seeds"]):
+    if others and all("tokens" in seed["test"] for method in first.values() for seed in method["seeds"]):
         before = _measured(first, "tokens")
         found["lengths"] = {
             variant: _with_holm(
