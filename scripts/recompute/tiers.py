@@ -165,7 +165,7 @@ def _chosen(tuning: list[Row], chosen: Row) -> Row:
     """The best of the longest trainings under the most seeds; of equal ones the first."""
     last = max((entry["steps"], entry.get("seeds", 1)) for entry in tuning)
     among = [entry for entry in tuning if (entry["steps"], entry.get("seeds", 1)) == last]
-    entry = [entry for entry in among if entry["score"] == max(each["score"] for each in among)][0]
+    entry = max(among, key=lambda each: each["score"])
     fixed = {"step": entry["step"]} if "step" in chosen else {}
     return {"rate": entry["rate"], "strength": entry["strength"], **fixed}
 
