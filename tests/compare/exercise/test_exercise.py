@@ -426,8 +426,8 @@ def test_a_training_of_fixed_steps_is_judged_where_tuning_said() -> None:
     chosen = found["chosen"]
     assert [(each["steps"], each["seeds"]) for each in found["tuning"]] == [(4, 1), (4, 1), (4, 2)]
     assert chosen["step"] == found["tuning"][-1]["step"]
-    again = tiers.raw_figures({"size": study.size_record(size, task.bound), "variants": {variant: {"dpo": found}}})
-    for what, published, recomputed in again:
+    figures = tiers.raw_figures({"size": study.size_record(size, task.bound), "variants": {variant: {"dpo": found}}})
+    for what, published, recomputed in figures:
         assert published == (pytest.approx(recomputed) if isinstance(recomputed, float) else recomputed), what
     setting = Setting(chosen["rate"], chosen["strength"])
     assert [len(each["curve"]) for each in found["seeds"]] == [5, 5]
