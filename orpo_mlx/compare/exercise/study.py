@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -172,9 +173,7 @@ def training(
 
     def compute() -> dict[str, Any]:
         # A final training may repeat one of the tuning, whose adapters were not kept.
-        config = contender.config(setting, task.shared(), seed)
-        table = task.reference_table(variant) if recipe(config).needs_reference else None
-        with fresh_run(task.loaded, config, table) as run:
+        with begun(task, variant, contender, setting, seed) as run:
             seen: list[PerPrompt] = [start]
 
             def look(run: Run) -> dict[str, float]:
@@ -198,6 +197,15 @@ def training(
     return cells.get({**identity, "what": "final" if test else "tuning"}, compute)
 
 
+@contextmanager
+def begun(task: Task, variant: str, contender: Contender, setting: Setting, seed: int) -> Iterator[Run]:
+    """A run of a method at step 0, with the reference log-probs that all trainings share, where it has a reference."""
+    config = contender.config(setting, task.shared(), seed)
+    table = task.reference_table(variant) if recipe(config).needs_reference else None
+    with fresh_run(task.loaded, config, table) as run:
+        yield run
+
+
 def fixed_training(
     task: Task, cells: Cells, variant: str, contender: Contender, setting: Setting, step: int, seed: int
 ) -> dict[str, Any]:
@@ -207,8 +215,6 @@ def fixed_training(
     identity = {**_identity(task, variant, contender, setting, seed, steps), "what": "final", "judged_at": step}
 
     def compute() -> dict[str, Any]:
-        config = contender.config(setting, task.shared(), seed)
-        table = task.reference_table(variant) if recipe(config).needs_reference else None
         seen: list[PerPrompt] = [base_cell(task, cells)["test"]]
         replies: list[list[dict[str, str]]] = [[]]
 
@@ -218,7 +224,7 @@ def fixed_training(
             return means(seen[-1])
 
         first = {key: means(seen[0])[key] for key in ("gold", "kl")}
-        with fresh_run(task.loaded, config, table) as run:
+        with begun(task, variant, contender, setting, seed) as run:
             pairs, looks = task.train_pairs(variant), look_steps(task, steps)
             found = train(run, contender, pairs, looks, look, task.kl_targets[-1], first, least=step)
             at = [each["step"] for each in found.curve]
