@@ -212,7 +212,9 @@ def fixed_training(
     """One final training for a number of steps that tuning chose, whatever its KL then is, looked at on the test
     prompts alone; it goes on to the task's last KL target, as far as the longest of the tuning went."""
     steps = task.size.rounds[-1].steps
-    identity = {**_identity(task, variant, contender, setting, seed, steps), "what": "final", "judged_at": step}
+    looks = final_looks(task)
+    named = _identity(task, variant, contender, setting, seed, steps)
+    identity = {**named, "looks": looks, "what": "final", "judged_at": step}
 
     def compute() -> dict[str, Any]:
         seen: list[PerPrompt] = [base_cell(task, cells)["test"]]
@@ -225,7 +227,7 @@ def fixed_training(
 
         first = {key: means(seen[0])[key] for key in ("gold", "kl")}
         with begun(task, variant, contender, setting, seed) as run:
-            pairs, looks = task.train_pairs(variant), look_steps(task, steps)
+            pairs = task.train_pairs(variant)
             found = train(run, contender, pairs, looks, look, task.kl_targets[-1], first, least=step)
             at = [each["step"] for each in found.curve]
             # One that failed before it is judged as far as it came.
@@ -339,6 +341,13 @@ def look_steps(task: Task, steps: int) -> list[int]:
     # A setting that is best early must be met there again by its final trainings: later it may be beyond the bound.
     looks = {*range(apart, final + 1, apart), *(each.steps for each in task.size.rounds)}
     return sorted(look for look in looks if look <= steps)
+
+
+def final_looks(task: Task) -> list[int]:
+    """`look_steps` of the longest trainings, and one look more, half as many steps into them as the first: few steps
+    take a training far from the base model, and what it is worth near to it is measured there."""
+    looks = look_steps(task, task.size.rounds[-1].steps)
+    return sorted({max(1, looks[0] // 2), *looks})
 
 
 def means(measures: PerPrompt) -> dict[str, float]:

@@ -105,6 +105,9 @@ def test_what_tuning_saw_final_trainings_see_again(size: Size) -> None:
     for each in size.rounds:
         short = study.look_steps(task, each.steps)
         assert short == [step for step in looks if step <= each.steps]
+    nearer = study.final_looks(task)
+    assert set(looks) <= set(nearer)
+    assert nearer[0] <= max(1, looks[0] / 2)
 
 
 def test_a_training_that_was_looked_at_otherwise_is_another() -> None:
@@ -137,7 +140,7 @@ def test_cells_that_are_published_are_of_the_present_design() -> None:
     for each in trainings:
         setting = Setting(each["rate"], each["strength"])
         own = study._identity(task, each["variant"], contenders[each["method"]], setting, each["seed"], each["steps"])
-        judged = {"judged_at": each["judged_at"]} if each["what"] == "final" else {}
+        judged = {"judged_at": each["judged_at"], "looks": study.final_looks(task)} if each["what"] == "final" else {}
         assert each == {**own, "what": each["what"], **judged}
 
 
@@ -420,7 +423,7 @@ class Kept:
 
 def test_a_training_of_fixed_steps_is_judged_where_tuning_said() -> None:
     # A setting that is in both rounds, of the same length.
-    size = TINY._replace(rounds=(Round(2, 4), Round(1, 4, 2)), looks=4, fixed_steps=True, contenders=("orpo", "dpo"))
+    size = TINY._replace(rounds=(Round(2, 4), Round(1, 4, 2)), looks=2, fixed_steps=True, contenders=("orpo", "dpo"))
     task = GoldTask(size)
     cells: Any = Kept()
     dpo = next(each for each in CONTENDERS if each.name == "dpo")
@@ -434,7 +437,7 @@ def test_a_training_of_fixed_steps_is_judged_where_tuning_said() -> None:
     for what, published, recomputed in figures:
         assert published == (pytest.approx(recomputed) if isinstance(recomputed, float) else recomputed), what
     setting = Setting(chosen["rate"], chosen["strength"])
-    assert [len(each["curve"]) for each in found["seeds"]] == [5, 5]
+    assert [[look["step"] for look in each["curve"]] for each in found["seeds"]] == [[0, 1, 2, 4]] * 2
     for step in {chosen["step"], 2}:
         final = study.fixed_training(task, cells, variant, dpo, setting, step, 1)
         assert final["curve"][final["best"]]["step"] == step
