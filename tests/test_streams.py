@@ -54,6 +54,24 @@ def test_a_command_keeps_its_status(streams: str, end: str, status: int, err: st
         assert (tmp_path / "written").read_text() == "'' True"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux's")
+@pytest.mark.parametrize(
+    ("words", "prog"),
+    [
+        ("--help", "orpo-mlx"),
+        ("--version", "orpo-mlx"),
+        ("train --list-methods", "orpo-mlx train"),
+        ("train --help", "orpo-mlx train"),
+        ("convert merge --help", "orpo-mlx convert"),
+    ],
+)
+def test_what_is_asked_for_and_cannot_be_written_is_no_success(words: str, prog: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "orpo_mlx", *words.split()]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, _FULL.replace("prog", prog))
+
+
 def test_what_tests_and_notebooks_put_in_the_place_of_a_stream_stays(capsys: pytest.CaptureFixture[str]) -> None:
     before = (sys.stdin, sys.stdout, sys.stderr)
     lasting_streams()

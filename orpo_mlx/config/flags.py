@@ -57,6 +57,13 @@ class OneLineParser(argparse.ArgumentParser):
         # Clipped before the end is added, so that the way to --help is never what is cut away.
         self.exit(2, clipped(f"{self.prog}: error: {printable(message).rstrip('.')}", _MOST - len(end)) + f"{end}\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse's, which takes it for printed where a stream cannot be written: --help would be nothing, and well."""
+        if file is not None and file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """argparse's; `--batch_size` is `--batch-size`, and empty values are refused: `--adapter-path=` would be the
         folder one happens to be in."""
