@@ -58,7 +58,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, clipped(f"{self.prog}: error: {printable(message).rstrip('.')}", _MOST - len(end)) + f"{end}\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """argparse's, which takes it for printed where a stream cannot be written: --help would be nothing, and well."""
+        """argparse's, which takes for printed what a stream refuses: a --help that is not there would be well."""
         if file is not None and file is sys.stdout:
             file.write(message)
         else:
