@@ -27,10 +27,9 @@ PARSERS = {"train": "orpo_mlx.config.command_line"}
 BY_NAME = {*PARAMETERS, *BUDGETS, *LORA_FLAGS}
 # Where settings are declared, checked and taken from a user, which is no use of them; and what these modules make of
 # them for the others to read: other settings, or a method's parameters.
-_DECLARED = ("settings.py", "derived.py", "checks.py")
 DECLARING = [
     PACKAGE / "config" / name
-    for name in ("settings.py", "derived.py", "checks.py", "command_line.py", "print_config.py")
+    for name in ("settings.py", "derived.py", "checks.py", "reference_checks.py", "command_line.py", "print_config.py")
 ]
 _TRANSLATED = ("memory_mode", "data_reading", "recipe", "given_settings")
 
