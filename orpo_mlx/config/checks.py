@@ -135,6 +135,10 @@ def check_together(config: TrainingConfig) -> None:
         raise ConfigError("`sample_every`: `samples=0` leaves no prompt to answer; give `samples=1` or more.")
     if (config.evaluate_every is None) != (config.judge is None):
         raise ConfigError("`evaluate_every` and `judge` say when replies are judged and by whom; give both or neither.")
+    if config.samples == 0 and config.judge is None and config.sample_tokens != TrainingConfig.sample_tokens:
+        raise ConfigError("`sample_tokens`: `samples=0` and no `judge` leave no reply to bound; leave it out.")
+    if config.val_batches == 0 and config.steps_per_eval != TrainingConfig.steps_per_eval:
+        raise ConfigError("`steps_per_eval`: `val_batches=0` leaves nothing to validate; leave one of them out.")
     if config.evaluate_every is None and config.judge_prompts != TrainingConfig.judge_prompts:
         raise ConfigError("`judge_prompts` says how many replies `evaluate_every` judges; add that, or leave it out.")
     if config.full_model and config.fine_tune_type != "full":
@@ -201,6 +205,8 @@ def check_schedule(schedule: Mapping[str, Any]) -> None:
                     f"lr_schedule.{key}: found {quoted(number)}, expected a number of 0 or more: a negative rate would "
                     "move away from the goal."
                 )
+    if schedule.get("warmup_init") and not schedule.get("warmup"):
+        raise ConfigError("lr_schedule.warmup_init: is where warmup begins, and there is none; add warmup: STEPS.")
 
 
 def _is_finite(number: float) -> bool:
@@ -224,6 +230,12 @@ def complete_lora_parameters(config: TrainingConfig) -> dict[str, Any]:
         raise ConfigError(
             f"lora_parameters.keys: found {quoted(keys)}, expected a list of module names such as self_attn.q_proj."
         )
+    for key, value in lora.items() if config.fine_tune_type == "full" else ():
+        # Defaults may stand there: `--print-config` writes all of them.
+        if value != DEFAULT_LORA.get(key):
+            raise ConfigError(
+                f"lora_parameters.{key}: `fine_tune_type=full` trains no adapters; leave out one of them."
+            )
     return lora
 
 

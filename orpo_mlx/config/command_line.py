@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 from orpo_mlx.config.checks import check_settings, coerce, make_config, parse_number
 from orpo_mlx.config.defaults import DEFAULT_LORA
-from orpo_mlx.config.flags import GivenOnce, OneLineParser, naming_flags, naming_keys
+from orpo_mlx.config.flags import GivenOnce, OneLineParser, flag_of, naming_flags, naming_keys
 from orpo_mlx.config.mlx_lm_keys import KEYS, without_mlx_lm_keys
 from orpo_mlx.config.print_config import SourcedConfig, as_yaml
 from orpo_mlx.config.settings import SETTINGS, TrainingConfig
-from orpo_mlx.config.traits import GROUPS, Setting
+from orpo_mlx.config.traits import GROUPS, Setting, Trait
 from orpo_mlx.config.yaml_table import read_yaml_table
+from orpo_mlx.errors import ConfigError
 from orpo_mlx.losses.recipe import describe_methods
 
 _METAVARS = {int: "N", float: "X", str: "NAME"}
@@ -210,6 +211,13 @@ def merge_settings(given: GivenSettings, checkpoint: Mapping[str, Any]) -> Train
         ConfigError: settings that contradict each other.
     """
     found = without_replaced(checkpoint, given.values)
+    if {**found, **given.values}.get("fine_tune_type") == "full":
+        refuse_lora_flags(given)
+        # mlx-lm records a table that it made nothing of, and whoever goes on from there cannot leave it out.
+        found = _without_adapters(found)
+        if "fine_tune_type" in given.flags:
+            # The file may be that of other runs as well, with adapters.
+            given = given._replace(file=_without_adapters(given.file))
     if "lora_parameters" in given.flags:
         # A flag gives one entry of the table: the rest is the file's or the checkpoint's.
         tables = [source.get("lora_parameters") for source in (found, given.file, given.flags)]
@@ -217,10 +225,32 @@ def merge_settings(given: GivenSettings, checkpoint: Mapping[str, Any]) -> Train
         given = given._replace(flags={**given.flags, "lora_parameters": own})
     with given.naming_sources():
         config = make_config({**found, **given.values})
+        check_test_flags(config, given.flags)
     if given.print_config:
         print(as_yaml(SourcedConfig(config, given.flags, given.file, found)), end="")
         raise SystemExit(0)
     return config
+
+
+def _without_adapters(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in ("lora_parameters", "lora_plus_ratio")}
+
+
+def refuse_lora_flags(given: GivenSettings) -> None:
+    """Refuse the flags of `LORA_FLAGS` where full weights are trained; raises ConfigError."""
+    table = given.flags.get("lora_parameters", {})
+    for name, flag in LORA_FLAGS.items():
+        if flag.key in table:
+            with given.naming_sources():
+                raise ConfigError(f"{flag_of(name)}: `fine_tune_type=full` trains no adapters; leave out one of them.")
+
+
+def check_test_flags(config: TrainingConfig, flags: Mapping[str, Any]) -> None:
+    """Refuse flags that are about training beside `--test`; raises ConfigError. A file may have them: it is the same
+    one that the run was trained with."""
+    for name, value in flags.items():
+        if config.test and not SETTINGS[name].traits & (Trait.EVALUATED | Trait.TESTED):
+            raise ConfigError(f"`{name}={value}`: is about training, and `test` trains nothing; leave it out.")
 
 
 def resolve(

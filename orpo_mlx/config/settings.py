@@ -64,7 +64,13 @@ class TrainingConfig(ReportSettings):
     adapter_path: str = in_what(
         "adapters",
         "folder to write adapters, metrics and settings into",
-        Trait.OF_ROUNDS | Trait.RESUMABLE | Trait.THIS_COMMAND | Trait.PER_RANK | Trait.COMPARED | Trait.NOT_ON_CARD,
+        Trait.OF_ROUNDS
+        | Trait.RESUMABLE
+        | Trait.THIS_COMMAND
+        | Trait.PER_RANK
+        | Trait.COMPARED
+        | Trait.NOT_ON_CARD
+        | Trait.TESTED,
         aliases=("output_dir",),
         also=("--output-dir",),
     )
@@ -72,7 +78,7 @@ class TrainingConfig(ReportSettings):
         False,
         "train nothing: evaluate the held-out splits with the adapters of --resume-adapter-file, or those in "
         "--adapter-path",
-        Trait.OF_ROUNDS | Trait.THIS_COMMAND | Trait.COMPARED,
+        Trait.OF_ROUNDS | Trait.THIS_COMMAND | Trait.COMPARED | Trait.TESTED,
     )
     dry_run: bool = in_what(
         False,
@@ -158,7 +164,7 @@ class TrainingConfig(ReportSettings):
     micro_batch_tokens: int = in_training(
         None,
         "padded tokens run at one time; bounds memory, changes rounding alone; default: as suits the device",
-        Trait.RESUMABLE | Trait.PER_RANK | Trait.PUBLISHED | Trait.INSPECTED,
+        Trait.RESUMABLE | Trait.PER_RANK | Trait.PUBLISHED | Trait.INSPECTED | Trait.TESTED,
         range=POSITIVE,
     )
     learning_rate: float = in_training(
@@ -257,7 +263,7 @@ class TrainingConfig(ReportSettings):
     resume_adapter_file: str | None = in_adapters(
         None,
         "start from the weights of this adapter (mlx-lm or PEFT); --resume goes on with a run",
-        Trait.OF_ROUNDS | Trait.COMPARED,
+        Trait.OF_ROUNDS | Trait.COMPARED | Trait.TESTED,
     )
     dtype: str | None = in_adapters(
         None,
@@ -274,7 +280,7 @@ class TrainingConfig(ReportSettings):
     trust_remote_code: bool = in_adapters(
         False,
         "run Python code that comes with the checkpoint",
-        Trait.RESUMABLE | Trait.THIS_COMMAND | Trait.PER_RANK | Trait.INSPECTED,
+        Trait.RESUMABLE | Trait.THIS_COMMAND | Trait.PER_RANK | Trait.INSPECTED | Trait.TESTED,
     )
 
     memory: str = in_memory(

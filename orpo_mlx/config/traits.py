@@ -32,6 +32,8 @@ class Trait(enum.Flag):
     """Held-out figures depend on it, so that `--test` takes it from the run that made the adapters."""
     TRAINING_ONLY = enum.auto()
     """Refused with `--test`."""
+    TESTED = enum.auto()
+    """Counts with `--test` as well, like what is EVALUATED; of all others a flag is refused there."""
     COMPARED = enum.auto()
     """A comparison sets it itself, or has no use for it: refused among the flags that hold for all methods."""
     OF_METHOD = enum.auto()
@@ -62,7 +64,9 @@ GROUPS = {
     "loss": Group("loss", Trait.EVALUATED),
     "training": Group("training"),
     "adapters": Group("model and adapters"),
-    "memory": Group("memory; changes time and size, results by rounding alone", Trait.RESUMABLE | Trait.PER_RANK),
+    "memory": Group(
+        "memory; changes time and size, results by rounding alone", Trait.RESUMABLE | Trait.PER_RANK | Trait.TESTED
+    ),
     "machines": Group("more than one machine", Trait.RESUMABLE | Trait.COMPARED),
     "reports": Group("reports and saves", Trait.RESUMABLE | Trait.COMPARED),
     "resume": Group("going on with a run", Trait.OF_ROUNDS | Trait.RESUMABLE | Trait.THIS_COMMAND | Trait.COMPARED),

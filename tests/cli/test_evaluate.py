@@ -79,6 +79,13 @@ def test_a_judge_that_says_nothing_useful_ends_in_counts_and_one_sentence(
     [
         (("--judge", "rule:plane"), "--judge rule:plane: no rule 'plane'; did you mean plain?"),
         (("--judge", "rule:plain", "--temp", "-1"), "--temp: found -1.0"),
+        (("--judge", "rule:plain", "--top-p", "0.9"), "--top-p 0.9: --temp 0 draws nothing"),
+        (("--judge", "rule:plain", "--judge-tokens", "9"), "--judge-tokens 9: is for a model that writes its verdict"),
+        (
+            ("--judge", "rule:plain", "--judge-timeout", "9"),
+            "--judge-timeout 9.0: is for a server, and --judge rule:pl",
+        ),
+        (("--judge", "rule:plain", "--judge-model", "m"), "--judge-model m: is for a server, and --judge rule:plain i"),
         (("--judge", "rule:plain", "--baseline-adapter", "nowhere"), "--baseline-adapter nowhere: holds no"),
         (("--judge", "rule:exact"), "--judge rule:exact: 4 of 4 rows have no right answer"),
         (("--judge", "rule:plain", "--check-judge", "rule:exact"), "--check-judge rule:exact: 4 of 4 rows have no"),

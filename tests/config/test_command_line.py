@@ -12,6 +12,7 @@ import pytest
 
 from orpo_mlx.cli.train import given_alone
 from orpo_mlx.config.command_line import given_settings, merge_settings, read_config_file, resolve
+from orpo_mlx.config.defaults import DEFAULT_LORA
 from orpo_mlx.config.derived import recipe
 from orpo_mlx.config.settings import SETTINGS, TrainingConfig
 from orpo_mlx.device_profile import VARIABLE, DeviceProfile, RowLayout, device_profile
@@ -46,6 +47,7 @@ def test_flags_over_file_over_defaults(tmp_path: Path) -> None:
         ("{memory: thrift, segment_layers: 2}", ["--memory", "fast"], {"memory": "fast", "segment_layers": None}),
         ("{memory: thrift, segment_layers: 2}", ["--segment-layers", "4"], {"memory": "thrift", "segment_layers": 4}),
         ("lr_schedule: {name: step_decay}", ["--lr", "1e-3"], {"lr_schedule": None, "learning_rate": 1e-3}),
+        ("{lora_parameters: {rank: 2}, lora_plus_ratio: 4}", ["--fine-tune-type", "full"], {"lora_plus_ratio": None}),
         ("{shuffle: false, save_best: true}", ["--shuffle", "--no-save-best"], {"shuffle": True, "save_best": False}),
     ],
 )
@@ -111,6 +113,18 @@ def test_a_flag_that_is_none_is_one_sentence_with_what_was_meant(
         ("report: false\nreport_every: 3", "", "{file}: report: false: report_every asks for reports; give one of"),
         ("lora_parameters: {rank: 0}", "", "{file}: lora_parameters.rank: found 0"),
         ("lora_parameters: {scale: 3}", "--lora-rank 0", "lora_parameters.rank: found 0"),
+        (
+            "fine_tune_type: full\nlora_parameters: {rank: 2}",
+            "",
+            "{file}: lora_parameters.rank: fine_tune_type: full tr",
+        ),
+        ("fine_tune_type: full", "--lora-rank 8", "--lora-rank: fine_tune_type: full (in {file}) trains no adapters"),
+        ("seed: 3", "--fine-tune-type full --lora-alpha 8", "--lora-alpha: --fine-tune-type full trains no adapters"),
+        ("seed: 3", "--fine-tune-type full --lora-dropout 0", "--lora-dropout: --fine-tune-type full trains no ad"),
+        ("seed: 3", "--fine-tune-type full --lora-keys a", "--lora-keys: --fine-tune-type full trains no adapters"),
+        ("samples: 0", "--sample-tokens 9", "--sample-tokens: samples: 0 (in {file}) and no --judge leave no reply"),
+        ("val_batches: 0", "--steps-per-eval 9", "--steps-per-eval: val_batches: 0 (in {file}) leaves nothing to"),
+        ("lr_schedule: {name: x, warmup_init: 1e-7}", "", "{file}: lr_schedule.warmup_init: is where warmup begins"),
         ("method: orop", "", "{file}: method orop: no method 'orop'"),
         ("method: orop", "--test", "{file}: method orop: no method 'orop'"),
         ("seed: 3", "--iters 3 --epochs 2", "--iters and --epochs both say"),
@@ -121,6 +135,14 @@ def test_what_a_file_gave_is_called_by_file_and_key(tmp_path: Path, text: str, f
     with pytest.raises(ConfigError) as caught:
         given_alone(given_settings(["-c", file, *flags.split()]))
     assert str(caught.value).startswith(expected.format(file=file))
+
+
+def test_what_others_recorded_beside_full_weights_is_passed_over(tmp_path: Path) -> None:
+    recorded = {"fine_tune_type": "full", "lora_parameters": {"rank": 16, "keys": ["self_attn.q_proj"]}}
+    assert merge_settings(given_settings([]), recorded).lora_parameters == DEFAULT_LORA
+    # What `--print-config` writes can be given back.
+    file = write(tmp_path, "fine_tune_type: full\nlora_parameters: {rank: 8, scale: 20.0, dropout: 0.0, keys: null}\n")
+    assert resolve(["-c", file]).fine_tune_type == "full"
 
 
 def test_numbers_that_no_library_holds(tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ GOOD = {"data": "d", "judge": "rule:plain"}
         ({**GOOD, "train": {"report": False, "report_every": 3}}, "rounds.yaml: train.report: false: train.report_"),
         ({**GOOD, "train": {"lora_parameters": {"rank": 0}}}, "rounds.yaml: train.lora_parameters.rank: found 0"),
         ({**GOOD, "judge": "rule:no"}, "rounds.yaml: judge"),
+        (
+            {**GOOD, "judge_tokens": 9},
+            "rounds.yaml: judge_tokens: 9: is for a model that writes its verdict, or a serv",
+        ),
         ({**GOOD, "columns": "a=b"}, "rounds.yaml: columns"),
         ({**GOOD, "columns": "a=b"}, "'a' is not a name"),
     ],

@@ -84,6 +84,8 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
         raise ConfigError(f"--temp: found {args.temp}, expected a number of 0 or more.")
     if not 0 < args.top_p <= 1:
         raise ConfigError(f"--top-p: found {args.top_p}, expected a number above 0 and at most 1.")
+    if args.top_p < 1 and args.temp == 0:
+        raise ConfigError(f"--top-p {args.top_p}: --temp 0 draws nothing; give a --temp above 0, or leave it out.")
     if args.seed < 0:
         raise ConfigError(f"--seed: found {args.seed}, expected 0 or more.")
     return Sampling(args.max_tokens, args.temp, args.top_p, args.seed, args.template_strings)

@@ -36,6 +36,7 @@ def make_judge(name: str, options: JudgeOptions | None = None) -> Judge:
         ModelError: what it names are no adapters.
     """
     options = options or JudgeOptions()
+    check_heeded(name, options)
     if name in (REWARD, IMPLICIT, CHOICE):
         raise ConfigError(f"`judge={name}`: names nothing; expected {name}{'MODEL' if name == CHOICE else 'FOLDER'}.")
     if name.startswith(PREFIX):
@@ -54,7 +55,7 @@ def make_judge(name: str, options: JudgeOptions | None = None) -> Judge:
             trust_remote_code=options.trust_remote_code,
             template_strings=options.template_strings,
         )
-    if name == ENDPOINT or "://" in name:
+    if _is_address(name):
         url = LOOPBACK if name == ENDPOINT else name
         return EndpointJudge(url, model=options.model, timeout_s=options.timeout_s, max_tokens=options.max_tokens)
     if not name.strip():
@@ -69,6 +70,25 @@ def make_judge(name: str, options: JudgeOptions | None = None) -> Judge:
         dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,
     )
+
+
+def check_heeded(name: str, options: JudgeOptions) -> None:
+    """Refuse options that the judge of that name does not heed; raises ConfigError."""
+    asked = not name.startswith((PREFIX, REWARD, IMPLICIT, CHOICE))
+    server = _is_address(name)
+    # A choice is read off one token's probabilities: nothing is written.
+    for field, setting, heeded, whose in (
+        ("max_tokens", "judge_tokens", asked, "a model that writes its verdict, or a server"),
+        ("timeout_s", "judge_timeout", server, "a server"),
+        ("model", "judge_model", server, "a server"),
+    ):
+        value = getattr(options, field)
+        if not heeded and value != JudgeOptions._field_defaults[field]:
+            raise ConfigError(f"`{setting}={value}`: is for {whose}, and `judge={name}` is none; leave it out.")
+
+
+def _is_address(name: str) -> bool:
+    return name == ENDPOINT or ("://" in name and not name.startswith((PREFIX, REWARD, IMPLICIT, CHOICE)))
 
 
 def rule_of(name: str) -> Rule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -23,7 +24,7 @@ from orpo_mlx.judging.generation import Generated, Generator
 from orpo_mlx.judging.judges import endpoint_judge
 from orpo_mlx.judging.judges.endpoint_judge import KEY_VARIABLE, EndpointJudge, is_loopback
 from orpo_mlx.judging.judges.judges import JudgeOptions, make_judge
-from orpo_mlx.judging.judges.model_judge import ModelJudge, judge_ids
+from orpo_mlx.judging.judges.model_judge import TOKENS, ModelJudge, judge_ids
 from orpo_mlx.judging.judges.verdicts import FIRST, SECOND, TIE, Question, judge_parts, read_verdict
 
 QUESTION = Question("Capital of France?", "Paris", "Rome")
@@ -239,10 +240,39 @@ def test_a_choice_that_a_tokenizer_cannot_make_is_refused(
 
 
 def test_judges_that_are_asked_otherwise_are_told_apart() -> None:
-    names = ("m", "choice:m", "http://127.0.0.1:1/v1")
-    options = [JudgeOptions(), JudgeOptions(max_tokens=512), JudgeOptions(model="other", dtype="float16")]
-    found = [make_judge(name, each).identity for name in names for each in options]
+    usual, long, half = JudgeOptions(), JudgeOptions(max_tokens=512), JudgeOptions(dtype="float16")
+    server = "http://127.0.0.1:1/v1"
+    asked = [("m", usual), ("m", long), ("m", half), ("choice:m", usual), ("choice:m", half)]
+    asked += [(server, usual), (server, long), (server, JudgeOptions(model="other"))]
+    found = [make_judge(name, each).identity for name, each in asked]
     assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "heeded"),
+    [
+        ("rule:plain", set()),
+        ("rule:regex=http://x", set()),
+        ("reward:m", set()),
+        ("choice:m", set()),
+        ("m", {"judge_tokens"}),
+        ("endpoint", {"judge_tokens", "judge_timeout", "judge_model"}),
+        ("http://127.0.0.1:1/v1", {"judge_tokens", "judge_timeout", "judge_model"}),
+    ],
+)
+def test_what_a_judge_does_not_heed_is_refused(name: str, heeded: set[str]) -> None:
+    make_judge(name, JudgeOptions(max_tokens=TOKENS, timeout_s=60.0, model="default"))
+    options = {
+        "judge_tokens": JudgeOptions(max_tokens=9),
+        "judge_timeout": JudgeOptions(timeout_s=9.0),
+        "judge_model": JudgeOptions(model="other"),
+    }
+    for setting, given in options.items():
+        if setting in heeded:
+            make_judge(name, given)
+            continue
+        with pytest.raises(ConfigError, match=f"^`{setting}=.*`: is for a .*, and `judge={re.escape(name)}` is none"):
+            make_judge(name, given)
 
 
 def test_a_thought_that_the_template_opens_and_nobody_ends_is_no_verdict(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+import orpo_mlx
 from orpo_mlx.cli.train import main
+from orpo_mlx.config.flags import flag_of
+from orpo_mlx.config.settings import TrainingConfig, settings_with
+from orpo_mlx.config.traits import Trait
 from tests.conftest import make_model, make_pairs, write_id_rows
 from tests.helpers.quiet_training import run_quietly
 
@@ -31,7 +36,9 @@ def contents(folder: Path) -> dict[Path, bytes]:
 def test_the_figures_are_those_the_run_closed_with(
     settings: dict[str, Any], method: str, fine_tune_type: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings |= {"method": method, "fine_tune_type": fine_tune_type, "lora_parameters": {"rank": 2}, "beta": 0.3}
+    settings |= {"method": method, "fine_tune_type": fine_tune_type, "beta": 0.3}
+    if fine_tune_type != "full":
+        settings["lora_parameters"] = {"rank": 2}
     closed = run_quietly({**settings, "learning_rate": 1e-2})
     folder = Path(settings["adapter_path"])
     before = contents(folder)
@@ -47,6 +54,58 @@ def test_the_figures_are_those_the_run_closed_with(
     out = capsys.readouterr().out
     assert "Held-out pairs " in out
     assert "before" not in out
+
+
+OTHERWISE = {
+    **{"iters": 7, "grad_accumulation_steps": 3, "learning_rate": 0.5, "optimizer": "sgd", "lora_plus_ratio": 7.0},
+    **{"patience": 7, "max_grad_norm": 7.0, "on_nonfinite": "skip", "precompute_reference": True, "shuffle": False},
+    **{"seed": 7, "memory_check": False, "rank_timeout": 7.0, "steps_per_report": 7, "steps_per_eval": 7},
+    **{"save_every": 7, "save_minutes": 7.0, "keep": 7, "keep_awake": False, "save_best": True, "samples": 7},
+    **{"sample_tokens": 7, "report": False},
+}
+"""Settings that are about training, and one of each kind of those that go together."""
+
+PACKAGE = Path(orpo_mlx.__file__).parent
+CHECKING = ("settings.py", "command_line.py", "checks.py", "reference_checks.py")
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_flags_about_training_are_refused_and_in_a_file_change_nothing(
+    settings: dict[str, Any], method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_quietly({**settings, "method": method, "learning_rate": 1e-2})
+    words = ["--test", "--adapter-path", settings["adapter_path"]]
+    figures = []
+    (tmp_path / "file.yaml").write_text(json.dumps(OTHERWISE))
+    for more in ([], ["-c", str(tmp_path / "file.yaml")]):
+        assert main([*words, *more]) == 0
+        figures.append(lines_of(Path(settings["adapter_path"]) / "test_metrics.jsonl"))
+    assert figures[0] == figures[1]
+    for name, value in OTHERWISE.items():
+        capsys.readouterr()
+        flag = flag_of(name, str(value))
+        assert main([*words, *flag.split()]) == 2
+        assert f"error: {flag}: is about training, and --test trains nothing; leave" in capsys.readouterr().err
+
+
+def test_no_setting_counts_beside_test_that_is_never_read(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_quietly({**settings, "method": "dpo"})
+    read: set[str] = set()
+    plain = object.__getattribute__
+
+    def reading(config: TrainingConfig, name: str) -> Any:
+        caller = Path(sys._getframe(1).f_code.co_filename)
+        # Not of who checks all settings, or writes them down.
+        if caller.is_relative_to(PACKAGE) and caller.name not in CHECKING:
+            read.add(name)
+        return plain(config, name)
+
+    monkeypatch.setattr(TrainingConfig, "__getattribute__", reading)
+    assert main(["--test", "--adapter-path", settings["adapter_path"]]) == 0
+    # The last is read where it becomes a mode of memory.
+    assert set(settings_with(Trait.EVALUATED | Trait.TESTED)) - read == {"grad_checkpoint"}
 
 
 def test_an_adapter_file_and_other_data(settings: dict[str, Any], tmp_path: Path, data: Path) -> None:
