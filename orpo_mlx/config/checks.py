@@ -205,7 +205,8 @@ def check_schedule(schedule: Mapping[str, Any]) -> None:
                     f"lr_schedule.{key}: found {quoted(number)}, expected a number of 0 or more: a negative rate would "
                     "move away from the goal."
                 )
-    if schedule.get("warmup_init") and not schedule.get("warmup"):
+    # `warmup: 0` says that there is none, whatever else stands there.
+    if "warmup_init" in schedule and "warmup" not in schedule:
         raise ConfigError("lr_schedule.warmup_init: is where warmup begins, and there is none; add warmup: STEPS.")
 
 
