@@ -1,4 +1,4 @@
-"""The course chapter's five claims about ORPO and DPO, each held against a comparison's figures."""
+"""The course chapter's claims, each held against a comparison's figures."""
 
 from __future__ import annotations
 
@@ -6,16 +6,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from orpo_mlx.compare import claims
+from orpo_mlx.compare.claims import CONFIRMED, COPY, DPO, OPEN, ORPO, REFUTED
 from orpo_mlx.compare.results import Results
 from orpo_mlx.judging.intervals import wilson
-
-ORPO = "orpo"
-DPO = "dpo"
-COPY = "dpo --reference copy"
-
-CONFIRMED = "confirmed"
-REFUTED = "refuted"
-OPEN = "not decided"
 
 # One peak "twice" another, measured: halfway between the same and twice as much.
 _TWICE = 1.5
@@ -140,9 +134,9 @@ def sensitivity(arms: Arms, results: Results) -> tuple[str, str]:
 
 
 _CLAIMS: dict[str, Callable[[Arms, Results], tuple[str, str]]] = {
-    "DPO needs a reference model, ORPO does not": reference,
-    "DPO takes two phases, ORPO one": phases,
-    "DPO takes twice the memory": memory,
-    "ORPO converges faster": convergence,
-    "DPO's sensitivity to hyper-parameters is moderate, ORPO's low": sensitivity,
+    claims.REFERENCE: reference,
+    claims.PHASES: phases,
+    claims.MEMORY: memory,
+    claims.CONVERGENCE: convergence,
+    claims.SENSITIVITY: sensitivity,
 }

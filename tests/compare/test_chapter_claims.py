@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.compare.chapter_claims import CONFIRMED, COPY, OPEN, REFUTED, verdicts
+from orpo_mlx.compare.chapter_claims import verdicts
+from orpo_mlx.compare.claims import CONFIRMED, COPY, OPEN, REFUTED
 
 
 def arm(

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from orpo_mlx.compare.claims import COPY, DPO, ORPO
 from orpo_mlx.compare.exercise.trainer import fresh_run
 from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.data.batching import micro_batches
@@ -25,9 +26,9 @@ from orpo_mlx.process_memory import peak_gib
 from orpo_mlx.training.steps.step import optimiser_step
 
 _ARMS: Mapping[str, dict[str, Any]] = {
-    "orpo": {"method": "orpo"},
-    "dpo": {"method": "dpo"},
-    "dpo --reference copy": {"method": "dpo", "reference": "copy"},
+    ORPO: {"method": "orpo"},
+    DPO: {"method": "dpo"},
+    COPY: {"method": "dpo", "reference": "copy"},
 }
 PRECOMPUTED = "dpo --precompute-reference"
 _LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
@@ -91,7 +92,7 @@ def measured_peaks(shapes: Shapes) -> list[dict[str, Any]]:
 
 
 def _peaks(kind: str, tokens: int, pairs: int) -> dict[str, float]:
-    arms = {**_ARMS, PRECOMPUTED: _ARMS["dpo"]}
+    arms = {**_ARMS, PRECOMPUTED: _ARMS[DPO]}
     return {
         name: round(_peak(kind, settings, tokens, pairs, name == PRECOMPUTED), 2) for name, settings in arms.items()
     }

@@ -1,4 +1,4 @@
-"""The course chapter's five claims, each a sentence with figures and a named limit.
+"""The course chapter's claims, each a sentence with figures and a named limit.
 
 Convergence is judged twice, since the two need not agree: by reward after as many steps, and by reward at the same KL.
 
@@ -12,9 +12,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from orpo_mlx.compare import claims
+from orpo_mlx.compare.claims import CONFIRMED, COPY, DPO, OPEN, ORPO, REFUTED
 from orpo_mlx.compare.exercise.significance import holm, paired_bootstrap
 
-ORPO, DPO = "orpo", "dpo"
 CHAPTERS = "orpo_style"
 _LABELS = {ORPO: "ORPO", CHAPTERS: "the chapter's loss"}
 Variant = Mapping[str, Mapping[str, Any]]
@@ -30,8 +31,6 @@ _QUARTERS = (0.25, 0.5, 0.75, 1.0)
 _TWICE = 1.9
 # More than peaks differ by from run to run.
 _MORE = 1.1
-
-CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "not decided"
 
 
 class Verdict(NamedTuple):
@@ -74,7 +73,7 @@ def reference(cost: Mapping[str, Any]) -> Verdict:
     needed = own[DPO]["forward_tokens"] > 0 and own[ORPO]["forward_tokens"] == 0
     second = own[DPO]["peak_gib"] >= _MORE * own[ORPO]["peak_gib"]
     return Verdict(
-        "DPO needs a reference model, ORPO does not",
+        claims.REFERENCE,
         f"{_said(needed)} for reference log-probs, {_said(second)} for a second model",
         f"DPO's reference is its own weights with the adapters off: a step's peak is {own[DPO]['peak_gib']:.2f} GiB, "
         f"ORPO's {own[ORPO]['peak_gib']:.2f}",
@@ -88,7 +87,7 @@ def phases(cost: Mapping[str, Any]) -> Verdict:
     own = cost["measured"]
     forward = own[DPO]["forward_tokens"] > own[ORPO]["forward_tokens"]
     return Verdict(
-        "DPO takes two phases, ORPO one",
+        claims.PHASES,
         f"{REFUTED} for a second training, {_said(forward)} for a second forward pass",
         f"one command and one loop; over {own[DPO]['steps']} steps DPO runs {own[DPO]['forward_tokens']} tokens "
         f"forward without gradient, ORPO {own[ORPO]['forward_tokens']}; once per pair, however many epochs",
@@ -100,7 +99,7 @@ def phases(cost: Mapping[str, Any]) -> Verdict:
 def memory(cost: Mapping[str, Any]) -> Verdict:
     """Where a second copy of the weights doubles the peak."""
     own = cost["measured"]
-    shared, copied = (own[name]["peak_gib"] / own[ORPO]["peak_gib"] for name in (DPO, "dpo --reference copy"))
+    shared, copied = (own[name]["peak_gib"] / own[ORPO]["peak_gib"] for name in (DPO, COPY))
     rows = cost["predicted"]
     reach = [row for row in rows if row["copy_ratio"] >= _TWICE] or [max(rows, key=lambda row: row["copy_ratio"])]
     shown = "; ".join(
@@ -109,7 +108,7 @@ def memory(cost: Mapping[str, Any]) -> Verdict:
         for row in reach
     )
     return Verdict(
-        "DPO takes twice the memory",
+        claims.MEMORY,
         CONFIRMED if shared >= _TWICE else f"{REFUTED}; a second copy nears it only where weights outweigh the rest",
         f"measured on {cost['model']}, {cost['tokens']} tokens a side: DPO {shared:.2f} times ORPO's peak, with a "
         f"second copy {copied:.2f} times; predicted with a second copy, the most: {shown}",
@@ -134,7 +133,7 @@ def convergence(tier: Mapping[str, Any], name: str = ORPO) -> Verdict:
     per_step = _decided(figures, "step")
     per_nat = _decided(figures, "kl")
     return Verdict(
-        claim_of("ORPO converges faster", name),
+        claim_of(claims.CONVERGENCE, name),
         per_step if per_step == per_nat else f"by steps {per_step}; at equal KL {per_nat}",
         f"gold of {label} minus DPO's, each at its tuned rate, with 95 % intervals: {'; '.join(words)}",
         "steps: on valid prompts, which the settings were tuned on, where all seeds of both are within the KL bound of "
@@ -234,7 +233,7 @@ def sensitivity(variants: Mapping[str, Variant], name: str = ORPO) -> Verdict:
     if settings < _REAL_GRID:
         verdict += f", on {settings} settings: a grid of {_REAL_GRID} and more is needed to say so in general"
     return Verdict(
-        claim_of("DPO's sensitivity to hyper-parameters is moderate, ORPO's low", name),
+        claim_of(claims.SENSITIVITY, name),
         verdict,
         f"share of what the best of {settings} settings of learning rate and β gains over the base model within the KL "
         f"bound that the average of them loses: {'; '.join(parts)}",
