@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from orpo_mlx.config.command_line import GivenSettings, given_settings, merge_settings
+from orpo_mlx.config.command_line import GivenSettings, check_test_flags, given_settings, merge_settings
 from orpo_mlx.config.derived import recipe
 from orpo_mlx.config.flags import exit_status, with_flags
 from orpo_mlx.config.settings import TrainingConfig
@@ -47,6 +47,8 @@ def given_alone(given: GivenSettings) -> TrainingConfig | None:
     """
     if not (given.values.get("test") or given.values.get("resume")):
         return merge_settings(given, {})
+    if given.values.get("test"):
+        check_test_flags(given)
     if "method" in given.values:
         with given.naming_sources():
             recipe(TrainingConfig(method=given.values["method"]))

@@ -225,7 +225,6 @@ def merge_settings(given: GivenSettings, checkpoint: Mapping[str, Any]) -> Train
         given = given._replace(flags={**given.flags, "lora_parameters": own})
     with given.naming_sources():
         config = make_config({**found, **given.values})
-        check_test_flags(config, given.flags)
     if given.print_config:
         print(as_yaml(SourcedConfig(config, given.flags, given.file, found)), end="")
         raise SystemExit(0)
@@ -245,12 +244,15 @@ def refuse_lora_flags(given: GivenSettings) -> None:
                 raise ConfigError(f"{flag_of(name)}: `fine_tune_type=full` trains no adapters; leave out one of them.")
 
 
-def check_test_flags(config: TrainingConfig, flags: Mapping[str, Any]) -> None:
-    """Refuse flags that are about training beside `--test`; raises ConfigError. A file may have them: it is the same
-    one that the run was trained with."""
-    for name, value in flags.items():
-        if config.test and not SETTINGS[name].traits & (Trait.EVALUATED | Trait.TESTED):
-            raise ConfigError(f"`{name}={value}`: is about training, and `test` trains nothing; leave it out.")
+def check_test_flags(given: GivenSettings) -> None:
+    """Refuse flags that are about training beside `--test`; raises ConfigError. A file may have them: it is the one
+    that the run was trained with."""
+    # What would do harm is refused in a file as well, with the other settings that contradict each other.
+    elsewhere = Trait.EVALUATED | Trait.TESTED | Trait.TRAINING_ONLY
+    for name, value in given.flags.items():
+        if not SETTINGS[name].traits & elsewhere:
+            with given.naming_sources():
+                raise ConfigError(f"`{name}={value}`: is about training, and `test` trains nothing; leave it out.")
 
 
 def resolve(
