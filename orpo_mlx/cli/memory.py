@@ -11,10 +11,14 @@ from typing import NamedTuple
 from orpo_mlx.cli.common.arguments import check_from_beginning, check_output_file
 from orpo_mlx.config.command_line import resolve
 from orpo_mlx.config.flags import OneLineParser, exit_status
+from orpo_mlx.config.settings import TrainingConfig
 from orpo_mlx.errors import ConfigError, TrainingError
 from orpo_mlx.files import save_json
 
 PROG = "orpo-mlx memory"
+_DEFAULTS = ("--iters", "3")
+# The same pairs for every method, and no prediction, which would run steps of its own before the peak is taken.
+_FIXED = ("--no-shuffle", "--no-memory-check")
 
 
 def build_parser() -> OneLineParser:
@@ -41,11 +45,8 @@ def build_parser() -> OneLineParser:
 class BenchmarkRequest(NamedTuple):
     """What is to be measured, and where the figures go."""
 
-    methods: list[str]
-    arguments: list[str]
-    """Flags of `train`, for all methods."""
-    modes: list[str]
-    """Memory modes to measure each method with; none: as `arguments` say."""
+    configs: list[TrainingConfig]
+    """Of each method, in each mode."""
     json_file: Path | None
     publish_file: Path | None
 
@@ -57,9 +58,6 @@ def benchmark_request(argv: Sequence[str] | None) -> BenchmarkRequest:
         ConfigError: flags that cannot be used.
     """
     own, arguments = build_parser().parse_known_args(argv)
-    # Only now: a mistyped flag need not wait for mlx-lm and transformers.
-    from orpo_mlx.memory.benchmark import benchmark_flags, mode_flags
-
     methods = [name.strip() for name in own.methods.split(",")]
     # By hand, since train's flags are not parsed yet: a value may follow after `=` or as the next word.
     if any(word.split("=")[0] == "--method" for word in arguments):
@@ -67,21 +65,25 @@ def benchmark_request(argv: Sequence[str] | None) -> BenchmarkRequest:
     modes = [name.strip() for name in own.modes.split(",")] if own.modes else []
     if modes and any(word.split("=")[0] == "--memory" for word in arguments):
         raise ConfigError("--memory: several modes are measured; leave out --memory or --modes.")
-    for method, mode in itertools.product(methods, mode_flags(modes)):
-        resolve(benchmark_flags(method, [*arguments, *mode]), PROG, check_from_beginning)
+    mode_flags = [("--memory", mode) for mode in modes] or [()]
+    configs = [
+        resolve([*_DEFAULTS, *arguments, *mode, *_FIXED, "--method", method], PROG, check_from_beginning)
+        for method, mode in itertools.product(methods, mode_flags)
+    ]
     files = [
         None if file is None else check_output_file(flag, file)
         for flag, file in (("--json", own.json), ("--publish", own.publish))
     ]
-    return BenchmarkRequest(methods, arguments, modes, *files)
+    return BenchmarkRequest(configs, *files)
 
 
 def run(argv: Sequence[str] | None) -> None:
     """Do what a command line asks; raises UserError."""
-    methods, arguments, modes, json_file, publish_file = benchmark_request(argv)
+    configs, json_file, publish_file = benchmark_request(argv)
+    # Only now: a mistyped flag need not wait for mlx-lm and transformers.
     from orpo_mlx.memory.benchmark import costs_table, measure_methods, publishable_memory
 
-    record = measure_methods(methods, arguments, json_file, modes)
+    record = measure_methods(configs, json_file)
     if publish_file is not None:
         save_json(publish_file, publishable_memory(record))
     print(costs_table(record["methods"]))

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from orpo_mlx.config.command_line import resolve
 from orpo_mlx.config.flags import exit_status, why_it_died
 from orpo_mlx.config.settings import TrainingConfig, settings_with
 from orpo_mlx.config.traits import Trait
@@ -34,9 +33,6 @@ from orpo_mlx.types import Example
 
 PROG = "orpo-mlx memory"
 _GIB = 2**30
-_DEFAULTS = ("--iters", "3")
-# The same pairs for every method, and no prediction, which would run steps of its own before the peak is taken.
-_FIXED = ("--no-shuffle", "--no-memory-check")
 
 StepBatches = Sequence[Sequence[Example]]
 
@@ -118,23 +114,19 @@ def timed(work: Callable[[Sequence[Example]], object], batches: StepBatches) -> 
     return Timing(seconds, peak_gib())
 
 
-def measure_methods(
-    methods: Sequence[str], arguments: Sequence[str], json_file: Path | None = None, modes: Sequence[str] = ()
-) -> dict[str, Any]:
+def measure_methods(configs: Sequence[TrainingConfig], json_file: Path | None = None) -> dict[str, Any]:
     """Measure each method (in each mode) in a fresh process; what is known so far is in `json_file` after each.
 
     Args:
-        methods: as `--method` takes them.
-        arguments: flags of `orpo_mlx.train`, for all of them.
+        configs: checked settings of each method, in each mode, on the same data.
         json_file: where to write the record.
-        modes: values of `--memory` to measure every method with; none: as `arguments` say.
 
     Returns:
         `methods`: for each a dictionary with `method`, `memory` (the mode), all `settings`, and the keys of `measure`,
         or `error` in their place where its process died; `versions`, `machine` and `date`.
 
     Raises:
-        ConfigError: the settings cannot be used.
+        UserError: settings, data or model cannot be used.
     """
     record: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -142,14 +134,12 @@ def measure_methods(
         "versions": versions(),
         "methods": [],
     }
-    commands = [benchmark_flags(method, [*arguments, *mode]) for method in methods for mode in mode_flags(modes)]
-    configs = [resolve(command, PROG) for command in commands]
     # So that data that is not there is found before the first model is loaded.
     find_splits(configs[0].data)
-    for config, command in zip(configs, commands, strict=True):
+    for config in configs:
         print(f"Measuring {config.method} with --memory {config.memory} ...", file=sys.stderr, flush=True)
         settings = {"method": config.method, "memory": config.memory, "settings": config.settings()}
-        record["methods"].append({**settings, **measure_in_a_process(command)})
+        record["methods"].append({**settings, **measure_in_a_process(config)})
         if json_file is not None:
             save_json(json_file, record)
     return record
@@ -186,7 +176,7 @@ def device_facts() -> dict[str, Any]:
     return {key: info[key] for key in ("device_name", "memory_size", "max_recommended_working_set_size") if key in info}
 
 
-def measure_in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
+def measure_in_a_process(config: TrainingConfig) -> dict[str, Any]:
     """What `measure` returns, from a process of its own; `error` where that dies.
 
     Raises:
@@ -195,8 +185,9 @@ def measure_in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
     # MLX's peak and caches are of the whole process, and a method that runs out of memory is killed. Without a cache,
     # so that every method computes its own reference.
     with tempfile.TemporaryDirectory() as folder:
+        settings = {**config.settings(), "adapter_path": folder}
         done = subprocess.run(
-            [sys.executable, "-m", "orpo_mlx.memory.benchmark", *arguments, "--adapter-path", folder],
+            [sys.executable, "-m", "orpo_mlx.memory.benchmark", json.dumps(settings)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -210,18 +201,8 @@ def measure_in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def benchmark_flags(method: str, arguments: Sequence[str]) -> list[str]:
-    """The flags of `train` that measure a method, `arguments` among them."""
-    return [*_DEFAULTS, *arguments, *_FIXED, "--method", method]
-
-
-def mode_flags(modes: Sequence[str]) -> list[tuple[str, ...]]:
-    """The flags for each memory mode; no flags once where no modes are named."""
-    return [("--memory", mode) for mode in modes] or [()]
-
-
-def _measure_and_print() -> None:
-    print(json.dumps(measure(resolve(None, PROG))))
+def _measure_and_print(settings: Mapping[str, Any]) -> None:
+    print(json.dumps(measure(TrainingConfig(**settings))))
 
 
 def publishable_memory(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,4 +225,4 @@ def publishable_memory(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(PROG, _measure_and_print))
+    sys.exit(exit_status(PROG, lambda: _measure_and_print(json.loads(sys.argv[1]))))

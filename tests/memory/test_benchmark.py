@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from orpo_mlx.cli.memory import main
+from orpo_mlx.cli.memory import benchmark_request, main
 from orpo_mlx.config.checks import make_config
 from orpo_mlx.data.batching import collate
 from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
@@ -112,7 +112,7 @@ def test_a_process_that_dies_is_named_and_the_rest_go_on(
 ) -> None:
     stand_in = tmp_path / "python"
     stand_in.write_text(
-        '#!/bin/sh\ncase "$*" in *--method?orpo*) kill -9 $$;; *--method?sft*) echo odd: no memory >&2; exit 1;; esac\n'
+        '#!/bin/sh\ncase "$*" in *\'"orpo"\'*) kill -9 $$;; *\'"sft"\'*) echo odd: no memory >&2; exit 1;; esac\n'
         f"echo '{json.dumps(dict.fromkeys(KEYS, 1.5))}'\n"
     )
     stand_in.chmod(0o755)
@@ -161,23 +161,27 @@ def test_wrong_input_is_one_sentence(
 
 
 def test_every_flag_of_train_holds_for_every_method(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
+    asked: list[dict[str, Any]] = []
 
-    def in_a_process(words: list[str]) -> dict[str, Any]:
-        asked.append(words)
-        return {}
+    def in_a_process(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(json.loads(command[-1]))
+        return subprocess.CompletedProcess(command, 0, "{}\n", "")
 
-    monkeypatch.setattr(memory_benchmark, "measure_in_a_process", in_a_process)
-    record = measure_methods(["orpo", "dpo"], [*arguments, "--grad-checkpoint", "--no-shuffle", "--seed", "7"])
-    for settings, words in zip((row["settings"] for row in record["methods"]), asked, strict=True):
+    monkeypatch.setattr(subprocess, "run", in_a_process)
+    request = benchmark_request([*arguments, "--grad-checkpoint", "--no-shuffle", "--seed", "7"])
+    record = measure_methods(request.configs)
+    assert [row["method"] for row in record["methods"]] == ["orpo", "dpo"]
+    for row, settings in zip(record["methods"], asked, strict=True):
         assert (settings["grad_checkpoint"], settings["seed"], settings["iters"]) == (True, 7, 3)
         assert settings["shuffle"] is False
-        assert {"--grad-checkpoint", "--seed", "--iters", "--no-shuffle"} <= set(words)
+        # But for the folder, which is gone afterwards.
+        assert row["settings"] == {**settings, "adapter_path": row["settings"]["adapter_path"]}
+        assert not Path(settings["adapter_path"]).exists()
 
 
 def test_each_method_in_each_mode(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_benchmark, "measure_in_a_process", lambda _: {})
-    rows = measure_methods(["orpo", "dpo"], arguments, modes=["plain", "thrift"])["methods"]
+    rows = measure_methods(benchmark_request([*arguments, "--modes", "plain,thrift"]).configs)["methods"]
     assert [(row["method"], row["memory"]) for row in rows] == [
         ("orpo", "plain"),
         ("orpo", "thrift"),
