@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from orpo_mlx.errors import ConfigError, DataError
-from scripts.docs_tables import DOCUMENTS, EXAMINED, TABLES, add_results, regenerated, stale_documents
+from scripts.docs_tables import DOCUMENTS, EXAMINED, add_results, regenerated, stale_documents
+from scripts.tables.comparisons import TABLES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MARK = re.compile(r"<!-- results: ([a-z0-9_ -]+) -->")

@@ -1,0 +1,1 @@
+"""The tables that `docs_tables.py` puts into the documents."""
