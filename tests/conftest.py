@@ -33,9 +33,14 @@ fuse_nothing()
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 SMALL = {
-    "batch_size": 2, "iters": 3, "samples": 0, "steps_per_report": 1, "learning_rate": 1e-3, "memory_check": False,
+    "batch_size": 2,
+    "iters": 3,
+    "samples": 0,
+    "steps_per_report": 1,
+    "learning_rate": 1e-3,
+    "memory_check": False,
     "report": False,
-}  # fmt: skip
+}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"

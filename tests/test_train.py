@@ -36,9 +36,14 @@ def test_what_is_written(settings: dict[str, Any]) -> None:
     run_quietly(settings)
     folder = Path(settings["adapter_path"])
     assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "adapter_config.json", "adapters.safetensors", "checkpoints", "metrics.jsonl", "run.json",
+        "README.md",
+        "adapter_config.json",
+        "adapters.safetensors",
+        "checkpoints",
+        "metrics.jsonl",
+        "run.json",
         "train.lock",
-    ]  # fmt: skip
+    ]
     record = json.loads((folder / "run.json").read_text())
     assert record["settings"]["learning_rate"] == 1e-3
     assert record["method_parameters"] == {"orpo": {"beta": 0.1}}

@@ -99,8 +99,10 @@ def test_what_failed_is_listed(
 def test_a_machine_that_could_not_be_examined() -> None:
     record: dict[str, Any] = {"checks": {}, "failures": ["machine: start: no"], "verdict": "FAIL", "seconds": 1.0}
     assert summary(record).splitlines() == [
-        "machine      FAIL  could not be examined", "  machine: start: no", "FAIL, 1 s",
-    ]  # fmt: skip
+        "machine      FAIL  could not be examined",
+        "  machine: start: no",
+        "FAIL, 1 s",
+    ]
 
 
 @pytest.mark.parametrize("words", [["--json", "."], ["--json", "no/such/folder/x.json"]])

@@ -131,10 +131,9 @@ def test_the_pre_tokenizer_is_told_from_what_it_does(
     """As the tokenizer.json of Llama 3 and Qwen 2 has it."""
     # Not qwen2's: transformers builds that one's tokenizer anew and heeds the file no more.
     folder = write_model_folder(tmp_path / "hf")
-    write_tokenizer(folder, pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_CUT.replace("{DIGITS}", digits)), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]), normalised, ignore)  # fmt: skip
+    cut = pre_tokenizers.Split(Regex(_CUT.replace("{DIGITS}", digits)), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    write_tokenizer(folder, pre_tokenizers.Sequence([cut, as_bytes]), normalised, ignore)
     assert main(["to-gguf", str(folder), str(tmp_path / "m.gguf")]) == 0
     assert read_gguf(tmp_path / "m.gguf").metadata["tokenizer.ggml.pre"] == name
 
@@ -154,9 +153,12 @@ def write_tokenizer(folder: Path, division: Any, normalised: bool = False, ignor
 
 def test_llama_3_frequencies_are_those_the_model_runs_with(tmp_path: Path) -> None:
     scaling = {
-        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
-    }  # fmt: skip
+    }
     folder, output = write_model_folder(tmp_path / "hf"), tmp_path / "model.gguf"
     config = {**model_config("llama"), "rope_theta": 500000.0, "rope_scaling": scaling}
     (folder / "config.json").write_text(json.dumps(config))

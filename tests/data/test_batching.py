@@ -86,8 +86,11 @@ def test_buckets_are_few_and_near(up: bool) -> None:
 def test_values_by_completion() -> None:
     assert split_by_completion(PAIRS, np.arange(9)[:6])[0][0].tolist() == [0]
     assert [part.tolist() for pair in split_by_completion(PAIRS, np.arange(6)) for part in pair] == [
-        [0], [3, 4], [1, 2], [5],
-    ]  # fmt: skip
+        [0],
+        [3, 4],
+        [1, 2],
+        [5],
+    ]
 
 
 def test_collate_needs_pairs() -> None:

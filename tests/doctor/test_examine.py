@@ -67,8 +67,11 @@ def test_a_process_that_dies_fails_its_unit_and_the_others_are_examined(monkeypa
     said: list[str] = []
     findings = examine(Process([sys.executable, "-c", CHILD]), said.append)
     assert [(found.name, found.passed) for found in findings] == [
-        ("part 0", True), ("part 1", False), ("part 2", True), ("part 3", True),
-    ]  # fmt: skip
+        ("part 0", True),
+        ("part 1", False),
+        ("part 2", True),
+        ("part 3", True),
+    ]
     assert findings[1].sentence == "the process was ended by SIGABRT: metal.cpp: the command buffer failed"
     assert [line for line in said if line[0] != " "] == [f"{n + 1}/4 modes: part {n}" for n in range(4)]
     assert any(line.startswith("  still at it, ") for line in said)

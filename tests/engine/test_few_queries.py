@@ -20,9 +20,17 @@ from orpo_mlx.types import Batch, TokenizedPair
 from tests.helpers.metal_attention import raise_as_metal_does
 
 CONFIG: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 3, "vocab_size": 90,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "vocab_size": 90,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+}
 LENGTHS = range(1, 10)
 PAIRS = [
     TokenizedPair(tuple(range(1, prompt + 1)), tuple(range(20, 20 + chosen)), tuple(range(40, 50 - chosen)))

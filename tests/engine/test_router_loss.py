@@ -123,10 +123,18 @@ def test_it_is_logged_and_balances_what_is_trained(settings: dict[str, Any], tmp
     lora = {"keys": ["block_sparse_moe.gate"], "rank": 4, "scale": 4.0, "dropout": 0.0}
     run_quietly(
         {
-            **settings, "model": str(folder), "memory": "plain", "router_aux_loss_coef": 100.0, "iters": 30,
-            "batch_size": 6, "learning_rate": 1e-3, "lora_parameters": lora, "num_layers": 2, "steps_per_report": 1,
+            **settings,
+            "model": str(folder),
+            "memory": "plain",
+            "router_aux_loss_coef": 100.0,
+            "iters": 30,
+            "batch_size": 6,
+            "learning_rate": 1e-3,
+            "lora_parameters": lora,
+            "num_layers": 2,
+            "steps_per_report": 1,
         }
-    )  # fmt: skip
+    )
     logged = [row["aux_loss"] for row in rows(settings, "train")]
     assert len(logged) == 30
     assert logged[-1] - 2 < (logged[0] - 2) / 2, logged

@@ -194,10 +194,17 @@ def main() -> None:
     for split, seed in (("train", 0), ("valid", 1), ("test", 2)):
         write_id_rows(args.folder / "data" / f"{split}.jsonl", make_pairs(6, seed=seed))
     settings: dict[str, Any] = {
-        **SMALL, "model": str(write_model_folder(args.folder / "model")), "data": str(args.folder / "data"),
-        "method": args.method, "iters": 60, "save_every": 3, "steps_per_report": 4, "steps_per_eval": 5,
-        "save_best": True, "lora_parameters": {"dropout": 0.1},
-    }  # fmt: skip
+        **SMALL,
+        "model": str(write_model_folder(args.folder / "model")),
+        "data": str(args.folder / "data"),
+        "method": args.method,
+        "iters": 60,
+        "save_every": 3,
+        "steps_per_report": 4,
+        "steps_per_eval": 5,
+        "save_best": True,
+        "lora_parameters": {"dropout": 0.1},
+    }
     if args.signals:
         ends = signal_and_resume({**settings, "iters": 30}, args.folder, runs=args.runs, seed=args.seed)
         print(ends)

@@ -35,9 +35,14 @@ CONFIGS = Path(__file__).resolve().parent.parent.parent / "data" / "configs"
 _DTYPES = {mx.bfloat16: "BF16", mx.float32: "F32", mx.uint32: "U32"}
 
 _GEMMA3: dict[str, Any] = {
-    "model_type": "gemma3_text", "head_dim": 256, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
-    "query_pre_attn_scalar": 256, "sliding_window_pattern": 6,
-}  # fmt: skip
+    "model_type": "gemma3_text",
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window_pattern": 6,
+}
 
 
 def _with_vision(text: dict[str, Any]) -> dict[str, Any]:

@@ -18,10 +18,18 @@ import numpy as np
 
 ROWS = 24
 SETTINGS: dict[str, Any] = {
-    "per_device_train_batch_size": 4, "max_steps": 12, "learning_rate": 5e-4, "lr_scheduler_type": "constant",
-    "weight_decay": 0.0, "max_grad_norm": 1e9, "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.5,
-    "train_sampling_strategy": "sequential", "max_length": 1024,
-}  # fmt: skip
+    "per_device_train_batch_size": 4,
+    "max_steps": 12,
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+    "max_grad_norm": 1e9,
+    "beta": 0.1,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.5,
+    "train_sampling_strategy": "sequential",
+    "max_length": 1024,
+}
 RANK, ALPHA = 4, 8
 
 

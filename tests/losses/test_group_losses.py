@@ -127,9 +127,12 @@ def test_a_list_of_two_is_a_pair_and_an_unpaired_pair_two_completions() -> None:
 def test_metrics_of_completions_and_lists() -> None:
     nan = 0.0
     logps = GroupLogProbs(
-        mx.array([[-4.0, -6.0], [-3.0, nan]]), mx.array([[2.0, 2.0], [3.0, 0.0]]), mx.array([[1.0, 0.0], [0.0, 0.0]]),
-        mx.array([[-5.0, -5.0], [-5.0, nan]]), kl=mx.array([0.5]),
-    )  # fmt: skip
+        mx.array([[-4.0, -6.0], [-3.0, nan]]),
+        mx.array([[2.0, 2.0], [3.0, 0.0]]),
+        mx.array([[1.0, 0.0], [0.0, 0.0]]),
+        mx.array([[-5.0, -5.0], [-5.0, nan]]),
+        kl=mx.array([0.5]),
+    )
     means = MetricMeans()
     means.add_array(np.array(metric_array(logps, METHODS["kto"].loss(logps, beta=1.0))))
     found = MetricMeans.from_json(means.to_json()).means()

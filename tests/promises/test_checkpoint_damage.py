@@ -129,7 +129,7 @@ def test_a_checkpoint_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> 
         ('{"format": 1, "step": 1, "files": {"other.json": {"bytes": 7, "sha256": ""}}}', "other.json is missing"),
         ("[" * 100_000, "is not one"),
     ],
-)  # fmt: skip
+)
 def test_a_manifest_that_proves_nothing(tmp_path: Path, manifest: str, expected: str) -> None:
     folder = write_small(tmp_path, 1).path
     assert defect(folder, 1) is None

@@ -134,7 +134,7 @@ CORRUPTIONS: dict[str, Callable[[random.Random, Path], None]] = {
     "Arrow": _other_kind(".arrow"),
     "CSV": _other_kind(".csv"),
     "JSON": _other_kind(".json"),
-}  # fmt: skip
+}
 
 
 def test_a_line_of_5_mb(tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

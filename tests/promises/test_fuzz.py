@@ -51,8 +51,13 @@ VALUES = st.recursive(
 def fuzz(count: int, strategy: st.SearchStrategy[Any], body: Callable[[Any], object]) -> None:
     """Try `body` on `count` inputs; a sentence for the user is what it may raise."""
 
-    @settings(max_examples=count, deadline=None, database=None, derandomize=count == SUITE,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=count == SUITE,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(strategy)
     def attempt(value: Any) -> None:
         with contextlib.suppress(UserError):
@@ -114,8 +119,10 @@ def test_data_rows(tmp_path: Path, model_folder: Path, count: int) -> None:
 
     tokenizer = PairTokenizer(load_tokenizer(model_folder))
     path = tmp_path / "rows.jsonl"
-    turns = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]) | SCALARS,
-                                            "content": SCALARS}), max_size=3)  # fmt: skip
+    turns = st.lists(
+        st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]) | SCALARS, "content": SCALARS}),
+        max_size=3,
+    )
     # As JSON in a text too, which is how tables hold them.
     sides = st.text(max_size=8) | turns | VALUES | (turns | VALUES).map(json.dumps)
     good = st.fixed_dictionaries({"prompt": sides, "chosen": sides, "rejected": sides})

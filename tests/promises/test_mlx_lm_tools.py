@@ -75,9 +75,11 @@ def test_generate_and_server_give_the_same_text(model_folder: Path, adapters: Pa
     assert text == ANSWER
     # The server of mlx-lm 0.31 passes its --adapter-path by; the later ones take it before the request's.
     question = {
-        "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12, "temperature": 0,
+        "messages": [{"role": "user", "content": PROMPT}],
+        "max_tokens": 12,
+        "temperature": 0,
         "adapters": str(adapters),
-    }  # fmt: skip
+    }
     request = urllib.request.Request(
         f"{server}/v1/chat/completions", json.dumps(question).encode(), {"Content-Type": "application/json"}
     )

@@ -39,9 +39,11 @@ def parse_training(words: Sequence[str]) -> object:
 
 # Commands whose flags are checked by more than their own parser.
 PARSE: dict[str, Callable[[Sequence[str]], object]] = {
-    "train": parse_training, "fit": lambda words: fit_request(without_files(words)), "compare": parse_request,
+    "train": parse_training,
+    "fit": lambda words: fit_request(without_files(words)),
+    "compare": parse_request,
     "memory": benchmark_request,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: f"{line.document}: {' '.join(line.words)[:60]}")
@@ -132,9 +134,15 @@ def as_run(line: Line) -> list[str] | None:
 def run(words: Sequence[str], folder: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ORPO_MLX_CACHE": str(folder / "cache")}
     done = subprocess.run(
-        words, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, timeout=600,
-    )  # fmt: skip
+        words,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-2000:]}"
     return done.stdout
 
@@ -181,10 +189,12 @@ def python_of(path: Path) -> list[str]:
         "batch_size=2, max_seq_length=256, memory_check=False, samples=0, val_batches=1, test_batches=0, report=False"
     )
     return [
-        block.replace("mlx-community/Qwen3-0.6B-4bit", "model").replace("my_pairs/", "data")
-        .replace("iters=100", f"iters=2, {small}").replace("iters=120", "iters=4")
+        block.replace("mlx-community/Qwen3-0.6B-4bit", "model")
+        .replace("my_pairs/", "data")
+        .replace("iters=100", f"iters=2, {small}")
+        .replace("iters=120", "iters=4")
         for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.S)
-    ]  # fmt: skip
+    ]
 
 
 def test_the_readmes_python_runs_and_is_short(

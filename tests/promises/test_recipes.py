@@ -60,8 +60,11 @@ def test_there_are_configs_for_four_macs_and_families_and_each_is_in_the_documen
     assert {mac_gib(path) for path in FILES} == {8, 16, 32, 64}
     models = {resolve(["-c", str(path)]).model for path in FILES}
     assert {family for family in ("Qwen", "Llama", "gemma", "SmolLM") if any(family in name for name in models)} == {
-        "Qwen", "Llama", "gemma", "SmolLM",
-    }  # fmt: skip
+        "Qwen",
+        "Llama",
+        "gemma",
+        "SmolLM",
+    }
     assert set(PUBLISHED) == {path.name for path in FILES}
     assert all(f"`{path.name}`" in TEXT for path in FILES)
 
@@ -82,10 +85,16 @@ def test_an_architecture_has_the_parameters_it_is_known_for(model: str, tmp_path
 
 
 SMALL: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
-    "num_attention_heads": 8, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 2048,
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 2048,
     "tie_word_embeddings": True,
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -147,8 +156,12 @@ def test_every_flag_and_key_of_ours_exists(heading: str) -> None:
 
 
 def test_methods_of_the_same_name_exist() -> None:
-    rows = [theirs for heading in ("## From TRL", "## From mlx-lm-lora") for theirs, ours in table(heading)
-            if ours == "`--method` with the same name"]  # fmt: skip
+    rows = [
+        theirs
+        for heading in ("## From TRL", "## From mlx-lm-lora")
+        for theirs, ours in table(heading)
+        if ours == "`--method` with the same name"
+    ]
     assert len(rows) == 3
     for theirs in rows:
         names = [code.split()[-1] for code in re.findall(r"`([^`]+)`", theirs.split(":")[-1])]

@@ -53,9 +53,13 @@ def run(*words: object, cwd: Path, status: int = 0, **environment: str) -> str:
     """Output and errors of a program that knows nothing of this repository."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
-        list(map(str, words)), cwd=cwd, env={**clean, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        list(map(str, words)),
+        cwd=cwd,
+        env={**clean, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == status, done.stdout[-3000:]
     return done.stdout
 

@@ -97,9 +97,13 @@ def test_published_memory_has_a_row_each(documents: Path) -> None:
 def test_modes_are_compared_with_the_plain_one_of_the_same_method(documents: Path) -> None:
     def row(method: str, memory: str, seconds: list[float], peak: float, reference: float = 0.0) -> dict[str, Any]:
         return {
-            "method": method, "memory": memory, "steps_s": seconds, "step_s_median": seconds[0],
-            "reference_s": reference, "peak_memory_gib": peak,
-        }  # fmt: skip
+            "method": method,
+            "memory": memory,
+            "steps_s": seconds,
+            "step_s_median": seconds[0],
+            "reference_s": reference,
+            "peak_memory_gib": peak,
+        }
 
     folder = documents / "docs" / "results" / "memory"
     folder.mkdir(parents=True)
@@ -125,14 +129,18 @@ def doctors_record(**changes: Any) -> dict[str, Any]:
 
     products = [{"name": "product, bfloat16", "tflop_per_s": 14.25}]
     record = {
-        "machine": {"chip": "Apple M9 Max", "memory_gib": 64.0, "system": "macOS 27.0"}, "versions": {"mlx": "0.33.0"},
-        "device": {"device_name": "Apple M9 Max"}, "level": "full", "verdict": "PASS", "date": "2027-01-02T03:04:05",
+        "machine": {"chip": "Apple M9 Max", "memory_gib": 64.0, "system": "macOS 27.0"},
+        "versions": {"mlx": "0.33.0"},
+        "device": {"device_name": "Apple M9 Max"},
+        "level": "full",
+        "verdict": "PASS",
+        "date": "2027-01-02T03:04:05",
         "checks": {
             "speed": [step("fast"), step("plain"), step("thrift", "Llama-3.2-3B, 4 of 28 layers, bfloat16, 4 bits")],
             "rival": [{"name": "mlx-lm-lora 9.9, SmolLM2-135M, bfloat16", "step_s": 0.75, "peak_gib": 9.0}],
             "calibration": [*products, {"name": "memory", "gigabytes_per_s": 400.0}],
         },
-    }  # fmt: skip
+    }
     return {**record, **changes}
 
 

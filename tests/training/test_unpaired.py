@@ -52,9 +52,11 @@ def as_columns(run: Run, examples: list[Example]) -> dict[str, Any]:
         return np.array([row[key] + [0.0] * (width - len(row[key])) for row in rows], np.float64)
 
     return {
-        "s": column(policy, "logps"), "ref": column(base, "logps"), "n": column(policy, "tokens"),
+        "s": column(policy, "logps"),
+        "ref": column(base, "logps"),
+        "n": column(policy, "tokens"),
         "score": column(policy, "scores"),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
@@ -208,7 +210,7 @@ def test_labels_of_one_kind_train_and_say_so(
         ("kto", [], {"nll": "sequence"}, "is no loss of a pair"),
         ("kto + dpo", [], {}, "kto is a loss of a completion and dpo is a loss of a pair"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_one_sentence(
     settings: dict[str, Any], tmp_path: Path, method: str, given: Any, changes: dict[str, Any], expected: str
 ) -> None:
@@ -222,8 +224,11 @@ def test_what_does_not_fit_is_one_sentence(
 @pytest.mark.parametrize("method", ["pro", "pl", "kto"])
 def test_a_pairs_margin_is_the_score_of_its_better_side(settings: dict[str, Any], tmp_path: Path, method: str) -> None:
     rated = [{**row, "scores": [5.0, 4.75]} for row in rated_rows([2, 2, 2])]
-    pairs = [dict(zip(("chosen_ids", "rejected_ids"), row["completion_ids"], strict=True)) | {
-        "prompt_ids": row["prompt_ids"], "score_chosen": 5.0, "score_rejected": 4.75} for row in rated]  # fmt: skip
+    pairs = [
+        dict(zip(("chosen_ids", "rejected_ids"), row["completion_ids"], strict=True))
+        | {"prompt_ids": row["prompt_ids"], "score_chosen": 5.0, "score_rejected": 4.75}
+        for row in rated
+    ]
     bare = [{key: value for key, value in row.items() if "score" not in key} for row in pairs]
 
     def loss(rows: list[dict[str, Any]]) -> float:

@@ -100,9 +100,15 @@ def _peaks(kind: str, tokens: int, pairs: int) -> dict[str, float]:
 
 def _peak(kind: str, settings: dict[str, Any], tokens: int, pairs: int, precomputed: bool) -> float:
     config = TrainingConfig(
-        batch_size=pairs, max_seq_length=tokens, lora_parameters=_LORA, num_layers=-1, memory="fast",
-        fine_tune_type=kind, micro_batch_tokens=4 * tokens * pairs, **settings,
-    )  # fmt: skip
+        batch_size=pairs,
+        max_seq_length=tokens,
+        lora_parameters=_LORA,
+        num_layers=-1,
+        memory="fast",
+        fine_tune_type=kind,
+        micro_batch_tokens=4 * tokens * pairs,
+        **settings,
+    )
     gc.collect()
     mx.clear_cache()
     # Anew for each: full fine-tuning changes the weights.

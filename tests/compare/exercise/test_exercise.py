@@ -130,8 +130,9 @@ def test_cells_that_are_published_are_of_the_present_design() -> None:
     size = study.size_record(sizes.FULL_OPEN, OpenTask.bound)
     (common,) = (table for table in tables if "identity" not in table)
     assert common == {
-        **{key: value for key, value in size.items() if key not in exercise._MAY_GROW}, "versions": common["versions"]
-    }  # fmt: skip
+        **{key: value for key, value in size.items() if key not in exercise._MAY_GROW},
+        "versions": common["versions"],
+    }
     contenders = {each.name: each for each in CONTENDERS}
     task: Any = SimpleNamespace(size=sizes.FULL_OPEN, name="open")
     identities = [json.loads(table["identity"]) for table in tables if table is not common]

@@ -105,10 +105,14 @@ def test_one_look_of_several_does_not_decide() -> None:
 def tuned(golds: list[float]) -> dict[str, Any]:
     """A grid of as many settings, half of them at either rate, on four prompts that part them alike."""
     entries = [
-        {"rate": 1e-3 * (1 + (2 * place >= len(golds))), "steps": 4, "score": gold + 0.015, "valid_gold": [
-            gold + 0.01 * row for row in range(4)
-        ]} for place, gold in enumerate(golds)
-    ]  # fmt: skip
+        {
+            "rate": 1e-3 * (1 + (2 * place >= len(golds))),
+            "steps": 4,
+            "score": gold + 0.015,
+            "valid_gold": [gold + 0.01 * row for row in range(4)],
+        }
+        for place, gold in enumerate(golds)
+    ]
     return {"tuning": entries, "seeds": [{"curve": [{"gold": 0.015}]}]}
 
 

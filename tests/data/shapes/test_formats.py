@@ -226,8 +226,10 @@ def test_rated_completions_become_pairs_on_request(row: Row) -> None:
     assert best_worst.shape == "rated completions"
     assert best_worst.pairs == [Pair("Q", "a", "c", "f:1", margin=2.0)]
     for pairing, expected in {
-        "all": [("a", "b"), ("a", "c"), ("b", "c")], "adjacent": [("a", "b"), ("b", "c")], None: []
-    }.items():  # fmt: skip
+        "all": [("a", "b"), ("a", "c"), ("b", "c")],
+        "adjacent": [("a", "b"), ("b", "c")],
+        None: [],
+    }.items():
         (group,) = read_row(row, "f:1", pair_ratings=pairing).pairs
         assert isinstance(group, Group)
         assert [(group.completions[better], group.completions[worse]) for better, worse in group.pairs] == expected
@@ -245,9 +247,17 @@ def test_equal_ratings_give_no_pair() -> None:
 
 @pytest.mark.parametrize(
     ("value", "words", "good"),
-    [(True, (), 1.0), (0, (), 0.0), ("1", (), 1.0), ("False", (), 0.0), ("👍", (), 1.0), ("thumbs_down", (), 0.0),
-     ("Yes", ("yes", "no"), 1.0), ("no", ("yes", "no"), 0.0)],
-)  # fmt: skip
+    [
+        (True, (), 1.0),
+        (0, (), 0.0),
+        ("1", (), 1.0),
+        ("False", (), 0.0),
+        ("👍", (), 1.0),
+        ("thumbs_down", (), 0.0),
+        ("Yes", ("yes", "no"), 1.0),
+        ("no", ("yes", "no"), 0.0),
+    ],
+)
 def test_labels_become_one_completion_that_is_good_or_bad(value: Any, words: tuple[str, ...], good: float) -> None:
     for row in (
         {"prompt": "Q", "completion": "A", "label": value},
@@ -420,8 +430,11 @@ def test_rows_that_cannot_be_used(row: Row, expected: str) -> None:
 
 SYSTEM = [
     {"system": "S", "prompt": "Q", "chosen": "A", "rejected": "B"},
-    {"system_prompt": "S", "chosen": dialogue([*turns("Q"), said("assistant", "A")]),
-     "rejected": dialogue([*turns("Q"), said("assistant", "B")])},
+    {
+        "system_prompt": "S",
+        "chosen": dialogue([*turns("Q"), said("assistant", "A")]),
+        "rejected": dialogue([*turns("Q"), said("assistant", "B")]),
+    },
     {"system": "S", **whole("Q", "A", "B")},
     {"system": "S", "prompt": "Q", **whole("Q", "A", "B")},
     {"system": "S", **whole("Q", "A", "B", system="S")},
@@ -433,15 +446,17 @@ SYSTEM = [
     {"system": "S", "prompt": "Q", "completions": ["A", "B"], "scores": [2, 1]},
     {"system": "S", "input": {"messages": turns("Q")}, "preferred_output": "A", "non_preferred_output": "B"},
     {"system": "S", "messages": [*turns("Q"), said("assistant", "A")], "rejected_response": "B"},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("row", SYSTEM, ids=lambda row: "+".join(row))
 def test_a_system_text_is_one_turn_in_every_shape(row: Row) -> None:
     (pair,) = read_row(row, "f:1", pair_ratings="best_worst").pairs
     assert as_conversation(pair) == (
-        (said("system", "S"), said("user", "Q")), (said("assistant", "A"),), (said("assistant", "B"),)
-    )  # fmt: skip
+        (said("system", "S"), said("user", "Q")),
+        (said("assistant", "A"),),
+        (said("assistant", "B"),),
+    )
 
 
 def test_two_system_texts_are_refused() -> None:
@@ -460,8 +475,11 @@ def test_a_label_is_about_the_turn_that_ends_a_conversation(name: str, form: Cal
     assert shape == "labelled completion"
     assert isinstance(group, Group)
     assert (group.prompt, group.completions, group.scores, group.labelled) == (
-        tuple(asked), ((said("assistant", "A"),),), (0.0,), True
-    )  # fmt: skip
+        tuple(asked),
+        ((said("assistant", "A"),),),
+        (0.0,),
+        True,
+    )
     for wrong in (asked, [said("assistant", "A")]):
         with pytest.raises(DataError, match="f:1: the row has a label but no completion"):
             read_row({name: form(wrong), "label": True}, "f:1")

@@ -37,7 +37,7 @@ TEMPLATES = {
     "closed": HEAD + "<|start|>{{ message.role }}\n{% if message.role != 'assistant' %}{{ message.content }}"
     "{% elif message.tool_calls %}<call>{{ message.tool_calls[0].function.name }}</call></act>"
     "{% else %}{{ message.content }}</said>{% endif %}<|end|>\n" + TAIL,
-}  # fmt: skip
+}
 # A tool's result behind a call alone.
 STRICT = (
     "{% for m in messages %}{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}"

@@ -222,9 +222,16 @@ def test_the_kernel_is_called_for_some_tokens_after_another(with_state: bool, mo
         np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("keys", "values", "width", "taken"), [
-    (16, 32, 128, True), (16, 16, 128, True), (32, 32, 128, True), (2, 4, 128, False), (16, 32, 64, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("keys", "values", "width", "taken"),
+    [
+        (16, 32, 128, True),
+        (16, 16, 128, True),
+        (32, 32, 128, True),
+        (2, 4, 128, False),
+        (16, 32, 64, False),
+    ],
+)
 def test_where_there_is_a_kernel(
     keys: int, values: int, width: int, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -252,9 +252,16 @@ def test_a_model_has_the_same_gradients_on_either_profile(
 
 
 WIDE: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 200,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "rms_norm_eps": 1e-5,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "vocab_size": 200,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+}
 
 
 @PROFILES

@@ -103,8 +103,11 @@ def test_an_endpoint_is_asked_in_openais_way(monkeypatch: pytest.MonkeyPatch) ->
     assert [verdict.winner for verdict in verdicts] == [FIRST] * 3
     path, headers, body = answer.requests[0]
     assert (path, headers["Authorization"], body["model"], body["temperature"]) == (
-        "/v1/chat/completions", "Bearer secret", "m", 0,
-    )  # fmt: skip
+        "/v1/chat/completions",
+        "Bearer secret",
+        "m",
+        0,
+    )
     assert all(text in body["messages"][0]["content"] for text in QUESTION[:3])
 
 

@@ -99,9 +99,15 @@ def test_means_are_the_oracles_and_dropout_is_off_for_the_length_of_it() -> None
     scorer, pairs = scorer_with_adapters(), make_pairs(7)
     seen: list[int] = []
     found = evaluate(
-        scorer, pairs, make_recipe("sft", {}), batch_size=3, nll="completion", reference=None, progress=seen.append,
+        scorer,
+        pairs,
+        make_recipe("sft", {}),
+        batch_size=3,
+        nll="completion",
+        reference=None,
+        progress=seen.append,
         **LONG,
-    ).metrics  # fmt: skip
+    ).metrics
     base = make_model()
     chosen, rejected = (
         [oracle_logps(base, pair.prompt_ids, getattr(pair, side)) for pair in pairs]

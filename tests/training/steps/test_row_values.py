@@ -57,9 +57,14 @@ def test_an_untrained_dpo_has_the_loss_of_its_margins(settings: dict[str, Any], 
     run = make_run(settings, method="dpo", margin_scale=0.4, batch_size=6)
     for name in ("train", "valid"):
         found = evaluate(
-            run.scorer, run.splits[name].pairs, run.method, batch_size=4, nll="completion", reference=run.reference,
+            run.scorer,
+            run.splits[name].pairs,
+            run.method,
+            batch_size=4,
+            nll="completion",
+            reference=run.reference,
             max_seq_length=512,
-        )  # fmt: skip
+        )
         assert found.metrics["loss"] == pytest.approx(-oracle.log_sigmoid(-0.4 * scores).mean(), rel=1e-5)
     step = step_gradient(run, list(run.splits["train"].pairs))
     assert step.means.means()["loss"] == pytest.approx(-oracle.log_sigmoid(-0.4 * scores).mean(), rel=1e-5)
