@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,9 @@ def analysis(tier: Mapping[str, Any]) -> dict[str, Any]:
             )
             for variant, of in zip(list(tier["variants"])[1:], others, strict=True)
         }
+    if "tokens" in tier["base"] and tier["size"].get("fixed_steps"):
+        start = sum(tier["base"]["tokens"]) / len(tier["base"]["tokens"])
+        found["tokens_at_kl"] = {name: _tokens_at_kl(methods, start) for name, methods in tier["variants"].items()}
     if "sanity" in tier:
         found["sanity"] = _sanity(tier["sanity"])
     return found
@@ -44,10 +48,13 @@ def _variant(methods: Mapping[str, Any]) -> Row:
         }
         for name, method in methods.items()
     }
-    seeds = [seed for method in methods.values() for seed in method["seeds"]]
-    targets = sorted({kl for seed in seeds for kl in seed.get("at_kl", {})}, key=float)
-    at_kl = {target: _at_kl(methods, target) for target in targets}
+    at_kl = {target: _at_kl(methods, target) for target in _targets(methods)}
     return {"methods": measures, **_compared(_measured(methods, "gold")), "at_kl": at_kl}
+
+
+def _targets(methods: Mapping[str, Any]) -> list[str]:
+    seeds = [seed for method in methods.values() for seed in method["seeds"]]
+    return sorted({kl for seed in seeds for kl in seed.get("at_kl", {})}, key=float)
 
 
 def _at_kl(methods: Mapping[str, Any], target: str) -> Row:
@@ -62,6 +69,33 @@ def _at_kl(methods: Mapping[str, Any], target: str) -> Row:
     }
     golds = {name: np.array([seed["gold"] for seed in seeds]) for name, seeds in full.items()}
     return {"reached": {name: len(each) for name, each in there.items()}, "methods": means, **_compared(golds)}
+
+
+def _tokens_at_kl(methods: Mapping[str, Any], start: float) -> Row:
+    found: Row = {}
+    for target in _targets(methods):
+        tokens = {
+            name: np.array([[_tokens(seed, target, start)] for seed in method["seeds"]])
+            for name, method in methods.items()
+            if all(target in seed["at_kl"] for seed in method["seeds"])
+        }
+        others = [name for name in tokens if name != BASELINE and BASELINE in tokens]
+        found[target] = {
+            "methods": {name: mean_and_error(table.tolist()) for name, table in tokens.items()},
+            "differences": _with_holm({name: difference(tokens[name] - tokens[BASELINE]) for name in others}),
+        }
+    return found
+
+
+def _tokens(seed: Row, target: str, start: float) -> float:
+    """A training's mean tokens at a KL, as far between the looks around it as its step is."""
+    step = seed["at_kl"][target]["step"]
+    looks = [{**look, "tokens": look.get("tokens", start)} for look in seed["curve"]]
+    for before, after in itertools.pairwise(looks):
+        if step <= after["step"]:
+            share = (step - before["step"]) / (after["step"] - before["step"])
+            return float(before["tokens"] + share * (after["tokens"] - before["tokens"]))
+    return float(looks[-1]["tokens"])
 
 
 def _compared(gold: dict[str, Any]) -> Row:

@@ -91,6 +91,7 @@ EXERCISE_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "equal_kl": _exercise_equal_kl,
     "controls": lambda results: exercise_tables.controls(results).markdown(),
     "lengths": lambda results: exercise_tables.lengths(results).markdown(),
+    "lengths_at_kl": lambda results: exercise_tables.lengths_at_kl(results).markdown(),
 }
 """What may stand after the name of results of the exercise, or of one tier of it."""
 EXACT_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {

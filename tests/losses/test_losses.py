@@ -108,7 +108,8 @@ def test_value(name: str, parameters: dict[str, float]) -> None:
     found = np.array(METHODS[name].loss(as_logps(x), **parameters).losses, np.float64)
     expected = ORACLES[name].loss(x, **parameters)
     assert np.isfinite(found).all()
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+    # SimPER is a difference of two exp, which on a GPU (CUDA, seen) are each an ulp of 1.2e-7 off near 1.
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2.5e-7)
 
 
 @pytest.mark.parametrize(("name", "parameters"), CASES)

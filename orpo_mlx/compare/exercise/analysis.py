@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from orpo_mlx.compare.exercise.contenders import BASELINE, SAME_LOSS
 from orpo_mlx.compare.exercise.significance import (
     Difference,
@@ -34,6 +36,9 @@ def analyse(study: Study) -> dict[str, Any]:
     lengths = analyse_lengths(study["variants"])
     if lengths:
         found["lengths"] = lengths
+    at_kl = {name: tokens_at_kl(variant, study) for name, variant in study["variants"].items()}
+    if any(at_kl.values()):
+        found["tokens_at_kl"] = at_kl
     if "sanity" in study:
         found["sanity"] = analyse_sanity(study["sanity"])
     cleaned: dict[str, Any] = rounded(found)
@@ -114,6 +119,36 @@ def analyse_lengths(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
         )
         for variant in others
     }
+
+
+def tokens_at_kl(variant: Mapping[str, Any], study: Study) -> dict[str, Any]:
+    """Tokens of a reply where a final training's KL was as much as the others': by KL, `methods` and `differences` to
+    the baseline, over seeds alone; empty where replies have one length, or where looks are not on the test prompts."""
+    if not study["size"].get("fixed_steps") or "tokens" not in study["base"]:
+        return {}
+    before = statistics.fmean(study["base"]["tokens"])
+    found = {}
+    for target in _targets(variant):
+        tokens = {
+            name: [[_tokens_at(seed["at_kl"][target]["step"], seed["curve"], before)] for seed in method["seeds"]]
+            for name, method in variant.items()
+            if all(target in seed["at_kl"] for seed in method["seeds"])
+        }
+        gaps = {
+            name: paired_bootstrap(each, tokens[BASELINE])
+            for name, each in tokens.items()
+            if name != BASELINE and BASELINE in tokens
+        }
+        methods = {name: _mean_and_error(each) for name, each in tokens.items()}
+        found[target] = {"methods": methods, "differences": _corrected(gaps)}
+    return found
+
+
+def _tokens_at(step: float, looks: Sequence[Mapping[str, float]], before: float) -> float:
+    """Tokens at a step between two looks, of which the first is at the base model: what is linear in √KL from one to
+    the other, as the step of a KL is, is linear in the step."""
+    tokens = [before, *(look["tokens"] for look in looks[1:])]
+    return float(np.interp(step, [look["step"] for look in looks], tokens))
 
 
 def _corrected(differences: Mapping[str, Difference]) -> dict[str, dict[str, float]]:

@@ -119,6 +119,9 @@ def sections_of(results: Results) -> list[Section]:
     if lengths.rows:
         text = "What each kind of labels did to the length of replies; paired bootstrap, p after Holm over the methods."
         found.append(Section("Length of replies", text, lengths))
+    at_kl = tables.lengths_at_kl(results)
+    if at_kl.rows:
+        found.append(Section("Length of replies at equal KL", _LENGTHS_AT_KL, at_kl))
     return [*found, *(_sections_of_exact(results) if "exact" in results["tiers"] else ())]
 
 
@@ -149,11 +152,15 @@ _AT_KL = (
     "The same trainings where each one's own KL was that much, interpolated between looks on test prompts. Settings "
     "are those tuned for the KL bound and the number of steps; p as above, over the methods that got there."
 )
+_LENGTHS_AT_KL = (
+    "Tokens of a reply where each training's own KL was that much, means over seeds, standard errors over these alone; "
+    "a star where the difference to DPO's has p below 5 % after Holm."
+)
 _CAPTION = (
     "Gold against KL to the base model: each training of the variant's own tuning at its best step, on valid prompts "
     "(small), final trainings on test prompts, their course by look and their best step, means over seeds (thin line, "
-    "large), the base model on these (cross), and, in the exact tier, an estimate of the highest gold there is at a KL "
-    "(thick line)."
+    "large, with one standard error of gold), the base model on these (cross), and, in the exact tier, an estimate of "
+    "the highest gold there is at a KL (thick line)."
 )
 
 
@@ -184,9 +191,11 @@ def frontier_panel(tier: Mapping[str, Any], variant: str, title: str) -> Panel:
             kl, gold = ([entry[key] for entry in own] for key in ("kl", "score"))
             axes.scatter(kl, gold, s=10, color=look.color, marker=look.marker, alpha=0.5)
             course = mean_course([seed.get("test_curve", []) for seed in method["seeds"]])
-            axes.plot([p["kl"] for p in course], [p["gold"] for p in course], color=look.color, linewidth=0.8)
-            tests = [seed["test"] for seed in method["seeds"]]
-            kl, gold = ([statistics.fmean(statistics.fmean(test[key]) for test in tests)] for key in ("kl", "gold"))
+            line = {"color": look.color, "linestyle": look.dash, "linewidth": 0.8}
+            axes.plot([p["kl"] for p in course], [p["gold"] for p in course], **line)
+            found = tier["analysis"]["variants"][variant]["methods"][name]
+            kl, gold = ([found[key]["mean"]] for key in ("kl", "gold"))
+            axes.errorbar(kl, gold, yerr=[found["gold"]["standard_error"]], color=look.color, elinewidth=0.8)
             axes.scatter(kl, gold, s=60, color=look.color, marker=look.marker, label=label(name, 24))
         axes.set_title(label(title))
         axes.set_xlabel("KL to the base model (nats per reply)")

@@ -171,6 +171,31 @@ def lengths(results: Results) -> Table:
     return Table(("tier", "variant", "method", "tokens of a reply", "p"), tuple(rows))
 
 
+def lengths_at_kl(results: Results) -> Table:
+    """Tokens of a reply where each method's KL was as much as the others', with a star where they differ from the
+    baseline's; a row for each method of a tier that has them."""
+    header: dict[str, None] = {}
+    rows = []
+    for tier, found in results["tiers"].items():
+        at_kl = found["analysis"].get("tokens_at_kl", {})
+        places = [(variant, target) for target in _targets_of(at_kl) for variant in at_kl if target in at_kl[variant]]
+        header |= dict.fromkeys(f"KL {target}, {variant}" for variant, target in places)
+        for method in next(iter(found["variants"].values())) if at_kl else ():
+            cells = (_length_cell(at_kl[variant][target], method) for variant, target in places)
+            rows.append((TableCell(tier), TableCell(method), *cells))
+    return Table(("tier", "method", *header), tuple(rows))
+
+
+def _targets_of(at_kl: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return sorted({target for found in at_kl.values() for target in found}, key=float)
+
+
+def _length_cell(found: Mapping[str, Any], method: str) -> TableCell:
+    cell = mean_cell(found["methods"].get(method), "{:.1f}")
+    told_apart = found["differences"].get(method, {}).get("p_holm", 1.0) < 0.05
+    return cell._replace(text=f"{cell.text}*") if told_apart else cell
+
+
 def gap_cell(gap: Mapping[str, Any] | None, form: str = "{:+.3f}") -> TableCell:
     """A difference with its interval; a star where p is below 5 % after Holm's correction."""
     if gap is None:

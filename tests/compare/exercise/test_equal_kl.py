@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 
+from orpo_mlx.compare.exercise.analysis import tokens_at_kl
 from orpo_mlx.compare.exercise.equal_kl import at_targets, crossing
+from orpo_mlx.compare.exercise.tables import lengths_at_kl
 
 
 class Course:
@@ -44,3 +48,36 @@ def test_few_looks_are_measured() -> None:
 def test_a_training_that_was_never_there_is_not_said_to_be() -> None:
     assert crossing(0.5, [0.0], lambda place: 9.0) is None
     assert crossing(0.5, [0.0, 0.6], lambda place: 0.4 * place) is None
+
+
+def test_lengths_at_a_kl_are_compared_over_seeds() -> None:
+    """KL is (step/8)², and tokens are 20 and so many more for each step: at KL 0.25 half of the steps to KL 1."""
+
+    def seed(more: float) -> dict[str, Any]:
+        looks = [{"step": step, "kl": (step / 8) ** 2, "tokens": 20.0 + more * step} for step in (2, 8)]
+        return {"curve": [{"step": 0, "kl": 0.0}, *looks], "at_kl": {"0.25": {"step": 4.0}}}
+
+    of_dpo = [0.5, 0.6, 0.7, 0.6]
+    slopes = {"dpo": of_dpo, "orpo": [2 * each for each in of_dpo], "ipo": of_dpo, "sft": of_dpo}
+    variant = {name: {"seeds": [seed(each) for each in more]} for name, more in slopes.items()}
+    del variant["sft"]["seeds"][1]["at_kl"]["0.25"]
+    study = {"size": {"fixed_steps": True}, "base": {"tokens": [19.0, 21.0]}}
+    found = tokens_at_kl(variant, study)["0.25"]
+    assert set(found["methods"]) == {"dpo", "orpo", "ipo"}
+    for name, more in slopes.items():
+        if name != "sft":
+            expected = 20 + 4 * np.mean(more), 4 * np.std(more, ddof=1) / 2
+            assert tuple(found["methods"][name].values()) == pytest.approx(expected)
+    gap = found["differences"]["orpo"]
+    assert gap["mean"] == pytest.approx(4 * np.mean(of_dpo))
+    # Student's distribution of three degrees of freedom.
+    x = float(np.mean(of_dpo) / np.std(of_dpo, ddof=1) * 2 / math.sqrt(3))
+    assert gap["p"] >= (1 - 2 * (x / (1 + x * x) + math.atan(x)) / math.pi) * (1 - 1e-5)
+    assert found["differences"]["ipo"]["p_holm"] == 1
+    # Looks of valid prompts are no looks of the test prompts; where replies have one length there is nothing to say.
+    assert tokens_at_kl(variant, {**study, "size": {}}) == {}
+    assert tokens_at_kl(variant, {**study, "base": {"gold": [0.0]}}) == {}
+    tier = {"variants": {"clean": variant}, "analysis": {"tokens_at_kl": {"clean": {"0.25": found}}}}
+    results = {"tiers": {"open": tier}}
+    shown = {row[1].text: row[2].text for row in lengths_at_kl(results).rows}
+    assert shown == {"dpo": "22.4 (0.2)", "orpo": "24.8 (0.3)*", "ipo": "22.4 (0.2)", "sft": "–"}
