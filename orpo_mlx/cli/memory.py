@@ -65,7 +65,7 @@ def benchmark_request(argv: Sequence[str] | None) -> BenchmarkRequest:
     modes = [name.strip() for name in own.modes.split(",")] if own.modes else []
     if modes and any(word.split("=")[0] == "--memory" for word in arguments):
         raise ConfigError("--memory: several modes are measured; leave out --memory or --modes.")
-    mode_flags = [("--memory", mode) for mode in modes] or [()]
+    mode_flags: list[tuple[str, ...]] = [("--memory", mode) for mode in modes] or [()]
     configs = [
         resolve([*_DEFAULTS, *arguments, *mode, *_FIXED, "--method", method], PROG, check_from_beginning)
         for method, mode in itertools.product(methods, mode_flags)
