@@ -63,6 +63,8 @@ def check(results: dict[str, Any]) -> tuple[int, list[str]]:
     count, wrong = 0, []
     pairs = [(f"{name} tier", tier["analysis"], tiers.analysis(tier)) for name, tier in results["tiers"].items()]
     for name, tier in results["tiers"].items():
+        to_come = [each for each in tier["size"]["variants"] if f"{name}, {each}" in results.get("unfinished", ())]
+        pairs.append((f"{name} tier, variants", [*tier["variants"], *to_come], tier["size"]["variants"]))
         pairs += [(f"{name} {what}", *values) for what, *values in tiers.raw_figures(tier)]
     for what, published, mine in (*pairs, *verdicts(results)):
         for place, ours, theirs in leaves(published, mine, what):

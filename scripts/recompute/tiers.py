@@ -22,7 +22,7 @@ def analysis(tier: Mapping[str, Any]) -> dict[str, Any]:
     """What is published of a tier besides its raw figures."""
     found: dict[str, Any] = {
         "base": {key: mean_and_error([values]) for key, values in tier["base"].items()},
-        "variants": {name: _variant(methods) for name, methods in tier["variants"].items()},
+        "variants": {name: _variant(methods, tier["base"]["gold"]) for name, methods in tier["variants"].items()},
     }
     first, *others = tier["variants"].values()
     if others and all("tokens" in seed["test"] for method in first.values() for seed in method["seeds"]):
@@ -41,7 +41,7 @@ def analysis(tier: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _variant(methods: Mapping[str, Any]) -> Row:
+def _variant(methods: Mapping[str, Any], base: list[float]) -> Row:
     measures = {
         name: {
             key: mean_and_error([seed["test"][key] for seed in method["seeds"]]) for key in method["seeds"][0]["test"]
@@ -49,7 +49,9 @@ def _variant(methods: Mapping[str, Any]) -> Row:
         for name, method in methods.items()
     }
     at_kl = {target: _at_kl(methods, target) for target in _targets(methods)}
-    return {"methods": measures, **_compared(_measured(methods, "gold")), "at_kl": at_kl}
+    gold = _measured(methods, "gold")
+    gains = _with_holm({name: difference(table - np.array(base)) for name, table in gold.items()})
+    return {"methods": measures, "gains": gains, **_compared(gold), "at_kl": at_kl}
 
 
 def _targets(methods: Mapping[str, Any]) -> list[str]:
@@ -182,9 +184,12 @@ Pair = tuple[str, Any, Any]
 
 
 def raw_figures(tier: Mapping[str, Any]) -> Iterator[Pair]:
-    """Raw figures that follow from others: the best look, what was chosen, gold at a KL."""
-    bound = tier["size"]["kl_bound"]
+    """Raw figures that follow from others: the best look, what was chosen, gold at a KL; and whether all are there."""
+    size = tier["size"]
+    bound = size["kl_bound"]
     for variant, methods in tier["variants"].items():
+        yield f"{variant}, methods", set(methods), set(size["contenders"])
+        yield f"{variant}, seeds", {len(method["seeds"]) for method in methods.values()}, {size["seeds"]}
         for name, method in methods.items():
             what = f"{variant} {name}"
             yield f"{what}, chosen", method["chosen"], _chosen(method["tuning"], method["chosen"])

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from scripts.recompute.statistics import difference, holm
-from scripts.recompute.tiers import Pair, Row
+from scripts.recompute.statistics import detectable, difference, holm
+from scripts.recompute.tiers import SAME_LOSS, Pair, Row
 
 LOSSES = {"orpo": "", "orpo_style": " (the chapter's own loss, orpo_style)"}
 CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "not decided"
@@ -49,57 +49,81 @@ def _costs(cost: Mapping[str, Any], published: Mapping[str, Row]) -> Iterator[Pa
 
 def _convergence(verdict: Row, tier: Mapping[str, Any], method: str) -> Iterator[Pair]:
     figures: list[Row] = []
-    longest, bound = tier["size"]["rounds"][-1]["steps"], tier["size"]["kl_bound"]
+    apart = {"step": 0.0, "kl": 0.0}
     for variant, methods in tier["variants"].items():
-        pairs = list(zip(methods[method]["seeds"], methods["dpo"]["seeds"], strict=True))
-        found = {}
-        for quarter in (1, 2, 3, 4):
-            step = round(longest * quarter / 4)
-            if not step:
-                continue
-            looks = [[look for look in seed["curve"] if look["step"] == step] for pair in pairs for seed in pair]
-            if all(len(look) == 1 and look[0]["kl"] <= bound for look in looks):
-                gaps = [[ours[0]["gold"] - dpo[0]["gold"]] for ours, dpo in zip(looks[::2], looks[1::2], strict=True)]
-                found[step] = _short(difference(np.array(gaps)))
-        figures += _labelled(variant, "step", found)
-        at = {}
-        for target in sorted({kl for pair in pairs for seed in pair for kl in seed["at_kl"]}, key=float):
-            golds = [[seed["at_kl"].get(target, {}).get("gold") for seed in pair] for pair in pairs]
-            if all(ours is not None and dpo is not None for ours, dpo in golds):
-                at[target] = _short(difference(np.array([np.subtract(ours, dpo) for ours, dpo in golds])))
-        figures += _labelled(variant, "kl", at)
+        for key, found in _gaps(tier, methods, method, "dpo").items():
+            figures += _labelled(variant, key, found)
+        if all(name in methods for name in SAME_LOSS):
+            for key, found in _gaps(tier, methods, *SAME_LOSS).items():
+                apart[key] = max([apart[key], *(abs(gap["mean"]) for gap in found.values())])
     yield f"convergence of {method}", verdict["figures"], figures
-    yield f"convergence of {method}, verdict", verdict["verdict"], _said(figures)
+    yield f"convergence of {method}, verdict", verdict["verdict"], _said(figures, apart)
+    for key, value in apart.items():
+        least = [figure["detectable"] for figure in figures if key in figure]
+        power = f"{min(least):.3f} to {max(least):.3f} would be found" if least else "nothing was compared"
+        yield f"convergence of {method}, {power} is said", power in verdict["measured"], True
+        if least and value:
+            said = f"what is at most {value:.3f}, as between two tunings of one loss"
+            yield f"convergence of {method}, {said} is said", said in verdict["measured"], True
     for figure in figures:
         shown = f"{figure['mean']:+.2f} ({figure['low']:+.2f} to {figure['high']:+.2f})"
         what = f"step {figure['step']}" if "step" in figure else f"KL {figure['kl']}"
         yield f"convergence of {method}: {what} {shown} is said", f"{what} {shown}" in verdict["measured"], True
 
 
-def _short(gap: Row) -> Row:
-    return {key: gap[key] for key in ("mean", "low", "high", "p")}
+def _gaps(tier: Mapping[str, Any], methods: Mapping[str, Any], one: str, other: str) -> dict[str, dict[Any, Row]]:
+    return {"step": dict(_by_step(tier, methods, one, other)), "kl": dict(_by_kl(methods, one, other))}
 
 
-def _labelled(variant: str, key: str, found: dict[Any, Row]) -> list[Row]:
+def _by_step(tier: Mapping[str, Any], methods: Mapping[str, Any], one: str, other: str) -> dict[int, Row]:
+    longest, bound = tier["size"]["rounds"][-1]["steps"], tier["size"]["kl_bound"]
+    pairs = list(zip(methods[one]["seeds"], methods[other]["seeds"], strict=True))
+    found = {}
+    for step in (round(longest * quarter / 4) for quarter in (1, 2, 3, 4)):
+        looks = [[look for look in seed["curve"] if look["step"] == step] for pair in pairs for seed in pair]
+        if step and all(len(look) == 1 and look[0]["kl"] <= bound for look in looks):
+            gaps = [[ours[0]["gold"] - theirs[0]["gold"]] for ours, theirs in zip(looks[::2], looks[1::2], strict=True)]
+            found[step] = difference(np.array(gaps))
+    return found
+
+
+def _by_kl(methods: Mapping[str, Any], one: str, other: str) -> dict[str, Row]:
+    pairs = list(zip(methods[one]["seeds"], methods[other]["seeds"], strict=True))
+    found = {}
+    for target in sorted({kl for pair in pairs for seed in pair for kl in seed["at_kl"]}, key=float):
+        golds = [[seed["at_kl"].get(target, {}).get("gold") for seed in pair] for pair in pairs]
+        if all(ours is not None and theirs is not None for ours, theirs in golds):
+            found[target] = difference(np.array([np.subtract(ours, theirs) for ours, theirs in golds]))
+    return found
+
+
+def _labelled(variant: str, key: str, found: Mapping[Any, Row]) -> list[Row]:
     corrected = holm({str(place): gap["p"] for place, gap in found.items()})
-    return [{"variant": variant, key: place, **gap, "p_holm": corrected[str(place)]} for place, gap in found.items()]
+    return [
+        {
+            "variant": variant, key: place, **{each: gap[each] for each in ("mean", "low", "high", "p")},
+            "p_holm": corrected[str(place)],
+            "detectable": detectable(gap["standard_error"], len(found), gap["freedom"]),
+        }
+        for place, gap in found.items()
+    ]  # fmt: skip
 
 
-def _said(figures: list[Row]) -> str:
-    by_step, by_kl = (_direction(figures, key) for key in ("step", "kl"))
+def _said(figures: list[Row], apart: Mapping[str, float]) -> str:
+    by_step, by_kl = (_direction(figures, key, apart[key]) for key in ("step", "kl"))
     return by_step if by_step == by_kl else f"by steps {by_step}; at equal KL {by_kl}"
 
 
-def _direction(figures: list[Row], key: str) -> str:
+def _direction(figures: list[Row], key: str, apart: float) -> str:
     sides: dict[bool, set[str]] = {True: set(), False: set()}
     for figure in figures:
-        if key in figure and figure["p_holm"] < 0.05:
+        if key in figure and figure["p_holm"] < 0.05 and abs(figure["mean"]) > apart:
             sides[figure["mean"] > 0].add(figure["variant"])
     named = {side: " and ".join(sorted(found)) for side, found in sides.items()}
     if named[True] and named[False]:
         return f"not the same everywhere (ahead somewhere at {named[True]}, behind somewhere at {named[False]})"
     if not named[True] and not named[False]:
-        return f"{OPEN}: nothing parts them; see what the design could find"
+        return OPEN
     side = bool(named[True])
     everywhere = sides[side] == {figure["variant"] for figure in figures}
     return (CONFIRMED if side else REFUTED) + ("" if everywhere else f" at {named[side]}, elsewhere {OPEN}")
@@ -112,13 +136,18 @@ def _sensitivity(verdict: Row, variants: Mapping[str, Any], method: str) -> Iter
             ours, theirs = (_lost(methods[name], rates == "lower rates") for name in (method, "dpo"))
             gap = difference(np.array([ours]) - np.array([theirs]))
             lost = {"lost": float(np.mean(ours)), "lost_by_dpo": float(np.mean(theirs))}
-            figures.append({"variant": variant, "rates": rates, **lost, "low": gap["low"], "high": gap["high"]})
+            power = detectable(gap["standard_error"], 1, gap["freedom"])
+            ends = {"low": gap["low"], "high": gap["high"]}
+            figures.append({"variant": variant, "rates": rates, **lost, **ends, "detectable": power})
             said = (
                 f"{variant}, {rates}: {lost['lost']:.0%} for {'ORPO' if method == 'orpo' else 'the chapter'}",
                 f"{lost['lost_by_dpo']:.0%} for DPO (difference {gap['low']:+.0%} to {gap['high']:+.0%})",
             )
             yield f"sensitivity of {method}, {said} is said", [each in verdict["measured"] for each in said], [True] * 2
     yield f"sensitivity of {method}", verdict["figures"], figures
+    least = [figure["detectable"] for figure in figures]
+    found = f"{min(least):.0%} to {max(least):.0%} would be found"
+    yield f"sensitivity of {method}, {found} is said", found in verdict["measured"], True
     words = []
     for rates in ("all rates", "lower rates"):
         own = [figure for figure in figures if figure["rates"] == rates]

@@ -9,7 +9,7 @@ from orpo_mlx.compare import tables
 from orpo_mlx.compare.exercise import page as exercise
 from orpo_mlx.compare.exercise import tables as exercise_tables
 from orpo_mlx.compare.report import facts
-from orpo_mlx.reporting.html_page import markdown_text
+from orpo_mlx.reporting.html_page import Table, markdown_text
 
 MISSING = "Not measured yet."
 
@@ -83,12 +83,21 @@ def _exercise_equal_kl(results: Mapping[str, Any]) -> str:
     return "\n\n".join(f"{name}:\n\n{table.markdown()}" for name, table in made.items() if table.rows)
 
 
+def _by_tier(made: Callable[[Mapping[str, Any], str], Table]) -> Callable[[Mapping[str, Any]], str]:
+    """A table for each tier that has it."""
+    return lambda results: "\n\n".join(
+        table.markdown() for table in (made(results, tier) for tier in results["tiers"]) if table.rows
+    )
+
+
 EXERCISE_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "facts": _exercise_facts,
     "taken": _exercise_taken,
     "power": lambda results: exercise_tables.power(results).markdown(),
     "quality": _exercise_quality,
     "equal_kl": _exercise_equal_kl,
+    "gains": _by_tier(exercise_tables.gains),
+    "courses": _by_tier(exercise_tables.courses),
     "controls": lambda results: exercise_tables.controls(results).markdown(),
     "lengths": lambda results: exercise_tables.lengths(results).markdown(),
     "lengths_at_kl": lambda results: exercise_tables.lengths_at_kl(results).markdown(),

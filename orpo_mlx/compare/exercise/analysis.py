@@ -31,7 +31,9 @@ def analyse(study: Study) -> dict[str, Any]:
     """Everything that is published of a tier besides its raw figures, from those alone."""
     found: dict[str, Any] = {
         "base": {key: _mean_and_error([values]) for key, values in study["base"].items() if _per_prompt(values)},
-        "variants": {name: analyse_variant(variant) for name, variant in study["variants"].items()},
+        "variants": {
+            name: analyse_variant(variant, study["base"]["gold"]) for name, variant in study["variants"].items()
+        },
     }
     lengths = analyse_lengths(study["variants"])
     if lengths:
@@ -45,8 +47,11 @@ def analyse(study: Study) -> dict[str, Any]:
     return cleaned
 
 
-def analyse_variant(variant: Mapping[str, Any]) -> dict[str, Any]:
-    """Means over seeds and prompts of each method, and its difference in gold to the baseline's."""
+def analyse_variant(variant: Mapping[str, Any], base: Sequence[float]) -> dict[str, Any]:
+    """Means over seeds and prompts of each method, and its difference in gold to the base model's and the baseline's.
+
+    `base` is the base model's gold on each test prompt.
+    """
     methods = {}
     for name, method in variant.items():
         tests = [seed["test"] for seed in method["seeds"]]
@@ -54,6 +59,7 @@ def analyse_variant(variant: Mapping[str, Any]) -> dict[str, Any]:
         methods[name] = {key: _mean_and_error([test[key] for test in tests]) for key in measures}
     found: dict[str, Any] = {"methods": methods}
     gold = {name: [seed["test"]["gold"] for seed in method["seeds"]] for name, method in variant.items()}
+    found["gains"] = _corrected({name: paired_bootstrap(each, [base] * len(each)) for name, each in gold.items()})
     found |= compared(gold)
     found["at_kl"] = {target: _at_kl(variant, target) for target in _targets(variant)}
     return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orpo_mlx.compare.exercise.contenders import SAME_LOSS
@@ -99,7 +100,7 @@ def equal_kl(results: Results, tier: str, variant: str) -> Table:
     found = results["tiers"][tier]["analysis"]["variants"][variant]["at_kl"]
     header, rows = ["method"], [[TableCell(name)] for name in results["tiers"][tier]["variants"][variant]]
     for target, at in found.items():
-        header += [f"gold at KL {target}", "step", "minus DPO's", "p"]
+        header += [f"gold at KL {target}", "step", "minus DPO's", "would be found", "p"]
         for row in rows:
             row += _cells_at_kl(row[0].text, at, results["tiers"][tier]["size"]["seeds"])
     return Table(tuple(header), tuple(map(tuple, rows)) if found else ())
@@ -108,9 +109,50 @@ def equal_kl(results: Results, tier: str, variant: str) -> Table:
 def _cells_at_kl(name: str, at: Mapping[str, Any], seeds: int) -> list[TableCell]:
     own, gap = at["methods"].get(name), at.get("differences", {}).get(name)
     if own is None:
-        return [TableCell(f"reached by {at['reached'][name]} of {seeds}"), *(TableCell("–") for _ in range(3))]
-    p = number(None if gap is None else gap["p_holm"], "{:.4f}")
-    return [mean_cell(own, "{:.3f}"), number(own["step"], "{:.0f}"), gap_cell(gap), p]
+        return [TableCell(f"reached by {at['reached'][name]} of {seeds}"), *(TableCell("–") for _ in range(4))]
+    least, p = (
+        number(None if gap is None else gap[key], form)
+        for key, form in (("detectable", "{:.3f}"), ("p_holm", "{:.4f}"))
+    )
+    return [mean_cell(own, "{:.3f}"), number(own["step"], "{:.0f}"), gap_cell(gap), least, p]
+
+
+def gains(results: Results, tier: str) -> Table:
+    """Gold of each method minus the base model's on each variant, and the smallest gain that would be found."""
+    found = {name: variant["gains"] for name, variant in results["tiers"][tier]["analysis"]["variants"].items()}
+    rows = [
+        (TableCell(method), *(gap_cell(gap[method]) for gap in found.values())) for method in next(iter(found.values()))
+    ]
+    least = [[gap["detectable"] for gap in variant.values()] for variant in found.values()]
+    shown = (TableCell(f"{min(each):.3f} to {max(each):.3f}") for each in least)
+    return Table(("method", *found), (*rows, (TableCell("would be found"), *shown)))
+
+
+def courses(results: Results, tier: str) -> Table:
+    """KL and gold at the steps at which all final trainings were measured; without rows where there are none."""
+    found = results["tiers"][tier]
+    if not found["size"].get("fixed_steps"):
+        return Table((), ())
+    by_step = {
+        (variant, method): {at["step"]: at for at in mean_course([seed["test_curve"] for seed in trained["seeds"]])}
+        for variant, methods in found["variants"].items()
+        for method, trained in methods.items()
+    }
+    steps = sorted({step for course in by_step.values() for step in course if step})
+    rows = ((*map(TableCell, name), *(_at(course.get(step)) for step in steps)) for name, course in by_step.items())
+    return Table(("variant", "method", *(f"step {step:.0f}, KL: gold" for step in steps)), tuple(rows))
+
+
+def _at(found: Mapping[str, float] | None) -> TableCell:
+    return TableCell("–") if found is None else TableCell(f"{found['kl']:.2f}: {found['gold']:.3f}", found["gold"])
+
+
+def mean_course(curves: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
+    """Means over seeds of what was measured at the steps at which all of them were."""
+    by_step = [{look["step"]: look for look in curve} for curve in curves]
+    shared = sorted(set.intersection(*(set(each) for each in by_step)))
+    measured = ("step", "kl", "gold")
+    return [{key: statistics.fmean(each[step][key] for each in by_step) for key in measured} for step in shared]
 
 
 def controls(results: Results) -> Table:

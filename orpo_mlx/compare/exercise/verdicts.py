@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from orpo_mlx.compare import claims
 from orpo_mlx.compare.claims import CONFIRMED, COPY, DPO, OPEN, ORPO, REFUTED
-from orpo_mlx.compare.exercise.significance import holm, paired_bootstrap
+from orpo_mlx.compare.exercise.contenders import SAME_LOSS
+from orpo_mlx.compare.exercise.significance import Difference, detectable, holm, paired_bootstrap
 
 CHAPTERS = "orpo_style"
 _LABELS = {ORPO: "ORPO", CHAPTERS: "the chapter's loss"}
@@ -118,44 +119,55 @@ def memory(cost: Mapping[str, Any]) -> Verdict:
 
 
 def convergence(tier: Mapping[str, Any], name: str = ORPO) -> Verdict:
-    """Whether a method or DPO has more reward after as many steps and pair tokens, and which has more at equal KL."""
+    """Whether a method or DPO has more reward after as many steps and pair tokens, and which has more at equal KL.
+
+    A difference counts if it is significant and larger than any of the same kind between two contenders that have one
+    loss: settings are tuned, and tuning parts even those.
+    """
     label, bound = _LABELS[name], tier["size"]["kl_bound"]
     quarters = (round(share * tier["size"]["rounds"][-1]["steps"]) for share in _QUARTERS)
     steps = sorted({step for step in quarters if step})
     figures: Figures = []
+    controls: Figures = []
     words = []
     for labels, variant in tier["variants"].items():
-        looks = at_steps(variant, name, steps, bound)
-        at_kl = at_targets(tier["analysis"]["variants"][labels]["at_kl"], name)
+        analysis = tier["analysis"]["variants"][labels]["at_kl"]
+        looks = at_steps(variant, (name, DPO), steps, bound)
+        at_kl = at_targets(analysis, name)
         figures += [{"variant": labels, **figure} for figure in (*looks, *at_kl)]
         said = [*map(_at_step, looks), *map(_at_target, at_kl)] or ["no look of all seeds is within the KL bound"]
         words.append(f"{labels}: {', '.join(said)}")
-    per_step = _decided(figures, "step")
-    per_nat = _decided(figures, "kl")
+        if set(SAME_LOSS) <= set(variant):
+            controls += at_steps(variant, SAME_LOSS, steps, bound)
+        controls += [{"kl": kl, "mean": at["control"]["mean"]} for kl, at in analysis.items() if "control" in at]
+    decided, margins = {}, []
+    for kind, said_of in (("step", "by steps"), ("kl", "at equal KL")):
+        margin = max((abs(each["mean"]) for each in controls if kind in each), default=0.0)
+        decided[said_of] = _decided([figure for figure in figures if kind in figure], figures, margin)
+        margins.append(_power(figures, kind, said_of, margin))
+    same = len(set(decided.values())) == 1
     return Verdict(
         claim_of(claims.CONVERGENCE, name),
-        per_step if per_step == per_nat else f"by steps {per_step}; at equal KL {per_nat}",
-        f"gold of {label} minus DPO's, each at its tuned rate, with 95 % intervals: {'; '.join(words)}",
-        "steps: on valid prompts, which the settings were tuned on, where all seeds of both are within the KL bound of "
-        f"{bound:g}, intervals over seeds; KL: on test prompts; each as far as both came. p after Holm's correction "
-        "over the looks, or the KLs, of one kind of labels. The same steps are the same pair tokens; seconds are in "
-        "the costs",
+        decided["by steps"] if same else "; ".join(f"{said_of} {word}" for said_of, word in decided.items()),
+        f"gold of {label} minus DPO's, each at its tuned rate, with 95 % intervals: {'; '.join((*words, *margins))}",
+        "the exact tier alone; steps: on valid prompts, which the settings were tuned on, where all seeds of both are "
+        f"within the KL bound of {bound:g}, intervals over seeds; KL: on test prompts; each as far as both came. p "
+        "after Holm's correction over the looks, or the KLs, of one kind of labels. The same steps are the same pair "
+        "tokens; seconds are in the costs",
         figures,
     )
 
 
-def at_steps(variant: Variant, name: str, steps: Iterable[int], bound: float) -> Figures:
-    """Gold of a method minus DPO's after as many steps, where all seeds of both were within the bound."""
-    found: Figures = []
-    pairs = list(zip(variant[name]["seeds"], variant[DPO]["seeds"], strict=True))
+def at_steps(variant: Variant, pair: tuple[str, str], steps: Iterable[int], bound: float) -> Figures:
+    """Gold of one method minus another's after as many steps, where all seeds of both were within the bound."""
+    found: dict[int, Difference] = {}
+    ours, theirs = (variant[name]["seeds"] for name in pair)
     for step in steps:
-        looks = [[_look(seed["curve"], step, bound) for seed in pair] for pair in pairs]
-        gaps = [ours["gold"] - theirs["gold"] for ours, theirs in looks if ours and theirs]
-        if len(gaps) == len(pairs):
-            gap = paired_bootstrap([[each] for each in gaps], [[0.0]] * len(gaps))
-            found.append({"step": step, "mean": gap.mean, "low": gap.low, "high": gap.high, "p": gap.p})
-    corrected = holm({str(each["step"]): each["p"] for each in found})
-    return [{**each, "p_holm": corrected[str(each["step"])]} for each in found]
+        looks = [[_look(seed["curve"], step, bound) for seed in both] for both in zip(ours, theirs, strict=True)]
+        gaps = [one["gold"] - other["gold"] for one, other in looks if one and other]
+        if len(gaps) == len(looks):
+            found[step] = paired_bootstrap([[each] for each in gaps], [[0.0]] * len(gaps))
+    return _together("step", {step: gap._asdict() for step, gap in found.items()})
 
 
 def _look(curve: Sequence[Mapping[str, Any]], step: int, bound: float) -> Mapping[str, Any] | None:
@@ -164,10 +176,23 @@ def _look(curve: Sequence[Mapping[str, Any]], step: int, bound: float) -> Mappin
 
 def at_targets(at_kl: Mapping[str, Any], name: str) -> Figures:
     """Gold of a method minus DPO's where both had the same KL."""
-    gaps = {kl: at["differences"][name] for kl, at in at_kl.items() if name in at.get("differences", {})}
-    corrected = holm({kl: gap["p"] for kl, gap in gaps.items()})
-    kept = ("mean", "low", "high", "p")
-    return [{"kl": kl, **{key: gap[key] for key in kept}, "p_holm": corrected[kl]} for kl, gap in gaps.items()]
+    return _together(
+        "kl", {kl: at["differences"][name] for kl, at in at_kl.items() if name in at.get("differences", {})}
+    )
+
+
+def _together(kind: str, gaps: Mapping[Any, Mapping[str, float]]) -> Figures:
+    """Differences that are tested together."""
+    corrected = holm({str(place): gap["p"] for place, gap in gaps.items()})
+    return [
+        {
+            kind: place,
+            **{key: gap[key] for key in ("mean", "low", "high", "p")},
+            "p_holm": corrected[str(place)],
+            "detectable": detectable(gap["standard_error"], len(gaps), gap["freedom"]),
+        }
+        for place, gap in gaps.items()
+    ]
 
 
 def _at_step(figure: Mapping[str, Any]) -> str:
@@ -182,16 +207,28 @@ def _interval(figure: Mapping[str, Any]) -> str:
     return f"{figure['mean']:+.2f} ({figure['low']:+.2f} to {figure['high']:+.2f})"
 
 
-def _decided(figures: Figures, kind: str) -> str:
+def _power(figures: Figures, kind: str, said: str, margin: float) -> str:
+    """What would have been found, and what counts."""
+    least = [figure["detectable"] for figure in figures if kind in figure]
+    if not least:
+        return f"{said} nothing was compared"
+    control = (
+        f"what is at most {margin:.3f}, as between two tunings of one loss, does not count"
+        if margin
+        else "there are no two tunings of one loss to hold it against"
+    )
+    return f"{said} {min(least):.3f} to {max(least):.3f} would be found with a chance of 80 %, and {control}"
+
+
+def _decided(own: Figures, figures: Figures, margin: float) -> str:
     """What the differences of a kind say together: those that count must point one way."""
-    own = [figure for figure in figures if kind in figure]
-    counted = [figure for figure in own if figure["p_holm"] < _LEVEL]
+    counted = [figure for figure in own if figure["p_holm"] < _LEVEL and abs(figure["mean"]) > margin]
     ahead = {figure["variant"] for figure in counted if figure["mean"] > 0}
     behind = {figure["variant"] for figure in counted if figure["mean"] < 0}
     if ahead and behind:
         return f"not the same everywhere (ahead somewhere at {_named(ahead)}, behind somewhere at {_named(behind)})"
     if not counted:
-        return f"{OPEN}: nothing parts them; see what the design could find"
+        return OPEN
     every = {figure["variant"] for figure in figures}
     where = "" if (ahead or behind) == every else f" at {_named(ahead or behind)}, elsewhere {OPEN}"
     return f"{CONFIRMED if ahead else REFUTED}{where}"
@@ -204,7 +241,8 @@ def _named(variants: Iterable[str]) -> str:
 def sensitivity(variants: Mapping[str, Variant], name: str = ORPO) -> Verdict:
     """Whether a method or DPO loses more of what it can gain by a setting that was not tuned: over all rates, and over
     the lower half of them, at which few settings leave the KL bound at once."""
-    parts, figures = [], []
+    parts: list[str] = []
+    figures: Figures = []
     for labels, variant in variants.items():
         for range_name, lower in (("all rates", False), ("lower rates", True)):
             lost, dpo_lost = (share_lost(variant[each], lower=lower) for each in (name, DPO))
@@ -214,12 +252,15 @@ def sensitivity(variants: Mapping[str, Variant], name: str = ORPO) -> Verdict:
                 {
                     **{"variant": labels, "rates": range_name, "lost": ours, "lost_by_dpo": theirs},
                     **{"low": gap.low, "high": gap.high},
+                    "detectable": detectable(gap.standard_error, 1, gap.freedom),
                 }
             )
             parts.append(
                 f"{labels}, {range_name}: {ours:.0%} for {_LABELS[name]}, {theirs:.0%} for DPO (difference "
                 f"{gap.low:+.0%} to {gap.high:+.0%})"
             )
+    least = [float(figure["detectable"]) for figure in figures]
+    parts.append(f"differences of {min(least):.0%} to {max(least):.0%} would be found with a chance of 80 %")
     settings = len(_grid(variants[next(iter(variants))][name]["tuning"]))
     signs = {
         each: {_sign(figure) for figure in figures if figure["rates"] == each} for each in ("all rates", "lower rates")

@@ -10,7 +10,7 @@ import pytest
 
 from orpo_mlx.compare.exercise.analysis import tokens_at_kl
 from orpo_mlx.compare.exercise.equal_kl import at_targets, crossing
-from orpo_mlx.compare.exercise.tables import lengths_at_kl
+from orpo_mlx.compare.exercise.tables import courses, lengths_at_kl
 
 
 class Course:
@@ -81,3 +81,24 @@ def test_lengths_at_a_kl_are_compared_over_seeds() -> None:
     results = {"tiers": {"open": tier}}
     shown = {row[1].text: row[2].text for row in lengths_at_kl(results).rows}
     assert shown == {"dpo": "22.4 (0.2)", "orpo": "24.8 (0.3)*", "ipo": "22.4 (0.2)", "sft": "–"}
+
+
+def test_courses_are_means_over_seeds_at_the_steps_that_all_have() -> None:
+    def seeds(*curves: list[tuple[int, float, float]]) -> dict[str, Any]:
+        keys = ("step", "kl", "gold")
+        return {"seeds": [{"test_curve": [dict(zip(keys, look, strict=True)) for look in curve]} for curve in curves]}
+
+    start = (0, 0.0, 0.2)
+    methods = {
+        "sft": seeds([start, (4, 1.0, 0.3)], [start, (4, 2.0, 0.5), (8, 3.0, 0.7)]),
+        "dpo": seeds([start, (4, 1.0, 0.3), (8, 3.0, 0.9)], [start, (4, 1.0, 0.3), (8, 4.0, 0.8)]),
+    }
+    tier: dict[str, Any] = {"size": {"fixed_steps": True}, "variants": {"clean": methods}}
+    found = courses({"tiers": {"open": tier}}, "open")
+    assert found.header == ("variant", "method", "step 4, KL: gold", "step 8, KL: gold")
+    assert [[cell.text for cell in row] for row in found.rows] == [
+        ["clean", "sft", "1.50: 0.400", "–"],
+        ["clean", "dpo", "1.00: 0.300", "3.50: 0.850"],
+    ]
+    # Elsewhere trainings are measured at steps of their own.
+    assert courses({"tiers": {"open": {**tier, "size": {}}}}, "open").rows == ()

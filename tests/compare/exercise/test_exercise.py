@@ -216,11 +216,12 @@ def made() -> dict[str, Any]:
         return found | ({"likelihood_wins": {each: wins(0.5) for each in shuffled}} if name == "orpo" else {})
 
     names = ("orpo", "orpo_style", "dpo", "chapter's step")
+    size = TINY._replace(seeds=3, contenders=names, variants=("0 % flipped", "20 % flipped"))
     tier: dict[str, Any] = {
         "facts": {"frontier": [{"kl": 0.5, "gold": 1.0}]},
-        "size": study.size_record(TINY, 1.0),
+        "size": study.size_record(size, 1.0),
         "base": {"gold": some(7), "kl": [0.0] * 7},
-        "variants": {variant: {name: method(name) for name in names} for variant in ("0 % flipped", "20 % flipped")},
+        "variants": {variant: {name: method(name) for name in names} for variant in size.variants},
         "sanity": [sane(name) for name in names],
     }
     results: dict[str, Any] = {
@@ -240,6 +241,11 @@ def test_every_figure_is_recomputed_by_another_script(made: dict[str, Any], tmp_
     count, wrong = check(made)
     assert wrong == []
     assert count > 100
+    part = copy.deepcopy(made)
+    part["tiers"]["exact"]["size"]["variants"].append("40 % flipped")
+    (missing,) = check(part)[1]
+    assert missing.startswith("exact tier, variants")
+    assert check({**part, "unfinished": ["exact, 40 % flipped"]})[1] == []
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(DataError, match="holds a list, expected a table"):
         read(tmp_path / "other.json")
@@ -287,6 +293,7 @@ def test_whatever_is_changed_in_the_published_figures_is_noticed(made: dict[str,
     raw = ("tiers", "exact", "variants", "0 % flipped", "orpo")
     others: list[tuple[Any, ...]] = [(*raw, "chosen", "rate"), (*raw, "tuning", 1, "score"), (*raw, "seeds", 0, "best")]
     others += [(*raw, "seeds", 0, "at_kl", "0.5", "step"), ("cost", "predicted", 0, "copy_ratio")]
+    others += [("tiers", "exact", "size", "seeds"), ("tiers", "exact", "size", "contenders")]
     others += [("verdicts", place, "verdict") for place in range(7)]
     others += [("verdicts", 3, "figures", 0, "low"), ("verdicts", 5, "figures", 1, "lost")]
     for *before, last in others:
@@ -424,7 +431,7 @@ class Kept:
 
 def test_a_training_of_fixed_steps_is_judged_where_tuning_said() -> None:
     # A setting that is in both rounds, of the same length.
-    size = TINY._replace(rounds=(Round(2, 4), Round(1, 4, 2)), looks=2, fixed_steps=True, contenders=("orpo", "dpo"))
+    size = TINY._replace(rounds=(Round(2, 4), Round(1, 4, 2)), looks=2, fixed_steps=True, contenders=("dpo",))
     task = GoldTask(size)
     cells: Any = Kept()
     dpo = next(each for each in CONTENDERS if each.name == "dpo")

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from orpo_mlx.compare.exercise.contenders import SAME_LOSS
 from orpo_mlx.compare.exercise.halving import Round
 from orpo_mlx.compare.exercise.sizes import FULL_EXACT
 from orpo_mlx.compare.exercise.study import size_record
-from orpo_mlx.compare.exercise.verdicts import CHAPTERS, convergence, phases, reference, sensitivity
+from orpo_mlx.compare.exercise.verdicts import CHAPTERS, Verdict, convergence, phases, reference, sensitivity
 
 SIZE = size_record(FULL_EXACT._replace(rounds=(Round(4, 40),)), 1.0)
 STEPS = (0, 10, 20)
@@ -34,7 +35,7 @@ def tier(variants: dict[str, tuple[Any, Any]], at_kl: dict[str, float] | None = 
         if gap is None:
             return {}
         figures = {"mean": gap, "low": gap - 0.01, "high": gap + 0.01, "p": 0.001 if gap else 1.0}
-        return {"0.5": {"differences": {"orpo": figures}}}
+        return {"0.5": {"differences": {"orpo": {**figures, "standard_error": 0.005, "freedom": 9}}}}
 
     return {
         "size": SIZE,
@@ -55,7 +56,7 @@ SAME = (method((0.0, 0.2, 0.5)), method((0.0, 0.2, 0.5)))
         ({"a": AHEAD, "b": AHEAD[::-1]}, "not the same everywhere (ahead somewhere at a, behind somewhere at b)"),
         ({"a": (method((0.0, 0.3, 0.4)), AHEAD[1])}, "not the same everywhere (ahead somewhere at a, behind"),
         ({"a": AHEAD, "b": SAME}, "confirmed at a, elsewhere not decided"),
-        ({"a": SAME}, "not decided: nothing parts them"),
+        ({"a": SAME}, "not decided"),
         # Far ahead, but where it is no longer near the base model.
         ({"a": (method((0.0, 0.2, 9.0), (0.0, 0.2, 1.1)), AHEAD[1])}, "not decided"),
         ({"a": (method((0.0, 9.0, 9.0), (0.0, 2.0, 3.0)), AHEAD[1])}, "not decided"),
@@ -73,6 +74,26 @@ def test_more_reward_per_step_need_not_be_more_per_nat() -> None:
     assert "a: step 10 +0.10 (+0.10 to +0.10), step 20 +0.10 (+0.10 to +0.10), KL 0.5 -0.05 (-0.06 to" in found.measured
     assert convergence(tier({"a": AHEAD, "b": AHEAD}, {"a": 0.05, "b": 0.05})).verdict == "confirmed"
     assert convergence(tier({"a": AHEAD}, {"a": 0.0})).verdict.startswith("by steps confirmed; at equal KL not decided")
+
+
+def test_what_two_tunings_of_one_loss_differ_by_does_not_count() -> None:
+    """ORPO is 0.1 ahead by steps, and 0.05 behind at KL 0.5."""
+
+    def judged(by_steps: float, at_kl: float) -> Verdict:
+        given = tier({"a": AHEAD, "b": AHEAD}, {"a": -0.05, "b": -0.05})
+        ours, theirs = SAME_LOSS
+        # On one kind of labels alone: what tuning does is no more certain on the other.
+        given["variants"]["b"] |= {ours: method((0.0, 0.5, 0.5)), theirs: method((0.0, 0.5 - by_steps, 0.5))}
+        given["analysis"]["variants"]["b"]["at_kl"]["0.5"]["control"] = {"mean": at_kl}
+        return convergence(given)
+
+    assert judged(0.09, 0.04).verdict == "by steps confirmed; at equal KL refuted"
+    assert judged(-0.11, 0.04).verdict == "by steps not decided; at equal KL refuted"
+    assert judged(-0.11, -0.051).verdict == "not decided"
+    # Of nine degrees of freedom: 0.005 (t(0.025) + t(0.2)) = 0.005 (2.262 + 0.883).
+    assert "at equal KL 0.016 to 0.016 would be found" in (measured := judged(-0.11, -0.051).measured)
+    assert "what is at most 0.051, as between two tunings of one loss, does not count" in measured
+    assert "no two tunings of one loss" in convergence(tier({"a": AHEAD})).measured
 
 
 def test_a_look_at_which_one_seed_is_beyond_the_bound_is_left_out() -> None:

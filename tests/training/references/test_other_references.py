@@ -195,9 +195,11 @@ def test_the_reference_follows_the_policys_weights(
     """Weights and log-probs are those of π_ref <- τ π + (1 - τ) π_ref multiplied out; ranks do not grow for ever."""
     folder = write_model_folder(tmp_path / "model", kind)
     keys = ["self_attn.q_proj", "block_sparse_moe.switch_mlp.up_proj" if kind == "mixtral" else "mlp.down_proj"]
-    changes = {"method": "dpo", "model": str(folder), "fine_tune_type": fine_tune_type, "learning_rate": 3e-2}
-    lora = {"rank": 8, "scale": 2.0, "keys": keys}
-    run = make_run(settings, **changes, lora_parameters=lora, sync_reference=f"{tau},2")
+    changes: dict[str, Any] = {"method": "dpo", "model": str(folder), "fine_tune_type": fine_tune_type}
+    changes["learning_rate"] = 3e-2
+    if fine_tune_type != "full":
+        changes["lora_parameters"] = {"rank": 8, "scale": 2.0, "keys": keys}
+    run = make_run(settings, **changes, sync_reference=f"{tau},2")
     reference = run.reference
     assert isinstance(reference, SyncedReference)
     start = reference(PAIRS, collate(PAIRS)).chosen
