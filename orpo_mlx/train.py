@@ -194,7 +194,8 @@ def train_and_evaluate(
             metrics = loop.take_steps()
         # One that came after the last agreement: whoever asked to stop wants no upload, and no next round.
         stop.check(f"the run was done, and is saved in {run.folder}")
-        loop.compare_metrics(metrics)
+        if progress.before and progress.before.keys() == metrics.keys():
+            reporter.closing_table(progress.before, metrics)
     return TrainingResult(
         adapter_path=run.folder,
         steps=progress.step,

@@ -1,4 +1,4 @@
-"""Signals during a run's steps. First signal: stop after this step; second: exit now."""
+"""What ends a run early: errors, and signals during its steps (first: stop after this one; second: exit now)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
+from orpo_mlx.errors import TrainingError, device_advice, reason_of
 from orpo_mlx.interrupts import SIGNALS, Interrupted, leave_terminal, set_handler, tell
 
 _NOTICE = "\nStopping after this step; a second signal leaves at once.\n"
@@ -46,3 +47,14 @@ class StopSignals:
         self.number = number
         tell(_NOTICE)
         leave_terminal(number)
+
+
+def reason_to_end(error: Exception, step: int) -> str:
+    """Why a run ends in the middle of a step, as text: the file, or the step where the error does not say it."""
+    reason = reason_of(error, None)
+    if isinstance(error, OSError) and error.filename:
+        reason = f"{error.filename}: {error.strerror or reason}"
+    if not isinstance(error, (TrainingError, OSError)):
+        reason = f"step {step}: {reason}"
+    advice = device_advice(error)
+    return f"{reason}; {advice}" if advice else reason

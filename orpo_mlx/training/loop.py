@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from orpo_mlx.config.defaults import DEFAULT_MAX_SKIPPED
-from orpo_mlx.errors import HalfAppliedError, NonFiniteError, TrainingError, device_advice, reason_of
+from orpo_mlx.errors import HalfAppliedError, NonFiniteError, TrainingError, reason_of
 from orpo_mlx.interrupts import Interrupted
 from orpo_mlx.losses.metrics import MetricMeans
 from orpo_mlx.models.adapters import adapters_off
@@ -26,15 +26,12 @@ from orpo_mlx.training.checkpoints.save import after_save, how_to_go_on, is_gone
 from orpo_mlx.training.data_order import total_steps, training_order
 from orpo_mlx.training.evaluating.evaluation import evaluate_splits
 from orpo_mlx.training.evaluating.judged import judged_line
-from orpo_mlx.training.interrupts import StopSignals
+from orpo_mlx.training.interrupts import StopSignals, reason_to_end
 from orpo_mlx.training.references.reference_pass import save_reference
 from orpo_mlx.training.run import Run
 from orpo_mlx.training.sinks import Sinks
 from orpo_mlx.training.steps.step import optimiser_step
 from orpo_mlx.types import Example
-
-# Keeps a rate finite where the clock did not move.
-_SHORTEST_S = 1e-9
 
 
 class Loop:
@@ -131,7 +128,7 @@ class Loop:
                 means = self.step([pairs[index] for index in next(step_batches)])
                 self._agree()
                 if means is not None:
-                    advance(progress.step, step_numbers(means.means(), self.tokens_per_s, peak_gib()))
+                    advance(progress.step, step_numbers(means.means(), progress.tokens_per_s, peak_gib()))
                 metrics = self.after_step()
             self.peak_memory_gib = peak_gib()
             self._require_folder()
@@ -228,7 +225,7 @@ class Loop:
         progress = self.progress
         metrics = {
             **progress.means.means(),
-            "pair_tokens_per_s": self.tokens_per_s,
+            "pair_tokens_per_s": progress.tokens_per_s,
             "peak_memory_gib": peak_gib(),
             "learning_rate": float(self.run.optimizer.learning_rate),
         }
@@ -317,17 +314,6 @@ class Loop:
         if len(progress.replies_before) == len(sampler.prompts):
             self.sinks.reporter.replies(progress.replies_before, replies)
 
-    def compare_metrics(self, after: EvalMetrics) -> None:
-        """Say how the held-out metrics after the last step compare with those before the first."""
-        before = self.progress.before
-        if before and before.keys() == after.keys():
-            self.sinks.reporter.closing_table(before, after)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Pair tokens per second of the steps since the last report."""
-        return self.progress.pair_tokens / max(self.progress.seconds, _SHORTEST_S)
-
     def _count(self, means: MetricMeans, tokens: int) -> None:
         progress = self.progress
         progress.means.merge(means)
@@ -379,14 +365,7 @@ class Loop:
             if isinstance(error, KeyboardInterrupt):
                 number = error.number if isinstance(error, Interrupted) else 2
                 raise Interrupted(number, how_to_go_on) from None
-            reason = reason_of(error, None)
-            if isinstance(error, OSError) and error.filename:
-                reason = f"{error.filename}: {error.strerror or reason}"
-            if not isinstance(error, (TrainingError, OSError)):
-                reason = f"step {self.progress.step + 1}: {reason}"
-            if advice := device_advice(error):
-                reason = f"{reason}; {advice}"
-            raise TrainingError(f"{reason}; {how_to_go_on}") from error
+            raise TrainingError(f"{reason_to_end(error, self.progress.step + 1)}; {how_to_go_on}") from error
 
     def _save_at_the_end(self, error: BaseException) -> str:
         """Save, if there is something to save, and say what there is to go on from."""

@@ -43,6 +43,10 @@ class Best(NamedTuple):
         return math.nan if self.loss is None else self.loss
 
 
+# Keeps a rate finite where the clock did not move.
+_SHORTEST_S = 1e-9
+
+
 @dataclasses.dataclass
 class Progress:
     """The state of a run between two steps."""
@@ -82,6 +86,11 @@ class Progress:
         self.out_of_patience = self.patience.is_over(config)
         said = f"{waited} validations in a row were no better than {config.patience_on} {best:.4f}"
         return f"{said} (`patience={config.patience}`)" if self.out_of_patience else ""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Pair tokens per second of the steps since the last report."""
+        return self.pair_tokens / max(self.seconds, _SHORTEST_S)
 
     def start_report(self) -> None:
         """Begin new means after a report."""
