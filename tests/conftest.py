@@ -332,6 +332,21 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     _met[name] += 1
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have pictures that nobody can see: a second of drawing each, where a test looks at the words alone."""
+    for module in ("compare.report", "reporting.run_report", "rounds.report"):
+        monkeypatch.setattr(f"orpo_mlx.{module}.png", lambda *_, **__: b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.fixture(scope="session")
+def taught_adapters(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of adapters with which the tiny model says what `tests.helpers.tuned_adapters` has taught it."""
+    from tests.helpers.tuned_adapters import tuned_adapters
+
+    return tuned_adapters(tmp_path_factory.mktemp("taught"), model_folder)
+
+
 @pytest.fixture(scope="session")
 def comparison(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished comparison of tiny trainings, on data whose texts would like to be markup; its output folder."""

@@ -49,6 +49,8 @@ WITH_THE_SLOW = {
 """Tests that take longer than they are likely to find something that others do not."""
 
 TOGETHER = {
+    "tests/cli/test_chat.py": "taught adapters",
+    "tests/cli/test_evaluate.py": "taught adapters",
     "tests/doctor/": "an examination",
     "tests/compare/test_report.py": "a comparison",
     "tests/compare/test_runner.py": "a comparison",

@@ -44,6 +44,7 @@ def run(settings: dict[str, Any]) -> tuple[Any, str]:
     return result, console.export_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_win_rate_stands_beside_the_loss_and_decides_what_is_best(tmp_path: Path, judged: dict[str, Any]) -> None:
     result, said = run(judged | {"save_best": True, "best_by": "win_rate", "report": True})
     log = read_run(tmp_path / "adapters")
