@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ SMALL = {
     "batch_size": 2, "iters": 3, "samples": 0, "steps_per_report": 1, "learning_rate": 1e-3, "memory_check": False,
     "report": False,
 }  # fmt: skip
+
+SPLITS = {"train": 0, "valid": 1, "test": 2}
+"""Seeds of the pairs of each."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -270,7 +274,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    for split, seed in (("train", 0), ("valid", 1), ("test", 2)):
+    for split, seed in SPLITS.items():
         write_id_rows(tmp_path / "data" / f"{split}.jsonl", make_pairs(6, seed=seed))
     return tmp_path / "data"
 
@@ -308,7 +312,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Iterator[object]:
+def pytest_collection() -> Generator[None, object, object]:
     """What is imported and collected stays to the end, half a million objects that the garbage collector need not go
     through again and again: not while they are made, and not whenever a test has it run to measure memory."""
     gc.disable()
@@ -344,7 +348,30 @@ def taught_adapters(model_folder: Path, tmp_path_factory: pytest.TempPathFactory
     """The folder of adapters with which the tiny model says what `tests.helpers.tuned_adapters` has taught it."""
     from tests.helpers.tuned_adapters import tuned_adapters
 
-    return tuned_adapters(tmp_path_factory.mktemp("taught"), model_folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ORPO_MLX_CACHE", "off")
+        return tuned_adapters(tmp_path_factory.mktemp("taught"), model_folder)
+
+
+@pytest.fixture(scope="session")
+def short_run(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of three steps has left, for tests that copy it; its data stay where they are."""
+    from tests.helpers.quiet_training import run_quietly
+
+    folder = tmp_path_factory.mktemp("short")
+    for split, seed in SPLITS.items():
+        write_id_rows(folder / "data" / f"{split}.jsonl", make_pairs(6, seed=seed))
+    paths = {"model": str(model_folder), "data": str(folder / "data"), "adapter_path": str(folder / "adapters")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ORPO_MLX_CACHE", "off")
+        run_quietly({**SMALL, **paths})
+    return folder / "adapters"
+
+
+@pytest.fixture
+def run_of_three_steps(short_run: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return shutil.copytree(short_run, tmp_path / "adapters", symlinks=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A script of `scripts/` run within this process: a second or two less than in one of its own, which imports all anew."""
+"""A script of `scripts/` run within this process: one of its own would import all anew for seconds."""
 
 from __future__ import annotations
 
