@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import shutil
 import signal
 from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,9 @@ SMALL = {
     "memory_check": False,
     "report": False,
 }
+
+SPLITS = {"train": 0, "valid": 1, "test": 2}
+"""Seeds of the pairs of each."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -273,7 +279,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    for split, seed in (("train", 0), ("valid", 1), ("test", 2)):
+    for split, seed in SPLITS.items():
         write_id_rows(tmp_path / "data" / f"{split}.jsonl", make_pairs(6, seed=seed))
     return tmp_path / "data"
 
@@ -310,6 +316,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return LoadSharing(config, log)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected stays to the end, half a million objects that the garbage collector need not go
+    through again and again: not while they are made, and not whenever a test has it run to measure memory."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
+
+
 _met: Counter[str] = Counter()
 
 
@@ -320,6 +339,44 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     if _met[name] % every or name in WITH_THE_SLOW:
         item.add_marker(pytest.mark.slow)
     _met[name] += 1
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have pictures that nobody can see: a second of drawing each, where a test looks at the words alone."""
+    for module in ("compare.report", "reporting.run_report", "rounds.report"):
+        monkeypatch.setattr(f"orpo_mlx.{module}.png", lambda *_, **__: b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.fixture(scope="session")
+def taught_adapters(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of adapters with which the tiny model says what `tests.helpers.tuned_adapters` has taught it."""
+    from tests.helpers.tuned_adapters import tuned_adapters
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ORPO_MLX_CACHE", "off")
+        return tuned_adapters(tmp_path_factory.mktemp("taught"), model_folder)
+
+
+@pytest.fixture(scope="session")
+def short_run(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of three steps has left, for tests that copy it; its data stay where they are."""
+    from tests.helpers.quiet_training import run_quietly
+
+    folder = tmp_path_factory.mktemp("short")
+    for split, seed in SPLITS.items():
+        write_id_rows(folder / "data" / f"{split}.jsonl", make_pairs(6, seed=seed))
+    paths = {"model": str(model_folder), "data": str(folder / "data"), "adapter_path": str(folder / "adapters")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ORPO_MLX_CACHE", "off")
+        run_quietly({**SMALL, **paths})
+    return folder / "adapters"
+
+
+@pytest.fixture
+def run_of_three_steps(short_run: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return shutil.copytree(short_run, tmp_path / "adapters", symlinks=True)
 
 
 @pytest.fixture(scope="session")

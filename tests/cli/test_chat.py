@@ -28,9 +28,9 @@ from tests.conftest import write_model_folder
 from tests.helpers.tuned_adapters import ANSWER, PROMPT, tuned_adapters
 
 
-@pytest.fixture(scope="module")
-def adapters(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tuned_adapters(tmp_path_factory.mktemp("tuned"), model_folder)
+@pytest.fixture
+def adapters(taught_adapters: Path) -> Path:
+    return taught_adapters
 
 
 class Said:

@@ -10,14 +10,14 @@ import pytest
 
 from orpo_mlx.cli.evaluate import main
 from tests.conftest import write_model_folder, write_rows
-from tests.helpers.tuned_adapters import ANSWER, PROMPT, tuned_adapters
+from tests.helpers.tuned_adapters import ANSWER, PROMPT
 
 JUDGE = ("--judge", f"rule:regex=^{ANSWER}")
 
 
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
-    return tuned_adapters(tmp_path_factory.mktemp("tuned"), model_folder)
+@pytest.fixture
+def adapters(taught_adapters: Path) -> Path:
+    return taught_adapters
 
 
 @pytest.fixture

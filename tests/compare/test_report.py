@@ -63,6 +63,7 @@ def test_failed_settings_are_named(results: dict[str, Any]) -> None:
     assert len(sensitivity_panels(results)) == 2
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_was_not_run_is_said_and_nothing_is_empty(results: dict[str, Any]) -> None:
     results["sanity"] = []
     for arm in results["methods"]:
@@ -78,6 +79,7 @@ def test_what_was_not_run_is_said_and_nothing_is_empty(results: dict[str, Any]) 
     assert "<tbody>\n</tbody>" not in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_wrong_label_arm_that_does_not_hold_is_loud(results: dict[str, Any]) -> None:
     results["sanity"][0]["holds"] = False
     assert tables.sanity(results).rows[0][-1].text == "NO"

@@ -40,6 +40,8 @@ def examined() -> Examined:
     """All groups with tiny sizes, in this process."""
     units = planned(TINY, full=False, bench=True, gpu=False)
     said: list[str] = []
-    with patch.dict(os.environ, {"ORPO_MLX_CACHE": "off"}):
+    # Pictures of the report are no part of what is examined, and take longer to draw than the run that they show.
+    drawn = patch("orpo_mlx.reporting.run_report.png", lambda *_, **__: b"\x89PNG")
+    with patch.dict(os.environ, {"ORPO_MLX_CACHE": "off"}), drawn:
         findings = examine(lambda first, say: events(units, first), said.append)
     return Examined(findings, said, len(units))

@@ -7,14 +7,14 @@ EVERY_NTH = {
     "test_a_resumed_run_is_the_run_it_would_have_been": 2,
     "test_a_resumed_run_takes_the_same_steps": 2,
     "test_a_step_adds_the_loss_of_all_its_tokens": 3,
-    "test_an_accumulation_window_equals_the_big_batch": 6,
+    "test_an_accumulation_window_equals_the_big_batch": 12,
     "test_an_error_in_a_callback_ends_the_run_saved_and_resumed_it_is_the_run_it_would_have_been": 2,
     "test_batch_size_changes_no_metric": 2,
     "test_compiled_is_eager": 6,
     "test_every_command_says_so": 2,
     "test_every_contender_takes_steps_and_ranks_pairs_by_its_own_reward": 3,
     "test_every_memory_mode_takes_the_steps_of_plain": 2,
-    "test_every_method_learns_its_train_split": 6,
+    "test_every_method_learns_its_train_split": 12,
     "test_every_mode_trains_on_them": 2,
     "test_every_token_of_every_pair_matches_the_oracle": 8,
     "test_gradients_do_not_depend_on_the_path": 4,
@@ -25,6 +25,7 @@ EVERY_NTH = {
     "test_memory_modes_change_no_number": 4,
     "test_right_functions_are_proven": 3,
     "test_segments_change_nothing": 4,
+    "test_the_figures_are_those_the_run_closed_with": 2,
     "test_the_loss_of_a_step_is_the_papers": 5,
     "test_the_reference_follows_the_policys_weights": 2,
     "test_two_ranks_are_one_run_and_one_goes_on_for_two": 2,
@@ -49,6 +50,8 @@ WITH_THE_SLOW = {
 """Tests that take longer than they are likely to find something that others do not."""
 
 TOGETHER = {
+    "tests/cli/test_chat.py": "taught adapters",
+    "tests/cli/test_evaluate.py": "taught adapters",
     "tests/doctor/": "an examination",
     "tests/compare/test_report.py": "a comparison",
     "tests/compare/test_runner.py": "a comparison",

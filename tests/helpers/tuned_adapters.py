@@ -17,7 +17,7 @@ def tuned_adapters(folder: Path, model: Path, **settings: Any) -> Path:
     for split in ("train", "valid", "test"):
         write_rows(data / f"{split}.jsonl", [{"prompt": PROMPT, "chosen": ANSWER, "rejected": "no"}] * 2)
     adapters = folder / "adapters"
-    values = {**SMALL, "method": "sft", "iters": 150, "learning_rate": 1e-2, "steps_per_report": 50, **settings}
+    values = {**SMALL, "method": "sft", "iters": 60, "learning_rate": 1e-2, "steps_per_report": 50, **settings}
     values |= {"model": str(model), "data": str(data), "adapter_path": str(adapters)}
     run_quietly(values)
     return adapters

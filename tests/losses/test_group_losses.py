@@ -15,7 +15,7 @@ from orpo_mlx.types import GroupLogProbs, PairLogProbs
 from tests.helpers.float64_group_losses import ORACLES, Array
 
 CASES = [(name, parameters) for name, entry in ORACLES.items() for parameters in entry.tries]
-ROWS = 1000
+ROWS = 400
 
 
 def random_groups(name: str, *, count: int = ROWS, width: int = 6) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from orpo_mlx.engine.pair_scorer import PairScorer, pair_logps
 from orpo_mlx.memory import benchmark as memory_benchmark
 from orpo_mlx.memory.benchmark import costs_table, measure, measure_methods
 from tests.conftest import make_model, make_pairs
+from tests.helpers.run_script import run_script
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 KEYS = {
     "peak_memory_gib",
     "active_memory_gib",
@@ -53,17 +52,15 @@ def test_what_is_measured(settings: dict[str, Any], method: str, reference: bool
     assert result["loss"] == pytest.approx(math.log(2) if reference else nll, rel=1e-5)
 
 
-def test_the_script(arguments: list[str], tmp_path: Path) -> None:
-    script = str(ROOT / "scripts" / "compare_memory.py")
+def test_the_script(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--methods", "dpo,orpo", "--iters", "1", "--max-seq-length", "99", "--json", str(tmp_path / "out.json")]
-    done = subprocess.run([sys.executable, script, *arguments, *words], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert run_script("compare_memory.py", [*arguments, *words]) == 0
     record = json.loads((tmp_path / "out.json").read_text())
     assert [row["method"] for row in record["methods"]] == ["dpo", "orpo"]
     assert all(set(row) >= KEYS for row in record["methods"])
     assert record["methods"][0]["settings"]["max_seq_length"] == 99
     assert set(record) == {"date", "machine", "versions", "methods"}
-    header, rule, dpo, orpo = done.stdout.splitlines()
+    header, rule, dpo, orpo = capsys.readouterr().out.splitlines()
     assert len({len(line) for line in (header, rule, dpo, orpo)}) == 1
     assert orpo.startswith("| orpo   |")
     assert "(1.00x)" in orpo

@@ -77,6 +77,7 @@ def test_commands_bounds_and_types_of_conversions_are_there() -> None:
     assert f"mean {ROUNDED.mean}" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_file_of_an_adapter_path_is_there(settings: dict[str, Any], data: Path) -> None:
     (data / "train.jsonl").write_text((data / "train.jsonl").read_text() + "{\n")
     settings |= {"method": "dpo", "skip_bad_rows": True, "save_best": True, "report": True}

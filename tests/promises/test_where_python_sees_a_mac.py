@@ -78,8 +78,9 @@ def test_models_of_every_form_are_loaded(half: Path, gguf: Path, asked: str | No
         assert found == 2 * [{mx.bfloat16 if asked == "bfloat16" else mx.float32}]
 
 
-# Pictures know nothing of the device, and take longer to draw than all else: those of one run are enough.
+# Pictures know nothing of the device.
 @pytest.mark.parametrize("more", [(), ("--memory", "thrift", NO_REPORT)])
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_is_trained_resumed_and_used(half: Path, data: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     adapters = tmp_path / "adapters"
     words = ["--model", str(half), "--data", str(data), "--adapter-path", str(adapters), "--method", "dpo", *more]

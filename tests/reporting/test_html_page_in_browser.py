@@ -20,16 +20,17 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     found.close()
 
 
-@pytest.fixture(params=["comparison", "run"])
-def report(request: pytest.FixtureRequest, comparison: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module", params=["comparison", "run"])
+def report(request: pytest.FixtureRequest, comparison: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == "comparison":
         return comparison / "report.html"
     # A name no file system forbids and every page must escape.
-    folder = tmp_path / "<img src=x onerror=alert(1)>"
+    parent = tmp_path_factory.mktemp("run")
+    folder = parent / "<img src=x onerror=alert(1)>"
     folder.mkdir()
     cell = next((comparison / "cells").glob("orpo_seed0*/metrics.jsonl"))
     (folder / "metrics.jsonl").write_bytes(cell.read_bytes())
-    return write_report([folder, cell.parent], tmp_path)[0]
+    return write_report([folder, cell.parent], parent)[0]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -74,6 +74,7 @@ def test_everything_but_checkpoints_is_sent_as_it_is_and_without_local_paths(ada
     assert not any(here in content or own["model"].encode() in content for content in hub.sent.values())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_that_is_sent_names_no_local_paths(adapters: Path, hub: Hub) -> None:
     write_report([adapters], adapters)
     assert main([str(adapters), "me/mine"]) == 0

@@ -52,6 +52,7 @@ def test_the_table_holds_the_figures(tmp_path: Path) -> None:
     assert paths[1].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_sample_replies_are_shown_as_text(tmp_path: Path) -> None:
     one, two = metrics(tmp_path, "one", [3.0]), metrics(tmp_path, "two", [1.0])
     row = {"step": 5, "prompt": "<b>who?</b>", "text": "<script>me</script>", "tokens": 3}
@@ -82,6 +83,7 @@ def test_a_run_says_what_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "report.png").read_bytes() != named
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_of_one_name_go_by_their_paths_and_torn_lines_are_told(tmp_path: Path) -> None:
     runs = [metrics(tmp_path / side, "run", [1.0]) for side in ("a", "b")]
     with (runs[0] / "metrics.jsonl").open("a") as file:
@@ -91,6 +93,7 @@ def test_runs_of_one_name_go_by_their_paths_and_torn_lines_are_told(tmp_path: Pa
     assert "1 line without a report of metrics.jsonl passed over" in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_train_writes_it(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
@@ -129,6 +132,7 @@ def test_no_report_contradicts_report_every() -> None:
         make_config({"report": False, "report_every": 3})
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = (metrics(tmp_path, name, [1.0]) for name in ("one", "two"))
     assert main([str(one)]) == 0

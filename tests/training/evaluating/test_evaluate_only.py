@@ -191,10 +191,9 @@ def test_the_reference_of_a_run_that_started_from_an_adapter_is_not_guessed(
     ],
 )
 def test_what_cannot_be_tested(
-    settings: dict[str, Any], words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+    run_of_three_steps: Path, words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_quietly({**settings, "iters": 1})
-    assert main(["--test", "--adapter-path", settings["adapter_path"], *words]) == 2
+    assert main(["--test", "--adapter-path", str(run_of_three_steps), *words]) == 2
     err = capsys.readouterr().err
     assert expected in err
     assert err.count("\n") == 1
@@ -211,27 +210,29 @@ def test_what_cannot_be_tested(
     ],
 )
 def test_damaged_records(
-    settings: dict[str, Any], name: str, text: str, expected: str, capsys: pytest.CaptureFixture[str]
+    run_of_three_steps: Path,
+    model_folder: Path,
+    name: str,
+    text: str,
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run_quietly({**settings, "iters": 1})
-    folder = Path(settings["adapter_path"])
+    folder = run_of_three_steps
     if name == "adapter_config.json":
         (folder / "run.json").unlink()
     (folder / name).write_text(text)
-    assert main(["--test", "--adapter-path", str(folder), "--model", settings["model"]]) == 2
+    assert main(["--test", "--adapter-path", str(folder), "--model", str(model_folder)]) == 2
     assert expected in capsys.readouterr().err
 
 
 def test_interrupted_it_says_so(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_of_three_steps: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_quietly({**settings, "iters": 1})
-
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("orpo_mlx.training.evaluating.evaluation.evaluate", interrupt)
-    assert main(["--test", "--adapter-path", settings["adapter_path"]]) == 130
+    assert main(["--test", "--adapter-path", str(run_of_three_steps)]) == 130
     assert "interrupted" in capsys.readouterr().err
 
 

@@ -23,7 +23,7 @@ from tests.helpers.kill_and_resume import adapters, metrics
 from tests.helpers.tuned_adapters import ANSWER, PROMPT
 from tests.reporting.test_tracking import shown
 
-STEPS = 90
+STEPS = 45
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def judged(tmp_path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         write_rows(tmp_path / "said" / f"{split}.jsonl", rows)
     return settings | {
         **{"data": str(tmp_path / "said"), "method": "sft", "iters": STEPS, "learning_rate": 1e-2},
-        **{"steps_per_report": 30, "steps_per_eval": STEPS, "sample_tokens": 8, "save_every": 30, "keep": 9},
-        **{"evaluate_every": 30, "judge": f"rule:regex=^{ANSWER}"},
+        **{"steps_per_report": 15, "steps_per_eval": STEPS, "sample_tokens": 8, "save_every": 15, "keep": 9},
+        **{"evaluate_every": 15, "judge": f"rule:regex=^{ANSWER}"},
     }
 
 
@@ -44,11 +44,12 @@ def run(settings: dict[str, Any]) -> tuple[Any, str]:
     return result, console.export_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_win_rate_stands_beside_the_loss_and_decides_what_is_best(tmp_path: Path, judged: dict[str, Any]) -> None:
     result, said = run(judged | {"save_best": True, "best_by": "win_rate", "report": True})
     log = read_run(tmp_path / "adapters")
     rates = log.points("valid", "win_rate")
-    assert [step for step, _ in rates] == [30, 60, 90]
+    assert [step for step, _ in rates] == [15, 30, 45]
     assert rates[-1][1] == 1
     # The evaluation and the judgement of the last step are both there.
     assert log.points("valid", "loss")[-1][0] == STEPS
