@@ -251,7 +251,7 @@ def test_gguf_files(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str
 @pytest.mark.slow
 def test_killed_at_20_moments_the_folder_is_not_there_or_verifies(tmp_path: Path) -> None:
     rng, source, target = random.Random(0), write_model_folder(tmp_path / "hf"), tmp_path / "out"
-    command = [sys.executable, "-m", "orpo_mlx.convert.conversions", "hf", str(source), str(target), "--overwrite"]
+    command = [sys.executable, "-m", "orpo_mlx.cli.convert", "hf", str(source), str(target), "--overwrite"]
     subprocess.run(command, check=True)
     began = time.monotonic()
     subprocess.run(command, check=True)  # Once more, since the first reads every module from disk.
