@@ -55,7 +55,7 @@ def _convergence(verdict: Row, tier: Mapping[str, Any], method: str) -> Iterator
             figures += _labelled(variant, key, found)
         if all(name in methods for name in SAME_LOSS):
             for key, found in _gaps(tier, methods, *SAME_LOSS).items():
-                apart[key] = max([apart[key], *(abs(gap["mean"]) for gap in found.values())])
+                apart[key] = max([apart[key], *(max(abs(gap["low"]), abs(gap["high"])) for gap in found.values())])
     yield f"convergence of {method}", verdict["figures"], figures
     yield f"convergence of {method}, verdict", verdict["verdict"], _said(figures, apart)
     for key, value in apart.items():
@@ -63,7 +63,7 @@ def _convergence(verdict: Row, tier: Mapping[str, Any], method: str) -> Iterator
         power = f"{min(least):.3f} to {max(least):.3f} would be found" if least else "nothing was compared"
         yield f"convergence of {method}, {power} is said", power in verdict["measured"], True
         if least and value:
-            said = f"what is at most {value:.3f}, as between two tunings of one loss"
+            said = f"not beyond {value:.3f}, as far as that of two tunings of one loss goes"
             yield f"convergence of {method}, {said} is said", said in verdict["measured"], True
     for figure in figures:
         shown = f"{figure['mean']:+.2f} ({figure['low']:+.2f} to {figure['high']:+.2f})"
@@ -117,7 +117,8 @@ def _said(figures: list[Row], apart: Mapping[str, float]) -> str:
 def _direction(figures: list[Row], key: str, apart: float) -> str:
     sides: dict[bool, set[str]] = {True: set(), False: set()}
     for figure in figures:
-        if key in figure and figure["p_holm"] < 0.05 and abs(figure["mean"]) > apart:
+        beyond = figure["low"] > apart or figure["high"] < -apart
+        if key in figure and figure["p_holm"] < 0.05 and beyond:
             sides[figure["mean"] > 0].add(figure["variant"])
     named = {side: " and ".join(sorted(found)) for side, found in sides.items()}
     if named[True] and named[False]:

@@ -121,8 +121,8 @@ def memory(cost: Mapping[str, Any]) -> Verdict:
 def convergence(tier: Mapping[str, Any], name: str = ORPO) -> Verdict:
     """Whether a method or DPO has more reward after as many steps and pair tokens, and which has more at equal KL.
 
-    A difference counts if it is significant and larger than any of the same kind between two contenders that have one
-    loss: settings are tuned, and tuning parts even those.
+    A difference counts if it is significant and its interval lies beyond every one of the same kind between two
+    contenders that have one loss: settings are tuned, and tuning parts even those.
     """
     label, bound = _LABELS[name], tier["size"]["kl_bound"]
     quarters = (round(share * tier["size"]["rounds"][-1]["steps"]) for share in _QUARTERS)
@@ -139,10 +139,11 @@ def convergence(tier: Mapping[str, Any], name: str = ORPO) -> Verdict:
         words.append(f"{labels}: {', '.join(said)}")
         if set(SAME_LOSS) <= set(variant):
             controls += at_steps(variant, SAME_LOSS, steps, bound)
-        controls += [{"kl": kl, "mean": at["control"]["mean"]} for kl, at in analysis.items() if "control" in at]
+        controls += [{"kl": kl, **at["control"]} for kl, at in analysis.items() if "control" in at]
     decided, margins = {}, []
     for kind, said_of in (("step", "by steps"), ("kl", "at equal KL")):
-        margin = max((abs(each["mean"]) for each in controls if kind in each), default=0.0)
+        ends = (abs(each[end]) for each in controls if kind in each for end in ("low", "high"))
+        margin = max(ends, default=0.0)
         decided[said_of] = _decided([figure for figure in figures if kind in figure], figures, margin)
         margins.append(_power(figures, kind, said_of, margin))
     same = len(set(decided.values())) == 1
@@ -213,7 +214,7 @@ def _power(figures: Figures, kind: str, said: str, margin: float) -> str:
     if not least:
         return f"{said} nothing was compared"
     control = (
-        f"what is at most {margin:.3f}, as between two tunings of one loss, does not count"
+        f"an interval that is not beyond {margin:.3f}, as far as that of two tunings of one loss goes, does not count"
         if margin
         else "there are no two tunings of one loss to hold it against"
     )
@@ -222,7 +223,7 @@ def _power(figures: Figures, kind: str, said: str, margin: float) -> str:
 
 def _decided(own: Figures, figures: Figures, margin: float) -> str:
     """What the differences of a kind say together: those that count must point one way."""
-    counted = [figure for figure in own if figure["p_holm"] < _LEVEL and abs(figure["mean"]) > margin]
+    counted = [figure for figure in own if figure["p_holm"] < _LEVEL and _nearest(figure) > margin]
     ahead = {figure["variant"] for figure in counted if figure["mean"] > 0}
     behind = {figure["variant"] for figure in counted if figure["mean"] < 0}
     if ahead and behind:
@@ -232,6 +233,11 @@ def _decided(own: Figures, figures: Figures, margin: float) -> str:
     every = {figure["variant"] for figure in figures}
     where = "" if (ahead or behind) == every else f" at {_named(ahead or behind)}, elsewhere {OPEN}"
     return f"{CONFIRMED if ahead else REFUTED}{where}"
+
+
+def _nearest(figure: Mapping[str, Any]) -> float:
+    """How far from 0 the interval's nearest end is; 0 where 0 is within."""
+    return float(max(figure["low"], -figure["high"], 0.0))
 
 
 def _named(variants: Iterable[str]) -> str:

@@ -84,15 +84,17 @@ def test_what_two_tunings_of_one_loss_differ_by_does_not_count() -> None:
         ours, theirs = SAME_LOSS
         # On one kind of labels alone: what tuning does is no more certain on the other.
         given["variants"]["b"] |= {ours: method((0.0, 0.5, 0.5)), theirs: method((0.0, 0.5 - by_steps, 0.5))}
-        given["analysis"]["variants"]["b"]["at_kl"]["0.5"]["control"] = {"mean": at_kl}
+        control = {"mean": at_kl, "low": at_kl - 0.01, "high": at_kl + 0.01}
+        given["analysis"]["variants"]["b"]["at_kl"]["0.5"]["control"] = control
         return convergence(given)
 
-    assert judged(0.09, 0.04).verdict == "by steps confirmed; at equal KL refuted"
-    assert judged(-0.11, 0.04).verdict == "by steps not decided; at equal KL refuted"
-    assert judged(-0.11, -0.051).verdict == "not decided"
+    # ORPO's own interval at KL 0.5 is -0.06 to -0.04.
+    assert judged(0.09, 0.029).verdict == "by steps confirmed; at equal KL refuted"
+    assert judged(-0.11, 0.029).verdict == "by steps not decided; at equal KL refuted"
+    assert judged(-0.11, 0.031).verdict == "not decided"
     # Of nine degrees of freedom: 0.005 (t(0.025) + t(0.2)) = 0.005 (2.262 + 0.883).
-    assert "at equal KL 0.016 to 0.016 would be found" in (measured := judged(-0.11, -0.051).measured)
-    assert "what is at most 0.051, as between two tunings of one loss, does not count" in measured
+    assert "at equal KL 0.016 to 0.016 would be found" in (measured := judged(-0.11, -0.031).measured)
+    assert "not beyond 0.041, as far as that of two tunings of one loss goes, does not count" in measured
     assert "no two tunings of one loss" in convergence(tier({"a": AHEAD})).measured
 
 
