@@ -135,10 +135,6 @@ def check_together(config: TrainingConfig) -> None:
         raise ConfigError("`sample_every`: `samples=0` leaves no prompt to answer; give `samples=1` or more.")
     if (config.evaluate_every is None) != (config.judge is None):
         raise ConfigError("`evaluate_every` and `judge` say when replies are judged and by whom; give both or neither.")
-    if config.samples == 0 and config.judge is None and config.sample_tokens != TrainingConfig.sample_tokens:
-        raise ConfigError("`sample_tokens`: `samples=0` and no `judge` leave no reply to bound; leave it out.")
-    if config.val_batches == 0 and config.steps_per_eval != TrainingConfig.steps_per_eval:
-        raise ConfigError("`steps_per_eval`: `val_batches=0` leaves nothing to validate; leave one of them out.")
     if config.evaluate_every is None and config.judge_prompts != TrainingConfig.judge_prompts:
         raise ConfigError("`judge_prompts` says how many replies `evaluate_every` judges; add that, or leave it out.")
     if config.full_model and config.fine_tune_type != "full":

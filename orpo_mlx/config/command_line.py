@@ -225,6 +225,7 @@ def merge_settings(given: GivenSettings, checkpoint: Mapping[str, Any]) -> Train
         given = given._replace(flags={**given.flags, "lora_parameters": own})
     with given.naming_sources():
         config = make_config({**found, **given.values})
+    refuse_idle_flags(given, config)
     if given.print_config:
         print(as_yaml(SourcedConfig(config, given.flags, given.file, found)), end="")
         raise SystemExit(0)
@@ -242,6 +243,21 @@ def refuse_lora_flags(given: GivenSettings) -> None:
         if flag.key in table:
             with given.naming_sources():
                 raise ConfigError(f"{flag_of(name)}: `fine_tune_type=full` trains no adapters; leave out one of them.")
+
+
+def refuse_idle_flags(given: GivenSettings, config: TrainingConfig) -> None:
+    """Refuse flags to which other settings leave nothing to do; raises ConfigError. A file, or a run that goes on, may
+    have them: nobody edits those to switch something off for once."""
+    idle = {
+        "steps_per_eval": config.val_batches == 0 and "`val_batches=0` leaves nothing to validate",
+        "sample_tokens": config.samples == 0
+        and config.judge is None
+        and "`samples=0` and no `judge` leave no reply to bound",
+    }
+    for name, why in idle.items():
+        if why and name in given.flags:
+            with given.naming_sources():
+                raise ConfigError(f"`{name}`: {why}; leave it out.")
 
 
 def check_test_flags(given: GivenSettings) -> None:

@@ -145,6 +145,16 @@ def test_what_others_recorded_beside_full_weights_is_passed_over(tmp_path: Path)
     assert resolve(["-c", file]).fine_tune_type == "full"
 
 
+def test_what_a_file_says_of_something_switched_off_for_once_is_passed_over(tmp_path: Path) -> None:
+    file = write(tmp_path, "steps_per_eval: 50\nsample_tokens: 32\n")
+    config = resolve(["-c", file, "--val-batches", "0", "--samples", "0"])
+    assert (config.val_batches, config.steps_per_eval, config.sample_tokens) == (0, 50, 32)
+    # So is what a run that goes on was begun with.
+    assert merge_settings(given_settings(["--val-batches", "0"]), {"steps_per_eval": 50}).steps_per_eval == 50
+    with pytest.raises(ConfigError, match=r"^--sample-tokens: --samples 0 and no --judge leave no reply to bound"):
+        resolve(["-c", file, "--samples", "0", "--sample-tokens", "9"])
+
+
 def test_numbers_that_no_library_holds(tmp_path: Path) -> None:
     for words in ("--seed 18446744073709551616", "--seed -1", f"--iters {10**30}", f"--seed {'9' * 5000}"):
         with pytest.raises(ConfigError, match=r"expected a whole number (from 0 to|below) 2\^6"):
